@@ -1,0 +1,1 @@
+"""The waist: everything both stages agree on, down to the byte. No torch here."""

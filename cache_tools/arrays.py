@@ -1,0 +1,151 @@
+"""Zarr v3 arrays [rows, ...]: a streaming shard writer and a chunk reader, both a few lines over plain files.
+
+Files are what zarr-python writes (tests compare the bytes), at 0.02x of the shard in memory instead of 2.1x, and 0.5 s
+instead of 2.7-6.3 s for 537 MB; its reader costs about 1.8 ms a chunk, a pread and a crc32c cost 0.2.
+Layout of a shard: chunks of `chunk_rows` rows in order, each followed by its crc32c; then an index of (offset, bytes)
+u64 pairs and its crc32c. Absent chunks have (2^64-1, 2^64-1). Rows that fill up the last chunk hold the fill value.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import crc32c
+import numpy as np
+import numpy.typing as npt
+
+from .errors import CorruptionError
+from .quantize import FILL_INT8
+from .storage import AtomicFile, read_at
+
+_ABSENT = 2**64 - 1
+_CRC_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Shape and layout of one array of a unit; `dtype` is int8, float16 or float32."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunk_rows: int
+    shard_rows: int
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Shape of one chunk: the unit of reading."""
+        return (self.chunk_rows, *self.shape[1:])
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk, without its crc32c."""
+        return math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Slots in the index of a shard."""
+        return self.shard_rows // self.chunk_rows
+
+    @property
+    def fill(self) -> float:
+        """What stands where there is no row."""
+        return FILL_INT8 if self.dtype == "int8" else float("nan")
+
+    def shard_file(self, shard: int) -> str:
+        """Path of a shard inside the Zarr group."""
+        return f"{self.name}/c.{shard}" + ".0" * (len(self.shape) - 1)
+
+
+def group_json() -> bytes:
+    """zarr.json of the group that holds a unit's arrays."""
+    return _json({"attributes": {}, "node_type": "group", "zarr_format": 3})
+
+
+def array_json(spec: ArraySpec) -> bytes:
+    """zarr.json of an array: a pure function of the spec, compared byte for byte before the array is used."""
+    endian = {} if spec.dtype == "int8" else {"configuration": {"endian": "little"}}
+    checksum = {"name": "crc32c"}
+    sharding = {
+        "chunk_shape": list(spec.chunk_shape),
+        "codecs": [{"name": "bytes", **endian}, checksum],
+        "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, checksum],
+        "index_location": "end",
+    }
+    return _json({
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(spec.shape),
+        "data_type": spec.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [spec.shard_rows, *spec.shape[1:]]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": FILL_INT8 if spec.dtype == "int8" else "NaN",
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "attributes": {},
+        "storage_transformers": [],
+    })  # fmt: skip
+
+
+def _json(payload: dict[str, Any]) -> bytes:
+    return json.dumps(payload, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+class ShardWriter:
+    """Writes one shard chunk by chunk; `crc32cs` holds each chunk's checksum."""
+
+    def __init__(self, group: Path, spec: ArraySpec, shard: int) -> None:
+        self.spec = spec
+        self.file = AtomicFile(group / spec.shard_file(shard))
+        self.crc32cs: list[int] = []
+
+    def __enter__(self) -> "ShardWriter":
+        self.file.__enter__()
+        return self
+
+    def append(self, rows: npt.NDArray[Any]) -> None:
+        """Write the next chunk; one with fewer rows than `chunk_rows` is filled up and must be the last."""
+        spec = self.spec
+        expected = (len(rows), *spec.shape[1:])
+        assert rows.shape == expected and rows.dtype == spec.dtype and 0 < len(rows) <= spec.chunk_rows, rows.shape
+        if len(rows) < spec.chunk_rows:
+            padded = np.full(spec.chunk_shape, spec.fill, spec.dtype)
+            padded[: len(rows)] = rows
+            rows = padded
+        data = np.ascontiguousarray(rows).data.cast("B")
+        checksum = crc32c.crc32c(data)
+        self.file.write(data)
+        self.file.write(checksum.to_bytes(_CRC_BYTES, "little"))
+        self.crc32cs.append(checksum)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            index = shard_index(self.spec, len(self.crc32cs))
+            self.file.write(index)
+        self.file.__exit__(kind, error, trace)
+
+
+def shard_index(spec: ArraySpec, chunks: int) -> bytes:
+    """The index at the end of a shard that holds `chunks` chunks, with its crc32c."""
+    index = np.full((spec.chunks_per_shard, 2), _ABSENT, "<u8")
+    stored_bytes = spec.chunk_bytes + _CRC_BYTES
+    index[:chunks, 0] = np.arange(chunks) * stored_bytes
+    index[:chunks, 1] = stored_bytes
+    data: bytes = index.tobytes()
+    return data + int(crc32c.crc32c(data)).to_bytes(_CRC_BYTES, "little")
+
+
+def read_chunk(group: Path, spec: ArraySpec, shard: int, position: int, expected_crc32c: int) -> npt.NDArray[Any]:
+    """Chunk number `position` of a shard, whose crc32c the commit holds.
+
+    Raises: CorruptionError naming the file: missing, short, or other bytes.
+    """
+    path = group / spec.shard_file(shard)
+    data = read_at(path, position * (spec.chunk_bytes + _CRC_BYTES), spec.chunk_bytes)
+    if crc32c.crc32c(data) != expected_crc32c:
+        raise CorruptionError(f"{path}: chunk {position}: its crc32c is not the commit's; run `mcm-cache verify`")
+    return np.frombuffer(data, spec.dtype).reshape(spec.chunk_shape)

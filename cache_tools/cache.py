@@ -1,0 +1,257 @@
+"""CACHE: views and teacher features in units that are whole, checked and bound together by commits.
+
+B rows, N tokens, C channels. See docs/format.md for every byte.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import crc32c
+import numpy as np
+import numpy.typing as npt
+
+from .arrays import array_json, group_json, read_chunk
+from .dataset import CHUNK_ROWS, shard_name
+from .errors import CorruptionError, IdentityError, UsageError
+from .identity import CacheIdentity, Commit, FileEntry, Manifest
+from .quantize import decode
+from .records import decode_record, read_record, record_sha256
+from .storage import read_at
+from .tars import VIEW_INDEX_DTYPE, checked_picture, decode_index, encode_index
+
+_INDEX_HEADER_BYTES = len(encode_index(np.zeros(0, VIEW_INDEX_DTYPE)))  # numpy pads it, whatever the number of rows
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """16 rows (fewer at the end of a split), every byte checked; pictures are still encoded.
+
+    labels int32 [B], codes int8|float16 [B, N, C], scale float32 [B, N], mean and std float32 [C], cls float16 [B, C].
+    """
+
+    row0: int
+    pictures: list[bytes]
+    labels: npt.NDArray[np.int32]
+    codes: npt.NDArray[Any]
+    scale: npt.NDArray[np.float32] | None
+    mean: npt.NDArray[np.float32] | None
+    std: npt.NDArray[np.float32] | None
+    cls: npt.NDArray[np.float16] | None
+
+    @property
+    def rows(self) -> int:
+        """Rows in this chunk."""
+        return len(self.pictures)
+
+    def features(self) -> npt.NDArray[np.float32]:
+        """Decoded patch features, float32 [B, N, C]."""
+        if self.scale is None:
+            return self.codes.astype(np.float32)
+        features: npt.NDArray[np.float32] = decode(self.codes, self.scale, self.mean, self.std)
+        return features
+
+
+class Unit:
+    """One view number of one split: `CACHE/train/v0`."""
+
+    def __init__(self, cache: Path, identity: CacheIdentity, split: str, view: int) -> None:
+        self.identity, self.split, self.view = identity, split, view
+        self.path = cache / split / f"v{view}"
+        self.group = self.path / "features.zarr"
+        self.rows, self.num_shards = identity.rows[split], identity.shards(split)
+        self.num_chunks = -(-self.rows // CHUNK_ROWS)
+        self.chunks_per_shard = identity.rows_per_shard // CHUNK_ROWS
+        self.specs = identity.arrays(split)
+        self._crc32cs: dict[int, dict[str, npt.NDArray[np.uint32]]] = {}
+
+    def __str__(self) -> str:
+        return f"{self.split}/v{self.view}"
+
+    def tar(self, shard: int) -> Path:
+        """The views of a shard."""
+        return self.path / "views" / f"{shard_name(shard)}.tar"
+
+    def index_file(self, shard: int) -> Path:
+        """The index of a shard's views."""
+        return self.path / "views" / f"{shard_name(shard)}.index.npy"
+
+    def commit_file(self, shard: int) -> Path:
+        """The commit of a shard."""
+        return self.path / "commits" / f"{shard_name(shard)}.json"
+
+    @property
+    def manifest_file(self) -> Path:
+        """The manifest: there when the unit is complete."""
+        return self.path / "manifest.json"
+
+    def shard_rows(self, shard: int) -> int:
+        """Rows of a shard: `rows_per_shard`, fewer in the last."""
+        return min(self.identity.rows_per_shard, self.rows - shard * self.identity.rows_per_shard)
+
+    def committed(self) -> list[int]:
+        """Shards that have a commit, by one look into the folder."""
+        folder = self.path / "commits"
+        if not folder.is_dir():
+            return []
+        shards = (int(path.stem) for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdigit())
+        return sorted(shard for shard in shards if shard < self.num_shards)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the manifest is there."""
+        return self.manifest_file.is_file()
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest, bound to this unit of this cache.
+
+        Raises: CorruptionError or IdentityError.
+        """
+        manifest = read_record(Manifest, self.manifest_file)
+        found = (manifest.identity_sha256, manifest.split, manifest.view, manifest.rows, len(manifest.commits))
+        if found != (record_sha256(self.identity), self.split, self.view, self.rows, self.num_shards):
+            raise IdentityError(f"{self.manifest_file}: expected the manifest of {self} of this cache; found {found}")
+        return manifest
+
+    def commit(self, shard: int) -> Commit:
+        """The commit of a shard, bound to its place and, once there is one, to the manifest.
+
+        Raises: CorruptionError when it is missing, damaged or another's.
+        """
+        path = self.commit_file(shard)
+        if not path.is_file():
+            raise CorruptionError(f"{path}: expected the commit of a complete unit; it is missing")
+        commit = decode_record(Commit, path.read_bytes(), path)
+        found = (commit.identity_sha256, commit.split, commit.view, commit.shard, commit.rows)
+        if found != (record_sha256(self.identity), self.split, self.view, shard, self.shard_rows(shard)):
+            raise CorruptionError(f"{path}: expected the commit of shard {shard} of {self}; found that of {found[1:]}")
+        if self.complete and record_sha256(commit) != self.manifest.commits[shard]:
+            raise CorruptionError(f"{path}: expected the commit that {self.manifest_file} names; found another")
+        return commit
+
+    def check_arrays(self) -> None:
+        """Compare every zarr.json with what the identity asks for, before an array is touched.
+
+        Raises: CorruptionError naming the file.
+        """
+        for path, expected in self.zarr_files().items():
+            if not path.is_file() or path.stat().st_size != len(expected) or path.read_bytes() != expected:
+                raise CorruptionError(f"{path}: expected the array that cache.json asks for; it is missing or changed")
+
+    def zarr_files(self) -> dict[Path, bytes]:
+        """Every zarr.json of the unit and its bytes."""
+        arrays = {self.group / name / "zarr.json": array_json(spec) for name, spec in self.specs.items()}
+        return {self.group / "zarr.json": group_json(), **arrays}
+
+    def _checksums(self, shard: int) -> dict[str, npt.NDArray[np.uint32]]:
+        """crc32c of each chunk of a shard: about 16 bytes a chunk stay in memory, the commit (20 KB) does not."""
+        if shard not in self._crc32cs:
+            crc32cs = self.commit(shard).chunk_crc32c
+            self._crc32cs[shard] = {name: np.array(values, np.uint32) for name, values in crc32cs.items()}
+        return self._crc32cs[shard]
+
+    def index_rows(self, shard: int, position: int, rows: int) -> npt.NDArray[np.void]:
+        """The index records of one chunk, checked against the commit."""
+        path, item_bytes = self.index_file(shard), VIEW_INDEX_DTYPE.itemsize
+        data = read_at(path, _INDEX_HEADER_BYTES + position * CHUNK_ROWS * item_bytes, rows * item_bytes)
+        if crc32c.crc32c(data) != self._checksums(shard)["index"][position]:
+            raise CorruptionError(f"{path}: chunk {position}: its crc32c is not the commit's; run `mcm-cache verify`")
+        return np.frombuffer(data, VIEW_INDEX_DTYPE)
+
+    def chunk(self, chunk: int) -> Chunk:
+        """Rows [16 chunk, 16 chunk + 16) of the unit; pictures, codes and their position agree with the commit.
+
+        Raises: CorruptionError naming the file.
+        """
+        shard, position = divmod(chunk, self.chunks_per_shard)
+        row0 = chunk * CHUNK_ROWS
+        rows = min(CHUNK_ROWS, self.rows - row0)
+        index: Any = self.index_rows(shard, position, rows)
+        # The 16 pictures lie side by side in the tar: one read, headers and labels included.
+        start = int(index["offset"][0])
+        data = read_at(self.tar(shard), start, int(index["offset"][-1]) + int(index["size"][-1]) - start)
+        places = zip(index["offset"] - start, index["size"], index["crc32c"], strict=True)
+        pictures = [
+            checked_picture(self.tar(shard), data[int(offset) : int(offset) + int(size)], int(checksum), row0 + i)
+            for i, (offset, size, checksum) in enumerate(places)
+        ]
+        codes, scale, cls = (self._array(name, shard, position, rows) for name in ("patch", "scale", "cls"))
+        mean, std = (self._array(name, shard, 0, 1) for name in ("channel_mean", "channel_std"))
+        assert codes is not None
+        labels = index["label"].astype(np.int32)
+        return Chunk(row0, pictures, labels, codes, scale, _first(mean), _first(std), cls)
+
+    def _array(self, name: str, shard: int, position: int, rows: int) -> npt.NDArray[Any] | None:
+        if name not in self.specs:
+            return None
+        expected = int(self._checksums(shard)[name][position])
+        return read_chunk(self.group, self.specs[name], shard, position, expected)[:rows]
+
+    def channel_stats(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Mean and std [C] of the features of all rows, from the commits."""
+        commits = [self.commit(shard) for shard in range(self.num_shards)]
+        weights = np.array([commit.rows for commit in commits])
+        means = np.array([commit.channel_mean for commit in commits])
+        variances = np.array([commit.channel_var for commit in commits])
+        mean = np.average(means, axis=0, weights=weights)
+        return mean, np.sqrt(np.average(variances + (means - mean) ** 2, axis=0, weights=weights))
+
+
+def _first(array: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
+    return None if array is None else array[0]
+
+
+class Cache:
+    """A CACHE folder opened for reading.
+
+    Raises: UsageError when there is none, CorruptionError or IdentityError when cache.json is damaged or of another
+    version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not (path / "cache.json").is_file():
+            raise UsageError(f"{path}: expected a CACHE (cache.json); make it with `mcm-cache extract`")
+        self.path = path
+        self.identity = read_record(CacheIdentity, path / "cache.json")
+        self.sha256 = record_sha256(self.identity)
+
+    def units(self, split: str) -> list[Unit]:
+        """The units of a split that have begun, by view."""
+        folder = self.path / split
+        views = (int(path.name[1:]) for path in folder.glob("v*") if path.name[1:].isdigit())
+        return [Unit(self.path, self.identity, split, view) for view in sorted(views)]
+
+    def all_units(self) -> list[Unit]:
+        """The units of every split."""
+        return [unit for split in self.identity.rows for unit in self.units(split)]
+
+    def complete_units(self, split: str) -> list[Unit]:
+        """The units of a split that can be trained on: those with a manifest."""
+        return [unit for unit in self.units(split) if unit.complete]
+
+
+def index_crc32cs(index: npt.NDArray[np.void]) -> tuple[int, ...]:
+    """crc32c of every 16 records of an index."""
+    starts = range(0, len(index), CHUNK_ROWS)
+    return tuple(crc32c.crc32c(index[start : start + CHUNK_ROWS].tobytes()) for start in starts)
+
+
+def read_index(unit: Unit, shard: int) -> npt.NDArray[np.void]:
+    """All index records of a shard."""
+    path = unit.index_file(shard)
+    return decode_index(path.read_bytes(), VIEW_INDEX_DTYPE, path)
+
+
+def check_files(unit: Unit, files: Mapping[str, FileEntry]) -> None:
+    """Compare the size of every file of a commit.
+
+    Raises: CorruptionError naming the file.
+    """
+    for name, entry in files.items():
+        path = unit.path / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != entry.bytes:
+            raise CorruptionError(f"{path}: expected {entry.bytes} bytes; found {found or 'nothing'}")

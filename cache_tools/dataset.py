@@ -1,0 +1,121 @@
+"""DATASET: labelled pictures in WebDataset tars, with an index that finds and checks each of them."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import CorruptionError, UsageError
+from .records import Record, nearest, read_record, record_sha256
+from .storage import file_sha256, read_at
+from .tars import INDEX_DTYPE, checked_picture, decode_index
+
+CHUNK_ROWS = 16
+ROWS_PER_SHARD = 1024
+
+
+class ShardEntry(Record):
+    """One tar of a split and its index."""
+
+    rows: int
+    tar_bytes: int
+    tar_sha256: str
+    index_sha256: str
+
+
+class SplitEntry(Record):
+    """All tars of a split; `refused` pictures are in its quarantine.jsonl."""
+
+    rows: int
+    refused: int
+    shards: tuple[ShardEntry, ...]
+
+
+class DatasetRecord(Record):
+    """dataset.json: written last, so that a folder without it is unfinished."""
+
+    format: Literal["mcm-dataset"] = "mcm-dataset"
+    version: Literal[1] = 1
+    classes: tuple[str, ...]
+    seed: int
+    rows_per_shard: int
+    picture_rules: int
+    splits: dict[str, SplitEntry]
+
+
+def row_key(row: int) -> str:
+    """The WebDataset key of a row."""
+    return f"{row:09d}"
+
+
+def shard_name(shard: int) -> str:
+    """The file name of a shard, without its extension."""
+    return f"{shard:06d}"
+
+
+class Dataset:
+    """A finished DATASET folder, opened for reading.
+
+    Raises: UsageError when the folder is none or unfinished; CorruptionError when bytes are not as committed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not (path / "dataset.json").is_file():
+            raise UsageError(f"{path}: expected a finished DATASET (dataset.json); make it with `mcm-cache shard`")
+        self.path = path
+        self.record = read_record(DatasetRecord, path / "dataset.json")
+        self.sha256 = record_sha256(self.record)
+        self._indexes: dict[tuple[str, int], npt.NDArray[np.void]] = {}
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is a position in it, -1 where a picture has none."""
+        return self.record.classes
+
+    def split(self, split: str) -> SplitEntry:
+        """The entry of a split.
+
+        Raises: UsageError naming the splits there are.
+        """
+        if split not in self.record.splits:
+            names = ", ".join(sorted(self.record.splits))
+            raise UsageError(f"{self.path}: no split {split!r}; it has {names}{nearest(split, self.record.splits)}")
+        return self.record.splits[split]
+
+    def rows(self, split: str) -> int:
+        """Pictures in a split."""
+        return self.split(split).rows
+
+    def tar(self, split: str, shard: int) -> Path:
+        """The tar of a shard."""
+        return self.path / split / f"{shard_name(shard)}.tar"
+
+    def index(self, split: str, shard: int) -> npt.NDArray[np.void]:
+        """The index of a shard, checked against dataset.json; 20 bytes a row stay in memory."""
+        if (split, shard) not in self._indexes:
+            entry = self.split(split).shards[shard]
+            path = self.tar(split, shard).with_suffix(".index.npy")
+            if not path.is_file() or file_sha256(path) != entry.index_sha256:
+                raise CorruptionError(f"{path}: expected the index that dataset.json names; it is missing or changed")
+            self._indexes[split, shard] = decode_index(path.read_bytes(), INDEX_DTYPE, path)
+        return self._indexes[split, shard]
+
+    def labels(self, split: str) -> npt.NDArray[np.int32]:
+        """Labels of all rows of a split."""
+        shards = range(len(self.split(split).shards))
+        return np.concatenate([self.index(split, shard)["label"] for shard in shards])
+
+    def picture(self, split: str, row: int) -> tuple[bytes, int]:
+        """(source bytes, label) of a row, its crc32c checked."""
+        shard, position = divmod(row, self.record.rows_per_shard)
+        place: Any = self.index(split, shard)[position]
+        tar = self.tar(split, shard)
+        data = read_at(tar, int(place["offset"]), int(place["size"]))
+        return checked_picture(tar, data, int(place["crc32c"]), row), int(place["label"])
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of all tars."""
+        return sum(shard.tar_bytes for split in self.record.splits.values() for shard in split.shards)

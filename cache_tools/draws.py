@@ -1,0 +1,36 @@
+"""Every random draw of the software: a hash of (seed, purpose, counters), so that no generator state exists."""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+Counter = int | npt.NDArray[np.integer]
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Finaliser of splitmix64 (Steele, Lea and Flood 2014): a bijection of 64 bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_u64(seed: int, purpose: str, *counters: Counter) -> npt.NDArray[np.uint64]:
+    """64 hashed bits for every element of the broadcast `counters`."""
+    name = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    state = np.array(int.from_bytes(name[:8], "little"), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for counter in counters:
+            state = _mix(state + _GAMMA + _mix(np.asarray(counter).astype(np.uint64) * _GAMMA + _GAMMA))
+        return _mix(state + _GAMMA)
+
+
+def uniform(seed: int, purpose: str, *counters: Counter) -> npt.NDArray[np.float64]:
+    """Uniform draws in [0, 1) of 53 bits."""
+    return (hash_u64(seed, purpose, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permutation(n: int, seed: int, purpose: str, *counters: int) -> npt.NDArray[np.int64]:
+    """A permutation of range(n): the order of n hashed numbers."""
+    return np.argsort(hash_u64(seed, purpose, *counters, np.arange(n)), kind="stable").astype(np.int64)

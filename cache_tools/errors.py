@@ -1,0 +1,52 @@
+"""The errors a user can meet, and the exit code of each.
+
+McmError 1
++-- UsageError 2       the request or its configuration is wrong
++-- TooManyRefused 3   more refused pictures than the budget
++-- CorruptionError 4  bytes on disk are not what was committed
++-- IdentityError 5    two things that must be the same are not
++-- ResourceError 7    disk, permission or network
++-- Interrupted 75     stopped by a signal; the same command resumes
+"""
+
+
+class McmError(Exception):
+    """Base of all errors of this software; the message is one line for the user."""
+
+    exit_code = 1
+
+
+class UsageError(McmError):
+    """The request or its configuration is wrong."""
+
+    exit_code = 2
+
+
+class TooManyRefused(McmError):
+    """More pictures were refused than the budget allows."""
+
+    exit_code = 3
+
+
+class CorruptionError(McmError):
+    """Bytes on disk are not what was committed."""
+
+    exit_code = 4
+
+
+class IdentityError(McmError):
+    """Two things that must be the same are not (another cache, weights, run, format version)."""
+
+    exit_code = 5
+
+
+class ResourceError(McmError):
+    """Disk, permission or network."""
+
+    exit_code = 7
+
+
+class Interrupted(McmError):
+    """Stopped by a signal at a safe point; running the same command again resumes."""
+
+    exit_code = 75

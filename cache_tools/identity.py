@@ -1,0 +1,134 @@
+"""What a CACHE is and what vouches for it: the records of cache.json, the commits and the manifests."""
+
+from typing import Literal
+
+from .arrays import ArraySpec
+from .dataset import CHUNK_ROWS
+from .records import Record
+
+
+class CropPolicy(Record):
+    """How views of the training split are drawn; every other split is centre crops.
+
+    `scale` is the crop's share of the source's area, `ratio` its width over height, `flip` the chance of a mirror.
+    """
+
+    kind: Literal["rrc", "center"]
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+
+class TeacherIdentity(Record):
+    """What computed the features; `weights_sha256` is over the loaded tensors, whatever file they came from."""
+
+    name: str
+    architecture_sha256: str
+    weights_sha256: str
+    activation: str
+    layer: Literal["last"] = "last"
+    norm: Literal["final"] = "final"
+    height: int
+    width: int
+    kernel: Literal["bicubic"] = "bicubic"
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class CacheIdentity(Record):
+    """cache.json: a pure function of the request. `grid` is (rows, columns) of patch tokens; sizes are pixels."""
+
+    format: Literal["mcm-cache"] = "mcm-cache"
+    version: Literal[1] = 1
+    teacher: TeacherIdentity
+    crop: CropPolicy
+    seed: int
+    view_height: int
+    view_width: int
+    view_encoding: str
+    picture_rules: int
+    dtype: Literal["int8", "float16"]
+    grid: tuple[int, int]
+    channels: int
+    has_cls: bool
+    rows_per_shard: int
+    rows: dict[str, int]
+    classes: tuple[str, ...]
+    dataset_sha256: str
+
+    @property
+    def tokens(self) -> int:
+        """Patch tokens N of a row."""
+        return self.grid[0] * self.grid[1]
+
+    def shards(self, split: str) -> int:
+        """Shards of a unit of `split`."""
+        return -(-self.rows[split] // self.rows_per_shard)
+
+    def arrays(self, split: str) -> dict[str, ArraySpec]:
+        """The arrays of a unit of `split`, by name."""
+        rows, shards = self.rows[split], self.shards(split)
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {"patch": ((rows, self.tokens, self.channels), self.dtype)}
+        if self.dtype == "int8":
+            shapes["scale"] = ((rows, self.tokens), "float32")
+        if self.has_cls:
+            shapes["cls"] = ((rows, self.channels), "float16")
+        specs = {n: ArraySpec(n, s, d, CHUNK_ROWS, self.rows_per_shard) for n, (s, d) in shapes.items()}
+        if self.dtype == "int8":
+            per_shard = ("channel_mean", "channel_std")
+            specs |= {n: ArraySpec(n, (shards, self.channels), "float32", 1, 1) for n in per_shard}
+        return specs
+
+
+class Fingerprint(Record):
+    """What the bytes depend on besides the request: the same one gives the same bytes."""
+
+    device: str
+    precision: Literal["fp32", "fp16", "bf16"]
+    batch: int
+    versions: dict[str, str]
+
+
+class Fidelity(Record):
+    """Loss of the stored features: by quantisation (channel-standardised values) and by the forward's precision."""
+
+    relative_mse: float
+    cosine: float
+    precision_mse: float
+
+
+class FileEntry(Record):
+    """Size and hash of a committed file."""
+
+    bytes: int
+    sha256: str
+
+
+class Commit(Record):
+    """Vouches for one shard of one unit. `chunk_crc32c` has a list an array, and "index" for 16 index records each."""
+
+    format: Literal["mcm-commit"] = "mcm-commit"
+    version: Literal[1] = 1
+    identity_sha256: str
+    split: str
+    view: int
+    shard: int
+    rows: int
+    files: dict[str, FileEntry]
+    chunk_crc32c: dict[str, tuple[int, ...]]
+    channel_mean: tuple[float, ...]
+    channel_var: tuple[float, ...]
+    fidelity: Fidelity
+    fingerprint: Fingerprint
+
+
+class Manifest(Record):
+    """Written when all commits of a unit are there: the sha256 of each, in order."""
+
+    format: Literal["mcm-manifest"] = "mcm-manifest"
+    version: Literal[1] = 1
+    identity_sha256: str
+    split: str
+    view: int
+    rows: int
+    commits: tuple[str, ...]

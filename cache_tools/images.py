@@ -1,0 +1,132 @@
+"""Pictures: bytes to RGB and back by one written rule.
+
+The rule, version PICTURE_RULES: JPEG, PNG or WebP by content, never by name; the first frame; at most MAX_PIXELS; EXIF
+orientation applied; ICC profiles ignored (as timm and torchvision do); 16-bit grey keeps its high byte; a picture with
+transparency is laid over white; all else by Pillow's conversion to RGB (CMYK and palettes too). Truncated: refused.
+"""
+
+import io
+import struct
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image, ImageOps
+
+from .errors import CorruptionError, UsageError
+
+PICTURE_RULES = 1
+MAX_PIXELS = 64_000_000
+FORMATS = ("JPEG", "PNG", "WEBP")
+KERNELS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RGB = npt.NDArray[np.uint8]
+
+
+class PictureRefused(Exception):
+    """A picture that gets no row: `reason` is a short code, `detail` says more."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def picture_extension(data: bytes) -> str:
+    """`jpg`, `png` or `webp` by the first bytes.
+
+    Raises: PictureRefused for anything else.
+    """
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    raise PictureRefused("empty" if not data else "format", f"expected JPEG, PNG or WebP; it begins {data[:12]!r}")
+
+
+def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> RGB:
+    """The picture as uint8 [H, W, 3], by the rule in this file's head.
+
+    Raises: PictureRefused with the reason empty, format, too-large or damaged.
+    """
+    picture_extension(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; the pixels are what counts
+            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                if picture.width * picture.height > max_pixels:
+                    size = f"{picture.width}x{picture.height}"
+                    raise PictureRefused("too-large", f"{size} is over {max_pixels} pixels")
+                picture.load()
+                return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+    except Image.DecompressionBombError as error:
+        raise PictureRefused("too-large", str(error)) from error
+    except (OSError, ValueError, SyntaxError, IndexError, TypeError, struct.error, EOFError) as error:
+        raise PictureRefused("damaged", str(error)) from error
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it to white
+        return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def resize_rgb(rgb_HW3: RGB, height: int, width: int, kernel: str = "bicubic") -> RGB:
+    """Antialiased resize by Pillow; the same array when the size is right already."""
+    if rgb_HW3.shape[:2] == (height, width):
+        return rgb_HW3
+    return np.asarray(Image.fromarray(rgb_HW3).resize((width, height), KERNELS[kernel]))
+
+
+def check_encoding(encoding: str) -> tuple[int, str] | None:
+    """(quality, subsampling) of "jpeg:QUALITY:444|422|420", None for "png".
+
+    Raises: UsageError for anything else.
+    """
+    if encoding == "png":
+        return None
+    kind, _, rest = encoding.partition(":")
+    quality, _, subsampling = rest.partition(":")
+    known = kind == "jpeg" and subsampling in ("444", "422", "420")
+    if not known or not quality.isdigit() or not 1 <= int(quality) <= 100:
+        raise UsageError(f"view encoding: expected png or jpeg:QUALITY:444|422|420; found {encoding!r}")
+    return int(quality), subsampling
+
+
+def encode_view(rgb_HW3: RGB, encoding: str) -> bytes:
+    """A rendered view as JPEG or PNG bytes."""
+    jpeg = check_encoding(encoding)
+    if jpeg is None:
+        buffer = io.BytesIO()
+        Image.fromarray(rgb_HW3).save(buffer, "PNG", compress_level=3)
+        return buffer.getvalue()
+    quality, subsampling = jpeg
+    contiguous = np.ascontiguousarray(rgb_HW3)
+    return bytes(simplejpeg.encode_jpeg(contiguous, quality=quality, colorspace="RGB", colorsubsampling=subsampling))
+
+
+def decode_view_into(data: bytes, out_HW3: RGB) -> None:
+    """Decode a stored view in place: the one decoder behind the teacher's input and the student's.
+
+    Raises: CorruptionError when the bytes are no picture of that size.
+    """
+    height, width = out_HW3.shape[:2]
+    try:
+        if data[:3] == b"\xff\xd8\xff":
+            found_height, found_width, _, _ = simplejpeg.decode_jpeg_header(data)
+            if (found_height, found_width) == (height, width):
+                simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out_HW3)
+                return
+        else:
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+                found_width, found_height = picture.size
+                if (found_height, found_width) == (height, width):
+                    out_HW3[:] = np.asarray(picture.convert("RGB"))
+                    return
+    except (OSError, ValueError, SyntaxError) as error:
+        raise CorruptionError(f"expected a view of {height}x{width}; it does not decode: {error}") from error
+    raise CorruptionError(f"expected a view of {height}x{width} pixels; found {found_height}x{found_width}")

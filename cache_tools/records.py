@@ -1,0 +1,184 @@
+"""Strict records, canonical JSON with its own sha256, and TOML configuration."""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+
+from .errors import CorruptionError, IdentityError, UsageError
+
+MAX_RECORD_BYTES = 64 << 20  # the manifest of a million shards is smaller
+_PACKAGE = Path(__file__).parent
+
+
+class Record(pydantic.BaseModel):
+    """Base of every record of ours: typed strictly, closed to unknown fields, immutable."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+R = TypeVar("R", bound=Record)
+
+
+def sha256_hex(data: bytes) -> str:
+    """Hex sha256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _canonical(payload: dict[str, Any]) -> bytes:
+    return json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def record_sha256(record: Record) -> str:
+    """Digest of the record's canonical JSON: the value of its own `sha256` key on disk."""
+    return sha256_hex(_canonical(record.model_dump(mode="json")))
+
+
+def encode_record(record: Record) -> bytes:
+    """Canonical JSON: sorted keys, one line, with the sha256 of all the rest under "sha256"."""
+    payload = record.model_dump(mode="json")
+    return _canonical(payload | {"sha256": sha256_hex(_canonical(payload))}) + b"\n"
+
+
+def decode_record(cls: type[R], data: bytes, where: str | Path) -> R:
+    """The record in `data`.
+
+    Raises: CorruptionError when the bytes are not canonical JSON that agrees with its own sha256 and schema;
+    IdentityError for another format version.
+    """
+    try:
+        payload = json.loads(data)
+        stored = payload.pop("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptionError(f"{where}: expected a JSON record with its sha256; found {error!r}") from error
+    canonical = _canonical(payload)
+    if stored != sha256_hex(canonical) or _canonical(payload | {"sha256": stored}) + b"\n" != data:
+        raise CorruptionError(f"{where}: expected bytes that agree with the sha256 inside; they do not; restore it")
+    version = cls.model_fields.get("version")
+    if version and payload.get("version") != version.default:
+        found = f"expected format version {version.default}; found {payload.get('version')}"
+        raise IdentityError(f"{where}: {found}; use the software of that version")
+    try:
+        return cls.model_validate_json(canonical)
+    except pydantic.ValidationError as error:
+        found = f"{error.errors()[0]['msg']} at {_location(error.errors()[0]['loc'])}"
+        raise CorruptionError(f"{where}: expected a {cls.__name__} of this format version; found {found}") from error
+
+
+def read_record(cls: type[R], path: Path) -> R:
+    """`decode_record` of a file; a missing one raises FileNotFoundError."""
+    if path.stat().st_size > MAX_RECORD_BYTES:
+        raise CorruptionError(f"{path}: expected at most {MAX_RECORD_BYTES} bytes; found {path.stat().st_size}")
+    return decode_record(cls, path.read_bytes(), path)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest of `words`, or an empty string."""
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def differences(ours: Record, theirs: Record) -> list[str]:
+    """`field: ours != theirs` for every leaf that differs."""
+    ours_flat, theirs_flat = dict(_leaves(ours.model_dump(mode="json"))), dict(_leaves(theirs.model_dump(mode="json")))
+    keys = sorted(ours_flat.keys() | theirs_flat.keys())
+    pairs = ((key, ours_flat.get(key), theirs_flat.get(key)) for key in keys)
+    return [f"{key}: {left!r} != {right!r}" for key, left, right in pairs if left != right]
+
+
+def _leaves(payload: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(payload, dict):
+        for key, value in payload.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, payload
+
+
+def config_file(name: str) -> Path:
+    """The TOML file called `name`: a path, or the name of a shipped one such as "pretrain/demo".
+
+    Shipped files lie inside the installed wheel, or in configs/ of a checkout (known by its pyproject.toml).
+    """
+    if Path(name).is_file():
+        return Path(name)
+    roots = [_PACKAGE / "configs"]
+    if (_PACKAGE.parent / "pyproject.toml").is_file():
+        roots.append(_PACKAGE.parent / "configs")
+    for root in roots:
+        if (root / f"{name}.toml").is_file():
+            return root / f"{name}.toml"
+    names = {path.relative_to(root).with_suffix("").as_posix() for root in roots for path in root.rglob("*.toml")}
+    raise UsageError(f"config {name!r}: no such file, nor one of {', '.join(sorted(names))}{nearest(name, names)}")
+
+
+def load_toml(cls: type[R], path: Path, overrides: Sequence[str] = ()) -> R:
+    """The configuration in `path` with `section.key=value` overrides (values in TOML syntax; bare words are strings).
+
+    Raises: UsageError naming the key, what was expected and the nearest known key.
+    """
+    try:
+        payload = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _override(payload, override)
+    try:
+        return cls.model_validate_json(json.dumps(payload))
+    except pydantic.ValidationError as error:
+        raise UsageError(f"{path}: {_explain(cls, error.errors()[0])}") from error
+
+
+def _override(payload: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals:
+        raise UsageError(f"--set {override!r}: expected key=value, such as optim.lr=1e-3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, key = dotted.strip().split(".")
+    for section in sections:
+        payload = payload.setdefault(section, {})
+        if not isinstance(payload, dict):
+            raise UsageError(f"--set {override!r}: {section!r} is a value, not a section")
+    payload[key] = value
+
+
+def _location(loc: Sequence[int | str]) -> str:
+    return ".".join(str(part) for part in loc) or "the whole"
+
+
+def _explain(cls: type[Record], detail: Any) -> str:
+    where, message = _location(detail["loc"]), str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key '{where}'{nearest(where, _known_keys(cls))}"
+    if detail["type"] == "missing":
+        return f"missing key '{where}'"
+    return f"{where}: {message}; found {detail['input']!r}" if detail["loc"] else message
+
+
+def _known_keys(cls: type[pydantic.BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in cls.model_fields.items():
+        keys.append(prefix + name)
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
+                keys += _known_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def write_toml(record: Record) -> str:
+    """The record as TOML text that `load_toml` reads back; keys that are None are left out."""
+    lines: list[str] = []
+    payload = record.model_dump(mode="json", exclude_none=True)
+    for section, values in sorted(payload.items(), key=lambda item: isinstance(item[1], dict)):
+        if isinstance(values, dict):
+            lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+        else:
+            lines.append(f"{section} = {json.dumps(values)}")
+    return "\n".join(lines).lstrip("\n") + "\n"

@@ -1,0 +1,203 @@
+"""The only file that writes: atomic, durable, never in the place of another's file unless asked to."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+from .errors import CorruptionError, IdentityError
+
+Buffer = bytes | bytearray | memoryview
+
+
+def make_dir(path: Path) -> None:
+    """Create a folder and its parents."""
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _sync_dir(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class AtomicFile:
+    """A file that appears under its name whole, hashed and fsynced, or not at all.
+
+    `with AtomicFile(path) as file: file.write(buffer)`; afterwards `file.sha256` and `file.bytes` hold.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = 0
+        self._hash = hashlib.sha256()
+        # A fixed name: locks allow one writer a file, so that a killed writer's leftover is overwritten.
+        self._temp = path.with_name(f".{path.name}.partial")
+
+    def __enter__(self) -> "AtomicFile":
+        make_dir(self.path.parent)
+        self._file = open(self._temp, "wb")
+        return self
+
+    def write(self, buffer: Buffer) -> int:
+        """Append `buffer`; returns its bytes."""
+        view = memoryview(buffer).cast("B")
+        self._file.write(view)
+        self._hash.update(view)
+        self.bytes += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.bytes
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        if kind is None:
+            os.replace(self._temp, self.path)
+            _sync_dir(self.path.parent)
+        else:
+            self._temp.unlink(missing_ok=True)
+
+    @property
+    def sha256(self) -> str:
+        """Hex sha256 of all that was written."""
+        return self._hash.hexdigest()
+
+
+def write_atomic(path: Path, data: Buffer) -> None:
+    """Replace `path` by `data`, atomically and durably."""
+    with AtomicFile(path) as file:
+        file.write(data)
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Write `data` to `path` unless it exists; whoever comes second must bring the same bytes.
+
+    Publishers of a folder take turns (flock on the folder itself), so that a killed one leaves nothing behind
+    that the next does not overwrite.
+
+    Raises: IdentityError when the file there holds other bytes.
+    """
+    make_dir(path.parent)
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not path.exists():
+            write_atomic(path, data)
+        elif path.read_bytes() != data:
+            raise IdentityError(f"{path}: expected the bytes of this request; found those of another; use a new folder")
+    finally:
+        os.close(descriptor)
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append one line to a log; not fsynced, a log may lose its tail."""
+    make_dir(path.parent)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
+    """Rewrite a log with the lines that `keep` wants; a torn last line is dropped. Missing is fine."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_atomic(path, "".join(line for line in lines if line.endswith("\n") and keep(line)).encode())
+
+
+def remove(path: Path) -> None:
+    """Remove a file durably; missing is fine."""
+    if path.exists():
+        path.unlink()
+        _sync_dir(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder of ours; missing is fine."""
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
+def temp_folder(final: Path) -> Path:
+    """An empty folder beside `final` to fill and then `publish_folder`; leftovers of a killed process are removed."""
+    temp = final.with_name(f".{final.name}.partial")
+    remove_tree(temp)
+    make_dir(temp)
+    return temp
+
+
+def publish_folder(temp: Path, final: Path) -> None:
+    """Rename a filled `temp_folder` to `final`; the files in it are durable already (AtomicFile).
+
+    Raises: IdentityError when `final` exists.
+    """
+    _sync_dir(temp)
+    try:
+        os.rename(temp, final)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise IdentityError(f"{final}: expected no such folder; it exists; choose another name") from error
+        raise
+    _sync_dir(final.parent)
+
+
+def read_at(path: Path, offset: int, size: int) -> bytes:
+    """Exactly `size` bytes at `offset`.
+
+    Raises: CorruptionError when the file is missing or shorter.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise CorruptionError(f"{path}: expected a committed file; it is missing; run `mcm-cache verify`") from error
+    try:
+        data = os.pread(descriptor, size, offset)
+    finally:
+        os.close(descriptor)
+    if len(data) != size:
+        raise CorruptionError(f"{path}: expected {size} bytes at {offset}; found {len(data)}; run `mcm-cache verify`")
+    return data
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path` while inside; yields False when another process holds it.
+
+    The kernel frees a flock when its holder dies, so that no lock is ever stale.
+    """
+    make_dir(path.parent)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except BlockingIOError:
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def free_bytes(path: Path) -> int:
+    """Free space where `path` is or will be."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free

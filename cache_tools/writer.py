@@ -1,0 +1,122 @@
+"""Writing a CACHE: one shard of one unit at a time, committed whole or absent."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .arrays import ShardWriter
+from .cache import Unit, index_crc32cs
+from .dataset import row_key
+from .errors import IdentityError
+from .identity import CacheIdentity, Commit, Fidelity, FileEntry, Fingerprint, Manifest
+from .records import differences, encode_record, read_record, record_sha256, sha256_hex
+from .storage import publish, remove, write_atomic
+from .tars import VIEW_INDEX_DTYPE, TarShardWriter, encode_index
+
+
+class UnitShardWriter:
+    """Writes one shard of one unit; it is committed whole by `commit`, or absent.
+
+    Opening removes the commit (and the manifest) first: from there to `commit`, the shard does not count.
+    """
+
+    def __init__(self, unit: Unit, shard: int) -> None:
+        self.unit, self.shard = unit, shard
+
+    def __enter__(self) -> "UnitShardWriter":
+        unit = self.unit
+        remove(unit.manifest_file)
+        remove(unit.commit_file(self.shard))
+        for path, data in unit.zarr_files().items():
+            publish(path, data)
+        self._stack = ExitStack()
+        self._tar = self._stack.enter_context(TarShardWriter(unit.tar(self.shard)))
+        arrays = {name: ShardWriter(unit.group, spec, self.shard) for name, spec in unit.specs.items()}
+        self._arrays = {name: self._stack.enter_context(array) for name, array in arrays.items()}
+        self._index = np.zeros(unit.shard_rows(self.shard), VIEW_INDEX_DTYPE)
+        self._views = 0
+        return self
+
+    def add_view(self, data: bytes, label: int, geometry: Sequence[int]) -> None:
+        """Append the next row's view; geometry is (top, left, height, width, flip, source_height, source_width)."""
+        key = row_key(self.shard * self.unit.identity.rows_per_shard + self._views)
+        extension = "jpg" if data[:2] == b"\xff\xd8" else "png"
+        place = self._tar.add(key, {extension: data, "cls": str(label).encode()}, picture=extension)
+        self._index[self._views] = (*place, label, *geometry)
+        self._views += 1
+
+    def add(self, name: str, rows: npt.NDArray[Any]) -> None:
+        """Append rows to an array, a multiple of 16 but for the last call."""
+        for start in range(0, len(rows), self.unit.specs[name].chunk_rows):
+            self._arrays[name].append(rows[start : start + self.unit.specs[name].chunk_rows])
+
+    def commit(
+        self,
+        channel_mean: npt.NDArray[np.float64],
+        channel_var: npt.NDArray[np.float64],
+        fidelity: Fidelity,
+        fingerprint: Fingerprint,
+    ) -> None:
+        """Close and fsync every file, then write the commit that vouches for them."""
+        unit = self.unit
+        assert self._views == len(self._index), f"{self._views} views of {len(self._index)}"
+        self._stack.close()
+        index = encode_index(self._index)
+        write_atomic(unit.index_file(self.shard), index)
+        files = {
+            f"views/{unit.tar(self.shard).name}": FileEntry(bytes=self._tar.file.bytes, sha256=self._tar.file.sha256),
+            f"views/{unit.index_file(self.shard).name}": FileEntry(bytes=len(index), sha256=sha256_hex(index)),
+        }
+        for name, array in self._arrays.items():
+            entry = FileEntry(bytes=array.file.bytes, sha256=array.file.sha256)
+            files[f"features.zarr/{unit.specs[name].shard_file(self.shard)}"] = entry
+        crc32cs = {name: tuple(array.crc32cs) for name, array in self._arrays.items()}
+        crc32cs["index"] = index_crc32cs(self._index)
+        record = Commit(
+            identity_sha256=record_sha256(unit.identity),
+            split=unit.split,
+            view=unit.view,
+            shard=self.shard,
+            rows=len(self._index),
+            files=files,
+            chunk_crc32c=crc32cs,
+            channel_mean=tuple(float(f"{value:.7g}") for value in channel_mean),
+            channel_var=tuple(float(f"{value:.7g}") for value in channel_var),
+            fidelity=fidelity,
+            fingerprint=fingerprint,
+        )
+        write_atomic(unit.commit_file(self.shard), encode_record(record))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+
+def publish_identity(cache: Path, identity: CacheIdentity) -> None:
+    """Write cache.json, or compare with the one that is there.
+
+    Raises: IdentityError with the fields that differ.
+    """
+    path = cache / "cache.json"
+    if path.is_file():
+        found = differences(identity, read_record(CacheIdentity, path))
+        if found:
+            raise IdentityError(f"{cache}: this request is not the cache's (asked != found): {'; '.join(found)}")
+    publish(path, encode_record(identity))
+
+
+def finish_unit(unit: Unit) -> bool:
+    """Write the manifest when every shard has its commit; says whether the unit is complete."""
+    if not unit.complete and len(unit.committed()) == unit.num_shards:
+        shas = tuple(record_sha256(unit.commit(shard)) for shard in range(unit.num_shards))
+        manifest = Manifest(
+            identity_sha256=record_sha256(unit.identity), split=unit.split, view=unit.view, rows=unit.rows, commits=shas
+        )
+        publish(unit.manifest_file, encode_record(manifest))
+    return unit.complete
