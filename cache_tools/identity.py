@@ -33,6 +33,7 @@ class TeacherIdentity(Record):
     kernel: Literal["bicubic"] = "bicubic"
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    projection_sha256: str | None = None
 
 
 class CacheIdentity(Record):

@@ -83,8 +83,8 @@ def write_atomic(path: Path, data: Buffer) -> None:
         file.write(data)
 
 
-def publish(path: Path, data: bytes) -> None:
-    """Write `data` to `path` unless it exists; whoever comes second must bring the same bytes.
+def publish(path: Path, data: bytes, compare: bool = True) -> None:
+    """Write `data` to `path` unless it exists; with `compare`, whoever comes second must bring the same bytes.
 
     Publishers of a folder take turns (flock on the folder itself), so that a killed one leaves nothing behind
     that the next does not overwrite.
@@ -97,7 +97,7 @@ def publish(path: Path, data: bytes) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if not path.exists():
             write_atomic(path, data)
-        elif path.read_bytes() != data:
+        elif compare and path.read_bytes() != data:
             raise IdentityError(f"{path}: expected the bytes of this request; found those of another; use a new folder")
     finally:
         os.close(descriptor)
@@ -201,3 +201,12 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def locks_work(folder: Path) -> bool:
+    """Whether the file system of `folder` has flock; some network ones do not."""
+    try:
+        with try_lock(folder / "locks" / "probe"):
+            return True
+    except OSError:
+        return False

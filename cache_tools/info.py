@@ -1,0 +1,95 @@
+"""`mcm-cache info`: what a DATASET or CACHE is, what is done, who works on what."""
+
+from pathlib import Path
+from typing import Any
+
+from .cache import Cache, Unit
+from .dataset import Dataset
+from .errors import UsageError
+from .storage import try_lock
+
+
+def info(path: Path) -> dict[str, Any]:
+    """A description that prints as JSON.
+
+    Raises: UsageError when the folder is neither DATASET nor CACHE.
+    """
+    if (path / "cache.json").is_file():
+        return _cache_info(Cache(path))
+    if (path / "dataset.json").is_file():
+        dataset = Dataset(path)
+        splits = {
+            name: {"rows": split.rows, "shards": len(split.shards), "refused": split.refused}
+            for name, split in dataset.record.splits.items()
+        }
+        known = {"kind": "dataset", "path": str(path), "sha256": dataset.sha256, "splits": splits}
+        return known | {"classes": len(dataset.classes), "seed": dataset.record.seed, "bytes": dataset.bytes}
+    raise UsageError(f"{path}: expected a DATASET (dataset.json) or a CACHE (cache.json)")
+
+
+def _cache_info(cache: Cache) -> dict[str, Any]:
+    return {
+        "kind": "cache",
+        "path": str(cache.path),
+        "sha256": cache.sha256,
+        "identity": cache.identity.model_dump(mode="json", exclude={"classes"}),
+        "units": {str(unit): _unit_info(unit) for unit in cache.all_units()},
+        "locked": _held_locks(cache.path),
+    }
+
+
+def _unit_info(unit: Unit) -> dict[str, Any]:
+    shards = unit.committed()
+    known: dict[str, Any] = {"complete": unit.complete, "shards": len(shards), "of": unit.num_shards, "rows": unit.rows}
+    if not shards:
+        return known
+    times_s = sorted(unit.commit_file(shard).stat().st_mtime for shard in shards)
+    if len(shards) > 1 and not unit.complete:
+        known["eta_s"] = round((times_s[-1] - times_s[0]) / (len(shards) - 1) * (unit.num_shards - len(shards)))
+    commits = [unit.commit(shard) for shard in shards]
+    known["bytes"] = sum(file.bytes for commit in commits for file in commit.files.values())
+    known["relative_mse"] = max(commit.fidelity.relative_mse for commit in commits)
+    known["cosine"] = min(commit.fidelity.cosine for commit in commits)
+    known["precision_mse"] = max(commit.fidelity.precision_mse for commit in commits)
+    return known
+
+
+def _held_locks(cache: Path) -> list[str]:
+    """Shards that a living process holds, as split-shard."""
+    folder = cache.with_name(cache.name + ".run") / "locks"
+    held = []
+    for path in sorted(folder.glob("*-*")) if folder.is_dir() else []:
+        with try_lock(path) as free:
+            if not free:
+                held.append(path.name)
+    return held
+
+
+def describe(known: dict[str, Any]) -> str:
+    """The description as lines for a person."""
+    if known["kind"] == "dataset":
+        lines = [
+            f"DATASET {known['path']}: {known['classes']} classes, {known['bytes'] / 1e6:.1f} MB, seed {known['seed']}"
+        ]
+        for name, split in known["splits"].items():
+            lines.append(f"  {name:<8} {split['rows']} rows in {split['shards']} shards, {split['refused']} refused")
+        return "\n".join(lines)
+    identity = known["identity"]
+    teacher, grid = identity["teacher"], identity["grid"]
+    lines = [
+        f"CACHE {known['path']} ({known['sha256'][:12]})",
+        f"  teacher  {teacher['name']}, {teacher['activation']}, {teacher['height']}x{teacher['width']} px",
+        f"  features {grid[0]}x{grid[1]} tokens x {identity['channels']} channels, {identity['dtype']}"
+        + (", CLS" if identity["has_cls"] else ""),
+        f"  views    {identity['view_height']}x{identity['view_width']} px, {identity['crop']['kind']}, "
+        + identity["view_encoding"],
+    ]
+    for name, unit in known["units"].items():
+        state = "complete" if unit["complete"] else f"{unit['shards']} of {unit['of']} shards"
+        line = f"  {name:<10} {state}, {unit['rows']} rows"
+        if "cosine" in unit:
+            line += f", {unit['bytes'] / 1e6:.1f} MB, error {unit['relative_mse']:.1e}, cosine {unit['cosine']:.6f}"
+        lines.append(line + (f", about {unit['eta_s']} s left at the pace so far" if "eta_s" in unit else ""))
+    if known["locked"]:
+        lines.append(f"  at work  {', '.join(known['locked'])}")
+    return "\n".join(lines)

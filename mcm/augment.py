@@ -1,0 +1,116 @@
+"""Pictures for fine-tuning and probing: timm's transforms and mixup, each a pure function of a hashed seed.
+
+Letters: B batch, K classes, H W pixels.
+"""
+
+import random
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform
+from torch import Tensor
+from torch.nn import functional
+
+from cache_tools.dataset import CHUNK_ROWS
+from cache_tools.draws import hash_u64
+from cache_tools.errors import CorruptionError
+from cache_tools.images import RGB, PictureRefused, decode_rgb
+from mcm.config import Augment
+
+
+class InputSpec(Protocol):
+    """What a model wants its pictures to be: size (H, W), mean, std, interpolation, and the centre crop's share."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+    @property
+    def interpolation(self) -> str: ...
+    @property
+    def crop_pct(self) -> float: ...
+
+
+class SeededTransform:
+    """(seed, picture bytes) -> float32 [3, H, W], normalised: a timm transform that draws only what `seed` gives."""
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __call__(self, seed: int, data: bytes) -> Tensor:
+        """One decoded, transformed, normalised picture."""
+        # timm draws from three global generators; torch's also serves the training step, so it is put back.
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed % 2**63)
+            pixels: Tensor = self.transform(Image.fromarray(_decoded(data)))
+        return pixels
+
+
+def _decoded(data: bytes) -> RGB:
+    try:
+        return decode_rgb(data)
+    except PictureRefused as error:
+        raise CorruptionError(f"expected a picture that was good when it was sharded; found {error}") from error
+
+
+def train_transform(augment: Augment, spec: InputSpec) -> SeededTransform:
+    """Random resized crop, flip, RandAugment and erasing, as `augment` says."""
+    return SeededTransform(
+        create_transform(
+            (3, *spec.size),
+            is_training=True,
+            scale=(augment.scale_min, 1.0),
+            hflip=augment.flip,
+            color_jitter=None,
+            auto_augment=augment.recipe or None,
+            interpolation=spec.interpolation,
+            mean=spec.mean,
+            std=spec.std,
+            re_prob=augment.erasing,
+            re_mode="pixel",
+        )
+    )
+
+
+def eval_transform(spec: InputSpec) -> SeededTransform:
+    """Resize and centre crop; the seed changes nothing."""
+    return SeededTransform(
+        create_transform(
+            (3, *spec.size), interpolation=spec.interpolation, mean=spec.mean, std=spec.std, crop_pct=spec.crop_pct
+        )
+    )
+
+
+class Mixer:
+    """timm's Mixup and CutMix in groups of 16 rows, so that neither batch split nor world size changes a picture.
+
+    Groups are drawn by (seed, epoch, first row of the group); targets are smoothed as timm smooths them.
+    """
+
+    def __init__(self, augment: Augment, num_classes: int, seed: int) -> None:
+        self.seed, self.num_classes, self.smoothing = seed, num_classes, augment.smoothing
+        self.mixup = None
+        if augment.mixup or augment.cutmix:
+            self.mixup = Mixup(
+                augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=num_classes
+            )
+
+    def __call__(self, pictures_B3HW: Tensor, labels_B: Tensor, rows_B: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """Mixed pictures (in place) and soft targets [B, K]."""
+        if self.mixup is None:
+            one_hot_BK = functional.one_hot(labels_B.long(), self.num_classes).to(pictures_B3HW.dtype)
+            return pictures_B3HW, one_hot_BK * (1 - self.smoothing) + self.smoothing / self.num_classes
+        targets = []
+        first_rows = rows_B[::CHUNK_ROWS].cpu().numpy()
+        seeds = hash_u64(self.seed, "mixup", epoch, first_rows)
+        for start, seed in zip(range(0, len(rows_B), CHUNK_ROWS), seeds, strict=True):
+            np.random.seed(int(seed) % 2**32)
+            group = slice(start, start + CHUNK_ROWS)
+            targets.append(self.mixup(pictures_B3HW[group], labels_B[group])[1])
+        return pictures_B3HW, torch.cat(targets)

@@ -1,0 +1,215 @@
+"""Encoders to start from or to probe: a RUN, an exported folder, a timm model, or random weights of a config.
+
+Letters: B batch, N patches, D width, H W pixels.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+import timm
+from safetensors import SafetensorError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from timm.layers import Mlp
+from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from cache_tools.dataset import CHUNK_ROWS
+from cache_tools.errors import IdentityError, UsageError
+from cache_tools.records import Record, nearest, read_record
+from cache_tools.storage import file_sha256
+from mcm import checkpoint
+from mcm.config import PretrainConfig, SizedStudent
+from mcm.model import MaskedChannelModel, build_encoder, encode_tokens
+from mcm.run_folder import PretrainRun
+
+SHOWN_NAMES = 4  # tensors named in a message
+CROP_PCT = 1.0  # a student of ours is evaluated on the whole centre square, as the held-out views are cut
+ANY_VIT = "vit_base_patch16_224"  # the timm entry point whose arguments can say any plain ViT
+
+
+class FinetuneRun(Record):
+    """run.json of a fine-tuning run: what its weights depend on, and how its model is built again."""
+
+    kind: Literal["finetune"] = "finetune"
+    version: Literal[1] = 1
+    config: dict[str, Any]
+    dataset_sha256: str
+    classes: tuple[str, ...]
+    init: str
+    init_weights: str
+    architecture: str
+    model_args: dict[str, Any]
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A ViT and what its pictures must look like; `masked` is the whole model of a RUN that was trained with masks."""
+
+    model: VisionTransformer
+    source: str
+    weights: str  # which weights these are: a step, a sha256, "pretrained" or "random"
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    masked: MaskedChannelModel | None = None
+
+
+def load_encoder(
+    spec: str, weights: Path | None = None, student: SizedStudent | None = None, seed: int = 0, untrained: bool = False,
+    head: bool = False,
+) -> Backbone:  # fmt: skip
+    """The encoder that `spec` names: a RUN folder, an EXPORT folder, `timm:NAME` or `random`.
+
+    `untrained` gives a pre-training RUN's model as it began, `head` a fine-tuned RUN's with its classifier.
+    Raises: UsageError for a spec that names nothing; IdentityError when less than all of the encoder would be loaded.
+    """
+    if weights is not None and not spec.startswith("timm:"):
+        raise UsageError(f"--weights goes with timm:NAME; found {spec}; leave it out, {spec} brings its own weights")
+    if spec == "random":
+        return _from_config(student, seed)
+    if spec.startswith("timm:"):
+        return _from_timm(spec, weights)
+    folder = Path(spec)
+    if (folder / "run.json").is_file():
+        is_pretrain = json.loads((folder / "run.json").read_bytes()).get("kind") == "pretrain"
+        return _from_pretraining(folder, untrained) if is_pretrain else _from_finetuning(folder, head)
+    if (folder / "config.json").is_file():
+        return _from_export(folder)
+    raise UsageError(
+        f"{spec}: expected a RUN (run.json), an exported folder (config.json), timm:NAME or random; it is none of them"
+    )
+
+
+def patch_mean(model: VisionTransformer, pictures_B3HW: Tensor) -> Tensor:
+    """Features [B, D]: the mean of the patch tokens after the final norm (behind the pool in some timm models)."""
+    tokens_BND = encode_tokens(model, pictures_B3HW)[:, model.num_prefix_tokens :]
+    features_BD: Tensor = model.fc_norm(tokens_BND.mean(1))
+    return features_BD
+
+
+def load_whole(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load `state` into a headless model; classifier heads in it are left out.
+
+    Raises: IdentityError unless every tensor of the model is there in its shape and nothing is left over.
+    """
+    own = model.state_dict()
+    missing = sorted(name for name in own if name not in state or state[name].shape != own[name].shape)
+    unexpected = sorted(name for name in state if name not in own and not name.startswith("head"))
+    if missing or unexpected:
+        share = 100 * (1 - len(missing) / len(own))
+        raise IdentityError(
+            f"{where}: expected 100 % of the encoder's {len(own)} tensors; found {share:.1f} %, missing or of another "
+            f"shape: {_names(missing)}; unexpected: {_names(unexpected)}; give the weights of this architecture"
+        )
+    model.load_state_dict({name: state[name] for name in own})
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The tensors of a .safetensors or torch file; a pickle may hold nothing but weights.
+
+    Raises: UsageError when it is no such file.
+    """
+    try:
+        state: dict[str, Any] = load_state_dict(str(path), weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
+        raise UsageError(f"{path}: expected weights (safetensors, or torch's without code); {error}") from error
+    return state
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more if names else "none"
+
+
+def _from_config(student: SizedStudent | None, seed: int) -> Backbone:
+    if student is None:
+        raise UsageError("random: expected a [student] section with width, depth, heads, size and patch; it is missing")
+    size = (student.size, student.size)
+    model = build_encoder(size, student.patch, student, seed)
+    return Backbone(model, "random", "random", size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "bicubic", CROP_PCT)
+
+
+def _from_timm(spec: str, weights: Path | None) -> Backbone:
+    name = spec.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise UsageError(f"{spec}: timm knows no such model{nearest(name, timm.list_models())}")
+    if weights is not None and not weights.is_file():
+        raise UsageError(f"--weights {weights}: expected a file; there is none")
+    model = timm.create_model(name, pretrained=weights is None, num_classes=0)
+    if not isinstance(model, VisionTransformer):
+        raise UsageError(f"{spec}: expected a plain vision transformer of timm; found {type(model).__name__}")
+    if weights is not None:
+        load_whole(model, checkpoint_filter_fn(read_weights(weights), model), str(weights))
+    return _described(model, spec, "pretrained" if weights is None else f"sha256:{file_sha256(weights)}")
+
+
+def _from_pretraining(folder: Path, untrained: bool) -> Backbone:
+    run = read_record(PretrainRun, folder / "run.json")
+    # The identity has no engine fields; micro_batch alone has no default, and moves no weight.
+    payload = run.config | {"train": run.config["train"] | {"micro_batch": CHUNK_ROWS}}
+    config = PretrainConfig.model_validate_json(json.dumps(payload))
+    masked = MaskedChannelModel(config, run.grid, run.patch, run.channels)
+    weights = "untrained" if untrained else _load_newest(masked, folder)
+    model = masked.encoder
+    kept = masked if config.mask.mode != "none" else None
+    return Backbone(model, str(folder), weights, run.size, run.mean, run.std, run.interpolation, CROP_PCT, kept)
+
+
+def _from_finetuning(folder: Path, head: bool) -> Backbone:
+    run = read_record(FinetuneRun, folder / "run.json")
+    model = timm.create_model(run.architecture, pretrained=False, **run.model_args)
+    weights = _load_newest(model, folder)
+    if not head:
+        model.reset_classifier(0)
+    return Backbone(model, str(folder), weights, run.size, run.mean, run.std, run.interpolation, run.crop_pct)
+
+
+def _load_newest(model: nn.Module, folder: Path) -> str:
+    found = checkpoint.latest(folder, optimizer=False)
+    if found is None:
+        raise UsageError(f"{folder}: expected a checkpoint; it has none yet; let it train until it saves one")
+    load_whole(model, found.model, str(found.path))
+    return found.path.name
+
+
+def _from_export(folder: Path) -> Backbone:
+    path = folder / "model.safetensors"
+    model = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
+    load_whole(model, read_weights(path), str(path))
+    return _described(model, str(folder), f"sha256:{file_sha256(path)}")
+
+
+def _described(model: VisionTransformer, source: str, weights: str) -> Backbone:
+    data = resolve_model_data_config(model)
+    size = (int(data["input_size"][1]), int(data["input_size"][2]))
+    mean, std = tuple(data["mean"]), tuple(data["std"])
+    return Backbone(model, source, weights, size, mean, std, data["interpolation"], data["crop_pct"])
+
+
+def model_args(model: VisionTransformer) -> tuple[str, dict[str, Any]]:
+    """(architecture, arguments) with which `timm.create_model` builds this model again, its head included."""
+    architecture = getattr(model, "pretrained_cfg", {}).get("architecture", ANY_VIT)
+    mlp = model.blocks[0].mlp
+    args = {
+        "img_size": list(model.patch_embed.img_size),
+        "patch_size": list(model.patch_embed.patch_size),
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": model.blocks[0].attn.num_heads,
+        "class_token": model.has_class_token,
+        "global_pool": model.global_pool,
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "num_classes": model.num_classes,
+    }
+    return architecture, args | ({"mlp_ratio": mlp.fc1.out_features / model.embed_dim} if type(mlp) is Mlp else {})

@@ -1,0 +1,165 @@
+"""Checkpoints: full state by name in safetensors, hashed, written beside, renamed, and only then rotated. No pickle."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from cache_tools.errors import CorruptionError, IdentityError
+from cache_tools.records import Record, encode_record, read_record, sha256_hex
+from cache_tools.storage import AtomicFile, publish_folder, read_at, remove, remove_tree, temp_folder, write_atomic
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"step_(\d{9})")
+Tensors = dict[str, Tensor]
+
+
+class FileDigest(Record):
+    """What a file of a checkpoint must be."""
+
+    bytes: int
+    sha256: str
+
+
+class State(Record):
+    """state.json: vouches for the tensor files; `meta` is the run's own, free of ranks and worlds."""
+
+    version: int
+    step: int
+    files: dict[str, FileDigest]
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory; `optimizer` is empty where it was not asked for."""
+
+    path: Path
+    step: int
+    model: Tensors
+    optimizer: Tensors
+    meta: dict[str, Any]
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """The optimizer's state as `parameter name/slot`; names are those of the unwrapped model."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{slot}"] = value
+    return tensors
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's tensors into the unwrapped model and its optimizer, on the devices of the parameters.
+
+    Raises: IdentityError when the names differ from the model's.
+    """
+    parameters = dict(model.named_parameters())
+    slots = {name.rpartition("/")[0] for name in checkpoint.optimizer}
+    odd = sorted(model.state_dict().keys() ^ checkpoint.model.keys()) + sorted(slots - parameters.keys())
+    if odd:
+        raise IdentityError(f"{checkpoint.path}: expected the tensors of this model; {odd[0]} differs; use another RUN")
+    model.load_state_dict(checkpoint.model)
+    optimizer.state.clear()
+    for name, value in checkpoint.optimizer.items():
+        parameter, _, slot = name.rpartition("/")
+        device = torch.device("cpu") if slot == "step" else parameters[parameter].device  # Adam keeps step on the host
+        optimizer.state[parameters[parameter]][slot] = value.to(device)
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return run_dir / "checkpoints" / f"step_{step:09d}"
+
+
+def save(run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dict[str, Any]) -> Path:
+    """Write RUN/checkpoints/step_000001234/{model,optimizer}.safetensors and state.json, and rename them into place.
+
+    Whenever the process dies, the folder is there whole or not at all.
+    """
+    final = folder(run_dir, step)
+    temp = temp_folder(final)
+    files = {}
+    for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
+        with AtomicFile(temp / name) as file:
+            file.write(safetensors_bytes({key: value.detach().cpu().contiguous() for key, value in tensors.items()}))
+        files[name] = FileDigest(bytes=file.bytes, sha256=file.sha256)
+    write_atomic(temp / "state.json", encode_record(State(version=FORMAT_VERSION, step=step, files=files, meta=meta)))
+    remove_tree(final)  # only a damaged one can be in the way: a sound one would have been resumed from
+    publish_folder(temp, final)
+    return final
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """Folders of checkpoints, oldest first; one without state.json is a leftover of rotation."""
+    found = (path for path in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(path.name))
+    return sorted(path for path in found if (path / "state.json").is_file())
+
+
+def rotate(run_dir: Path, step: int, keep_last: int) -> None:
+    """After `save` of `step`: keep it and the newest before it, `keep_last` in all; later ones were damaged."""
+    keep = [path for path in complete(run_dir) if path <= folder(run_dir, step)][-keep_last:]
+    _remove(path for path in (run_dir / "checkpoints").iterdir() if path not in keep)
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Remove what killed processes left behind: folders that were never, or are no longer, whole."""
+    whole = complete(run_dir)
+    _remove(path for path in (run_dir / "checkpoints").glob("*") if path not in whole)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        remove(path / "state.json")  # first, so that half a folder is never taken for a checkpoint
+        remove_tree(path)
+
+
+def load(path: Path, optimizer: bool = True) -> Checkpoint:
+    """A checkpoint, every byte that is read checked against state.json.
+
+    Raises: CorruptionError naming the file that is damaged.
+    """
+    state = read_record(State, path / "state.json")
+    if state.version != FORMAT_VERSION:
+        raise IdentityError(
+            f"{path}: expected checkpoint format {FORMAT_VERSION}; found {state.version}; use its software"
+        )
+    if folder(path.parent.parent, state.step).name != path.name:
+        raise CorruptionError(f"{path}/state.json: expected the step of its folder; found {state.step}; restore it")
+    names = ["model.safetensors", "optimizer.safetensors"][: 1 + optimizer]
+    tensors = [_read_tensors(path / name, state.files[name]) for name in names]
+    return Checkpoint(path, state.step, tensors[0], tensors[1] if optimizer else {}, state.meta)
+
+
+def _read_tensors(path: Path, digest: FileDigest) -> Tensors:
+    size = path.stat().st_size if path.is_file() else 0
+    data = read_at(path, 0, digest.bytes) if size == digest.bytes else b""
+    if sha256_hex(data) != digest.sha256:
+        raise CorruptionError(
+            f"{path}: expected {digest.bytes} bytes of sha256 {digest.sha256[:12]}; found {size} others"
+        )
+    return parse_safetensors(data)
+
+
+def latest(run_dir: Path, optimizer: bool = True) -> Checkpoint | None:
+    """The newest checkpoint that verifies, None when there is none; a damaged one is named and the one before is used.
+
+    Raises: CorruptionError when there are some and all are damaged.
+    """
+    problem = None
+    for path in reversed(complete(run_dir)):
+        try:
+            return load(path, optimizer)
+        except CorruptionError as error:
+            problem = error
+            print(f"warning: {error}; trying the checkpoint before", flush=True)
+    if problem is not None:
+        raise CorruptionError(f"{problem}; no other checkpoint is whole; restore it or remove {run_dir}/checkpoints")
+    return None

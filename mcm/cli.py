@@ -1,0 +1,151 @@
+"""`mcm-train`: stage two, a cache in and weights out. Only what a command needs is imported, when it runs."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_tools.console import guarded, print_json
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG|NAME", help="A TOML file, or a shipped one: pretrain/demo.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")]
+Out = Annotated[Path, typer.Option(metavar="RUN", help="The run's folder; the same command again resumes it.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove what is in RUN first.")]
+Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Weights for timm:NAME; without it the hub's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
+
+
+@app.callback()
+def mcm_train() -> None:
+    """Masked channel modelling, stage two: pretrain on a cache, fine-tune, probe, export, report."""
+
+
+@app.command()
+@guarded
+def pretrain(
+    config: Config,
+    cache: Annotated[Path, typer.Option(metavar="CACHE", help="Made by `mcm-cache extract`.")],
+    out: Out,
+    data: Annotated[Path | None, typer.Option(metavar="DATASET", help="Pictures for k-NN while training.")] = None,
+    set_: Set = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a student on the complete units of a cache. Under `accelerate launch --no_python` on many GPUs."""
+    from cache_tools.cache import Cache
+    from cache_tools.records import config_file, load_toml
+    from mcm.config import PretrainConfig
+    from mcm.pretrain import pretrain as run
+
+    settings = load_toml(PretrainConfig, config_file(config), set_ or ())
+    Cache(cache)  # a mistyped CACHE must not cost the run that --overwrite removes
+    _clear(out, overwrite)
+    run(settings, cache, out, data)
+
+
+@app.command()
+@guarded
+def finetune(
+    config: Config,
+    data: Annotated[Path, typer.Option(metavar="DATASET", help="Made by `mcm-cache shard`.")],
+    init: Annotated[str, typer.Option(metavar="RUN|EXPORT|timm:NAME|random", help="Weights to start from.")],
+    out: Out,
+    weights: Weights = None,
+    set_: Set = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a classifier on top of an encoder, all layers."""
+    from cache_tools.dataset import Dataset
+    from cache_tools.records import config_file, load_toml
+    from mcm.config import FinetuneConfig
+    from mcm.finetune import finetune as run
+
+    settings = load_toml(FinetuneConfig, config_file(config), set_ or ())
+    Dataset(data)
+    _clear(out, overwrite)
+    run(settings, data, init, weights, out)
+
+
+@app.command()
+@guarded
+def probe(
+    subject: Annotated[str, typer.Argument(metavar="RUN|EXPORT|timm:NAME|CACHE")],
+    data: Annotated[Path | None, typer.Option(metavar="DATASET", help="Labelled pictures; not for a CACHE.")] = None,
+    method: Annotated[list[str] | None, typer.Option(metavar="knn|linear", help="Both by default.")] = None,
+    input_: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="full|folded|masked:K", help="full is always printed; may be repeated."),
+    ] = None,
+    weights: Weights = None,
+    untrained: Annotated[bool, typer.Option("--untrained", help="RUN's model with the weights it began with.")] = False,
+    seed: Seed = 0,
+    workers: Workers = 4,
+    json: Json = False,
+) -> None:
+    """Measure frozen features by k-NN and by a linear classifier (LBFGS)."""
+    from mcm.probe import probe as run
+
+    results = run(subject, data, method or (), input_ or (), weights, untrained, seed, workers, quiet=json)
+    if json:
+        return print_json([result.model_dump(mode="json") for result in results])
+    for result in results:
+        scale = "" if result.fold_scale is None else f" (s = {result.fold_scale:.3g})"
+        knn = "" if result.knn is None else f"  k-NN {100 * result.knn:.1f} %"
+        linear = "" if result.linear is None else f"  linear (LBFGS) {100 * result.linear:.1f} %"
+        print(f"{result.subject} {result.weights}: {result.input}{scale}:{knn}{linear}")
+
+
+@app.command()
+@guarded
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN")],
+    out: Annotated[Path, typer.Argument(metavar="OUT")],
+    folded: Annotated[float | None, typer.Option(metavar="S", help="Fold x~ = e + S (x - e) into the weights.")] = None,
+    json: Json = False,
+) -> None:
+    """Write RUN's encoder as a folder that timm loads: timm.create_model("local-dir:OUT", pretrained=True)."""
+    from mcm.export import export as write
+
+    config = write(run, out, folded)
+    if json:
+        return print_json(config)
+    print(f'{out}: {config["mcm"]["weights"]}; timm.create_model("local-dir:{out}", pretrained=True)')
+
+
+@app.command()
+@guarded
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN|CACHE...")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The HTML file.")] = Path("report.html"),
+    note: Annotated[str, typer.Option(metavar="TEXT", help="Shown above the table.")] = "",
+    json: Json = False,
+) -> None:
+    """One static HTML file on all of RUNs, and their table on stdout; a CACHE adds its teacher."""
+    from mcm.report import report as write
+
+    table = write(runs, out, note)
+    if json:
+        return print_json(table.rows())
+    print(table.text())
+    print(f"report: {out}")
+
+
+def _clear(out: Path, overwrite: bool) -> None:
+    """Remove the run in `out` if the user said so, and nothing that is not a run."""
+    from cache_tools.errors import UsageError
+    from cache_tools.storage import remove_tree
+
+    if overwrite and out.exists():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(f"--overwrite: expected one process, found several; remove {out} before launching them")
+        if not (out / "run.json").is_file():
+            raise UsageError(f"--overwrite: expected a RUN (run.json) in {out}; found none; remove it yourself")
+        remove_tree(out)
+
+
+if __name__ == "__main__":
+    app()

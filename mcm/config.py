@@ -1,0 +1,175 @@
+"""What a run is: one strict record a TOML file, its sections named as the user types them."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from cache_tools.records import Record
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+BATCH_MULTIPLE = 16  # rows of a cache chunk: a training batch is made of whole chunks
+
+
+class Student(Record):
+    """The encoder, a plain ViT; the picture size, patch size and token grid come from the cache."""
+
+    width: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    mlp_ratio: PositiveFloat = 4.0
+    drop_path: BelowOne = 0.0
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"student.heads = {self.heads} must divide student.width = {self.width}")
+        if self.width % 4:
+            raise ValueError(f"student.width = {self.width} must be a multiple of 4 for the 2-D sin-cos positions")
+        return self
+
+
+class SizedStudent(Student):
+    """An encoder for `--init random`, where nothing else gives the picture's size and the patch (pixels)."""
+
+    size: PositiveInt
+    patch: PositiveInt
+
+    @model_validator(mode="after")
+    def _tiles(self) -> Self:
+        if self.size % self.patch:
+            raise ValueError(f"student.patch = {self.patch} must divide student.size = {self.size}")
+        return self
+
+
+class Decoder(Record):
+    """Blocks between the second fill and the linear layer; 0 is the linear layer alone."""
+
+    depth: NonNegativeInt = 2
+
+
+class Mask(Record):
+    """What is hidden: `ratio` of the channels of every patch, or of the patches; `pool` masks are made an epoch."""
+
+    mode: Literal["channel", "dropout", "patch", "none"] = "channel"
+    ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
+    second_fill: bool = True
+    pool: PositiveInt = 4096
+
+
+class Target(Record):
+    """Teacher features after decoding: how they are normalised, and which side carries the linear layer."""
+
+    projection: Literal["prediction", "orthogonal"] = "prediction"
+    norm: Literal["layer_norm", "channel", "none"] = "layer_norm"
+
+
+class Optim(Record):
+    """AdamW; `lr` is the peak learning rate, `blr` the same for a global batch of 256; clip_norm 0 is off."""
+
+    lr: PositiveFloat | None = None
+    blr: PositiveFloat | None = None
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.95
+    weight_decay: NonNegativeFloat = 0.05
+    clip_norm: NonNegativeFloat = 3.0
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Self:
+        if (self.lr is None) == (self.blr is None):
+            raise ValueError(f"give exactly one of optim.lr and optim.blr; found lr = {self.lr}, blr = {self.blr}")
+        return self
+
+
+class FinetuneOptim(Optim):
+    """AdamW with the learning rate of block i scaled by layer_decay ** (blocks above it); 1 is off."""
+
+    beta2: BelowOne = 0.999
+    clip_norm: NonNegativeFloat = 0.0
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+
+
+class Schedule(Record):
+    """Linear warm-up from zero, then a cosine down to min_lr at the last step."""
+
+    epochs: PositiveInt
+    warmup_epochs: NonNegativeInt = 0
+    min_lr: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _warms_up_first(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"schedule.warmup_epochs = {self.warmup_epochs} must be below epochs = {self.epochs}")
+        return self
+
+
+class Train(Record):
+    """The engine. micro_batch: rows a device takes at once, at most; checkpoint_steps 0: at the ends of epochs."""
+
+    seed: NonNegativeInt = 0
+    global_batch: PositiveInt
+    micro_batch: PositiveInt
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = False
+    workers: NonNegativeInt = 4
+    log_steps: PositiveInt = 50
+    checkpoint_steps: NonNegativeInt = 1000
+    keep_last: PositiveInt = 3
+    eval_epochs: NonNegativeInt = 1
+    knn_epochs: NonNegativeInt = 0
+
+
+class PretrainConfig(Record):
+    """One pre-training run."""
+
+    student: Student
+    decoder: Decoder = Decoder()
+    mask: Mask = Mask()
+    target: Target = Target()
+    optim: Optim
+    schedule: Schedule
+    train: Train
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name, rows in (("global_batch", self.train.global_batch), ("micro_batch", self.train.micro_batch)):
+            if rows % BATCH_MULTIPLE:
+                raise ValueError(f"train.{name} = {rows} must be a multiple of {BATCH_MULTIPLE}, the rows of a chunk")
+        hidden, width = round(self.mask.ratio * self.student.width), self.student.width
+        if self.mask.mode in ("channel", "dropout") and not 0 < hidden < width:
+            raise ValueError(f"mask.ratio = {self.mask.ratio} hides {hidden} of student.width = {width} channels")
+        return self
+
+
+class Augment(Record):
+    """timm's training transform: RandAugment string, mixup and cutmix alphas, smoothing, erasing, least crop area."""
+
+    recipe: str = ""
+    mixup: NonNegativeFloat = 0.0
+    cutmix: NonNegativeFloat = 0.0
+    smoothing: BelowOne = 0.0
+    erasing: Fraction = 0.0
+    scale_min: Annotated[float, Field(gt=0.0, le=1.0)] = 0.08
+    flip: Fraction = 0.5
+
+
+class Data(Record):
+    """Which rows of the DATASET; shots: labels a class, 0 for all."""
+
+    shots: NonNegativeInt = 0
+    train_split: str = "train"
+    val_split: str = "val"
+
+
+class FinetuneConfig(Record):
+    """One fine-tuning run; `student` is for `--init random` only, any other init brings its architecture."""
+
+    pool: Literal["avg", "token"] = "avg"
+    drop_path: BelowOne = 0.0
+    student: SizedStudent | None = None
+    augment: Augment = Augment()
+    data: Data = Data()
+    optim: FinetuneOptim
+    schedule: Schedule
+    train: Train

@@ -1,0 +1,169 @@
+"""Fine-tuning: an encoder with a new linear head, all layers trained, on the same loop as pre-training.
+
+Letters: B batch, K classes, H W pixels.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cache_tools.dataset import Dataset
+from cache_tools.draws import permutation
+from cache_tools.errors import UsageError
+from mcm.augment import Mixer, eval_transform, train_transform
+from mcm.backbones import Backbone, FinetuneRun, load_encoder, model_args
+from mcm.config import FinetuneConfig
+from mcm.loop import Job, make_accelerator, to_device, train
+from mcm.optim import build_adamw
+from mcm.order import EvalOrder, Order
+from mcm.run_folder import claim, describe_run, identity_config, recorded_exit
+from mcm.stream import Batch, DatasetSource, Stream, batches
+
+HEAD_STD = 2e-5  # as MAE: the first predictions are uniform
+
+
+def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None, out: Path) -> float:
+    """Train, or resume, the run in `out`; returns the top-1 accuracy on the val split.
+
+    Raises: UsageError or IdentityError before the first step; what `loop.train` raises.
+    """
+    seed = config.train.seed
+    dataset = Dataset(data)
+    rows = training_rows(dataset, config.data.train_split, config.data.shots, seed)
+    training_rows(dataset, config.data.val_split, 0, seed)  # every picture that is evaluated has a label, too
+    accelerator = make_accelerator(config.train.precision)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    order = Order(len(rows), 1, config.train.global_batch, config.train.micro_batch, world, rank, seed)
+    backbone = load_encoder(init, weights, config.student, seed)
+    model = make_classifier(backbone.model, len(dataset.classes), config.pool, config.drop_path, seed)
+    claim(out, describe(config, dataset, init, backbone))
+    mixer = Mixer(config.augment, len(dataset.classes), seed)
+    source = DatasetSource(dataset, config.data.train_split, train_transform(config.augment, backbone), seed, rows)
+    held = DatasetSource(dataset, config.data.val_split, eval_transform(backbone), seed)
+    held_order = EvalOrder(len(held.rows), 1, order.batch, world, rank)
+
+    def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
+        pictures_B3HW, targets_BK = mixer(batch["pictures"], batch["labels"], batch["rows"], batch["epoch"])
+        return functional.cross_entropy(wrapped(pictures_B3HW).float(), targets_BK)
+
+    def evaluate(epochs_done: int) -> dict[str, float]:
+        every, last = config.train.eval_epochs, config.schedule.epochs
+        if epochs_done != last and (not every or epochs_done % every):
+            return {}
+        return accuracy(model, held, held_order, config.train.workers, accelerator)
+
+    with recorded_exit(out, accelerator.is_main_process):
+        if accelerator.is_main_process:
+            describe_run(out, config, dataset=str(data), init=init, processes=world, rows=len(rows))
+        train(
+            Job(
+                run_dir=out,
+                model=model,
+                optimizer=build_adamw(model, config.optim),
+                stream=Stream(order, source),
+                loss=loss,
+                evaluate=evaluate,
+                optim=config.optim,
+                schedule=config.schedule,
+                settings=config.train,
+            ),
+            accelerator,
+        )
+    top1 = last_eval(out)["top1"]
+    if accelerator.is_main_process:
+        print(f"{out}: top-1 {100 * top1:.2f} % on {len(held.rows)} pictures of {config.data.val_split!r}", flush=True)
+    return top1
+
+
+def describe(config: FinetuneConfig, dataset: Dataset, init: str, backbone: Backbone) -> FinetuneRun:
+    """The run's identity; the backbone's model has its new head already."""
+    architecture, arguments = model_args(backbone.model)
+    return FinetuneRun(
+        config=identity_config(config),
+        dataset_sha256=dataset.sha256,
+        classes=dataset.classes,
+        init=init,
+        init_weights=backbone.weights,
+        architecture=architecture,
+        model_args=arguments,
+        size=backbone.size,
+        mean=backbone.mean,
+        std=backbone.std,
+        interpolation=backbone.interpolation,
+        crop_pct=backbone.crop_pct,
+    )
+
+
+def training_rows(dataset: Dataset, split: str, shots: int, seed: int) -> npt.NDArray[np.int64]:
+    """All rows of a split, or `shots` of each class, drawn by the seed.
+
+    Raises: UsageError where a picture has no label, or a class fewer pictures than shots.
+    """
+    labels = dataset.labels(split)
+    if (labels < 0).any() or not len(labels):
+        raise UsageError(
+            f"{dataset.path}: expected a label for every picture of {split!r}; row {labels.argmin()} has none"
+        )
+    if not shots:
+        return np.arange(len(labels))
+    order = permutation(len(labels), seed, "shots")
+    rows = [order[labels[order] == label][:shots] for label in range(len(dataset.classes))]
+    for name, chosen in zip(dataset.classes, rows, strict=True):
+        if len(chosen) < shots:
+            raise UsageError(
+                f"data.shots: expected {shots} labels a class in {split!r}; class {name!r} has {len(chosen)}"
+            )
+    return np.sort(np.concatenate(rows))
+
+
+def make_classifier(
+    model: VisionTransformer, num_classes: int, pool: str, drop_path: float, seed: int
+) -> VisionTransformer:
+    """The encoder with a new linear head; with pool "avg" its final norm moves behind the pool, weights kept."""
+    model.reset_classifier(num_classes, pool)
+    norm = model.norm if isinstance(model.fc_norm, nn.Identity) else model.fc_norm
+    model.norm, model.fc_norm = (nn.Identity(), norm) if pool == "avg" else (norm, nn.Identity())
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)
+    nn.init.zeros_(model.head.bias)
+    for block, rate in zip(model.blocks, torch.linspace(0, drop_path, len(model.blocks)).tolist(), strict=True):
+        block.drop_path1, block.drop_path2 = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
+    return model.requires_grad_(True)
+
+
+@torch.inference_mode()
+def accuracy(
+    model: nn.Module, source: DatasetSource, order: EvalOrder, workers: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Top-1, top-5 (fractions) and cross-entropy over all processes; padded rows count nothing."""
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    with batches(Stream(order, source), 0, len(order), workers) as items:
+        for batch in items:
+            batch = to_device(batch, accelerator.device)
+            with accelerator.autocast():
+                logits_BK = model(batch["pictures"]).float()
+            labels_B, weight_B = batch["labels"], batch["weight"].double()
+            ranked_BK = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels_B[:, None]
+            losses_B = functional.cross_entropy(logits_BK, labels_B, reduction="none")
+            terms = (ranked_BK[:, 0], ranked_BK.any(1), losses_B, torch.ones_like(losses_B))
+            sums += torch.stack([(term.double() * weight_B).sum() for term in terms])
+    top1, top5, loss, count = accelerator.reduce(sums, "sum").tolist()
+    return {"top1": top1 / count, "top5": top5 / count, "loss": loss / count}
+
+
+def last_eval(run: Path) -> dict[str, float]:
+    """The newest evaluation in RUN/metrics.jsonl; empty when there is none."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    evaluations: list[dict[str, float]] = [entry["eval"] for entry in entries if "eval" in entry]
+    return evaluations[-1] if evaluations else {}

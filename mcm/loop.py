@@ -1,0 +1,258 @@
+"""One loop for pre-training and fine-tuning: accumulate, clip, step, log, evaluate, save, stop; resumes to the bit."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from cache_tools.console import StopFlag, progress
+from cache_tools.draws import hash_u64
+from cache_tools.errors import Interrupted, McmError, UsageError
+from mcm import checkpoint
+from mcm.config import Optim, Schedule, Train
+from mcm.order import Order
+from mcm.run_folder import Log
+from mcm.schedule import learning_rate, peak_lr
+from mcm.stream import Batch, Stream, batches
+
+GO, STOP, ERROR = 0, 1, 2  # what the processes agree on before each step
+SHOWN_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run trains. The model is not wrapped; `stream.order` is an `Order` for this process.
+
+    `loss(model, batch)` gets the wrapped model and a batch on the device and returns the float32 mean over its rows;
+    `evaluate(epochs_done)` runs on every process at the ends of epochs and returns numbers for the log, or none.
+    """
+
+    run_dir: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    stream: Stream
+    loss: Callable[[nn.Module, Batch], Tensor]
+    evaluate: Callable[[int], dict[str, float]]
+    optim: Optim
+    schedule: Schedule
+    settings: Train
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """Accelerate's engine, on the CPU where there is no GPU.
+
+    Raises: UsageError for a launcher's mode that this software does not serve.
+    """
+    cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=cpu)
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UsageError(f"accelerate launch: expected one process or DDP; found {accelerator.distributed_type}")
+    return accelerator
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def train(job: Job, accelerator: Accelerator) -> None:
+    """Train from the newest checkpoint, or from the start, to the last step.
+
+    Raises: Interrupted once it has saved when asked to stop; McmError on a loss that is not finite; errors of the data.
+    """
+    _Loop(job, accelerator).run()
+
+
+class _Loop:
+    def __init__(self, job: Job, accelerator: Accelerator) -> None:
+        assert isinstance(job.stream.order, Order)
+        self.job, self.accelerator, self.order = job, accelerator, job.stream.order
+        self.main = accelerator.is_main_process
+        self.total_steps = job.schedule.epochs * self.order.steps_per_epoch
+        self.warmup_steps = job.schedule.warmup_epochs * self.order.steps_per_epoch
+        self.peak_lr = peak_lr(job.optim, self.order.global_batch)
+        if job.settings.compile:
+            job.model.compile()  # in place: names of the state stay
+        self.model, self.optimizer = accelerator.prepare(job.model, job.optimizer)
+        self.model.train()
+        # What the processes agree on at each step must not wait for the GPU: it goes through the hosts.
+        self.hosts: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.pending: list[Tensor] = []  # (loss, gradient norm) of steps that are still on the device
+        self.window: list[float] = []  # losses since the last line of the log
+        self.grad_norm = self.waited_s = 0.0
+        self.logged_at = time.perf_counter()
+        self.logged_step, self.note = 0, ""
+
+    def run(self) -> None:
+        """All steps that are left."""
+        settings, order = self.job.settings, self.order
+        found = self._newest()
+        step, evaluated = (found.step, bool(found.meta["evaluated"])) if found else (-1, False)
+        with StopFlag() as stop, closing(Log(self.job.run_dir, step, evaluated, self.main)) as self.log:
+            if found:
+                self._restore(found)
+            elif self.total_steps == 0:
+                self._evaluate(0)
+                self._save(0, evaluated=True)
+            step = max(step, 0)
+            left = range(step * order.accumulation, self.total_steps * order.accumulation)
+            pin = self.accelerator.device.type == "cuda"
+            label = f"training {self.job.run_dir}"
+            with (
+                progress(self.total_steps, label, "steps", done=step, quiet=not self.main) as bar,
+                batches(self.job.stream, left.start, left.stop, settings.workers if left else 0, pin) as items,
+            ):
+                while step < self.total_steps:
+                    stopping = self._step(step, items, stop)
+                    step += 1
+                    if step % settings.log_steps == 0 or step == self.total_steps:
+                        self._log(step)
+                    bar.update(1, self.note)
+                    self._end_of_step(step, stopping and step < self.total_steps)
+
+    def _end_of_step(self, step: int, stopping: bool) -> None:
+        """Evaluate at the end of an epoch, save where it is time to, and stop if asked to."""
+        epoch_ends = step % self.order.steps_per_epoch == 0
+        every = self.job.settings.checkpoint_steps
+        if epoch_ends and not stopping:
+            self._evaluate(step)
+        if stopping or step == self.total_steps or (step % every == 0 if every else epoch_ends):
+            self._save(step, evaluated=epoch_ends and not stopping)
+        if stopping:
+            raise Interrupted(f"stopped after step {step} of {self.total_steps}, saved; the same command resumes")
+
+    def _newest(self) -> checkpoint.Checkpoint | None:
+        """The newest sound checkpoint, the same one for every process."""
+        run_dir = self.job.run_dir
+        found = checkpoint.latest(run_dir)
+        step = found.step if found else -1
+        if self._agree(step) != step or self._agree(-step) != -step:
+            raise UsageError(f"{run_dir}: expected one RUN folder for all processes; their checkpoints differ")
+        if self.main:
+            checkpoint.clear_leftovers(run_dir)
+        return found
+
+    def _restore(self, found: checkpoint.Checkpoint) -> None:
+        checkpoint.restore(found, self.job.model, self.optimizer.optimizer)
+        self.window, self.logged_step = list(found.meta["window"]), found.step
+        if self.main:
+            print(f"{self.job.run_dir}: resumes after step {found.step} of {self.total_steps}", flush=True)
+        if found.step % self.order.steps_per_epoch == 0 and not found.meta["evaluated"]:
+            self._evaluate(found.step)
+
+    def _step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> bool:
+        """One optimizer step; returns whether the processes agreed to stop after it."""
+        job, micro_steps, verdict = self.job, self.order.accumulation, GO
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(step) * group["lr_scale"]
+        # Dropout and drop-path draw from here: a pure function of the step, so that no generator is saved.
+        torch.manual_seed(int(hash_u64(job.settings.seed, "step", step, self.order.rank)) >> 1)
+        total = torch.zeros((), device=self.accelerator.device)
+        for micro in range(micro_steps):
+            is_last = micro == micro_steps - 1
+            batch = self._next(items)
+            verdict = self._agree(STOP if stop.requested else GO) if is_last else GO
+            if verdict == ERROR:
+                raise McmError("another process of this run has stopped with an error; see its line and exit.json")
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                loss = job.loss(self.model, to_device(batch, self.accelerator.device)) / micro_steps
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), job.optim.clip_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.pending.append(torch.stack([total, norm.to(total)]))
+        return verdict == STOP
+
+    def _lr(self, step: int) -> float:
+        return learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.job.schedule.min_lr)
+
+    def _next(self, items: Iterator[Batch]) -> Batch:
+        """The next batch; the others learn of an error before they wait for this process in the gradients' sum."""
+        start = time.perf_counter()
+        try:
+            return next(items)
+        except (McmError, OSError):
+            self._agree(ERROR)
+            raise
+        finally:
+            self.waited_s += time.perf_counter() - start
+
+    def _agree(self, value: int) -> int:
+        """The largest `value` of all processes."""
+        if self.hosts is None:
+            return value
+        shared = torch.tensor(value)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=self.hosts)
+        return int(shared)
+
+    def _drain(self, step: int) -> None:
+        """Bring the losses of the steps up to `step` to the host, averaged over the processes.
+
+        Raises: McmError naming step and rows when one is not finite; nothing was saved since.
+        """
+        if not self.pending:
+            return
+        values = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist()
+        first, self.pending = step - len(values), []
+        for position, (loss, norm) in enumerate(values):
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise self._poisoned(first + position, loss, norm)
+        self.window += [loss for loss, _ in values]
+        self.grad_norm = values[-1][1]
+
+    def _poisoned(self, step: int, loss: float, norm: float) -> McmError:
+        rows = self.job.stream.source.rows_of(self.order.step_chunks(step)[1])
+        shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + (" ..." if len(rows) > SHOWN_ROWS else "")
+        good = checkpoint.complete(self.job.run_dir)[-1:]
+        return McmError(
+            f"step {step + 1}: expected a finite loss and gradient norm; found {loss} and {norm} on rows {shown};"
+            f" last checkpoint: {good[0] if good else 'none'}; lower optim.lr, or check the rows"
+        )
+
+    def _log(self, step: int) -> None:
+        """A line of metrics.jsonl: the mean loss since the last one, and how fast it went."""
+        self._drain(step)
+        now, steps = time.perf_counter(), max(1, step - self.logged_step)
+        elapsed_s = now - self.logged_at
+        loss = math.fsum(self.window) / len(self.window)
+        self.note = f"loss {loss:.4f}"
+        self._write(step, {
+            "loss": loss,
+            "lr": self._lr(step - 1),
+            "grad_norm": self.grad_norm,
+            "images_per_s": steps * self.order.global_batch / elapsed_s,
+            "wait_share": self.waited_s / elapsed_s,
+        })  # fmt: skip
+        self.logged_at, self.logged_step, self.waited_s, self.window = now, step, 0.0, []
+
+    def _evaluate(self, step: int) -> None:
+        self._drain(step)
+        start = time.perf_counter()
+        self.model.eval()
+        metrics = self.job.evaluate(step // self.order.steps_per_epoch)
+        self.model.train()
+        self.logged_at += time.perf_counter() - start  # images_per_s is the speed of training
+        if metrics:
+            self._write(step, {"eval": metrics})
+
+    def _write(self, step: int, fields: dict[str, Any]) -> None:
+        self.log.write(step, step / self.order.steps_per_epoch, fields)
+
+    def _save(self, step: int, evaluated: bool) -> None:
+        """A checkpoint by the main process; the others wait, as a launcher ends them all when one is gone."""
+        self._drain(step)
+        if self.main:
+            meta = {"window": self.window, "evaluated": evaluated}
+            optimizer = checkpoint.optimizer_tensors(self.job.model, self.optimizer.optimizer)
+            checkpoint.save(self.job.run_dir, step, self.job.model.state_dict(), optimizer, meta)
+            checkpoint.rotate(self.job.run_dir, step, self.job.settings.keep_last)
+        self.accelerator.wait_for_everyone()

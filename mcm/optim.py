@@ -1,0 +1,49 @@
+"""AdamW with weight decay and learning-rate scale decided by the parameter's name."""
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from mcm.config import FinetuneOptim, Optim
+
+NOT_DECAYED = ("cls_token", "reg_token", "pos_embed", "encoder_fill", "decoder_fill")
+STEM = ("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre")
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Tell whether weight decay applies: to matrices and kernels, never to fills, positions, CLS, norms and biases."""
+    return parameter.ndim >= 2 and name.rpartition(".")[2] not in NOT_DECAYED
+
+
+def layer_of(name: str, num_blocks: int) -> int:
+    """Return how deep a timm ViT's parameter lies: 0 the stem, i + 1 block i, num_blocks + 1 last norm and head."""
+    if block := re.match(r"blocks\.(\d+)\.", name):
+        return int(block.group(1)) + 1
+    return 0 if name.startswith(STEM) else num_blocks + 1
+
+
+def param_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict[str, Any]]:
+    """Return AdamW's groups of the trainable parameters: params (name, parameter), weight_decay, lr_scale.
+
+    The loop sets each group's lr to learning_rate(step) * lr_scale. `layer_decay` needs a model that is a timm ViT.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    top = 1 + max((int(name.split(".")[1]) + 1 for name, _ in named if name.startswith("blocks.")), default=0)
+    groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    for name, parameter in named:
+        scale = 1.0 if layer_decay is None else layer_decay ** (top - layer_of(name, top - 1))
+        groups[scale, weight_decay if decays(name, parameter) else 0.0].append((name, parameter))
+    return [{"params": params, "weight_decay": wd, "lr_scale": scale} for (scale, wd), params in groups.items()]
+
+
+def build_adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
+    """Return AdamW over the model's trainable parameters; each group carries `param_names` beside `params`.
+
+    Its lr is 0 until the loop sets it: a step that forgot to would show at once.
+    """
+    layer_decay = optim.layer_decay if isinstance(optim, FinetuneOptim) else None
+    groups = param_groups(model, optim.weight_decay, layer_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2))

@@ -1,0 +1,107 @@
+"""The order of rows: one sequence a run, the same for every number of processes and every split of a batch."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from cache_tools.dataset import CHUNK_ROWS
+from cache_tools.draws import permutation
+from cache_tools.errors import UsageError
+
+Indices = npt.NDArray[np.int64]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(chunks: int, seed: int, epoch: int) -> Indices:
+    return permutation(chunks, seed, "order", epoch)
+
+
+@dataclass(frozen=True)
+class Order:
+    """One world-free sequence: an epoch permutes whole chunks; step s, micro-step a, rank r take the contiguous slice
+    [s G + (a W + r) b, + b) of it. The remainder after floor(rows / G) steps is another one each epoch.
+
+    Raises: UsageError where rows, global batch, world and micro-batch do not fit.
+    """
+
+    rows: int
+    rows_per_chunk: int  # 16 for a cache, 1 for a dataset
+    global_batch: int  # G
+    micro_batch: int  # the most rows a device takes at once
+    world: int = 1
+    rank: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.global_batch % (self.world * CHUNK_ROWS) or self.micro_batch < CHUNK_ROWS:
+            raise UsageError(
+                f"train.global_batch: expected a multiple of {CHUNK_ROWS} rows x {self.world} processes, and"
+                f" train.micro_batch >= {CHUNK_ROWS}; found {self.global_batch} and {self.micro_batch}"
+            )
+        if self.steps_per_epoch == 0:
+            raise UsageError(
+                f"too few rows for one global batch: expected train.global_batch = {self.global_batch} rows in whole"
+                f" chunks of {self.rows_per_chunk}; found {self.rows} rows; lower train.global_batch or add rows"
+            )
+
+    @property
+    def chunks(self) -> int:
+        """Whole chunks; a trailing partial one is left out of training."""
+        return self.rows // self.rows_per_chunk
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch: floor(rows in whole chunks / G)."""
+        return self.chunks * self.rows_per_chunk // self.global_batch
+
+    @property
+    def batch(self) -> int:
+        """b: the largest multiple of 16 that is at most micro_batch and divides a rank's share of the global batch."""
+        share = self.global_batch // self.world
+        return max(b for b in range(CHUNK_ROWS, min(self.micro_batch, share) + 1, CHUNK_ROWS) if share % b == 0)
+
+    @property
+    def accumulation(self) -> int:
+        """A: micro-steps a step."""
+        return self.global_batch // (self.world * self.batch)
+
+    def step_chunks(self, step: int) -> tuple[int, Indices]:
+        """(epoch, chunk numbers) of a whole global batch."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        count = self.global_batch // self.rows_per_chunk
+        return epoch, _epoch_order(self.chunks, self.seed, epoch)[within * count : (within + 1) * count]
+
+    def slice(self, index: int) -> tuple[int, Indices]:
+        """(epoch, chunk numbers) of this rank's micro-step `index` = step * A + a."""
+        step, micro = divmod(index, self.accumulation)
+        epoch, chunks = self.step_chunks(step)
+        count = self.batch // self.rows_per_chunk
+        start = (micro * self.world + self.rank) * count
+        return epoch, chunks[start : start + count]
+
+
+@dataclass(frozen=True)
+class EvalOrder:
+    """Every row once, in order, in equal batches on every rank; what the last ones lack is padded with weight 0."""
+
+    rows: int
+    rows_per_chunk: int
+    batch: int
+    world: int = 1
+    rank: int = 0
+
+    @property
+    def chunks(self) -> int:
+        """Chunks, with a trailing partial one."""
+        return -(-self.rows // self.rows_per_chunk)
+
+    def __len__(self) -> int:
+        return -(-self.chunks // (self.world * self.batch // self.rows_per_chunk))
+
+    def slice(self, index: int) -> tuple[int, Indices]:
+        """(0, chunk numbers) of this rank's batch; may be short or empty."""
+        count = self.batch // self.rows_per_chunk
+        start = (index * self.world + self.rank) * count
+        return 0, np.arange(min(start, self.chunks), min(start + count, self.chunks))

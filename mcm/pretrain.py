@@ -1,0 +1,258 @@
+"""Pre-training: a cache in, a RUN with checkpoints and held-out figures out.
+
+B batch, N patches, D student width, C teacher channels, H W pixels, K pool rows, S samples.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from cache_tools.cache import Cache, Unit
+from cache_tools.dataset import CHUNK_ROWS, Dataset
+from cache_tools.errors import UsageError
+from cache_tools.identity import CacheIdentity
+from cache_tools.records import record_sha256
+from cache_tools.storage import write_atomic
+from mcm.backbones import CROP_PCT, Backbone
+from mcm.config import PretrainConfig
+from mcm.loop import Job, make_accelerator, to_device, train
+from mcm.masking import mask_pool
+from mcm.model import MaskedChannelModel, Masks
+from mcm.optim import build_adamw
+from mcm.order import EvalOrder, Order
+from mcm.probe import Prober, knn_accuracy
+from mcm.run_folder import PretrainRun, claim, describe_run, identity_config, recorded_exit, recorded_units
+from mcm.stream import Batch, CacheSource, Stream, batches
+from mcm.targets import Fit, Targets, loss_fn
+
+SAMPLES = 8
+EVAL_WORKERS_FROM_ROWS = 4096  # below it starting workers takes longer than the rows
+
+Stats = npt.NDArray[np.float64]
+
+
+def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | None = None) -> None:
+    """Train, or resume, the run in `out` on the complete units of a cache; `data` is for the k-NN probe.
+
+    Raises: UsageError or IdentityError before the first step; what `loop.train` raises.
+    """
+    cache = Cache(cache_path)
+    units = training_units(cache, recorded_units(out))
+    run = describe(config, cache, units)
+    accelerator = make_accelerator(config.train.precision)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    batch, seed = config.train, config.train.seed
+    order = Order(units[0].rows, CHUNK_ROWS, batch.global_batch, batch.micro_batch, world, rank, seed)
+    dataset = Dataset(data) if data is not None else None
+    stats = channel_stats(units) if config.target.norm == "channel" else None
+    model = MaskedChannelModel(config, run.grid, run.patch, run.channels)
+    claim(out, run)
+    with recorded_exit(out, accelerator.is_main_process):
+        if accelerator.is_main_process:
+            describe_run(out, config, cache=str(cache_path), processes=world, rows=order.rows)
+            announce(cache, units, order)
+        targets = Targets(config.target, run.channels, config.student.width, stats, seed).to(accelerator.device)
+        task = Task(config, run, model, targets, accelerator)
+        task.hold_out(cache, units, order, dataset)
+        train(
+            Job(
+                run_dir=out,
+                model=model,
+                optimizer=build_adamw(model, config.optim),
+                stream=Stream(order, task.source(units)),
+                loss=task.loss,
+                evaluate=task.evaluate,
+                optim=config.optim,
+                schedule=config.schedule,
+                settings=config.train,
+            ),
+            accelerator,
+        )
+        if accelerator.is_main_process:
+            write_atomic(out / "samples.safetensors", safetensors_bytes(task.samples()))
+
+
+def training_units(cache: Cache, recorded: Sequence[str]) -> list[Unit]:
+    """The complete units of "train"; a run that has begun keeps the `recorded` ones when the cache has grown.
+
+    Raises: UsageError when none is complete; CorruptionError when an array is not the one of this cache.
+    """
+    complete = cache.complete_units("train")
+    units = [unit for unit in complete if str(unit) in recorded] or complete
+    if not units:
+        begun = len(cache.units("train"))
+        raise UsageError(
+            f"{cache.path}: expected a complete unit of 'train'; found {begun} begun; finish `mcm-cache extract`"
+        )
+    for unit in units:
+        unit.check_arrays()
+    return units
+
+
+def student_patch(identity: CacheIdentity) -> int:
+    """The student's patch size in pixels, so that its token grid is the cache's.
+
+    Raises: UsageError when no square patch gives that grid.
+    """
+    (rows, columns), height, width = identity.grid, identity.view_height, identity.view_width
+    patch = height // rows
+    if (rows * patch, columns * patch) != (height, width):
+        raise UsageError(
+            f"cache: expected views of {rows}x{columns} square patches; found {height}x{width} pixels; extract with"
+            f" a --size that the grid divides"
+        )
+    return patch
+
+
+def describe(config: PretrainConfig, cache: Cache, units: Sequence[Unit]) -> PretrainRun:
+    """The run's identity. The student sees its pictures normalised as the teacher does."""
+    identity = cache.identity
+    return PretrainRun(
+        config=identity_config(config),
+        cache_sha256=cache.sha256,
+        units={str(unit): record_sha256(unit.manifest) for unit in units},
+        teacher=identity.teacher.name,
+        size=(identity.view_height, identity.view_width),
+        patch=student_patch(identity),
+        grid=identity.grid,
+        channels=identity.channels,
+        mean=identity.teacher.mean,
+        std=identity.teacher.std,
+        interpolation=identity.teacher.kernel,
+    )
+
+
+def announce(cache: Cache, units: Sequence[Unit], order: Order) -> None:
+    """Say what is trained on and what is left out."""
+    others = len(cache.units("train")) - len(units)
+    partial = order.rows % CHUNK_ROWS
+    print(
+        f"{order.rows} rows in {len(units)} views ({others} incomplete or later ones are left out),"
+        f" {order.steps_per_epoch} steps an epoch of {order.global_batch} rows:"
+        f" {order.world} processes x {order.accumulation} x {order.batch}"
+        + (f"; the last {partial} rows, a partial chunk, are left out of training" if partial else ""),
+        flush=True,
+    )
+    if not cache.complete_units("val"):
+        print("the cache has no complete unit of 'val': no held-out loss and R^2", flush=True)
+
+
+def channel_stats(units: Sequence[Unit]) -> tuple[Stats, Stats]:
+    """Mean and std [C] of the features over all units, which have equally many rows."""
+    means, stds = map(np.array, zip(*(unit.channel_stats() for unit in units), strict=True))
+    mean = means.mean(0)
+    return mean, np.sqrt((stds**2 + (means - mean) ** 2).mean(0))
+
+
+class Task:
+    """What masked channel modelling does with a batch: inputs, masks, targets, loss and held-out figures."""
+
+    def __init__(
+        self, config: PretrainConfig, run: PretrainRun, model: MaskedChannelModel, targets: Targets,
+        accelerator: Accelerator,
+    ) -> None:  # fmt: skip
+        self.config, self.run, self.model, self.targets, self.accelerator = config, run, model, targets, accelerator
+        device = accelerator.device
+        self.mean, self.std = (torch.tensor(values, device=device) * 255 for values in (run.mean, run.std))
+        tokens, width = run.grid[0] * run.grid[1], config.student.width
+        self.positions, self.width = {"patch": (1, tokens), "none": (0, 0)}.get(config.mask.mode, (tokens, width))
+        self.pools: dict[int, Tensor] = {}
+
+    def source(self, units: Sequence[Unit]) -> CacheSource:
+        """Batches of these units with this run's mask picks."""
+        return CacheSource(units, self.run.size, self.positions, self.config.mask.pool, self.config.train.seed)
+
+    def hold_out(self, cache: Cache, units: Sequence[Unit], order: Order, dataset: Dataset | None) -> None:
+        """Choose what is evaluated: the val unit (samples come from training where there is none) and a dataset."""
+        val = cache.complete_units("val")[:1]
+        held = self.source(val or units[:1])
+        self.held = Stream(EvalOrder(held.units[0].rows, CHUNK_ROWS, order.batch, order.world, order.rank), held)
+        self.shown = Stream(EvalOrder(held.units[0].rows, CHUNK_ROWS, CHUNK_ROWS), held)
+        self.has_val, self.dataset = bool(val), dataset
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """Normalised pictures [B, 3, H, W] of uint8 [B, H, W, 3]."""
+        pictures_BHW3: Tensor = batch["pictures"]
+        return ((pictures_BHW3.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+
+    def masks(self, batch: Batch) -> Masks | None:
+        """The epoch's pool and the batch's picks."""
+        if self.config.mask.mode == "none":
+            return None
+        epoch = batch["epoch"]
+        if epoch not in self.pools:
+            mask = self.config.mask
+            pool = mask_pool(self.config.train.seed, epoch, mask.pool, self.width, mask.ratio)
+            self.pools = {epoch: torch.from_numpy(pool).to(self.accelerator.device)}
+        return self.pools[epoch], batch["picks"]
+
+    def target(self, batch: Batch) -> Tensor:
+        """The normalised target of a batch, float32."""
+        return cast(Tensor, self.targets(batch["codes"], batch.get("scale"), batch.get("mean"), batch.get("std")))
+
+    def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
+        """Mean squared error over all channels, outside the wrapped module and in float32."""
+        return loss_fn(wrapped(self.inputs(batch), self.masks(batch)), self.target(batch))
+
+    def evaluate(self, epochs_done: int) -> dict[str, float]:
+        """Held-out figures of this epoch; the last epoch has them all."""
+        settings, last = self.config.train, epochs_done == self.config.schedule.epochs
+        metrics = {}
+        if self.has_val and (last or _due(epochs_done, settings.eval_epochs)):
+            metrics = self.held_out()
+        if self.dataset is not None and settings.knn_epochs and (last or _due(epochs_done, settings.knn_epochs)):
+            if self.accelerator.is_main_process:
+                metrics["knn_full"] = self.knn(self.dataset)
+            self.accelerator.wait_for_everyone()
+        return metrics
+
+    @torch.inference_mode()
+    def held_out(self) -> dict[str, float]:
+        """Loss and R^2 on the val unit at the mask ratio, with fixed masks, and unmasked."""
+        kinds = ["full"] if self.config.mask.mode == "none" else ["masked", "full"]
+        fits: dict[str, Fit] = {}
+        order = self.held.order
+        assert isinstance(order, EvalOrder)
+        workers = self.config.train.workers if order.rows >= EVAL_WORKERS_FROM_ROWS else 0
+        with batches(self.held, 0, len(order), workers) as items:
+            for batch in items:
+                batch = to_device(batch, self.accelerator.device)
+                target = self.target(batch)
+                for kind in kinds:
+                    prediction = self.model(self.inputs(batch), self.masks(batch) if kind == "masked" else None)
+                    fit = fits.setdefault(kind, Fit(target.shape[-1], target.device))
+                    fit.update(prediction, target, batch["weight"])
+        for fit in fits.values():
+            fit.sums = self.accelerator.reduce(fit.sums, "sum")
+        return {f"{name}_{kind}": getattr(fit, name)() for kind, fit in fits.items() for name in ("loss", "r2")}
+
+    def knn(self, dataset: Dataset) -> float:
+        """k-NN accuracy of the encoder's features of full pictures."""
+        run = self.run
+        encoder = self.model.encoder
+        backbone = Backbone(encoder, "", "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
+        prober = Prober(backbone, dataset, self.config.train.seed, self.config.train.workers, quiet=True)
+        bank, val = (prober.features(split, prober.full()) for split in ("train", "val"))
+        return knn_accuracy(bank.x, bank.y, val.x, val.y)
+
+    @torch.inference_mode()
+    def samples(self) -> dict[str, Tensor]:
+        """Eight fixed rows for the report: views uint8 [S, H, W, 3], target and masked prediction float16 [S, N, C]."""
+        with batches(self.shown, 0, 1, workers=0) as items:
+            batch = to_device(next(items), self.accelerator.device)
+        self.model.eval()
+        prediction = self.model.forward(self.inputs(batch), self.masks(batch))
+        shown = {"views": batch["pictures"], "target": self.target(batch).half(), "prediction": prediction.half()}
+        count = min(SAMPLES, int(batch["weight"].sum()))
+        return {name: tensor[:count].cpu().contiguous() for name, tensor in shown.items()}
+
+
+def _due(epochs_done: int, every: int) -> bool:
+    return bool(every) and epochs_done % every == 0

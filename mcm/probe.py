@@ -1,0 +1,305 @@
+"""Probes of frozen features: k-NN and a linear classifier on mean patch tokens, each naming the input it saw.
+
+Letters: B batch, N patches, D width, R rows of the training split, K neighbours.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cache_tools.cache import Cache
+from cache_tools.console import progress
+from cache_tools.dataset import Dataset
+from cache_tools.draws import permutation
+from cache_tools.errors import UsageError
+from cache_tools.records import Record, encode_record, nearest, read_record
+from cache_tools.storage import write_atomic
+from mcm.augment import eval_transform
+from mcm.backbones import Backbone, load_encoder, patch_mean
+from mcm.masking import mask_picks, mask_pool
+from mcm.model import folded_state
+from mcm.order import EvalOrder
+from mcm.stream import DatasetSource, Stream, batches
+
+METHODS = ("knn", "linear")
+C_GRID = (0.001, 0.01, 0.1, 1.0)  # inverse strengths of the linear probe's L2 penalty
+CHOICE_ROWS = 6000  # training rows that choose C and s, a fifth of them held out
+BATCH_ROWS = 128
+KNN_ROWS = 256  # x 1,281,167 similarities of ImageNet are 1.3 GB
+WORKERS_FROM_ROWS = 4096  # below it starting workers takes longer than the pictures
+
+Encode = Callable[[Tensor, npt.NDArray[np.int64]], Tensor]  # pictures [B, 3, H, W] and their rows to features [B, D]
+
+
+class ProbeResult(Record):
+    """One input's accuracies as fractions of 1, and what they were measured with."""
+
+    subject: str
+    weights: str
+    input: str
+    fold_scale: float | None = None
+    knn: float | None = None
+    linear: float | None = None
+    linear_c: float | None = None
+    linear_converged: bool | None = None
+    train_rows: int
+    val_rows: int
+    seed: int
+    data_sha256: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features [R, D] float32 and labels [R] of one split."""
+
+    x: Tensor
+    y: Tensor
+
+    def rows(self, rows: npt.NDArray[np.int64]) -> "Features":
+        """A part of it."""
+        return Features(self.x[rows], self.y[rows])
+
+
+def knn_accuracy(
+    train_features: Tensor, train_labels: Tensor, val_features: Tensor, val_labels: Tensor,
+    k: int = 20, temperature: float = 0.07,
+) -> float:  # fmt: skip
+    """Fraction of val rows that the k nearest training rows classify: cosine, votes of exp(similarity / T) (DINO)."""
+    bank_RD = functional.normalize(train_features.float(), dim=1)
+    num_classes, correct = int(train_labels.max()) + 1, 0
+    for start in range(0, len(val_features), KNN_ROWS):
+        span = slice(start, start + KNN_ROWS)
+        similarity_BR = functional.normalize(val_features[span].float(), dim=1) @ bank_RD.T
+        top_BK, rows_BK = similarity_BR.topk(min(k, len(bank_RD)), dim=1)
+        votes = torch.zeros(len(top_BK), num_classes, device=top_BK.device)
+        votes.scatter_add_(1, train_labels[rows_BK].long(), (top_BK / temperature).exp())
+        correct += int((votes.argmax(1) == val_labels[span]).sum())
+    return correct / len(val_features)
+
+
+def linear_probe(train: Features, val: Features, seed: int) -> tuple[float, float, bool]:
+    """(accuracy, C, converged) of logistic regression by LBFGS on standardised features.
+
+    C comes from C_GRID by accuracy on held-out training rows; the smallest wins ties.
+    """
+    mean_D, std_D = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
+    train, val = Features((train.x - mean_D) / std_D, train.y), Features((val.x - mean_D) / std_D, val.y)
+    bank, held = (train.rows(rows) for rows in _choice_rows(len(train.y), seed))
+    scores = {c: _fit(bank, held, c)[0] for c in C_GRID}
+    c = max(C_GRID, key=lambda c: (scores[c], -c))
+    accuracy, converged = _fit(train, val, c)
+    return accuracy, c, converged
+
+
+def _fit(train: Features, val: Features, c: float) -> tuple[float, bool]:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=c, max_iter=1000)  # its default solver is lbfgs, multinomial
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        model.fit(train.x.numpy(), train.y.numpy())
+    converged = not any(issubclass(item.category, ConvergenceWarning) for item in caught)
+    return float(model.score(val.x.numpy(), val.y.numpy())), converged
+
+
+def _choice_rows(rows: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(bank, held out) rows of the training split."""
+    order = permutation(rows, seed, "probe_choice")[:CHOICE_ROWS]
+    held = max(1, len(order) // 5)
+    return order[held:], order[:held]
+
+
+@dataclass(frozen=True)
+class Prober:
+    """A backbone, the pictures to probe it with, and where it runs."""
+
+    backbone: Backbone
+    data: Dataset
+    seed: int
+    workers: int
+    quiet: bool
+
+    def features(self, split: str, encode: Encode, rows: npt.NDArray[np.int64] | None = None) -> Features:
+        """Features of a split's centre crops, or of some of its rows, in order."""
+        source = DatasetSource(self.data, split, eval_transform(self.backbone), self.seed, rows)
+        order = EvalOrder(len(source.rows), 1, BATCH_ROWS)
+        workers = self.workers if order.rows >= WORKERS_FROM_ROWS else 0
+        x, y = [], []
+        with (
+            torch.inference_mode(),
+            batches(Stream(order, source), 0, len(order), workers) as items,
+            progress(order.rows, f"features of {split}", "pictures", quiet=self.quiet) as bar,
+        ):
+            for batch in items:
+                kept = int(batch["weight"].sum())
+                x.append(encode(batch["pictures"].to(device()), batch["rows"].numpy()).float().cpu()[:kept])
+                y.append(batch["labels"][:kept])
+                bar.update(kept)
+        return Features(torch.cat(x), torch.cat(y))
+
+    def full(self, model: Any = None) -> Encode:
+        """Mean patch tokens of unmasked pictures."""
+        module = (model or self.backbone.model).to(device()).eval()
+        return lambda pictures, rows: patch_mean(module, pictures)
+
+    def folded(self, s: float) -> Encode:
+        """Mean patch tokens of the encoder with x~ = e + s (x - e)."""
+        masked = _masked(self.backbone)
+        model = copy.deepcopy(masked.encoder)
+        model.load_state_dict(folded_state(masked.encoder, masked.encoder_fill, s))
+        return self.full(model)
+
+    def masked(self, passes: int) -> Encode:
+        """Mean over `passes` fixed random masks a row, of the mean patch tokens."""
+        model = _masked(self.backbone).to(device()).eval()
+        patches = model.encoder.patch_embed.num_patches
+        width, positions = (patches, 1) if model.mode == "patch" else (model.encoder.embed_dim, patches)
+        pool = torch.from_numpy(mask_pool(self.seed, 0, 4096, width, model.ratio)).to(device())
+
+        def encode(pictures: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
+            total = torch.zeros(())
+            for epoch in range(passes):
+                picks = torch.from_numpy(mask_picks(self.seed, epoch, rows, positions, len(pool)))
+                total = total.to(device()) + model.encode(pictures, (pool, picks.to(device()))).mean(1)
+            return total / passes
+
+        return encode
+
+    def choose_scale(self) -> float:
+        """The s of {1, sqrt(1 - r), 1 - r} with the best k-NN on held-out training rows; the first wins ties."""
+        ratio: float = _masked(self.backbone).ratio
+        rows = _choice_rows(self.data.rows("train"), self.seed)
+
+        def score(s: float) -> float:
+            bank, held = (self.features("train", self.folded(s), part) for part in rows)
+            return knn_accuracy(bank.x, bank.y, held.x, held.y)
+
+        return max((1.0, float((1 - ratio) ** 0.5), 1 - ratio), key=score)
+
+    def encoder(self, kind: str) -> tuple[Encode, float | None]:
+        """(encode, s) of an input called full, folded or masked:K."""
+        if kind == "folded":
+            s = self.choose_scale()
+            return self.folded(s), s
+        return (self.full() if kind == "full" else self.masked(int(kind.partition(":")[2]))), None
+
+
+def device() -> torch.device:
+    """The accelerator, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def probe(
+    spec: str, data: Path | None, methods: Sequence[str] = (), inputs: Sequence[str] = (), weights: Path | None = None,
+    untrained: bool = False, seed: int = 0, workers: int = 4, quiet: bool = False,
+) -> list[ProbeResult]:  # fmt: skip
+    """Probe a RUN, an exported folder, timm:NAME (features of `data`'s pictures) or a CACHE (its teacher's features).
+
+    Results of a RUN are written to RUN/probe/, those of a CACHE to CACHE.run/probe.json.
+    Raises: UsageError before any picture is read.
+    """
+    chosen = tuple(methods) or METHODS
+    for method in chosen:
+        if method not in METHODS:
+            raise UsageError(f"--method: expected knn or linear; found {method!r}{nearest(method, METHODS)}")
+    if (Path(spec) / "cache.json").is_file():
+        return [_probe_teacher(Path(spec), chosen, seed, quiet)]
+    if data is None:
+        raise UsageError(f"{spec}: expected --data DATASET with the pictures to probe on; it is missing")
+    dataset = _labelled(Dataset(data))
+    backbone = load_encoder(spec, weights, untrained=untrained)
+    kinds = tuple(inputs) or (("full", "folded") if backbone.masked is not None else ("full",))
+    for kind in kinds:
+        _check_input(kind, backbone)
+    prober = Prober(backbone, dataset, seed, workers, quiet)
+    results = []
+    for kind in dict.fromkeys(("full", *kinds)):  # full is always printed
+        encode, s = prober.encoder(kind)
+        train, val = prober.features("train", encode), prober.features("val", encode)
+        results.append(_score(train, val, chosen, spec, backbone.weights, kind, s, seed, dataset.sha256))
+        if (Path(spec) / "run.json").is_file():
+            name = ("untrained-" if untrained else "") + kind.replace(":", "-")
+            results[-1] = _store(Path(spec) / "probe" / f"{name}.json", results[-1])
+    return results
+
+
+def _probe_teacher(path: Path, methods: Sequence[str], seed: int, quiet: bool) -> ProbeResult:
+    cache = Cache(path)
+    split_features = []
+    for split in ("train", "val"):
+        units = cache.complete_units(split)
+        if not units:
+            raise UsageError(f"{path}: expected a complete unit of {split!r} to probe; finish `mcm-cache extract`")
+        x, y = [], []
+        with progress(units[0].num_chunks, f"teacher's features of {split}", "chunks", quiet=quiet) as bar:
+            for number in range(units[0].num_chunks):
+                chunk = units[0].chunk(number)
+                x.append(torch.from_numpy(chunk.features().mean(1)))
+                y.append(torch.from_numpy(chunk.labels.astype(np.int64)))
+                bar.update(1)
+        split_features.append(Features(torch.cat(x), torch.cat(y)))
+    train, val = split_features
+    teacher = cache.identity.teacher
+    weights = f"sha256:{teacher.weights_sha256}"
+    result = _score(train, val, methods, teacher.name, weights, "full", None, seed, cache.sha256)
+    return _store(path.with_name(path.name + ".run") / "probe.json", result)
+
+
+def _score(
+    train: Features, val: Features, methods: Sequence[str], subject: str, weights: str, kind: str, s: float | None,
+    seed: int, data_sha256: str,
+) -> ProbeResult:  # fmt: skip
+    bank_x, bank_y, x, y = (part.to(device()) for part in (train.x, train.y, val.x, val.y))
+    linear, c, converged = linear_probe(train, val, seed) if "linear" in methods else (None, None, None)
+    return ProbeResult(
+        subject=subject, weights=weights, input=kind, fold_scale=s, seed=seed, data_sha256=data_sha256,
+        knn=knn_accuracy(bank_x, bank_y, x, y) if "knn" in methods else None,
+        linear=linear, linear_c=c, linear_converged=converged,
+        train_rows=len(train.y), val_rows=len(val.y),
+        versions={name: version(name) for name in ("torch", "timm", "scikit-learn", "numpy")},
+    )  # fmt: skip
+
+
+def _store(path: Path, result: ProbeResult) -> ProbeResult:
+    """Write the result; the other method's number stays where nothing else has changed."""
+    fields = ("knn", "linear", "linear_c", "linear_converged")
+    if path.is_file():
+        old = read_record(ProbeResult, path)
+        empty = dict.fromkeys(fields)
+        if old.model_copy(update=empty) == result.model_copy(update=empty):
+            kept = {name: getattr(old, name) for name in fields if getattr(result, name) is None}
+            result = result.model_copy(update=kept)
+    write_atomic(path, encode_record(result))
+    return result
+
+
+def _labelled(dataset: Dataset) -> Dataset:
+    for split in ("train", "val"):
+        if not dataset.rows(split) or (dataset.labels(split) < 0).any() or len(dataset.classes) < 2:
+            raise UsageError(f"{dataset.path}: expected labels for every picture of {split!r}, of two classes or more")
+    return dataset
+
+
+def _masked(backbone: Backbone) -> Any:
+    assert backbone.masked is not None, "checked by _check_input"
+    return backbone.masked
+
+
+def _check_input(kind: str, backbone: Backbone) -> None:
+    name, _, passes = kind.partition(":")
+    if name == "masked" and not (passes.isdigit() and int(passes) > 0) or name not in ("full", "folded", "masked"):
+        raise UsageError(f"--input: expected full, folded or masked:K with K > 0, such as masked:8; found {kind!r}")
+    if name != "full" and backbone.masked is None:
+        raise UsageError(f"--input {kind}: expected a RUN trained with masks; {backbone.source} is not; use full")

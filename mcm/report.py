@@ -1,0 +1,202 @@
+"""One static HTML file on some runs: the table of accuracies, curves, pictures, configuration and provenance.
+
+Letters: S samples, N patches, C channels, H W pixels.
+"""
+
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file
+
+from cache_tools.errors import UsageError
+from cache_tools.records import read_record
+from cache_tools.storage import write_atomic
+from mcm.probe import ProbeResult
+
+COLUMNS = ("k-NN full", "k-NN folded", "linear full", "linear folded", "fine-tuned top-1")
+RANDOM = "random init"
+STYLE = "body{font:15px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse}td,th{padding:.3em .8em;\
+border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#f4f4f4;\
+padding:1em;overflow:auto}img{max-width:100%}"
+
+
+@dataclass
+class Table:
+    """Accuracies as fractions of 1: one row a model, in the order given; a cell is None where nothing was measured."""
+
+    cells: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def put(self, row: str, column: str, value: float | None, run: str) -> None:
+        """Fill a cell; a second, other value for it gets a row of its own that names its run."""
+        if value is not None:
+            taken = self.cells.get(row, {}).get(column)
+            row = row if taken in (None, value) else f"{row} ({run})"
+            self.cells.setdefault(row, {})[column] = value
+
+    def columns(self) -> list[str]:
+        """The usual columns, and behind them any other input that was probed."""
+        used = {column for cells in self.cells.values() for column in cells}
+        return [*COLUMNS, *sorted(used - set(COLUMNS))]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The table as JSON."""
+        return [{"model": row} | {c: cells.get(c) for c in self.columns()} for row, cells in self.cells.items()]
+
+    def lines(self) -> list[list[str]]:
+        """Header and rows as text, accuracies in percent."""
+        columns = self.columns()
+        rows = ([r, *(f"{100 * c[name]:.1f}" if name in c else "-" for name in columns)] for r, c in self.cells.items())
+        return [["model", *columns], *rows]
+
+    def text(self) -> str:
+        """Aligned columns for a terminal."""
+        lines = self.lines()
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        return "\n".join(
+            "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))])
+            for first, *cells in lines
+        )
+
+
+def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
+    """Write the HTML file and return its table.
+
+    Raises: UsageError for a folder that is neither a RUN nor a CACHE.
+    """
+    table = Table()
+    sections = []
+    for path in runs:
+        if (path / "cache.json").is_file():
+            results = [path.with_name(path.name + ".run") / "probe.json"]
+            _add_probes(table, f"teacher {path.name}", results, path.name)
+        elif (path / "run.json").is_file():
+            _add_run(table, path, runs)
+            sections.append(_run_section(path))
+        else:
+            raise UsageError(f"{path}: expected a RUN (run.json) or a CACHE (cache.json); it is neither")
+    header = f"<p>{html.escape(note)}</p>" if note else ""
+    body = f"<h1>Masked Channel Modeling</h1>{header}{_html_table(table)}{''.join(sections)}"
+    page = f"<!doctype html><meta charset=utf-8><title>Masked Channel Modeling</title><style>{STYLE}</style>{body}\n"
+    write_atomic(out, page.encode())
+    return table
+
+
+def _add_probes(table: Table, row: str, files: Sequence[Path], run: str) -> None:
+    for file in files:
+        if file.is_file():
+            result = read_record(ProbeResult, file)
+            table.put(row, f"k-NN {result.input}", result.knn, run)
+            table.put(row, f"linear {result.input}", result.linear, run)
+
+
+def _add_run(table: Table, run: Path, runs: Sequence[Path]) -> None:
+    """A pre-training run is a row; a fine-tuning run fills a cell in the row of what it began from."""
+    files = sorted((run / "probe").glob("*.json"))
+    _add_probes(table, RANDOM, [file for file in files if file.name.startswith("untrained-")], run.name)
+    _add_probes(table, run.name, [file for file in files if not file.name.startswith("untrained-")], run.name)
+    init = _json(run / "run.json").get("init")
+    if init is not None:
+        given = [other.name for other in runs if os.path.realpath(other) == os.path.realpath(init)]
+        row = RANDOM if init == "random" else given[0] if given else init
+        finals = [line["eval"]["top1"] for line in _metrics(run) if "top1" in line.get("eval", {})]
+        table.put(row, "fine-tuned top-1", finals[-1] if finals else None, run.name)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    payload: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return payload
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl; a torn last one, of a run that is being written, is left out."""
+    path = run / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _html_table(table: Table) -> str:
+    rows = [[html.escape(cell) for cell in line] for line in table.lines()]
+    head = "".join(f"<th>{cell}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    caption = "<caption>accuracy in percent; the linear probe is fitted by LBFGS</caption>"
+    return f"<table>{caption}<tr>{head}</tr>{body}</table>"
+
+
+def _run_section(run: Path) -> str:
+    parts = [f"<h2>{html.escape(run.name)}</h2>", _curves(_metrics(run)), _samples(run)]
+    for name in ("config.toml", "env.json", "run.json"):
+        if (run / name).is_file():
+            text = (run / name).read_text(encoding="utf-8")
+            text = text if name.endswith("toml") else json.dumps(json.loads(text), indent=2)
+            parts.append(f"<details><summary>{name}</summary><pre>{html.escape(text)}</pre></details>")
+    return "".join(parts)
+
+
+def _image(figure: Any) -> str:
+    """A matplotlib figure as an <img> that holds its own PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def _curves(metrics: Sequence[dict[str, Any]]) -> str:
+    from matplotlib.figure import Figure
+
+    series: dict[str, list[tuple[int, float]]] = {}
+    for line in metrics:
+        for name, value in {**line, **{f"eval {k}": v for k, v in line.get("eval", {}).items()}}.items():
+            if isinstance(value, int | float) and name not in ("step", "epoch", "time"):
+                series.setdefault(name, []).append((line["step"], value))
+    if not series:
+        return "<p>no metrics yet</p>"
+    columns = 3
+    height = -(-len(series) // columns)
+    figure = Figure(figsize=(12, 2.6 * height), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False).ravel()
+    for axis, (name, points) in zip(axes, series.items(), strict=False):
+        axis.plot(*zip(*points, strict=True), linewidth=1, marker="." if len(points) < 20 else None)
+        axis.set(title=name, xlabel="step")
+    for axis in axes[len(series) :]:
+        axis.remove()
+    return _image(figure)
+
+
+def pca_colours(features: npt.NDArray[np.float32], basis: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Three principal components of `features` [S, N, C], found on `basis` of that shape, as colours in [0, 1]."""
+    flat = basis.reshape(-1, basis.shape[-1])
+    mean = flat.mean(0)
+    axes = np.linalg.svd(flat - mean, full_matrices=False)[2][:3].T
+    low, high = np.percentile((flat - mean) @ axes, [1, 99], axis=0)
+    colours: npt.NDArray[np.float32] = np.clip(((features - mean) @ axes - low) / np.maximum(high - low, 1e-6), 0, 1)
+    return colours
+
+
+def _samples(run: Path) -> str:
+    """Views beside the PCA colours of target and prediction, in one basis: the target's."""
+    path = run / "samples.safetensors"
+    if not path.is_file():
+        return ""
+    from matplotlib.figure import Figure
+
+    tensors = load_file(path)
+    target, prediction = tensors["target"].astype(np.float32), tensors["prediction"].astype(np.float32)
+    grid = tuple(_json(run / "run.json")["grid"])
+    rows = [pca_colours(features, target).reshape(len(target), *grid, 3) for features in (target, prediction)]
+    count = len(target)
+    figure = Figure(figsize=(1.4 * count, 4.4), layout="constrained")
+    axes = figure.subplots(3, count, squeeze=False)
+    for label, pictures, row in zip(("view", "target", "prediction"), (tensors["views"], *rows), axes, strict=True):
+        for axis, picture in zip(row, pictures, strict=True):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(label)
+    return _image(figure)

@@ -1,0 +1,130 @@
+"""The RUN folder's small files: whose run it is, with what it ran, its log, and how the last command ended."""
+
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cache_tools.console import describe, exit_code
+from cache_tools.errors import IdentityError, Interrupted
+from cache_tools.records import Record, differences, encode_record, read_record, write_toml
+from cache_tools.storage import append_line, keep_lines, publish, write_atomic
+
+# What may change between two commands on one run: it moves no draw, and results only by rounding.
+ENGINE_FIELDS = {"micro_batch", "compile", "workers", "log_steps", "checkpoint_steps", "keep_last", "eval_epochs"}
+ENGINE_FIELDS |= {"knn_epochs"}
+
+
+class PretrainRun(Record):
+    """run.json of a pre-training run: what its weights depend on, and what the student's pictures must be."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    version: Literal[1] = 1
+    config: dict[str, Any]
+    cache_sha256: str
+    units: dict[str, str]  # "train/v0" to the sha256 of its manifest
+    teacher: str
+    size: tuple[int, int]
+    patch: int
+    grid: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+
+class ExitRecord(Record):
+    """exit.json: how the last command on this folder ended; a launcher turns every code into 1."""
+
+    code: int
+    message: str
+
+
+def identity_config(config: Record) -> dict[str, Any]:
+    """A config without the fields that may change while a run goes on."""
+    return config.model_dump(mode="json", exclude={"train": ENGINE_FIELDS})
+
+
+def claim(run_dir: Path, run: Record) -> None:
+    """Publish run.json, or find that it is this very run.
+
+    Raises: IdentityError with every field that differs when the folder holds another run.
+    """
+    path = run_dir / "run.json"
+    if path.is_file():
+        kind = json.loads(path.read_bytes()).get("kind")
+        ours = run.model_dump()["kind"]
+        found = [f"kind: {ours!r} != {kind!r}"] if kind != ours else differences(run, read_record(type(run), path))
+        if found:
+            raise IdentityError(f"{run_dir} holds another run (asked != found): {'; '.join(found)}; use another --out")
+    publish(path, encode_record(run))
+
+
+def recorded_units(run_dir: Path) -> list[str]:
+    """The units that the run in this folder began with; none where there is no run yet."""
+    path = run_dir / "run.json"
+    return list(json.loads(path.read_bytes()).get("units", ())) if path.is_file() else []
+
+
+def describe_run(run_dir: Path, config: Record, **facts: Any) -> None:
+    """Write config.toml, the resolved configuration, and env.json: versions, device and `facts`."""
+    packages = ("torch", "timm", "accelerate", "numpy", "zarr")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    env = {"python": platform.python_version(), **{name: version(name) for name in packages}, "device": device, **facts}
+    write_atomic(run_dir / "config.toml", write_toml(config).encode())
+    write_atomic(run_dir / "env.json", json.dumps(env, indent=2, sort_keys=True).encode())
+
+
+@contextmanager
+def recorded_exit(run_dir: Path, main: bool) -> Iterator[None]:
+    """Write exit.json whatever happens inside; an error of any process is written, success by the main one."""
+    try:
+        yield
+    except BaseException as error:
+        if main or not isinstance(error, Interrupted):
+            record = ExitRecord(code=exit_code(error), message=f"{type(error).__name__}: {describe(error)}")
+            write_atomic(run_dir / "exit.json", encode_record(record))
+        raise
+    if main:
+        write_atomic(run_dir / "exit.json", encode_record(ExitRecord(code=0, message="complete")))
+
+
+class Log:
+    """metrics.jsonl and TensorBoard, continued after `step` (-1: from nothing); what came later is written again.
+
+    `evaluated` tells whether the evaluation at `step` itself is done. Silent where it is not the main process.
+    """
+
+    def __init__(self, run_dir: Path, step: int, evaluated: bool, main: bool) -> None:
+        self.path, self.main = run_dir / "metrics.jsonl", main
+        if main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            keep_lines(self.path, lambda line: _is_kept(line, step, evaluated))
+            self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, epoch: float, fields: dict[str, Any]) -> None:
+        """One JSON line, and the same numbers on the board."""
+        if self.main:
+            append_line(self.path, json.dumps({"step": step, "epoch": round(epoch, 4)} | fields))
+            for name, value in fields.get("eval", fields).items():
+                self.board.add_scalar(f"{'eval' if 'eval' in fields else 'train'}/{name}", value, step)
+            self.board.flush()
+
+    def close(self) -> None:
+        """Close the board's file and its thread."""
+        if self.main:
+            self.board.close()
+
+
+def _is_kept(line: str, step: int, evaluated: bool) -> bool:
+    try:
+        entry = json.loads(line)
+    except ValueError:  # torn when the machine went down
+        return False
+    return bool(entry["step"] < step or (entry["step"] == step and (evaluated or "eval" not in entry)))

@@ -1,0 +1,204 @@
+"""The stream: stream[micro_step] is a finished batch, a pure function of run and step, so that resume is exact.
+
+B rows of a batch, M chunks of a batch, N tokens, C teacher channels, H W pixels.
+"""
+
+import math
+import multiprocessing
+import multiprocessing.forkserver
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from cache_tools.cache import Chunk, Unit
+from cache_tools.dataset import CHUNK_ROWS
+from cache_tools.dataset import Dataset as PictureDataset
+from cache_tools.draws import hash_u64
+from cache_tools.errors import McmError
+from cache_tools.images import decode_view_into
+from mcm.masking import mask_picks
+from mcm.order import EvalOrder, Indices, Order
+
+Batch = dict[str, Any]  # Tensors with B (or M) first, and ints
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor; in shared memory inside a worker, so that handing it over copies nothing."""
+    out = torch.empty(0, dtype=dtype)
+    if get_worker_info() is None:
+        return out.resize_(shape)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * out.itemsize, device="cpu")  # type: ignore[no-untyped-call]
+    return out.set_(storage).resize_(shape)
+
+
+class CacheSource:
+    """Batches of a cache's chunks: epoch e shows chunk c in view (e + hash(seed, c)) mod V.
+
+    pictures uint8 [B, H, W, 3], codes [B, N, C] (int8 or float16), picks int32 [B, positions], rows and labels [B];
+    for int8 also scale [B, N], mean and std [M, C]. Every picture's and chunk's crc32c is checked by `Unit.chunk`.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], size_HW: tuple[int, int], positions: int, pool_rows: int, seed: int
+    ) -> None:
+        self.units, self.size_HW, self.seed = list(units), size_HW, seed
+        self.positions, self.pool_rows = positions, pool_rows  # positions 0: no mask
+
+    def chunk(self, epoch: int, number: int) -> Chunk:
+        """A chunk in the view that `epoch` shows of it."""
+        return self.units[(int(hash_u64(self.seed, "view", number)) + epoch) % len(self.units)].chunk(number)
+
+    def __call__(self, epoch: int, chunks: Indices, batch: int) -> Batch:
+        """The batch; rows beyond the given chunks are zero, their weight 0 and their row number -1."""
+        out: Batch = {}
+        filled = 0
+        for position, number in enumerate(chunks.tolist() or [0]):  # an empty batch takes its shapes from chunk 0
+            chunk = self.chunk(epoch, number)
+            out = out or self._allocate(batch, chunk)
+            self._fill(out, chunk, filled, position)
+            filled += chunk.rows
+        _pad(out, filled if len(chunks) else 0)
+        picks = mask_picks(self.seed, epoch, out["rows"].numpy(), self.positions, self.pool_rows)
+        return out | {"picks": torch.from_numpy(picks), "epoch": epoch}
+
+    def _allocate(self, batch: int, chunk: Chunk) -> Batch:
+        tokens, channels = chunk.codes.shape[1:]
+        out = {
+            "pictures": _empty((batch, *self.size_HW, 3), torch.uint8),
+            "codes": _empty((batch, tokens, channels), torch.float16 if chunk.scale is None else torch.int8),
+            "rows": _empty((batch,), torch.int64),
+            "labels": _empty((batch,), torch.int64),
+        }
+        if chunk.scale is not None:
+            out["scale"] = _empty((batch, tokens), torch.float32)
+            out["mean"] = torch.zeros(batch // CHUNK_ROWS, channels)
+            out["std"] = torch.ones(batch // CHUNK_ROWS, channels)
+        return out
+
+    def _fill(self, out: Batch, chunk: Chunk, start: int, position: int) -> None:
+        span = slice(start, start + chunk.rows)
+        arrays = {name: tensor.numpy() for name, tensor in out.items()}
+        for data, picture in zip(chunk.pictures, arrays["pictures"][span], strict=True):
+            decode_view_into(data, picture)
+        arrays["codes"][span], arrays["labels"][span] = chunk.codes, chunk.labels
+        arrays["rows"][span] = range(chunk.row0, chunk.row0 + chunk.rows)
+        if chunk.scale is not None:
+            arrays["scale"][span], arrays["mean"][position], arrays["std"][position] = (
+                chunk.scale,
+                chunk.mean,
+                chunk.std,
+            )
+
+    def rows_of(self, chunks: Indices) -> Indices:
+        """Row numbers of whole chunks."""
+        return (chunks[:, None] * CHUNK_ROWS + np.arange(CHUNK_ROWS)).ravel()
+
+
+class DatasetSource:
+    """Batches of a DATASET's pictures, one row a chunk, through transform(seed, bytes) -> [3, H, W].
+
+    pictures [B, 3, H, W], rows and labels [B]. `rows` picks rows of the split (few-shot); the seed that a picture's
+    transform gets is a hash of (seed, epoch, row).
+    """
+
+    def __init__(
+        self, dataset: PictureDataset, split: str, transform: Callable[[int, bytes], Tensor], seed: int,
+        rows: Indices | None = None,
+    ) -> None:  # fmt: skip
+        self.dataset, self.split, self.transform, self.seed = dataset, split, transform, seed
+        self.rows = np.arange(dataset.rows(split)) if rows is None else rows
+
+    def __call__(self, epoch: int, chunks: Indices, batch: int) -> Batch:
+        """The batch; missing rows are zero, their weight 0 and their row number -1."""
+        out: Batch = {}
+        for position, row in enumerate(self.rows[chunks].tolist() or [int(self.rows[0])]):
+            data, label = self.dataset.picture(self.split, row)
+            picture = self.transform(int(hash_u64(self.seed, "augment", epoch, row)), data)
+            out = out or {
+                "pictures": _empty((batch, *picture.shape), picture.dtype),
+                "rows": _empty((batch,), torch.int64),
+                "labels": _empty((batch,), torch.int64),
+            }
+            out["pictures"][position], out["rows"][position], out["labels"][position] = picture, row, label
+        _pad(out, len(chunks))
+        return out | {"epoch": epoch}
+
+    def rows_of(self, chunks: Indices) -> Indices:
+        """Row numbers of a batch's chunks."""
+        return self.rows[chunks]
+
+
+def _pad(out: Batch, filled: int) -> None:
+    """Zero what lies beyond `filled` rows and give every row its weight."""
+    for name, tensor in out.items():
+        if name not in ("mean", "std"):
+            tensor[filled:] = -1 if name == "rows" else 0
+    out["weight"] = (torch.arange(len(out["rows"])) < filled).float()
+
+
+class Stream(Dataset[Batch | McmError | OSError]):
+    """stream[micro_step]: one finished batch of `source` in `order`.
+
+    An error is returned, not raised: a worker would bury it in a wrapped traceback; `batches` raises it.
+    """
+
+    def __init__(self, order: Order | EvalOrder, source: CacheSource | DatasetSource) -> None:
+        self.order, self.source = order, source
+
+    def __getitem__(self, index: int) -> Batch | McmError | OSError:
+        epoch, chunks = self.order.slice(index)
+        try:
+            return self.source(epoch, chunks, self.order.batch)
+        except (McmError, OSError) as error:
+            return error
+
+
+def _start_forkserver() -> None:
+    """Start the process that forks workers, deaf to SIGTERM and Ctrl-C as they will be: who asked for the work ends it.
+
+    A launcher signals whole process groups; the stop at the next step still needs the workers' batches.
+    """
+    multiprocessing.forkserver.set_forkserver_preload(["torch", "mcm.stream"])
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+@contextmanager
+def batches(stream: Stream, start: int, end: int, workers: int, pin_memory: bool = False) -> Iterator[Iterator[Batch]]:
+    """`with batches(stream, start, end, workers) as items:` yields stream[start] ... stream[end - 1] in order.
+
+    Raises: the McmError or OSError that a batch met, in this process.
+    """
+    if workers:
+        _start_forkserver()
+    loader = DataLoader(
+        stream,
+        batch_size=None,
+        sampler=range(start, end),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+        multiprocessing_context="forkserver" if workers else None,
+    )
+    iterator = iter(loader)
+    try:
+        yield _raising(iterator)
+    finally:
+        if workers:  # at once, not when the garbage collector comes: an exit waits for live workers
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _raising(items: Iterable[Batch | McmError | OSError]) -> Iterator[Batch]:
+    for item in items:
+        if isinstance(item, McmError | OSError):
+            raise item
+        yield item

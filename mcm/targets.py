@@ -1,0 +1,115 @@
+"""The target: teacher features decoded, normalised and projected on the device in float32, and the loss on them.
+
+B batch, N patches, D student width, C teacher channels, K chunks in the batch.
+"""
+
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cache_tools.quantize import decode
+from mcm.config import Target
+
+NORM_EPS = 1e-6
+Stats = npt.NDArray[np.float64]
+
+
+def orthogonal_matrix(rows: int, columns: int, seed: int) -> Tensor:
+    """Return a fixed (semi-)orthogonal matrix [rows, columns] in float32, from a float64 QR with positive diagonal."""
+    tall = max(rows, columns)
+    normal = np.random.default_rng(seed).standard_normal((tall, min(rows, columns)))
+    q, r = np.linalg.qr(normal)
+    q = q * np.sign(np.diag(r))
+    return torch.from_numpy(q if rows == tall else q.T.copy()).float()
+
+
+class Targets(nn.Module):
+    """Turns the cache's codes into the target; it has no trainable parameter."""
+
+    mean_C: Tensor
+    std_C: Tensor
+    projection_CD: Tensor
+
+    def __init__(
+        self,
+        cfg: Target,
+        channels: int,
+        width: int,
+        channel_stats: tuple[Stats, Stats] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Hold the dataset's (mean_C, std_C) for target.norm = "channel" and the frozen matrix for "orthogonal"."""
+        super().__init__()
+        self.cfg = cfg
+        if cfg.norm == "channel":
+            assert channel_stats is not None, 'target.norm = "channel" needs the statistics of the cache'
+            mean, std = (torch.as_tensor(stat).float() for stat in channel_stats)
+            self.register_buffer("mean_C", mean)
+            self.register_buffer("std_C", std.clamp_min(NORM_EPS))
+        if cfg.projection == "orthogonal":
+            self.register_buffer("projection_CD", orthogonal_matrix(channels, width, seed))
+
+    @torch.no_grad()
+    def forward(
+        self, codes: Tensor, scale: Tensor | None = None, mean: Tensor | None = None, std: Tensor | None = None
+    ) -> Tensor:
+        """Return target_BNC (target_BND if projected), float32, also under autocast.
+
+        codes int8 [B, N, C] with scale [B, N] and the chunks' mean and std [K, C] (K divides B), or float16 alone.
+        """
+        with torch.autocast(codes.device.type, enabled=False):
+            return self.project(self.normalise(self.decoded(codes, scale, mean, std)))
+
+    def decoded(self, codes: Tensor, scale: Tensor | None, mean: Tensor | None, std: Tensor | None) -> Tensor:
+        """Return the teacher's features_BNC in float32."""
+        if scale is None or mean is None or std is None:
+            return codes.float()
+        chunks = mean.shape[0]  # mean and std belong to the chunk: broadcast over its rows and patches
+        codes, scale = (part.view(chunks, -1, *part.shape[1:]) for part in (codes, scale))
+        return cast(Tensor, decode(codes, scale, mean[:, None, None], std[:, None, None])).flatten(0, 1)
+
+    def normalise(self, features_BNC: Tensor) -> Tensor:
+        """Return the features after target.norm."""
+        if self.cfg.norm == "layer_norm":
+            return F.layer_norm(features_BNC, features_BNC.shape[-1:], eps=NORM_EPS)
+        if self.cfg.norm == "channel":
+            return (features_BNC - self.mean_C) / self.std_C
+        return features_BNC
+
+    def project(self, features_BNC: Tensor) -> Tensor:
+        """Return the features after target.projection; the one of the prediction is the model's own linear layer."""
+        return features_BNC @ self.projection_CD if self.cfg.projection == "orthogonal" else features_BNC
+
+
+def loss_fn(prediction_BNC: Tensor, target_BNC: Tensor) -> Tensor:
+    """Return the mean squared error over all channels and patches, hidden and visible alike, in float32."""
+    return F.mse_loss(prediction_BNC.float(), target_BNC)
+
+
+class Fit:
+    """Sums for the loss and for R^2 against the channel-mean predictor; all-reduce `sums` (add) before reading."""
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        """Start from nothing; sums [4, C] float64: count, target, target squared, error squared."""
+        self.sums = torch.zeros(4, channels, dtype=torch.float64, device=device)
+
+    def update(self, prediction_BNC: Tensor, target_BNC: Tensor, weight_B: Tensor | None = None) -> None:
+        """Add a batch; weight 0 leaves a padded row out."""
+        target = target_BNC.float()
+        error = prediction_BNC.detach().float() - target
+        weight = torch.ones(len(target), device=target.device) if weight_B is None else weight_B.to(target)
+        terms = (torch.ones_like(target), target, target.square(), error.square())
+        self.sums += torch.stack([(term * weight[:, None, None]).sum((0, 1), dtype=torch.float64) for term in terms])
+
+    def loss(self) -> float:
+        """Return the mean squared error."""
+        return float(self.sums[3].sum() / self.sums[0].sum())
+
+    def r2(self) -> float:
+        """Return 1 - sum (y - t)^2 / sum (t - mean_c)^2."""
+        count, total, square, error = self.sums
+        return float(1.0 - error.sum() / (square - total.square() / count).sum())

@@ -1,0 +1,1 @@
+"""Stage one: pictures in, cache out (mcm-cache)."""

@@ -1,0 +1,95 @@
+"""Candidate pictures: where each lies, its name and label, in 50 bytes each; and their bytes."""
+
+import hashlib
+import os
+import stat
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from cache_tools.images import PictureRefused
+
+MAX_PICTURE_BYTES = 1 << 28
+
+
+class SourceItem(NamedTuple):
+    """One candidate: `size` is None for a whole file, else the picture lies at `offset` of the tar `path`."""
+
+    name: str
+    path: Path
+    offset: int
+    size: int | None
+    label: int
+
+
+class Candidates:
+    """The candidate pictures of a split, in columns: 50 bytes a picture and its name."""
+
+    def __init__(self) -> None:
+        self.roots: list[Path] = []  # one folder, or tars
+        self.labels = array("i")
+        self._names = bytearray()
+        self._ends, self._roots = array("Q"), array("I")
+        self._offsets, self._sizes = array("Q"), array("Q")  # empty for a folder
+
+    def add(self, name: str, label: int, place: tuple[int, int] | None = None) -> None:
+        """Append a picture of the newest root: `name` below it, at `place` (offset, size) of it when it is a tar."""
+        self._names += os.fsencode(name)
+        self._ends.append(len(self._names))
+        self._roots.append(len(self.roots) - 1)
+        self.labels.append(label)
+        if place:
+            self._offsets.append(place[0])
+            self._sizes.append(place[1])
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: int) -> SourceItem:
+        name = os.fsdecode(bytes(self._names[self._ends[i - 1] if i else 0 : self._ends[i]]))
+        root = self.roots[self._roots[i]]
+        if self._sizes:
+            return SourceItem(f"{root.name}/{name}", root, self._offsets[i], self._sizes[i], self.labels[i])
+        return SourceItem(name, root / name, 0, None, self.labels[i])
+
+    def sha256(self) -> str:
+        """Digest of names, labels and places in tars; where the source lies on the machine does not enter."""
+        digest = hashlib.sha256(b"\0".join(os.fsencode(root.name) for root in self.roots if self._sizes))
+        for column in (self._names, self._ends, self._roots, self.labels, self._offsets, self._sizes):
+            digest.update(column)
+        return digest.hexdigest()
+
+
+@dataclass
+class Sources:
+    """All splits of a source; a label is a position in `classes`; `notes` say what was left out."""
+
+    classes: tuple[str, ...] = ()
+    splits: dict[str, Candidates] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def printable(name: str) -> str:
+    """`name` as text for JSON and messages: bytes that are not UTF-8 become backslash escapes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def read_source(item: SourceItem) -> bytes:
+    """The bytes of a candidate.
+
+    Raises: PictureRefused when the file is gone, unreadable, changed or over MAX_PICTURE_BYTES.
+    """
+    try:
+        descriptor = os.open(item.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise PictureRefused("unreadable", error.strerror or "cannot be opened") from error
+    with open(descriptor, "rb"):
+        status = os.fstat(descriptor)
+        size = status.st_size if item.size is None else item.size
+        if size > MAX_PICTURE_BYTES:
+            raise PictureRefused("too-large", f"{size} bytes is over {MAX_PICTURE_BYTES}")
+        data = os.pread(descriptor, size, item.offset) if stat.S_ISREG(status.st_mode) else b""
+    if len(data) != size:
+        raise PictureRefused("changed", f"expected {size} bytes; found {len(data)}")
+    return data

@@ -1,0 +1,173 @@
+"""The programme `mcm-cache`: stage one, pictures in, cache out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_tools.console import guarded
+
+app = typer.Typer(
+    help="Stage one: shard pictures, extract a teacher's features once, verify them always.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command("demo-data")
+@guarded
+def demo_data_command(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder: OUT/pictures and OUT/clip.")],
+) -> None:
+    """Make a small real dataset (scikit-learn's digits) and a small real CLIP trained on it, offline.
+
+    Example: mcm-cache demo-data demo
+    """
+    from .demo_data import demo_data
+
+    demo_data(out)
+
+
+@app.command("shard")
+@guarded
+def shard_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="ImageFolder (train/val or flat), or tars: a folder, a file, a glob, a quoted {a..b}.",
+        ),
+    ],
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="New folder, or an unfinished one to continue.")],
+    rows_per_shard: Annotated[int, typer.Option(help="Pictures a tar; a multiple of 16.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Decides the order of the rows.")] = 0,
+    max_refused: Annotated[float, typer.Option(help="Largest share of a split's pictures that may be refused.")] = 0.01,
+    workers: Annotated[int | None, typer.Option(help="Decoding threads; one a core where left out.", min=1)] = None,
+) -> None:
+    """Check every picture and put it into WebDataset tars with an index; the same command resumes.
+
+    Example: mcm-cache shard ~/imagenet imagenet-dataset
+    """
+    from .shard import shard
+
+    record = shard(source, dataset, rows_per_shard, seed, max_refused, workers)
+    for name, split in record.splits.items():
+        print(f"{name}: {split.rows} rows in {len(split.shards)} shards, {split.refused} refused")
+    print(f"{dataset}: {len(record.classes)} classes; next: mcm-cache extract {dataset} CACHE --teacher ...")
+
+
+@app.command("extract")
+@guarded
+def extract_command(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="DATASET; or pictures, sharded into CACHE/dataset.")],
+    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="New folder, or one to continue.")],
+    teacher: Annotated[str, typer.Option(help="open_clip:ARCH, open_clip:FOLDER or timm:NAME.")],
+    weights: Annotated[str, typer.Option(help="A tag (openai), a file, 'pretrained' (timm), or 'random'.")],
+    split: Annotated[list[str] | None, typer.Option(help="Splits to extract; all where left out.")] = None,
+    views: Annotated[int, typer.Option(help="Views of each training picture; more can be added later.")] = 4,
+    crop: Annotated[str, typer.Option(help="rrc or center, for split train; others are centre crops.")] = "rrc",
+    scale: Annotated[tuple[float, float], typer.Option(help="rrc: share of the area.")] = (0.2, 1.0),
+    ratio: Annotated[tuple[float, float], typer.Option(help="rrc: width over height.")] = (3 / 4, 4 / 3),
+    flip: Annotated[float, typer.Option(help="rrc: chance of a mirror.")] = 0.5,
+    size: Annotated[int, typer.Option(help="Side of a view in pixels: what the student sees.")] = 224,
+    patch: Annotated[int | None, typer.Option(help="Student's patch in pixels; checked against the grid.")] = None,
+    teacher_size: Annotated[
+        int | None, typer.Option(help="Side of the teacher's input; its own where left out.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="int8 or float16.")] = "int8",
+    encoding: Annotated[str, typer.Option(help="Views: jpeg:QUALITY:444|422|420 or png.")] = "jpeg:92:420",
+    precision: Annotated[str | None, typer.Option(help="Of the forward: fp32, fp16 (CUDA's default) or bf16.")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures a forward, a multiple of 16.")] = 64,
+    threads: Annotated[int, typer.Option(help="Rendering threads; 0: one a core.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides the crops.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1; the worker's own GPU where left out.")
+    ] = None,
+    worker: Annotated[int | None, typer.Option(help="Number of this worker; from the launcher where left out.")] = None,
+    workers: Annotated[int | None, typer.Option(help="How many there are.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print bytes, shards and hours; write nothing.")] = False,
+) -> None:
+    """Write views and teacher features, shard by shard; the same command resumes, several at once share the work.
+
+    Example: mcm-cache extract imagenet-dataset cache --teacher open_clip:ViT-B-16-quickgelu --weights openai
+    """
+    from cache_tools.errors import UsageError
+    from cache_tools.identity import CropPolicy
+
+    from .extract import Request, extract
+    from .launch import launched
+
+    place = launched(worker, workers, device)
+    if crop not in ("rrc", "center"):
+        raise UsageError(f"--crop {crop!r}: expected rrc or center")
+    policy = CropPolicy(kind="rrc", scale=scale, ratio=ratio, flip=flip)
+    request = Request(
+        source=source,
+        cache=cache,
+        teacher=teacher,
+        weights=weights,
+        splits=tuple(split or ()),
+        views=views,
+        crop=policy if crop == "rrc" else CropPolicy(kind="center"),
+        size=size,
+        patch=patch,
+        encoding=encoding,
+        dtype=dtype,
+        teacher_size=teacher_size,
+        precision=precision,
+        batch=batch,
+        threads=threads,
+        seed=seed,
+        worker=place.worker,
+        workers=place.workers,
+        device=place.device,
+        dry_run=dry_run,
+    )
+    extract(request)
+
+
+@app.command("info")
+@guarded
+def info_command(
+    path: Annotated[Path, typer.Argument(metavar="CACHE|DATASET")],
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what a CACHE or DATASET is, what is done and who works on what.
+
+    Example: mcm-cache info cache
+    """
+    from cache_tools.console import print_json
+    from cache_tools.info import describe, info
+
+    known = info(path)
+    if json:
+        print_json(known)
+    else:
+        print(describe(known))
+
+
+@app.command("verify")
+@guarded
+def verify_command(
+    path: Annotated[Path, typer.Argument(metavar="CACHE|DATASET")],
+    full: Annotated[bool, typer.Option("--full", help="Also the sha256 of every file, and finiteness.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Check every committed byte; exit 4 and the files by name when something is damaged.
+
+    Example: mcm-cache verify cache --full
+    """
+    from cache_tools.console import print_json
+    from cache_tools.errors import CorruptionError
+    from cache_tools.verify import verify
+
+    report = verify(path, full, quiet=json)
+    if json:
+        print_json(vars(report))
+    if report.problems:
+        for problem in report.problems if not json else ():
+            print(problem)
+        raise CorruptionError(f"{path}: {len(report.problems)} problems, each named above")
+    if not json:
+        print(f"{path}: {report.files} files and {report.rows} rows are as committed ({report.level})")

@@ -1,0 +1,60 @@
+"""`mcm-cache extract --dry-run`: what a request will cost, from arithmetic and two measured batches."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache_tools.cache import Unit
+from cache_tools.dataset import Dataset
+from cache_tools.storage import free_bytes
+
+from .shard_features import render_views
+from .teachers import Teacher
+from .views import TRAIN
+
+SAMPLE_ROWS = 32
+
+
+def unit_bytes(unit: Unit) -> int:
+    """Bytes of a unit's arrays; exact but for metadata."""
+    specs = unit.specs.values()
+    return sum(-(-spec.shape[0] // spec.chunk_rows) * (spec.chunk_bytes + 4) for spec in specs)
+
+
+def print_plan(units: dict[str, list[Unit]], dataset: Dataset, teacher: Teacher, batch: int, cache: Path) -> None:
+    """Print bytes, shards, hours on this device, free space, the bandwidth training needs and the break-even epoch."""
+    split = TRAIN if TRAIN in units else next(iter(units))
+    unit = units[split][0]
+    rows = range(min(SAMPLE_ROWS, unit.rows))
+    start = time.perf_counter()
+    sample = [render_views(dataset, unit.identity, split, row, [0])[0] for row in rows]
+    render_s = (time.perf_counter() - start) / len(rows)
+    forward_s = _forward_seconds(teacher, batch)
+    view_bytes = sum(len(view.data) for view in sample) / len(rows)
+    every = [u for group in units.values() for u in group]
+    views, shards = sum(u.rows for u in every), sum(u.num_shards for u in every)
+    features, pictures = sum(map(unit_bytes, every)), int(views * (view_bytes + 1536))
+    row_bytes = unit_bytes(unit) / unit.rows + view_bytes
+    left = sum(u.rows - sum(u.shard_rows(k) for k in u.committed()) for u in every)
+    for line in (
+        f"cache       {cache}: {len(every)} units, {shards} shards, {views} views ({left} of them to make)",
+        f"bytes       {features / 1e9:.2f} GB of features + about {pictures / 1e9:.2f} GB of views; "
+        f"{free_bytes(cache) / 1e9:.1f} GB are free",
+        f"time        {left * forward_s / 3600:.2f} h of forward on {teacher.device} ({1 / forward_s:.1f} views/s), "
+        f"{left * render_s / 3600:.2f} core-hours of decoding and rendering ({1 / render_s:.1f} views/s a core)",
+        f"training    reads {row_bytes / 1e3:.0f} KB a sample: {row_bytes / 1e6:.0f} MB/s for 1,000 samples/s",
+        f"break-even  {len(units[split])} epochs: an online teacher costs as much by then, and each one more",
+    ):
+        print(line, flush=True)
+
+
+def _forward_seconds(teacher: Teacher, batch: int) -> float:
+    """Seconds a picture, of the second of two batches (the first warms up)."""
+    shape = (batch, teacher.identity.height, teacher.identity.width, 3)
+    pictures = torch.from_numpy(np.zeros(shape, np.uint8))
+    for _ in range(2):
+        start = time.perf_counter()
+        teacher.features(pictures)[0].sum().item()
+    return (time.perf_counter() - start) / batch

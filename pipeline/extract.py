@@ -1,0 +1,215 @@
+"""`mcm-cache extract`: a DATASET and a teacher in, views and features out; any number of workers, resumed at will."""
+
+import io
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL
+import simplejpeg
+import torch
+
+from cache_tools.cache import Unit
+from cache_tools.console import StopFlag, progress
+from cache_tools.dataset import CHUNK_ROWS, Dataset
+from cache_tools.errors import IdentityError, Interrupted, UsageError
+from cache_tools.identity import CacheIdentity, CropPolicy, Fingerprint
+from cache_tools.images import PICTURE_RULES, check_encoding
+from cache_tools.storage import locks_work, publish, try_lock
+from cache_tools.writer import finish_unit, publish_identity
+
+from .dry_run import print_plan
+from .shard import shard
+from .shard_features import Extractor
+from .teachers import Teacher, load_teacher, probe_pictures
+from .views import TRAIN
+
+# Largest relative MSE between the probe features of two machines: fp16 autocast is 1.6e-5 from float32, bf16 1.1e-3;
+# a wrong activation or layer is far over each of them.
+PROBE_TOLERANCE = {"fp32": 1e-4, "fp16": 1e-3, "bf16": 5e-3}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; sizes in pixels, `batch` in pictures (a multiple of 16)."""
+
+    source: str
+    cache: Path
+    teacher: str
+    weights: str
+    splits: tuple[str, ...] = ()
+    views: int = 4
+    crop: CropPolicy = CropPolicy(kind="rrc")
+    size: int = 224
+    patch: int | None = None
+    encoding: str = "jpeg:92:420"
+    dtype: str = "int8"
+    teacher_size: int | None = None
+    precision: str | None = None
+    batch: int = 64
+    threads: int = 0
+    seed: int = 0
+    worker: int = 0
+    workers: int = 1
+    device: str | None = None
+    dry_run: bool = False
+
+
+def extract(request: Request) -> None:
+    """Make every missing shard of the request's units; whatever is committed stays.
+
+    Raises: UsageError, IdentityError before any work; CorruptionError; Interrupted when stopped at a shard.
+    """
+    _check(request)
+    dataset = open_source(request)
+    teacher = load_teacher(request.teacher, request.weights, request.teacher_size, request.device, request.precision)
+    identity = describe(request, dataset, teacher)
+    units = {
+        split: [Unit(request.cache, identity, split, view) for view in range(request.views if split == TRAIN else 1)]
+        for split in (request.splits or dataset.record.splits)
+    }
+    if request.dry_run:
+        return print_plan(units, dataset, teacher, request.batch, request.cache)
+    publish_identity(request.cache, identity)
+    precision_mse = publish_teacher(request.cache, teacher)
+    every_unit = [unit for group in units.values() for unit in group]
+    total = sum(unit.rows for unit in every_unit)
+    done = sum(unit.shard_rows(k) for unit in every_unit for k in unit.committed())
+    threads = request.threads or os.cpu_count() or 1
+    with (
+        StopFlag() as stop,
+        ThreadPoolExecutor(threads) as ahead,
+        ThreadPoolExecutor(1) as behind,
+        progress(total, f"extract {request.cache}", "views", done) as bar,
+    ):
+        fingerprint = Fingerprint(
+            device=teacher.device.type, precision=teacher.precision, batch=request.batch, versions=versions(teacher)
+        )
+        extractor = Extractor(dataset, identity, teacher, fingerprint, precision_mse, ahead, behind)
+        for split, k in walk(units, request):
+            with try_lock(_run_folder(request.cache) / "locks" / f"{split}-{k:06d}") as held:
+                missing = [unit for unit in units[split] if not unit.commit_file(k).is_file()]
+                if held and missing:
+                    extractor.shard(missing, k, bar)
+            if stop.requested:
+                raise Interrupted(f"{request.cache}: stopped at a shard; the same command goes on from there")
+    complete = [finish_unit(unit) for unit in every_unit]
+    left = "" if all(complete) else "; others are at work on the rest"
+    print(f"{request.cache}: {sum(complete)} of {len(complete)} units complete{left}", flush=True)
+
+
+def _check(request: Request) -> None:
+    check_encoding(request.encoding)
+    if request.dtype not in ("int8", "float16"):
+        raise UsageError(f"--dtype {request.dtype!r}: expected int8 or float16")
+    if request.batch < CHUNK_ROWS or request.batch % CHUNK_ROWS:
+        raise UsageError(f"--batch {request.batch}: expected a multiple of {CHUNK_ROWS}")
+    if request.views < 1 or not 0 <= request.worker < request.workers:
+        raise UsageError("expected --views of at least 1, and a worker below --workers")
+
+
+def open_source(request: Request) -> Dataset:
+    """The DATASET of the request; pictures that are not sharded yet are, into CACHE/dataset."""
+    if (Path(request.source) / "dataset.json").is_file():
+        return Dataset(Path(request.source))
+    if request.workers > 1:
+        raise UsageError(f"{request.source}: expected a DATASET for several workers; run `mcm-cache shard` first")
+    shard(request.source, request.cache / "dataset")
+    return Dataset(request.cache / "dataset")
+
+
+def describe(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdentity:
+    """The identity of the cache that the request asks for.
+
+    Raises: UsageError when the teacher's grid and the student's cannot be the same.
+    """
+    rows, columns = teacher.grid
+    patch = request.patch or request.size // rows
+    if (request.size / patch, request.size / patch) != (rows, columns):
+        fitting = teacher.identity.height // rows * (request.size // patch)
+        raise UsageError(
+            f"grids differ: views of {request.size} px in patches of {patch} against the teacher's {rows}x{columns} "
+            f"tokens; use --teacher-size {fitting}, or another --size or --patch"
+        )
+    unknown = [split for split in request.splits if split not in dataset.record.splits]
+    if unknown:
+        dataset.split(unknown[0])
+    return CacheIdentity(
+        teacher=teacher.identity,
+        crop=request.crop,
+        seed=request.seed,
+        view_height=request.size,
+        view_width=request.size,
+        view_encoding=request.encoding,
+        picture_rules=PICTURE_RULES,
+        dtype="int8" if request.dtype == "int8" else "float16",
+        grid=teacher.grid,
+        channels=teacher.channels,
+        has_cls=teacher.has_cls,
+        rows_per_shard=dataset.record.rows_per_shard,
+        rows={split: entry.rows for split, entry in dataset.record.splits.items()},
+        classes=dataset.classes,
+        dataset_sha256=dataset.sha256,
+    )
+
+
+def publish_teacher(cache: Path, teacher: Teacher) -> float:
+    """Store the projection matrix and the probe features once, or compare with those stored.
+
+    Returns the relative MSE of this precision to float32 on the probe pictures.
+    Raises: IdentityError when this teacher computes other features than the one that began the cache.
+    """
+    if teacher.projection is not None:
+        publish(cache / "projection.npy", _npy(teacher.projection))
+    pictures = torch.from_numpy(probe_pictures(teacher.identity.height, teacher.identity.width))
+    exact = teacher.features(pictures, "fp32")[0].cpu().numpy()
+    found = teacher.features(pictures)[0].cpu().numpy()
+    path = cache / "probe.npy"
+    publish(path, _npy(found), compare=False)
+    stored = np.load(path, allow_pickle=False)
+    difference, tolerance = relative_mse(found, stored), PROBE_TOLERANCE[teacher.precision]
+    if not difference <= tolerance:
+        raise IdentityError(
+            f"{path}: this teacher's features of the probe pictures differ by {difference:.1e} (relative MSE, at most "
+            f"{tolerance:.0e}); expected the weights, activation and layer that began this cache"
+        )
+    return relative_mse(found, exact)
+
+
+def relative_mse(x: np.ndarray, reference: np.ndarray) -> float:
+    """Mean squared difference over the variance of the reference; infinite where shapes differ."""
+    if x.shape != reference.shape:
+        return math.inf
+    return float(((x - reference).astype(np.float64) ** 2).mean() / reference.astype(np.float64).var())
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def versions(teacher: Teacher) -> dict[str, str]:
+    """What can change a byte of a view or a bit of a feature."""
+    found = {"torch": torch.__version__, "pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__}
+    if teacher.device.type == "cpu":
+        found["threads"] = str(torch.get_num_threads())
+    return found
+
+
+def walk(units: dict[str, list[Unit]], request: Request) -> Iterator[tuple[str, int]]:
+    """Every shard of every split, from this worker's own offset; those that others hold are skipped by their lock."""
+    shards = [(split, k) for split, group in units.items() for k in range(group[0].num_shards)]
+    if request.workers > 1 and not locks_work(_run_folder(request.cache)):
+        return iter(shards[request.worker :: request.workers])
+    start = len(shards) * request.worker // request.workers
+    return iter(shards[start:] + shards[:start])
+
+
+def _run_folder(cache: Path) -> Path:
+    """Locks and logs live beside the cache, not in it: they are no part of its bytes."""
+    return cache.with_name(cache.name + ".run")

@@ -1,0 +1,220 @@
+"""The work of one shard, all its missing views at once: decode, render, forward, encode and write, overlapped.
+
+B batch, N patch tokens, C channels, H W pixels. Threads decode and render ahead; this thread feeds the teacher; one
+writes behind. A source is decoded once for all views. Batches never cross a shard and are padded, so that the bytes do
+not depend on where a run was cut.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_tools.cache import Unit
+from cache_tools.console import Progress
+from cache_tools.dataset import Dataset
+from cache_tools.errors import CorruptionError, UsageError
+from cache_tools.identity import CacheIdentity, Fidelity, Fingerprint
+from cache_tools.images import RGB, PictureRefused, decode_rgb, decode_view_into, encode_view, resize_rgb
+from cache_tools.quantize import CALIBRATION_ROWS, channel_stats, decode, encode_int8
+from cache_tools.writer import UnitShardWriter
+
+from .teachers import Teacher
+from .views import Geometry, draw_crop, render
+
+
+@dataclass(frozen=True)
+class View:
+    """A rendered view: its stored bytes, its crop, and the teacher's input uint8 [H, W, 3] from those bytes."""
+
+    data: bytes
+    geometry: Geometry
+    teacher_input: RGB
+
+
+@dataclass
+class Spent:
+    """Seconds this thread spent a kind of work: waiting for pictures, in the forward, waiting for the writer."""
+
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Count the time inside under `what`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - start  # type: ignore[assignment]
+
+    def __str__(self) -> str:
+        total = sum(self.seconds.values()) or 1
+        return ", ".join(f"{what} {share / total:.0%}" for what, share in self.seconds.items())
+
+
+def render_views(dataset: Dataset, identity: CacheIdentity, split: str, row: int, views: Sequence[int]) -> list[View]:
+    """All `views` of a row, from one decode of its source.
+
+    Raises: CorruptionError when a picture that was good at sharding does not decode.
+    """
+    data, _ = dataset.picture(split, row)
+    try:
+        rgb = decode_rgb(data)
+    except PictureRefused as error:
+        raise CorruptionError(
+            f"{dataset.path}: {split} row {row}: decoded at sharding, now refused: {error}"
+        ) from error
+    return [_render_view(rgb, identity, split, row, view) for view in views]
+
+
+def _render_view(rgb: RGB, identity: CacheIdentity, split: str, row: int, view: int) -> View:
+    height, width = identity.view_height, identity.view_width
+    geometry = draw_crop(identity.crop, identity.seed, split, row, view, *rgb.shape[:2])
+    data = encode_view(render(rgb, geometry, height, width), identity.view_encoding)
+    stored = np.empty((height, width, 3), np.uint8)
+    decode_view_into(data, stored)
+    return View(data, geometry, resize_rgb(stored, identity.teacher.height, identity.teacher.width))
+
+
+class UnitEncoder:
+    """Features of one shard of one unit on their way to disk: calibrated on the first rows, encoded on the device."""
+
+    def __init__(self, writer: UnitShardWriter, behind: ThreadPoolExecutor) -> None:
+        self.writer, self.behind = writer, behind
+        self.identity = writer.unit.identity
+        self.rows = writer.unit.shard_rows(writer.shard)
+        self.waiting: list[tuple[Tensor, Tensor | None]] = []
+        self.seen = 0
+        self.calibration: tuple[Tensor, Tensor] | None = None
+        self.written: deque[Future[None]] = deque()
+        self.sums: dict[str, Any] = Counter()
+
+    def add(self, patch_BNC: Tensor, cls_BC: Tensor | None) -> None:
+        """Take the next rows (a multiple of 16 but for the last), float32 on the device."""
+        self.waiting.append((patch_BNC, cls_BC))
+        self.seen += len(patch_BNC)
+        if self.calibration is None and self.seen < min(CALIBRATION_ROWS, self.rows):
+            return
+        if self.calibration is None:
+            calibration_BNC = torch.cat([patch for patch, _ in self.waiting])[:CALIBRATION_ROWS]
+            mean, std = channel_stats(calibration_BNC.cpu().numpy())
+            self.calibration = torch.from_numpy(mean).to(patch_BNC.device), torch.from_numpy(std).to(patch_BNC.device)
+            if self.identity.dtype == "int8":
+                self._write({"channel_mean": self.calibration[0][None], "channel_std": self.calibration[1][None]})
+        for patch, cls in self.waiting:
+            self._encode(patch, cls, *self.calibration)
+        self.waiting = []
+
+    def _encode(self, x_BNC: Tensor, cls_BC: Tensor | None, mean_C: Tensor, std_C: Tensor) -> None:
+        if self.identity.dtype == "int8":
+            codes, scale = encode_int8(x_BNC, mean_C, std_C, torch)
+            decoded, arrays = decode(codes, scale, mean_C, std_C), {"patch": codes, "scale": scale}
+        else:
+            codes = x_BNC.half()
+            decoded, arrays = codes.float(), {"patch": codes}
+        if cls_BC is not None:
+            arrays["cls"] = cls_BC.half()
+        z, q = (x_BNC - mean_C) / std_C, (decoded - mean_C) / std_C
+        self.sums["bad"] += (~torch.isfinite(decoded)).sum()
+        self.sums["error"] += ((z - q) ** 2).sum(dtype=torch.float64)
+        self.sums["energy"] += (z**2).sum(dtype=torch.float64)
+        self.sums["cosine"] += torch.nn.functional.cosine_similarity(z, q, dim=-1).sum(dtype=torch.float64)
+        self.sums["sum"] += x_BNC.sum((0, 1), dtype=torch.float64)
+        self.sums["square"] += (x_BNC.double() ** 2).sum((0, 1))
+        self._write(arrays)
+
+    def _write(self, arrays: dict[str, Tensor]) -> None:
+        def work() -> None:
+            for name, tensor in arrays.items():
+                self.writer.add(name, tensor.cpu().numpy())
+
+        while len(self.written) > 2:  # a bound on memory: what waits for the disk
+            self.written.popleft().result()
+        self.written.append(self.behind.submit(work))
+
+    def commit(self, fingerprint: Fingerprint, precision_mse: float) -> None:
+        """Write what is left and commit the shard.
+
+        Raises: UsageError when a feature is not finite, before anything is committed.
+        """
+        while self.written:
+            self.written.popleft().result()
+        if int(self.sums["bad"]):
+            what = f"{int(self.sums['bad'])} features of the last layer are not finite in {fingerprint.precision}"
+            raise UsageError(f"{self.writer.unit} shard {self.writer.shard}: {what}; use --precision fp32")
+        tokens = self.rows * self.identity.tokens
+        mean = (self.sums["sum"] / tokens).cpu().numpy()
+        var = np.maximum((self.sums["square"] / tokens).cpu().numpy() - mean**2, 0)
+        loss = float(self.sums["error"] / self.sums["energy"].clamp(min=1e-30))
+        fidelity = Fidelity(
+            relative_mse=float(f"{loss:.4g}"),
+            cosine=float(f"{float(self.sums['cosine']) / tokens:.7g}"),
+            precision_mse=float(f"{precision_mse:.4g}"),
+        )
+        self.writer.commit(mean, var, fidelity, fingerprint)
+
+
+@dataclass
+class Extractor:
+    """What every shard needs: the sources, the teacher, its batch and the threads."""
+
+    dataset: Dataset
+    identity: CacheIdentity
+    teacher: Teacher
+    fingerprint: Fingerprint
+    precision_mse: float
+    ahead: ThreadPoolExecutor
+    behind: ThreadPoolExecutor
+    spent: Spent = field(default_factory=Spent)
+
+    def shard(self, units: Sequence[Unit], shard: int, bar: Progress) -> None:
+        """Make and commit one shard of each of `units`, which are views of one split."""
+        first = shard * self.identity.rows_per_shard
+        rows = range(first, first + units[0].shard_rows(shard))
+        index = self.dataset.index(units[0].split, shard)
+        with ExitStack() as stack:
+            writers = [stack.enter_context(UnitShardWriter(unit, shard)) for unit in units]
+            encoders = [UnitEncoder(writer, self.behind) for writer in writers]
+            rendered = self._render_ahead(units, rows)
+            labels = iter(index["label"].tolist())
+            while batch := self._next_batch(rendered):
+                for views, label in zip(batch, labels, strict=False):
+                    for writer, view in zip(writers, views, strict=True):
+                        writer.add_view(view.data, label, view.geometry)
+                for position, encoder in enumerate(encoders):
+                    self._forward(encoder, [views[position].teacher_input for views in batch])
+                bar.update(len(batch) * len(units), str(self.spent))
+            with self.spent.on("write"):
+                for encoder in encoders:
+                    encoder.commit(self.fingerprint, self.precision_mse)
+
+    def _render_ahead(self, units: Sequence[Unit], rows: range) -> Iterator[list[View]]:
+        """The views of each row in order, rendered by threads up to two batches ahead."""
+        split, views = units[0].split, [unit.view for unit in units]
+
+        def submit(row: int) -> Future[list[View]]:
+            return self.ahead.submit(render_views, self.dataset, self.identity, split, row, views)
+
+        todo = iter(rows)
+        futures = deque(map(submit, islice(todo, 2 * self.fingerprint.batch)))
+        while futures:
+            yield futures.popleft().result()
+            futures.extend(map(submit, islice(todo, 1)))
+
+    def _next_batch(self, rendered: Iterator[list[View]]) -> list[list[View]]:
+        with self.spent.on("wait for pictures"):
+            return list(islice(rendered, self.fingerprint.batch))
+
+    def _forward(self, encoder: UnitEncoder, inputs: list[RGB]) -> None:
+        padded = np.zeros((self.fingerprint.batch, *inputs[0].shape), np.uint8)
+        padded[: len(inputs)] = inputs
+        with self.spent.on("forward"):
+            patch_BNC, cls_BC = self.teacher.features(torch.from_numpy(padded))
+        with self.spent.on("encode"):
+            encoder.add(patch_BNC[: len(inputs)], None if cls_BC is None else cls_BC[: len(inputs)])

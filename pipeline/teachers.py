@@ -1,0 +1,282 @@
+"""Frozen teachers: any open_clip image tower and any timm ViT, their weights checked, giving patch tokens and CLS.
+
+B batch, N patch tokens, C channels, H W pixels.
+"""
+
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from cache_tools.draws import uniform
+from cache_tools.errors import IdentityError, ResourceError, UsageError
+from cache_tools.identity import TeacherIdentity
+from cache_tools.images import RGB, resize_rgb
+from cache_tools.records import nearest, sha256_hex
+
+RANDOM = "random"  # weights that say so: for shapes, timings and controls
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+State = dict[str, Tensor]
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+@dataclass
+class Teacher:
+    """A frozen tower: `forward` takes normalised pictures [B, 3, H, W], gives (patch [B, N, C], CLS [B, C] or None)."""
+
+    identity: TeacherIdentity
+    tower: nn.Module
+    forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    grid: tuple[int, int]
+    channels: int
+    has_cls: bool
+    projection: npt.NDArray[np.float32] | None
+    device: torch.device
+    precision: Precision
+
+    @torch.inference_mode()
+    def features(self, pictures_BHW3: Tensor, precision: str | None = None) -> tuple[Tensor, Tensor | None]:
+        """Float32 (patch [B, N, C], CLS [B, C] or None) of uint8 pictures of the teacher's size, on its device."""
+        half = PRECISIONS[precision or self.precision]
+        mean, std = (torch.tensor(v, device=self.device) * 255 for v in (self.identity.mean, self.identity.std))
+        x_B3HW = ((pictures_BHW3.to(self.device, non_blocking=True) - mean) / std).permute(0, 3, 1, 2)
+        with torch.autocast(self.device.type, half, enabled=half is not None):
+            patch_BNC, cls_BC = self.forward(x_B3HW)
+        return patch_BNC.float(), None if cls_BC is None else cls_BC.float()
+
+
+def load_teacher(
+    name: str, weights: str, size: int | None = None, device: str | None = None, precision: str | None = None
+) -> Teacher:
+    """The teacher `open_clip:ARCH`, `open_clip:FOLDER` (open_clip_config.json) or `timm:NAME`.
+
+    `weights` is a tag ("openai", or "pretrained" for timm), a file, or "random"; `size` in pixels overrides its own.
+
+    Raises: UsageError (unknown name, tag or size), IdentityError (tensors missing or too many, QuickGELU mismatch),
+    ResourceError (a tag that cannot be fetched).
+    """
+    kind, _, architecture = name.partition(":")
+    if kind not in ("open_clip", "timm") or not architecture:
+        raise UsageError(f"--teacher {name!r}: expected open_clip:ARCH, open_clip:FOLDER or timm:NAME")
+    if precision not in (None, *PRECISIONS):
+        raise UsageError(f"--precision {precision!r}: expected {', '.join(PRECISIONS)}")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # bf16 autocast costs 28x the error of int8, so that it is never the default.
+    precision = precision or ("fp32" if where.type == "cpu" else "fp16")
+    torch.manual_seed(0)  # the weights of "random"
+    load = _load_open_clip if kind == "open_clip" else _load_timm
+    teacher = load(architecture, weights, size, where, cast(Precision, precision))
+    teacher.tower.to(where).eval().requires_grad_(False)
+    return teacher
+
+
+def _load_open_clip(name: str, weights: str, size: int | None, device: torch.device, precision: Precision) -> Teacher:
+    import open_clip
+    from open_clip.model import _build_vision_tower, resize_pos_embed
+
+    config, tag = _open_clip_config(name, weights)
+    vision, quick_gelu = dict(config["vision_cfg"]), bool(config.get("quick_gelu", False))
+    if "timm_model_name" in vision and size not in (None, vision["image_size"]):
+        raise UsageError(f"--teacher-size {size}: {name} is a timm tower of {vision['image_size']} px; use timm:NAME")
+    vision["image_size"] = size or vision.get("image_size", 224)
+    tower = _build_vision_tower(config["embed_dim"], vision, quick_gelu)
+    if not hasattr(tower, "forward_intermediates"):
+        raise UsageError(f"--teacher open_clip:{name}: expected a vision transformer; found {type(tower).__name__}")
+    if weights != RANDOM:
+        file = weights
+        if tag:
+            try:
+                file = open_clip.download_pretrained(tag)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ResourceError(f"--weights {weights}: cannot be fetched: {error}; give a local file") from error
+        state = _read_state(Path(file))
+        if "input_resolution" in state and not quick_gelu:
+            raise IdentityError(f"{weights}: OpenAI's weights need QuickGELU; found {name}; use {name}-quickgelu")
+        resize_pos_embed(state, _Holder(tower))
+        visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+        _load_whole(tower, visual, weights)
+
+    def forward(x_B3HW: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = tower.forward_intermediates(
+            x_B3HW, indices=[-1], normalize_intermediates=True, output_fmt="NLC",
+            output_extra_tokens=True, intermediates_only=True,
+        )  # fmt: skip
+        return out["image_intermediates"][0], _first_token(out.get("image_intermediates_prefix"))
+
+    preprocess = tag or config.get("preprocess_cfg", {})
+    described = {k: v for k, v in config.items() if k in ("embed_dim", "quick_gelu")} | {"vision_cfg": vision}
+    projection = getattr(tower, "proj", None)
+    return _describe(
+        f"open_clip:{Path(name).name}", weights, tower, forward, _pair(vision["image_size"]), described,
+        preprocess.get("mean", CLIP_MEAN), preprocess.get("std", CLIP_STD),
+        "quick_gelu" if quick_gelu else "gelu", projection, device, precision,
+    )  # fmt: skip
+
+
+class _Holder:
+    """What open_clip's resize_pos_embed asks of a model."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        self.visual = visual
+
+
+def _open_clip_config(name: str, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(model config, the tag's config or nothing), QuickGELU compared with open_clip's tables."""
+    import open_clip
+
+    folder = Path(name) / "open_clip_config.json"
+    if folder.is_file():
+        whole = json.loads(folder.read_text(encoding="utf-8"))
+        preprocess = {"preprocess_cfg": whole.get("preprocess_cfg", {})}
+        config: dict[str, Any] | None = whole.get("model_cfg", whole) | preprocess
+    else:
+        config = open_clip.get_model_config(name)
+    if config is None:
+        known = open_clip.list_models()
+        raise UsageError(f"--teacher open_clip:{name}: no such architecture, nor a folder of one{nearest(name, known)}")
+    if weights == RANDOM or Path(weights).is_file():
+        return config, {}
+    tag = open_clip.get_pretrained_cfg(name, weights)
+    if not tag:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        found = f"neither a file nor a tag of {name} ({', '.join(tags)})"
+        raise UsageError(f"--weights {weights!r}: {found}{nearest(weights, tags)}")
+    if bool(tag.get("quick_gelu", False)) != bool(config.get("quick_gelu", False)):
+        other = name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{name}-quickgelu"
+        raise IdentityError(f"--weights {weights}: its table and {name} differ in QuickGELU; use open_clip:{other}")
+    return config, tag
+
+
+def _load_timm(name: str, weights: str, size: int | None, device: torch.device, precision: Precision) -> Teacher:
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        known = timm.list_models()
+        raise UsageError(f"--teacher timm:{name}: timm has no such model{nearest(name, known)}")
+    hub = weights == "pretrained"
+    if not hub and weights != RANDOM and not Path(weights).is_file():
+        raise UsageError(f"--weights {weights!r}: expected a file, 'pretrained' or 'random' for a timm teacher")
+    try:
+        model = timm.create_model(name, pretrained=hub, num_classes=0, **({"img_size": size} if size else {}))
+    except (OSError, RuntimeError) as error:
+        raise ResourceError(f"timm:{name}: cannot be made with weights {weights}: {error}") from error
+    except TypeError as error:
+        raise UsageError(f"timm:{name}: expected a ViT that takes img_size: {error}") from error
+    if not hasattr(model, "num_prefix_tokens") or not hasattr(model, "patch_embed"):
+        raise UsageError(f"--teacher timm:{name}: expected a vision transformer; found {type(model).__name__}")
+    if not hub and weights != RANDOM:
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        state = checkpoint_filter_fn(_read_state(Path(weights)), model)
+        heads = ("head", "fc_norm")
+        _load_whole(model, {key: value for key, value in state.items() if not key.startswith(heads)}, weights)
+
+    def forward(x_B3HW: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = model.forward_intermediates(
+            x_B3HW, indices=1, norm=True, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+        )[0]
+        patch_BNC, prefix_BPC = out if isinstance(out, tuple) else (out, None)
+        return patch_BNC, _first_token([prefix_BPC] if model.has_class_token else None)
+
+    data = timm.data.resolve_model_data_config(model)
+    activation = type(model.blocks[0].mlp.act).__name__.lower()
+    described = {"name": name, "img_size": list(_pair(model.patch_embed.img_size))}
+    return _describe(
+        f"timm:{name}", weights, model, forward, _pair(model.patch_embed.img_size), described,
+        data["mean"], data["std"], activation, None, device, precision,
+    )  # fmt: skip
+
+
+def _describe(
+    name: str, weights: str, tower: nn.Module, forward: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+    size: tuple[int, int], described: dict[str, Any], mean: Any, std: Any, activation: str,
+    projection: Tensor | None, device: torch.device, precision: Precision,
+) -> Teacher:  # fmt: skip
+    with torch.inference_mode():
+        patch, cls = forward(torch.zeros(1, 3, *size))
+    rows = round((patch.shape[1] * size[0] / size[1]) ** 0.5)
+    columns = patch.shape[1] // rows
+    if rows * columns != patch.shape[1] or rows * size[1] != columns * size[0]:
+        raise UsageError(f"{name}: expected a grid of square patches; found {patch.shape[1]} tokens of {size} pixels")
+    stored = None if projection is None else np.ascontiguousarray(projection.detach().numpy(), np.float32)
+    identity = TeacherIdentity(
+        name=f"{name} (random weights)" if weights == RANDOM else name,
+        architecture_sha256=sha256_hex(json.dumps(described, sort_keys=True).encode()),
+        weights_sha256=state_sha256(tower.state_dict()),
+        activation=activation,
+        height=size[0],
+        width=size[1],
+        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
+        std=(float(std[0]), float(std[1]), float(std[2])),
+        projection_sha256=None if stored is None else sha256_hex(stored.tobytes()),
+    )
+    channels = int(patch.shape[2])
+    return Teacher(identity, tower, forward, (rows, columns), channels, cls is not None, stored, device, precision)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (int(size[0]), int(size[1])) if isinstance(size, (tuple, list)) else (int(size), int(size))
+
+
+def _first_token(prefix: Any) -> Tensor | None:
+    if not prefix or prefix[0] is None or prefix[0].shape[1] == 0:
+        return None
+    token: Tensor = prefix[0][:, 0]
+    return token
+
+
+def _read_state(path: Path) -> State:
+    """Tensors of a safetensors file, a checkpoint (never unpickled beyond tensors) or OpenAI's TorchScript archive."""
+    from open_clip.factory import load_state_dict
+
+    if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+        scripted: State = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+        return {key: value.float() if value.is_floating_point() else value for key, value in scripted.items()}
+    try:
+        state: State = load_state_dict(str(path), weights_only=True)
+    except (ValueError, RuntimeError, OSError, EOFError, KeyError) as error:
+        raise IdentityError(f"{path}: expected a file of weights; it does not read: {error}") from error
+    return dict(state)
+
+
+def _load_whole(tower: nn.Module, state: State, where: str) -> None:
+    """Load every tensor of the tower, none missing and none left over.
+
+    Raises: IdentityError naming the first that does not fit.
+    """
+    own = tower.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    for problem, keys in (("missing", missing), ("unknown", extra), ("of another shape", sorted(shapes))):
+        if keys:
+            share = f"{len(keys)} of {len(own)} tensors {problem}, first {keys[0]}"
+            raise IdentityError(f"{where}: expected the weights of this teacher; {share}; check --teacher and the file")
+    tower.load_state_dict(state)
+
+
+def state_sha256(state: State) -> str:
+    """Digest of names, types, shapes and values, whatever file they came from."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def probe_pictures(height: int, width: int, count: int = 4) -> RGB:
+    """Fixed synthetic pictures, uint8 [count, H, W, 3]: smooth colours with grain, the same on every machine."""
+    coarse = uniform(0, "probe", np.arange(count * 8 * 8 * 3)).reshape(count, 8, 8, 3)
+    grain = uniform(0, "probe-grain", np.arange(count * height * width * 3)).reshape(count, height, width, 3)
+    smooth = np.stack([resize_rgb((picture * 255).astype(np.uint8), height, width) for picture in coarse])
+    return np.clip(smooth + 32 * (grain - 0.5), 0, 255).astype(np.uint8)

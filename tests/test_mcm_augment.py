@@ -1,0 +1,78 @@
+"""Augmentation is a pure function of seed and bytes, and mixing does not depend on how a batch is split."""
+
+import io
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from cache_tools.errors import CorruptionError
+from mcm.augment import Mixer, eval_transform, train_transform
+from mcm.config import Augment
+
+SPEC = SimpleNamespace(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", crop_pct=1.0)
+STRONG = Augment(recipe="rand-m9-mstd0.5-inc1", mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.5)
+
+
+@pytest.fixture
+def png():
+    pixels = np.random.default_rng(0).integers(0, 255, (48, 48, 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_train_transform_draws_only_from_its_seed(png):
+    transform = pickle.loads(pickle.dumps(train_transform(STRONG, SPEC)))  # as a loader's worker gets it
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = [transform(seed, png) for seed in range(8)]
+    assert torch.equal(torch.get_rng_state(), state), "the training step's generator was disturbed"
+    again = [transform(seed, png) for seed in reversed(range(8))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert first[0].shape == (3, 32, 32) and not torch.equal(first[0], first[1])
+
+
+def test_eval_transform_is_the_whole_centre_square_for_our_students(png):
+    transform = eval_transform(SPEC)
+    square = Image.open(io.BytesIO(png)).resize((32, 32), Image.Resampling.BICUBIC)
+    expected = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
+    assert torch.equal(transform(0, png), transform(9, png))
+    assert torch.allclose(transform(0, png), expected, atol=1e-6)
+
+
+def test_a_picture_that_no_longer_decodes_is_corruption(png):
+    with pytest.raises(CorruptionError, match="good when it was sharded"):
+        eval_transform(SPEC)(0, png[:60])
+
+
+def batch(rows):
+    pictures = torch.randn(len(rows), 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return pictures, torch.arange(len(rows)) % 4, torch.tensor(rows)
+
+
+def test_mixing_is_the_same_however_the_batch_is_split():
+    pictures, labels, rows = batch(list(range(100, 132)))
+    mixer = Mixer(STRONG, num_classes=4, seed=0)
+    whole, targets = mixer(pictures.clone(), labels, rows, 3)
+    halves = [mixer(pictures[s].clone(), labels[s], rows[s], 3) for s in (slice(16), slice(16, 32))]
+    assert torch.equal(whole, torch.cat([half[0] for half in halves]))
+    assert torch.equal(targets, torch.cat([half[1] for half in halves]))
+    assert not torch.equal(whole, mixer(pictures.clone(), labels, rows, 4)[0])
+    assert torch.allclose(targets.sum(1), torch.ones(32))
+
+
+def test_without_mixing_targets_are_smoothed_as_torch_smooths_them():
+    pictures, labels, rows = batch(list(range(16)))
+    same, targets = Mixer(Augment(smoothing=0.1), num_classes=4, seed=0)(pictures, labels, rows, 0)
+    logits = torch.randn(16, 4, generator=torch.Generator().manual_seed(2))
+    assert same is pictures
+    ours, theirs = (
+        functional.cross_entropy(logits, targets),
+        functional.cross_entropy(logits, labels, label_smoothing=0.1),
+    )
+    assert torch.allclose(ours, theirs)

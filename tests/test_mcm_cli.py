@@ -1,0 +1,74 @@
+"""`mcm-train`: exit codes, JSON, and --help without the heavy libraries."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from make_dataset import make_dataset
+from make_run import make_run
+from typer.testing import CliRunner
+
+from mcm.cli import app
+
+COMMANDS = ["pretrain", "finetune", "probe", "export", "report"]
+
+
+def mcm_train(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_help_of_every_command_imports_nothing_heavy():
+    code = (
+        "import sys; from typer.testing import CliRunner; from mcm.cli import app\n"
+        "for command in sys.argv[1:]:\n"
+        "    result = CliRunner().invoke(app, [command, '--help'])\n"
+        "    assert result.exit_code == 0 and 'Usage' in result.output, result.output\n"
+        "heavy = {'torch', 'timm', 'sklearn', 'matplotlib', 'zarr', 'accelerate', 'numpy'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code, *COMMANDS], check=True)
+
+
+def test_probe_export_and_report_from_the_command_line(tmp_path):
+    run, data = make_run(tmp_path / "run"), make_dataset(tmp_path / "dataset", 32, 16).path
+    answer = mcm_train("probe", run, "--data", data, "--method", "knn", "--json")
+    assert answer.exit_code == 0, answer.stderr
+    assert [entry["input"] for entry in json.loads(answer.stdout)] == ["full", "folded"]
+    answer = mcm_train("export", run, tmp_path / "out", "--folded", "0.5")
+    assert answer.exit_code == 0 and "local-dir:" in answer.stdout
+    answer = mcm_train("report", run, "--out", tmp_path / "r.html", "--note", "one run")
+    assert answer.exit_code == 0 and "k-NN folded" in answer.stdout
+    assert "one run" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("finetune finetune/dmo --data . --init random --out r", 2, "did you mean 'finetune/demo'"),
+        ("pretrain pretrain/demo --cache nowhere --out r", 2, "expected a CACHE"),
+        ("pretrain pretrain/demo --cache c --out r --set optim.lrr=1", 2, "did you mean 'optim.lr'"),
+        ("export nowhere out", 2, "expected a RUN"),
+        ("probe nowhere --data nowhere", 2, "expected a finished DATASET"),
+    ],
+)
+def test_a_users_fault_is_one_line_and_its_exit_code(arguments, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answer = mcm_train(*arguments.split())
+    assert answer.exit_code == code, answer.stderr
+    assert message in answer.stderr and len(answer.stderr.splitlines()) == 1
+
+
+def test_overwrite_removes_runs_only(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
+    data = make_dataset(tmp_path / "dataset", 32, 16).path
+    begin = ["finetune", "finetune/demo", "--init", "random", "--overwrite"]
+    answer = mcm_train(*begin, "--data", data, "--out", tmp_path / "photos")
+    assert answer.exit_code == 2 and "remove it yourself" in answer.stderr
+    assert (tmp_path / "photos" / "a.jpg").is_file()
+    run = make_run(tmp_path / "run")
+    assert mcm_train(*begin, "--data", tmp_path, "--out", run).exit_code == 2
+    assert (run / "checkpoints").exists(), "a mistyped DATASET must not cost a run"
+    assert mcm_train(*begin, "--data", data, "--out", run).exit_code == 2  # too few labels a class: the run is gone
+    assert not (run / "checkpoints").exists()

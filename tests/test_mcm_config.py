@@ -1,0 +1,81 @@
+"""Every shipped TOML is one complete run that builds, and every wrong setting is named as the user typed it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cache_tools.errors import UsageError
+from cache_tools.records import load_toml, write_toml
+from mcm.config import FinetuneConfig, PretrainConfig
+from mcm.model import MaskedChannelModel, build_encoder
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PRETRAIN, FINETUNE = (sorted((CONFIGS / kind).glob("*.toml")) for kind in ("pretrain", "finetune"))
+DEMO = CONFIGS / "pretrain/demo.toml"
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
+def test_pretrain_config_builds_on_meta(path):
+    cfg = load_toml(PretrainConfig, path)
+    grid, patch = ((4, 4), 8) if path.stem == "demo" else ((14, 14), 16)
+    channels = 1024 if "clipl14" in path.stem else 768
+    with torch.device("meta"):
+        model = MaskedChannelModel(cfg, grid, patch, channels)
+        masks = torch.empty(8, cfg.student.width, dtype=torch.bool), torch.empty(2, grid[0] * grid[1], dtype=torch.int)
+        y_BNC = model(torch.empty(2, 3, grid[0] * patch, grid[1] * patch), masks)
+    assert y_BNC.shape == (2, grid[0] * grid[1], channels)
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
+def test_finetune_config_builds_on_meta(path):
+    cfg = load_toml(FinetuneConfig, path)
+    if cfg.student is not None:
+        with torch.device("meta"):
+            build_encoder((cfg.student.size, cfg.student.size), cfg.student.patch, cfg.student)
+
+
+@pytest.mark.parametrize("path", PRETRAIN + FINETUNE, ids=lambda path: f"{path.parent.stem}/{path.stem}")
+def test_header_says_how_to_run_it_and_the_resolved_config_reads_back(path, tmp_path):
+    header, kind = path.read_text(encoding="ascii").partition("\n\n")[0], path.parent.stem
+    assert all(line.startswith("#") for line in header.splitlines())
+    for words in (f"mcm-train {kind} {kind}/{path.stem} ", "Command:", "Hardware:", "Hours:", "Expect:"):
+        assert words in header, words
+    cls = PretrainConfig if kind == "pretrain" else FinetuneConfig
+    cfg = load_toml(cls, path)
+    (tmp_path / "config.toml").write_text(write_toml(cfg))
+    assert load_toml(cls, tmp_path / "config.toml") == cfg
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("optim.blr=1e-4", "exactly one of optim.lr and optim.blr"),
+        ("optim.rl=1e-4", "optim.lr"),
+        ("optim.lr='high'", "optim.lr"),
+        ("student.heads=3", "student.heads = 3 must divide student.width = 128"),
+        ("mask.ratio=1.0", "mask.ratio"),
+        ("mask.ratio=0.001", "mask.ratio = 0.001 hides 0 of student.width = 128 channels"),
+        ("mask.mode=channels", "'channel', 'dropout', 'patch' or 'none'"),
+        ("schedule.warmup_epochs=45", "schedule.warmup_epochs = 45"),
+        ("train.global_batch=100", "train.global_batch = 100 must be a multiple of 16"),
+        ("train.micro_batch=8", "train.micro_batch = 8 must be a multiple of 16"),
+        ("train.workers=-1", "train.workers"),
+    ],
+)
+def test_wrong_setting_is_named(override, named):
+    with pytest.raises(UsageError) as caught:
+        load_toml(PretrainConfig, DEMO, [override])
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_neither_learning_rate_is_an_error_too(tmp_path):
+    (tmp_path / "c.toml").write_text(DEMO.read_text().replace("\nlr = 1e-3", ""))
+    with pytest.raises(UsageError, match="exactly one of optim.lr and optim.blr"):
+        load_toml(PretrainConfig, tmp_path / "c.toml")
+
+
+def test_patch_must_tile_the_picture():
+    with pytest.raises(UsageError, match="student.patch = 7 must divide student.size = 32"):
+        load_toml(FinetuneConfig, CONFIGS / "finetune/demo.toml", ["student.patch=7"])

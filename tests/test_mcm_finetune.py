@@ -1,0 +1,111 @@
+"""Fine-tuning on the shared loop: it learns, resumes to the bit, and its RUN can be probed, exported and reported."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from make_dataset import make_dataset
+from torch import nn
+
+from cache_tools.errors import IdentityError, UsageError
+from mcm.backbones import load_encoder
+from mcm.config import FinetuneConfig
+from mcm.finetune import finetune, make_classifier, training_rows
+from mcm.stream import DatasetSource
+
+
+def config(**changes):
+    payload = {
+        "student": {"width": 32, "depth": 2, "heads": 2, "size": 32, "patch": 8},
+        "optim": {"lr": 3e-3, "layer_decay": 0.75},
+        "schedule": {"epochs": 4, "warmup_epochs": 1},
+        "train": {"global_batch": 32, "micro_batch": 16, "precision": "fp32", "workers": 0, "log_steps": 2},
+        "augment": {"mixup": 0.2, "cutmix": 0.2, "smoothing": 0.1, "erasing": 0.1, "scale_min": 0.5},
+        "drop_path": 0.1,
+    }
+    for section, values in changes.items():
+        payload[section] = {**payload.get(section, {}), **values} if isinstance(values, dict) else values
+    return FinetuneConfig.model_validate_json(json.dumps(payload))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def tuned(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "tuned"
+    return run, finetune(config(), data.path, "random", None, run)
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("loss"), line.get("eval", {}).get("loss")) for line in lines]
+
+
+def test_it_learns_and_says_what_it_is(tuned):
+    run, top1 = tuned
+    identity = json.loads((run / "run.json").read_bytes())
+    assert top1 > 0.7
+    assert (identity["kind"], identity["init"], identity["classes"]) == ("finetune", "random", ["even", "odd"])
+    assert json.loads((run / "exit.json").read_bytes())["code"] == 0
+
+
+def test_a_run_that_broke_resumes_to_the_bit(tuned, data, tmp_path, monkeypatch):
+    run, top1 = tuned
+    original, count = DatasetSource.__call__, iter(range(1000))
+
+    def breaks(self, epoch, chunks, batch):
+        if self.split == "train" and next(count) == 15:  # in the third epoch of 6 micro-batches
+            raise OSError(5, "the disk is gone", "disk")
+        return original(self, epoch, chunks, batch)
+
+    monkeypatch.setattr(DatasetSource, "__call__", breaks)
+    settings = config(train={"checkpoint_steps": 0})
+    with pytest.raises(OSError, match="the disk is gone"):
+        finetune(settings, data.path, "random", None, tmp_path / "broken")
+    assert json.loads((tmp_path / "broken" / "exit.json").read_bytes())["code"] == 7
+    monkeypatch.undo()
+    assert finetune(settings, data.path, "random", None, tmp_path / "broken") == top1
+    assert losses(tmp_path / "broken") == losses(run)
+
+
+def test_another_run_in_the_folder_is_refused_with_the_difference(tuned, data):
+    run, _ = tuned
+    with pytest.raises(IdentityError, match=r"optim\.lr: 0\.001 != 0\.003"):
+        finetune(config(optim={"lr": 1e-3}), data.path, "random", None, run)
+
+
+def test_shots_are_a_number_of_labels_a_class(data):
+    labels = data.labels("train")
+    rows = training_rows(data, "train", 10, seed=0)
+    assert np.bincount(labels[rows]).tolist() == [10, 10]
+    assert rows.tolist() != training_rows(data, "train", 10, seed=1).tolist()
+    with pytest.raises(UsageError, match="class 'even' has 48"):
+        training_rows(data, "train", 49, seed=0)
+
+
+def test_bad_requests_stop_before_the_first_step(data, tmp_path):
+    blind = make_dataset(tmp_path / "blind", 20, 20, unlabelled=True)
+    with pytest.raises(UsageError, match="expected a label for every picture of 'train'"):
+        finetune(config(), blind.path, "random", None, tmp_path / "a")
+    with pytest.raises(UsageError, match="too few rows for one global batch"):
+        finetune(config(data={"shots": 4}), data.path, "random", None, tmp_path / "b")
+    with pytest.raises(UsageError, match="no split 'test'"):
+        finetune(config(data={"val_split": "test"}), data.path, "random", None, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_the_head_begins_near_zero_and_the_norm_keeps_its_weights(pool):
+    model = load_encoder("random", student=config().student).model
+    nn.init.constant_(model.norm.weight, 1.5)
+    model = make_classifier(model, 7, pool, 0.1, seed=0).eval()
+    logits = model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert logits.shape == (2, 7) and logits.abs().max() < 1e-2
+    used, idle = (model.fc_norm, model.norm) if pool == "avg" else (model.norm, model.fc_norm)
+    assert (used.weight == 1.5).all() and isinstance(idle, nn.Identity)
+    assert model.blocks[1].drop_path1.drop_prob == pytest.approx(0.1)
+    assert all(parameter.requires_grad for parameter in model.parameters())

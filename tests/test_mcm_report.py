@@ -1,0 +1,94 @@
+"""The report: one file that needs no other, and a table whose every number comes from the runs."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from make_cache import make_cache
+from make_run import make_run
+from safetensors.numpy import save_file
+
+from cache_tools.errors import UsageError
+from cache_tools.records import encode_record
+from cache_tools.storage import write_atomic
+from mcm.probe import ProbeResult
+from mcm.report import Table, pca_colours, report
+
+
+def result(kind, knn, linear):
+    return ProbeResult(
+        subject="x", weights="w", input=kind, knn=knn, linear=linear, train_rows=1, val_rows=1, seed=0,
+        data_sha256="0", versions={},
+    )  # fmt: skip
+
+
+def put(path, kind, knn, linear):
+    write_atomic(path, encode_record(result(kind, knn, linear)))
+
+
+def tuned_run(path, init, top1):
+    write_atomic(path / "run.json", json.dumps({"kind": "finetune", "init": init}).encode())
+    lines = [{"step": 5, "epoch": 1, "loss": 1.0}, {"step": 5, "epoch": 1, "eval": {"top1": top1, "loss": 0.3}}]
+    torn = b'{"step": 6, "lo'
+    write_atomic(path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode() + torn)
+    return path
+
+
+@pytest.fixture
+def runs(tmp_path):
+    run, cache = make_run(tmp_path / "mcm"), make_cache(tmp_path / "cache", 20, 16, 1).path
+    put(run / "probe" / "full.json", "full", 0.72, 0.78)
+    put(run / "probe" / "folded.json", "folded", 0.76, None)
+    put(run / "probe" / "masked-8.json", "masked:8", 0.7, None)
+    put(run / "probe" / "untrained-full.json", "full", 0.41, 0.59)
+    put(tmp_path / "cache.run" / "probe.json", "full", 0.96, 0.97)
+    tokens = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float16)
+    samples = {"views": np.zeros((2, 32, 32, 3), np.uint8), "target": tokens, "prediction": tokens + 1}
+    save_file(samples, run / "samples.safetensors")
+    lines = [{"step": s, "epoch": s / 5, "loss": 1 / s, "lr": 0.1} for s in (1, 2, 3)]
+    write_atomic(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    first, second = tuned_run(tmp_path / "ft-random", "random", 0.775), tuned_run(tmp_path / "ft-mcm", str(run), 0.819)
+    return [run, first, second, cache]
+
+
+def test_the_table_has_a_row_a_model_and_a_column_a_measurement(runs, tmp_path):
+    rows = {row.pop("model"): row for row in report(runs, tmp_path / "r.html").rows()}
+    assert list(rows) == ["random init", "mcm", "teacher cache"]
+    assert rows["random init"]["k-NN full"] == 0.41 and rows["random init"]["fine-tuned top-1"] == 0.775
+    assert rows["mcm"] == {
+        "k-NN full": 0.72, "k-NN folded": 0.76, "linear full": 0.78, "linear folded": None,
+        "fine-tuned top-1": 0.819, "k-NN masked:8": 0.7,
+    }  # fmt: skip
+    assert rows["teacher cache"]["linear full"] == 0.97
+
+
+def test_the_file_stands_alone_and_holds_everything(runs, tmp_path):
+    table = report(runs, tmp_path / "r.html", note="the teacher <saw> the labels")
+    page = (tmp_path / "r.html").read_text()
+    assert "the teacher &lt;saw&gt; the labels" in page
+    assert page.count("data:image/png;base64,") == 4  # curves of three runs, samples of one
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "global_batch" in page and "cache_sha256" in page
+    assert all(f"<td>{cell}</td>" in page for line in table.lines()[1:] for cell in line)
+
+
+def test_a_second_value_for_a_cell_gets_its_own_row():
+    table = Table()
+    for run, value in (("a", 0.5), ("b", 0.6)):
+        table.put("random init", "k-NN full", value, run)
+    assert list(table.cells) == ["random init", "random init (b)"]
+    widths = {len(line) for line in table.text().splitlines()}
+    assert len(widths) == 1 and "50.0" in table.text() and "60.0" in table.text()
+
+
+def test_pca_colours_lie_in_the_unit_cube_and_share_the_targets_basis():
+    target = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float32)
+    colours = pca_colours(target, target)
+    assert colours.shape == (2, 16, 3) and colours.min() >= 0 and colours.max() <= 1
+    assert np.allclose(pca_colours(target[:1], target), colours[:1], atol=1e-5)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="it is neither"):
+        report([tmp_path], tmp_path / "r.html")

@@ -1,0 +1,192 @@
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_cache import make_cache
+from make_dataset import make_dataset
+
+from cache_tools.draws import hash_u64
+from cache_tools.errors import CorruptionError, UsageError
+from cache_tools.images import decode_rgb
+from mcm.config import Target
+from mcm.masking import mask_picks
+from mcm.order import EvalOrder, Order
+from mcm.stream import CacheSource, DatasetSource, Stream, batches
+from mcm.targets import Targets
+
+
+@pytest.fixture(scope="module", params=["int8", "float16"])
+def cache(request, tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("stream") / request.param, dtype=request.param)
+
+
+def source(cache, split="train", seed=3):
+    return CacheSource(cache.complete_units(split), (32, 32), positions=16, pool_rows=64, seed=seed)
+
+
+def sequence(world, micro_batch, rows=1000, steps=40):
+    """Global sequence of chunks of `steps` steps, put together from what every rank reads."""
+    orders = [Order(rows, 16, 192, micro_batch, world, rank, seed=5) for rank in range(world)]
+    indices = range(steps * orders[0].accumulation)
+    return np.concatenate([order.slice(index)[1] for index in indices for order in orders])
+
+
+def test_one_sequence_for_every_world_and_batch_split():
+    expected = sequence(1, 192)
+    assert len(expected) == 40 * 12
+    for world, micro_batch in ((1, 16), (1, 100), (2, 96), (2, 48), (4, 192), (4, 16), (12, 16)):
+        assert np.array_equal(sequence(world, micro_batch), expected), (world, micro_batch)
+
+
+@pytest.mark.parametrize(("micro_batch", "batch"), [(16, 16), (31, 16), (100, 96), (5000, 192)])
+def test_micro_batch_is_the_largest_divisor(micro_batch, batch):
+    order = Order(1000, 16, 192, micro_batch)
+    assert (order.batch, order.batch * order.accumulation) == (batch, 192)
+
+
+def test_an_epoch_permutes_chunks_and_leaves_another_remainder():
+    order = Order(1000, 16, 192, 192)  # 62 whole chunks, 12 a step
+    assert order.steps_per_epoch == 5
+    epochs = [np.concatenate([order.step_chunks(5 * e + s)[1] for s in range(5)]) for e in range(2)]
+    left_out = [set(range(62)) - set(epoch.tolist()) for epoch in epochs]
+    assert all(len(set(epoch.tolist())) == 60 for epoch in epochs) and left_out[0] != left_out[1]
+    assert order.slice(5)[0] == 1 and not np.array_equal(*epochs)
+    assert not np.array_equal(Order(1000, 16, 192, 192, seed=1).step_chunks(0)[1], epochs[0][:12])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((100, 16, 128, 16), "too few rows for one global batch: .*128 rows .*found 100"),
+        ((1000, 16, 96, 16, 4), "multiple of 16 rows x 4 processes.*found 96"),
+        ((1000, 1, 96, 8), "micro_batch >= 16; found 96 and 8"),
+    ],
+)
+def test_impossible_orders_are_refused(arguments, words):
+    with pytest.raises(UsageError, match=words):
+        Order(*arguments)
+
+
+@pytest.mark.parametrize(("world", "batch"), [(1, 48), (2, 16), (4, 32)])
+def test_evaluation_sees_every_row_once(cache, world, batch):
+    seen = []
+    for rank in range(world):
+        order = EvalOrder(100, 16, batch, world, rank)
+        stream = Stream(order, source(cache))
+        for index in range(len(order)):
+            item = stream[index]
+            assert len(item["rows"]) == len(item["weight"]) == len(item["pictures"]) == batch
+            assert (item["pictures"][item["weight"] == 0] == 0).all()
+            seen += item["rows"][item["weight"] > 0].tolist()
+    assert sorted(seen) == list(range(100))
+
+
+def test_a_batch_equals_direct_reads(cache):
+    order = Order(100, 16, 64, 32, world=2, rank=1, seed=3)
+    stream, units = Stream(order, source(cache)), cache.complete_units("train")
+    for index in (0, 1, 4):
+        batch, (epoch, chunks) = stream[index], order.slice(index)
+        views = [(int(hash_u64(3, "view", int(c))) + epoch) % 2 for c in chunks]
+        direct = [units[view].chunk(int(number)) for view, number in zip(views, chunks, strict=True)]
+        pictures = np.stack([decode_rgb(data) for chunk in direct for data in chunk.pictures])
+        assert np.array_equal(batch["pictures"].numpy(), pictures)
+        decoded = Targets(Target(norm="none"), 16, 32)(*(batch.get(k) for k in ("codes", "scale", "mean", "std")))
+        assert np.array_equal(decoded.numpy(), np.concatenate([chunk.features() for chunk in direct]))
+        rows = np.concatenate([np.arange(chunk.row0, chunk.row0 + 16) for chunk in direct])
+        assert np.array_equal(batch["rows"].numpy(), rows) and np.array_equal(rows, source(cache).rows_of(chunks))
+        assert np.array_equal(batch["labels"].numpy(), rows % 2) and batch["epoch"] == epoch
+        assert np.array_equal(batch["picks"].numpy(), mask_picks(3, epoch, rows, 16, 64))
+        assert batch["weight"].tolist() == [1.0] * 32
+
+
+def test_epochs_mix_views(cache):
+    chunks = source(cache)
+    first, second = ([chunks.chunk(epoch, number).pictures for number in range(6)] for epoch in (0, 1))
+    v0, v1 = ([unit.chunk(number).pictures for number in range(6)] for unit in chunks.units)
+    assert all({f[0], s[0]} == {a[0], b[0]} for f, s, a, b in zip(first, second, v0, v1, strict=True))
+    assert first not in (v0, v1) and chunks.chunk(2, 0).pictures == first[0]
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def swap(one: Path, other: Path) -> None:
+    one.rename(one.with_suffix(".swap"))
+    other.rename(one)
+    one.with_suffix(".swap").rename(other)
+
+
+DAMAGE = {
+    "a bit of a picture": ("train/v0/views/000000.tar", lambda p: flip(p, 700)),
+    "a bit of the codes": ("train/v0/features.zarr/patch/c.0.0.0", lambda p: flip(p, 100)),
+    "a bit of the index": ("train/v0/views/000000.index.npy", lambda p: flip(p, 700)),
+    "a bit of a commit": ("train/v0/commits/000000.json", lambda p: flip(p, 500)),
+    "a file is gone": ("train/v0/features.zarr/patch/c.0.0.0", os.unlink),
+    "a file is cut": ("train/v0/views/000000.tar", lambda p: os.truncate(p, 1000)),
+    "swapped pictures": ("train/v0/views/000000.tar", lambda p: swap(p, p.parents[2] / "v1/views/000000.tar")),
+    "swapped codes": ("train/v0/features.zarr/patch/c.0.0.0", lambda p: swap(p, p.with_name("c.1.0.0"))),
+    "swapped commits": ("train/v0/commits/000000.json", lambda p: swap(p, p.with_name("000001.json"))),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_stops_by_name(tmp_path, what):
+    cache = make_cache(tmp_path / "cache", views=2, val_rows=0)
+    name, damage = DAMAGE[what]
+    damage(cache.path / name)
+    item = Stream(EvalOrder(100, 16, 112), CacheSource(cache.complete_units("train")[:1], (32, 32), 16, 64, 0))[0]
+    assert isinstance(item, CorruptionError) and name in str(item) and "\n" not in str(item)
+
+
+def test_swapped_pictures_of_one_tar_stop(tmp_path):
+    unit = make_cache(tmp_path / "cache", views=1, val_rows=0).complete_units("train")[0]
+    index, data = np.load(unit.index_file(0)), bytearray(unit.tar(0).read_bytes())
+    spans = [slice(int(row["offset"]), int(row["offset"] + min(index["size"][:2]))) for row in index[:2]]
+    data[spans[0]], data[spans[1]] = data[spans[1]], data[spans[0]]
+    unit.tar(0).write_bytes(data)
+    with pytest.raises(CorruptionError, match="000000.tar: row 0"):
+        unit.chunk(0)
+
+
+def test_workers_give_the_same_batches_and_their_errors_arrive(tmp_path):
+    cache = make_cache(tmp_path / "cache", views=2, val_rows=0)
+    stream = Stream(Order(100, 16, 32, 16), source(cache))
+    with batches(stream, 1, 5, workers=2) as items:
+        found = list(items)
+    assert len(found) == 4
+    for index, batch in enumerate(found, start=1):
+        direct = stream[index]
+        assert batch.keys() == direct.keys()
+        same = [torch.equal(batch[k], v) if torch.is_tensor(v) else batch[k] == v for k, v in direct.items()]
+        assert all(same)
+    for unit in cache.complete_units("train"):
+        shutil.rmtree(unit.path / "views")
+    with pytest.raises(CorruptionError, match=r"views/000000\.index\.npy: expected"), batches(stream, 0, 6, 2) as items:
+        list(items)
+
+
+def test_dataset_rows_through_a_transform(tmp_path):
+    data = make_dataset(tmp_path / "data")
+    rows = np.arange(data.rows("train"))[::-1][:20].copy()
+    calls = []
+
+    def transform(seed, picture):
+        calls.append(seed)
+        return torch.tensor(decode_rgb(picture)).permute(2, 0, 1)
+
+    order, few = Order(20, 1, 16, 16, seed=1), DatasetSource(data, "train", transform, seed=1, rows=rows)
+    epoch, chosen = order.slice(1)
+    batch = Stream(order, few)[1]
+    assert epoch == 1 and batch["rows"].tolist() == rows[chosen].tolist() == few.rows_of(chosen).tolist()
+    assert calls == [int(hash_u64(1, "augment", 1, int(row))) for row in rows[chosen]]
+    for picture, label, row in zip(batch["pictures"], batch["labels"], batch["rows"], strict=True):
+        stored, known = data.picture("train", int(row))
+        assert label == known and np.array_equal(picture.permute(1, 2, 0).numpy(), decode_rgb(stored))
+    last = Stream(EvalOrder(20, 1, 16), few)[1]
+    assert last["weight"].tolist() == [1.0] * 4 + [0.0] * 12 and last["rows"].tolist()[4:] == [-1] * 12
