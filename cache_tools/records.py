@@ -130,7 +130,9 @@ def load_toml(cls: type[R], path: Path, overrides: Sequence[str] = ()) -> R:
     try:
         return cls.model_validate_json(json.dumps(payload))
     except pydantic.ValidationError as error:
-        raise UsageError(f"{path}: {_explain(cls, error.errors()[0])}") from error
+        # A misspelled key shows as one unknown and one missing: the unknown one tells more.
+        first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+        raise UsageError(f"{path}: {_explain(cls, first)}") from error
 
 
 def _override(payload: dict[str, Any], override: str) -> None:
@@ -159,7 +161,9 @@ def _explain(cls: type[Record], detail: Any) -> str:
         return f"unknown key '{where}'{nearest(where, _known_keys(cls))}"
     if detail["type"] == "missing":
         return f"missing key '{where}'"
-    return f"{where}: {message}; found {detail['input']!r}" if detail["loc"] else message
+    if detail["type"] == "value_error":  # a rule of ours: it names keys and values itself
+        return message
+    return f"{where}: {message}; found {detail['input']!r}"
 
 
 def _known_keys(cls: type[pydantic.BaseModel], prefix: str = "") -> list[str]:

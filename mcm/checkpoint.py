@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load as parse_safetensors
@@ -15,7 +15,6 @@ from cache_tools.errors import CorruptionError, IdentityError
 from cache_tools.records import Record, encode_record, read_record, sha256_hex
 from cache_tools.storage import AtomicFile, publish_folder, read_at, remove, remove_tree, temp_folder, write_atomic
 
-FORMAT_VERSION = 1
 _NAME = re.compile(r"step_(\d{9})")
 Tensors = dict[str, Tensor]
 
@@ -30,7 +29,8 @@ class FileDigest(Record):
 class State(Record):
     """state.json: vouches for the tensor files; `meta` is the run's own, free of ranks and worlds."""
 
-    version: int
+    format: Literal["mcm-checkpoint"] = "mcm-checkpoint"
+    version: Literal[1] = 1
     step: int
     files: dict[str, FileDigest]
     meta: dict[str, Any]
@@ -91,7 +91,7 @@ def save(run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dic
         with AtomicFile(temp / name) as file:
             file.write(safetensors_bytes({key: value.detach().cpu().contiguous() for key, value in tensors.items()}))
         files[name] = FileDigest(bytes=file.bytes, sha256=file.sha256)
-    write_atomic(temp / "state.json", encode_record(State(version=FORMAT_VERSION, step=step, files=files, meta=meta)))
+    write_atomic(temp / "state.json", encode_record(State(step=step, files=files, meta=meta)))
     remove_tree(final)  # only a damaged one can be in the way: a sound one would have been resumed from
     publish_folder(temp, final)
     return final
@@ -103,9 +103,13 @@ def complete(run_dir: Path) -> list[Path]:
     return sorted(path for path in found if (path / "state.json").is_file())
 
 
-def rotate(run_dir: Path, step: int, keep_last: int) -> None:
-    """After `save` of `step`: keep it and the newest before it, `keep_last` in all; later ones were damaged."""
-    keep = [path for path in complete(run_dir) if path <= folder(run_dir, step)][-keep_last:]
+def rotate(run_dir: Path, previous: int, step: int, keep_last: int) -> None:
+    """After `save` of `step`: keep it and the newest up to the `previous` one, `keep_last` in all.
+
+    What lies between the two, or after `step`, was damaged and has been trained anew.
+    """
+    older = [path for path in complete(run_dir) if int(path.name.removeprefix("step_")) <= previous]
+    keep = [*older[max(0, len(older) + 1 - keep_last) :], folder(run_dir, step)]
     _remove(path for path in (run_dir / "checkpoints").iterdir() if path not in keep)
 
 
@@ -127,10 +131,6 @@ def load(path: Path, optimizer: bool = True) -> Checkpoint:
     Raises: CorruptionError naming the file that is damaged.
     """
     state = read_record(State, path / "state.json")
-    if state.version != FORMAT_VERSION:
-        raise IdentityError(
-            f"{path}: expected checkpoint format {FORMAT_VERSION}; found {state.version}; use its software"
-        )
     if folder(path.parent.parent, state.step).name != path.name:
         raise CorruptionError(f"{path}/state.json: expected the step of its folder; found {state.step}; restore it")
     names = ["model.safetensors", "optimizer.safetensors"][: 1 + optimizer]

@@ -5,6 +5,7 @@ Letters: B batch, K classes, H W pixels.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -160,10 +161,14 @@ def accuracy(
     return {"top1": top1 / count, "top5": top5 / count, "loss": loss / count}
 
 
-def last_eval(run: Path) -> dict[str, float]:
-    """The newest evaluation in RUN/metrics.jsonl; empty when there is none."""
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Lines of RUN/metrics.jsonl; a torn last one, of a run that is being written, is left out."""
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    entries = [json.loads(line) for line in lines if line.endswith("\n")]
-    evaluations: list[dict[str, float]] = [entry["eval"] for entry in entries if "eval" in entry]
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_eval(run: Path) -> dict[str, float]:
+    """The newest evaluation of a run; empty when there is none."""
+    evaluations: list[dict[str, float]] = [line["eval"] for line in read_metrics(run) if "eval" in line]
     return evaluations[-1] if evaluations else {}

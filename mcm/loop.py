@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -19,12 +20,12 @@ from cache_tools.errors import Interrupted, McmError, UsageError
 from mcm import checkpoint
 from mcm.config import Optim, Schedule, Train
 from mcm.order import Order
-from mcm.run_folder import Log
+from mcm.run_folder import Log, OtherStopped
 from mcm.schedule import learning_rate, peak_lr
 from mcm.stream import Batch, Stream, batches
 
 GO, STOP, ERROR = 0, 1, 2  # what the processes agree on before each step
-SHOWN_ROWS = 16
+SHOWN_SPANS = 32
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def train(job: Job, accelerator: Accelerator) -> None:
 class _Loop:
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
         assert isinstance(job.stream.order, Order)
-        self.job, self.accelerator, self.order = job, accelerator, job.stream.order
-        self.main = accelerator.is_main_process
+        self.job, self.order = job, job.stream.order
+        self.accelerator, self.main = accelerator, accelerator.is_main_process
         self.total_steps = job.schedule.epochs * self.order.steps_per_epoch
         self.warmup_steps = job.schedule.warmup_epochs * self.order.steps_per_epoch
         self.peak_lr = peak_lr(job.optim, self.order.global_batch)
@@ -87,27 +88,23 @@ class _Loop:
         self.hosts: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
         self.pending: list[Tensor] = []  # (loss, gradient norm) of steps that are still on the device
         self.window: list[float] = []  # losses since the last line of the log
-        self.grad_norm = self.waited_s = 0.0
-        self.logged_at = time.perf_counter()
-        self.logged_step, self.note = 0, ""
+        self.grad_norm, self.waited_s, self.logged_at = 0.0, 0.0, time.perf_counter()
+        self.logged_step, self.saved_step, self.note = 0, -1, ""
 
     def run(self) -> None:
         """All steps that are left."""
         settings, order = self.job.settings, self.order
         found = self._newest()
         step, evaluated = (found.step, bool(found.meta["evaluated"])) if found else (-1, False)
-        with StopFlag() as stop, closing(Log(self.job.run_dir, step, evaluated, self.main)) as self.log:
+        log = Log(self.job.run_dir, step, evaluated, self.main, order.steps_per_epoch)
+        with StopFlag() as stop, closing(log) as self.log:
             if found:
                 self._restore(found)
-            elif self.total_steps == 0:
-                self._evaluate(0)
-                self._save(0, evaluated=True)
             step = max(step, 0)
             left = range(step * order.accumulation, self.total_steps * order.accumulation)
-            pin = self.accelerator.device.type == "cuda"
-            label = f"training {self.job.run_dir}"
+            pin, label = self.accelerator.device.type == "cuda", f"training {self.job.run_dir}"
             with (
-                progress(self.total_steps, label, "steps", done=step, quiet=not self.main) as bar,
+                progress(self.total_steps, label, "steps", step, quiet=not self.main) as bar,
                 batches(self.job.stream, left.start, left.stop, settings.workers if left else 0, pin) as items,
             ):
                 while step < self.total_steps:
@@ -120,8 +117,7 @@ class _Loop:
 
     def _end_of_step(self, step: int, stopping: bool) -> None:
         """Evaluate at the end of an epoch, save where it is time to, and stop if asked to."""
-        epoch_ends = step % self.order.steps_per_epoch == 0
-        every = self.job.settings.checkpoint_steps
+        epoch_ends, every = step % self.order.steps_per_epoch == 0, self.job.settings.checkpoint_steps
         if epoch_ends and not stopping:
             self._evaluate(step)
         if stopping or step == self.total_steps or (step % every == 0 if every else epoch_ends):
@@ -132,8 +128,7 @@ class _Loop:
     def _newest(self) -> checkpoint.Checkpoint | None:
         """The newest sound checkpoint, the same one for every process."""
         run_dir = self.job.run_dir
-        found = checkpoint.latest(run_dir)
-        step = found.step if found else -1
+        step = found.step if (found := checkpoint.latest(run_dir)) else -1
         if self._agree(step) != step or self._agree(-step) != -step:
             raise UsageError(f"{run_dir}: expected one RUN folder for all processes; their checkpoints differ")
         if self.main:
@@ -142,7 +137,8 @@ class _Loop:
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         checkpoint.restore(found, self.job.model, self.optimizer.optimizer)
-        self.window, self.logged_step = list(found.meta["window"]), found.step
+        self.window = list(found.meta["window"])
+        self.logged_step = self.saved_step = found.step
         if self.main:
             print(f"{self.job.run_dir}: resumes after step {found.step} of {self.total_steps}", flush=True)
         if found.step % self.order.steps_per_epoch == 0 and not found.meta["evaluated"]:
@@ -150,19 +146,18 @@ class _Loop:
 
     def _step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> bool:
         """One optimizer step; returns whether the processes agreed to stop after it."""
-        job, micro_steps, verdict = self.job, self.order.accumulation, GO
+        job, micro_steps = self.job, self.order.accumulation
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(step) * group["lr_scale"]
         # Dropout and drop-path draw from here: a pure function of the step, so that no generator is saved.
         torch.manual_seed(int(hash_u64(job.settings.seed, "step", step, self.order.rank)) >> 1)
         total = torch.zeros((), device=self.accelerator.device)
-        for micro in range(micro_steps):
-            is_last = micro == micro_steps - 1
+        for left in reversed(range(micro_steps)):
             batch = self._next(items)
-            verdict = self._agree(STOP if stop.requested else GO) if is_last else GO
+            verdict = GO if left else self._agree(STOP if stop.requested else GO)
             if verdict == ERROR:
-                raise McmError("another process of this run has stopped with an error; see its line and exit.json")
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                raise OtherStopped("another process of this run has stopped with an error; see its line and exit.json")
+            with self.accelerator.no_sync(self.model) if left else nullcontext():
                 loss = job.loss(self.model, to_device(batch, self.accelerator.device)) / micro_steps
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -203,15 +198,16 @@ class _Loop:
             return
         values = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist()
         first, self.pending = step - len(values), []
-        for position, (loss, norm) in enumerate(values):
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise self._poisoned(first + position, loss, norm)
+        for position, numbers in enumerate(values):
+            if not all(map(math.isfinite, numbers)):
+                raise self._poisoned(first + position, *numbers)
         self.window += [loss for loss, _ in values]
         self.grad_norm = values[-1][1]
 
     def _poisoned(self, step: int, loss: float, norm: float) -> McmError:
         rows = self.job.stream.source.rows_of(self.order.step_chunks(step)[1])
-        shown = ", ".join(map(str, rows[:SHOWN_ROWS])) + (" ..." if len(rows) > SHOWN_ROWS else "")
+        spans = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+        shown = ", ".join(f"{span[0]}-{span[-1]}" for span in spans[:SHOWN_SPANS]) + " ..." * (len(spans) > SHOWN_SPANS)
         good = checkpoint.complete(self.job.run_dir)[-1:]
         return McmError(
             f"step {step + 1}: expected a finite loss and gradient norm; found {loss} and {norm} on rows {shown};"
@@ -221,11 +217,10 @@ class _Loop:
     def _log(self, step: int) -> None:
         """A line of metrics.jsonl: the mean loss since the last one, and how fast it went."""
         self._drain(step)
-        now, steps = time.perf_counter(), max(1, step - self.logged_step)
-        elapsed_s = now - self.logged_at
-        loss = math.fsum(self.window) / len(self.window)
+        now, loss = time.perf_counter(), math.fsum(self.window) / len(self.window)
+        elapsed_s, steps = now - self.logged_at, step - self.logged_step
         self.note = f"loss {loss:.4f}"
-        self._write(step, {
+        self.log.write(step, {
             "loss": loss,
             "lr": self._lr(step - 1),
             "grad_norm": self.grad_norm,
@@ -242,17 +237,17 @@ class _Loop:
         self.model.train()
         self.logged_at += time.perf_counter() - start  # images_per_s is the speed of training
         if metrics:
-            self._write(step, {"eval": metrics})
-
-    def _write(self, step: int, fields: dict[str, Any]) -> None:
-        self.log.write(step, step / self.order.steps_per_epoch, fields)
+            self.log.write(step, {"eval": metrics})
 
     def _save(self, step: int, evaluated: bool) -> None:
         """A checkpoint by the main process; the others wait, as a launcher ends them all when one is gone."""
         self._drain(step)
         if self.main:
-            meta = {"window": self.window, "evaluated": evaluated}
-            optimizer = checkpoint.optimizer_tensors(self.job.model, self.optimizer.optimizer)
-            checkpoint.save(self.job.run_dir, step, self.job.model.state_dict(), optimizer, meta)
-            checkpoint.rotate(self.job.run_dir, step, self.job.settings.keep_last)
+            tensors = (
+                self.job.model.state_dict(),
+                checkpoint.optimizer_tensors(self.job.model, self.optimizer.optimizer),
+            )
+            checkpoint.save(self.job.run_dir, step, *tensors, {"window": self.window, "evaluated": evaluated})
+            checkpoint.rotate(self.job.run_dir, self.saved_step, step, self.job.settings.keep_last)
+        self.saved_step = step
         self.accelerator.wait_for_everyone()

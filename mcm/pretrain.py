@@ -47,9 +47,8 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
     units = training_units(cache, recorded_units(out))
     run = describe(config, cache, units)
     accelerator = make_accelerator(config.train.precision)
-    world, rank = accelerator.num_processes, accelerator.process_index
-    batch, seed = config.train, config.train.seed
-    order = Order(units[0].rows, CHUNK_ROWS, batch.global_batch, batch.micro_batch, world, rank, seed)
+    world, rank, seed = accelerator.num_processes, accelerator.process_index, config.train.seed
+    order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
     dataset = Dataset(data) if data is not None else None
     stats = channel_stats(units) if config.target.norm == "channel" else None
     model = MaskedChannelModel(config, run.grid, run.patch, run.channels)
@@ -105,8 +104,7 @@ def student_patch(identity: CacheIdentity) -> int:
     patch = height // rows
     if (rows * patch, columns * patch) != (height, width):
         raise UsageError(
-            f"cache: expected views of {rows}x{columns} square patches; found {height}x{width} pixels; extract with"
-            f" a --size that the grid divides"
+            f"cache: expected views of {rows}x{columns} square patches; found {height}x{width} pixels; extract again"
         )
     return patch
 
@@ -131,15 +129,12 @@ def describe(config: PretrainConfig, cache: Cache, units: Sequence[Unit]) -> Pre
 
 def announce(cache: Cache, units: Sequence[Unit], order: Order) -> None:
     """Say what is trained on and what is left out."""
-    others = len(cache.units("train")) - len(units)
-    partial = order.rows % CHUNK_ROWS
-    print(
-        f"{order.rows} rows in {len(units)} views ({others} incomplete or later ones are left out),"
-        f" {order.steps_per_epoch} steps an epoch of {order.global_batch} rows:"
-        f" {order.world} processes x {order.accumulation} x {order.batch}"
-        + (f"; the last {partial} rows, a partial chunk, are left out of training" if partial else ""),
-        flush=True,
-    )
+    left_out = len(cache.units("train")) - len(units)
+    print(f"{order.rows} rows in {len(units)} views; {left_out} incomplete or later views are left out")
+    if partial := order.rows % CHUNK_ROWS:
+        print(f"the last {partial} rows, a partial chunk, are left out of training")
+    split = f"{order.world} processes x {order.accumulation} x {order.batch}"
+    print(f"{order.steps_per_epoch} steps an epoch of {order.global_batch} rows: {split}", flush=True)
     if not cache.complete_units("val"):
         print("the cache has no complete unit of 'val': no held-out loss and R^2", flush=True)
 
@@ -203,11 +198,13 @@ class Task:
 
     def evaluate(self, epochs_done: int) -> dict[str, float]:
         """Held-out figures of this epoch; the last epoch has them all."""
-        settings, last = self.config.train, epochs_done == self.config.schedule.epochs
-        metrics = {}
-        if self.has_val and (last or _due(epochs_done, settings.eval_epochs)):
-            metrics = self.held_out()
-        if self.dataset is not None and settings.knn_epochs and (last or _due(epochs_done, settings.knn_epochs)):
+        settings = self.config.train
+
+        def due(every: int) -> bool:
+            return epochs_done == self.config.schedule.epochs or bool(every and epochs_done % every == 0)
+
+        metrics = self.held_out() if self.has_val and due(settings.eval_epochs) else {}
+        if self.dataset is not None and settings.knn_epochs and due(settings.knn_epochs):
             if self.accelerator.is_main_process:
                 metrics["knn_full"] = self.knn(self.dataset)
             self.accelerator.wait_for_everyone()
@@ -235,8 +232,7 @@ class Task:
 
     def knn(self, dataset: Dataset) -> float:
         """k-NN accuracy of the encoder's features of full pictures."""
-        run = self.run
-        encoder = self.model.encoder
+        run, encoder = self.run, self.model.encoder
         backbone = Backbone(encoder, "", "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
         prober = Prober(backbone, dataset, self.config.train.seed, self.config.train.workers, quiet=True)
         bank, val = (prober.features(split, prober.full()) for split in ("train", "val"))
@@ -252,7 +248,3 @@ class Task:
         shown = {"views": batch["pictures"], "target": self.target(batch).half(), "prediction": prediction.half()}
         count = min(SAMPLES, int(batch["weight"].sum()))
         return {name: tensor[:count].cpu().contiguous() for name, tensor in shown.items()}
-
-
-def _due(epochs_done: int, every: int) -> bool:
-    return bool(every) and epochs_done % every == 0

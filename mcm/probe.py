@@ -1,10 +1,9 @@
 """Probes of frozen features: k-NN and a linear classifier on mean patch tokens, each naming the input it saw.
 
-Letters: B batch, N patches, D width, R rows of the training split, K neighbours.
+Letters: B batch, D width, H W pixels.
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,27 +14,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from cache_tools.cache import Cache
 from cache_tools.console import progress
 from cache_tools.dataset import Dataset
-from cache_tools.draws import permutation
 from cache_tools.errors import UsageError
 from cache_tools.records import Record, encode_record, nearest, read_record
 from cache_tools.storage import write_atomic
 from mcm.augment import eval_transform
 from mcm.backbones import Backbone, load_encoder, patch_mean
+from mcm.classify import Features, choice_rows, linear_probe
+from mcm.classify import knn_accuracy as knn_accuracy
 from mcm.masking import mask_picks, mask_pool
 from mcm.model import folded_state
 from mcm.order import EvalOrder
 from mcm.stream import DatasetSource, Stream, batches
 
 METHODS = ("knn", "linear")
-C_GRID = (0.001, 0.01, 0.1, 1.0)  # inverse strengths of the linear probe's L2 penalty
-CHOICE_ROWS = 6000  # training rows that choose C and s, a fifth of them held out
 BATCH_ROWS = 128
-KNN_ROWS = 256  # x 1,281,167 similarities of ImageNet are 1.3 GB
+POOL_ROWS = 4096  # masks to pick from for masked:K
 WORKERS_FROM_ROWS = 4096  # below it starting workers takes longer than the pictures
 
 Encode = Callable[[Tensor, npt.NDArray[np.int64]], Tensor]  # pictures [B, 3, H, W] and their rows to features [B, D]
@@ -57,68 +54,6 @@ class ProbeResult(Record):
     seed: int
     data_sha256: str
     versions: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features [R, D] float32 and labels [R] of one split."""
-
-    x: Tensor
-    y: Tensor
-
-    def rows(self, rows: npt.NDArray[np.int64]) -> "Features":
-        """A part of it."""
-        return Features(self.x[rows], self.y[rows])
-
-
-def knn_accuracy(
-    train_features: Tensor, train_labels: Tensor, val_features: Tensor, val_labels: Tensor,
-    k: int = 20, temperature: float = 0.07,
-) -> float:  # fmt: skip
-    """Fraction of val rows that the k nearest training rows classify: cosine, votes of exp(similarity / T) (DINO)."""
-    bank_RD = functional.normalize(train_features.float(), dim=1)
-    num_classes, correct = int(train_labels.max()) + 1, 0
-    for start in range(0, len(val_features), KNN_ROWS):
-        span = slice(start, start + KNN_ROWS)
-        similarity_BR = functional.normalize(val_features[span].float(), dim=1) @ bank_RD.T
-        top_BK, rows_BK = similarity_BR.topk(min(k, len(bank_RD)), dim=1)
-        votes = torch.zeros(len(top_BK), num_classes, device=top_BK.device)
-        votes.scatter_add_(1, train_labels[rows_BK].long(), (top_BK / temperature).exp())
-        correct += int((votes.argmax(1) == val_labels[span]).sum())
-    return correct / len(val_features)
-
-
-def linear_probe(train: Features, val: Features, seed: int) -> tuple[float, float, bool]:
-    """(accuracy, C, converged) of logistic regression by LBFGS on standardised features.
-
-    C comes from C_GRID by accuracy on held-out training rows; the smallest wins ties.
-    """
-    mean_D, std_D = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
-    train, val = Features((train.x - mean_D) / std_D, train.y), Features((val.x - mean_D) / std_D, val.y)
-    bank, held = (train.rows(rows) for rows in _choice_rows(len(train.y), seed))
-    scores = {c: _fit(bank, held, c)[0] for c in C_GRID}
-    c = max(C_GRID, key=lambda c: (scores[c], -c))
-    accuracy, converged = _fit(train, val, c)
-    return accuracy, c, converged
-
-
-def _fit(train: Features, val: Features, c: float) -> tuple[float, bool]:
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(C=c, max_iter=1000)  # its default solver is lbfgs, multinomial
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        model.fit(train.x.numpy(), train.y.numpy())
-    converged = not any(issubclass(item.category, ConvergenceWarning) for item in caught)
-    return float(model.score(val.x.numpy(), val.y.numpy())), converged
-
-
-def _choice_rows(rows: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(bank, held out) rows of the training split."""
-    order = permutation(rows, seed, "probe_choice")[:CHOICE_ROWS]
-    held = max(1, len(order) // 5)
-    return order[held:], order[:held]
 
 
 @dataclass(frozen=True)
@@ -166,7 +101,7 @@ class Prober:
         model = _masked(self.backbone).to(device()).eval()
         patches = model.encoder.patch_embed.num_patches
         width, positions = (patches, 1) if model.mode == "patch" else (model.encoder.embed_dim, patches)
-        pool = torch.from_numpy(mask_pool(self.seed, 0, 4096, width, model.ratio)).to(device())
+        pool = torch.from_numpy(mask_pool(self.seed, 0, POOL_ROWS, width, model.ratio)).to(device())
 
         def encode(pictures: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
             total = torch.zeros(())
@@ -180,7 +115,7 @@ class Prober:
     def choose_scale(self) -> float:
         """The s of {1, sqrt(1 - r), 1 - r} with the best k-NN on held-out training rows; the first wins ties."""
         ratio: float = _masked(self.backbone).ratio
-        rows = _choice_rows(self.data.rows("train"), self.seed)
+        rows = choice_rows(self.data.rows("train"), self.seed)
 
         def score(s: float) -> float:
             bank, held = (self.features("train", self.folded(s), part) for part in rows)

@@ -20,9 +20,11 @@ from safetensors.numpy import load_file
 from cache_tools.errors import UsageError
 from cache_tools.records import read_record
 from cache_tools.storage import write_atomic
+from mcm.finetune import last_eval, read_metrics
 from mcm.probe import ProbeResult
 
 COLUMNS = ("k-NN full", "k-NN folded", "linear full", "linear folded", "fine-tuned top-1")
+FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full"}  # held out; masked at the run's ratio, and full
 RANDOM = "random init"
 STYLE = "body{font:15px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse}td,th{padding:.3em .8em;\
 border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#f4f4f4;\
@@ -31,7 +33,7 @@ padding:1em;overflow:auto}img{max-width:100%}"
 
 @dataclass
 class Table:
-    """Accuracies as fractions of 1: one row a model, in the order given; a cell is None where nothing was measured."""
+    """Accuracies and R^2 as fractions of 1: one row a model, in the order given; not measured, no cell."""
 
     cells: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -43,9 +45,9 @@ class Table:
             self.cells.setdefault(row, {})[column] = value
 
     def columns(self) -> list[str]:
-        """The usual columns, and behind them any other input that was probed."""
-        used = {column for cells in self.cells.values() for column in cells}
-        return [*COLUMNS, *sorted(used - set(COLUMNS))]
+        """The usual columns, then any other input that was probed, then R^2."""
+        used, fits = {column for cells in self.cells.values() for column in cells}, FIT.values()
+        return [*COLUMNS, *sorted(used - {*COLUMNS, *fits}), *(fit for fit in fits if fit in used)]
 
     def rows(self) -> list[dict[str, Any]]:
         """The table as JSON."""
@@ -54,7 +56,7 @@ class Table:
     def lines(self) -> list[list[str]]:
         """Header and rows as text, accuracies in percent."""
         columns = self.columns()
-        rows = ([r, *(f"{100 * c[name]:.1f}" if name in c else "-" for name in columns)] for r, c in self.cells.items())
+        rows = [[row, *(_shown(name, cells.get(name)) for name in columns)] for row, cells in self.cells.items()]
         return [["model", *columns], *rows]
 
     def text(self) -> str:
@@ -65,6 +67,12 @@ class Table:
             "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))])
             for first, *cells in lines
         )
+
+
+def _shown(column: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if column in FIT.values() else f"{100 * value:.1f}"
 
 
 def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
@@ -103,24 +111,19 @@ def _add_run(table: Table, run: Path, runs: Sequence[Path]) -> None:
     files = sorted((run / "probe").glob("*.json"))
     _add_probes(table, RANDOM, [file for file in files if file.name.startswith("untrained-")], run.name)
     _add_probes(table, run.name, [file for file in files if not file.name.startswith("untrained-")], run.name)
+    newest = last_eval(run)
+    for name, column in FIT.items():
+        table.put(run.name, column, newest.get(name), run.name)
     init = _json(run / "run.json").get("init")
     if init is not None:
         given = [other.name for other in runs if os.path.realpath(other) == os.path.realpath(init)]
         row = RANDOM if init == "random" else given[0] if given else init
-        finals = [line["eval"]["top1"] for line in _metrics(run) if "top1" in line.get("eval", {})]
-        table.put(row, "fine-tuned top-1", finals[-1] if finals else None, run.name)
+        table.put(row, "fine-tuned top-1", newest.get("top1"), run.name)
 
 
 def _json(path: Path) -> dict[str, Any]:
     payload: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return payload
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl; a torn last one, of a run that is being written, is left out."""
-    path = run / "metrics.jsonl"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _html_table(table: Table) -> str:
@@ -132,7 +135,7 @@ def _html_table(table: Table) -> str:
 
 
 def _run_section(run: Path) -> str:
-    parts = [f"<h2>{html.escape(run.name)}</h2>", _curves(_metrics(run)), _samples(run)]
+    parts = [f"<h2>{html.escape(run.name)}</h2>", _curves(read_metrics(run)), _samples(run)]
     for name in ("config.toml", "env.json", "run.json"):
         if (run / name).is_file():
             text = (run / name).read_text(encoding="utf-8")

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 
 from cache_tools.console import describe, exit_code
-from cache_tools.errors import IdentityError, Interrupted
+from cache_tools.errors import IdentityError, Interrupted, McmError
 from cache_tools.records import Record, differences, encode_record, read_record, write_toml
 from cache_tools.storage import append_line, keep_lines, publish, write_atomic
 
-# What may change between two commands on one run: it moves no draw, and results only by rounding.
-ENGINE_FIELDS = {"micro_batch", "compile", "workers", "log_steps", "checkpoint_steps", "keep_last", "eval_epochs"}
-ENGINE_FIELDS |= {"knn_epochs"}
+# What may change between two commands on one run: no picture, mask or learning rate depends on it.
+ENGINE_FIELDS = {"micro_batch", "compile", "workers", "log_steps", "checkpoint_steps", "keep_last"}
+ENGINE_FIELDS |= {"eval_epochs", "knn_epochs"}
 
 
 class PretrainRun(Record):
@@ -36,6 +36,10 @@ class PretrainRun(Record):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
+
+
+class OtherStopped(McmError):
+    """Another process of this run has stopped with an error, which that one records."""
 
 
 class ExitRecord(Record):
@@ -86,7 +90,7 @@ def recorded_exit(run_dir: Path, main: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if main or not isinstance(error, Interrupted):
+        if not isinstance(error, OtherStopped) and (main or not isinstance(error, Interrupted)):
             record = ExitRecord(code=exit_code(error), message=f"{type(error).__name__}: {describe(error)}")
             write_atomic(run_dir / "exit.json", encode_record(record))
         raise
@@ -100,18 +104,19 @@ class Log:
     `evaluated` tells whether the evaluation at `step` itself is done. Silent where it is not the main process.
     """
 
-    def __init__(self, run_dir: Path, step: int, evaluated: bool, main: bool) -> None:
-        self.path, self.main = run_dir / "metrics.jsonl", main
+    def __init__(self, run_dir: Path, step: int, evaluated: bool, main: bool, steps_per_epoch: int) -> None:
+        self.path, self.main, self.steps_per_epoch = run_dir / "metrics.jsonl", main, steps_per_epoch
         if main:
             from torch.utils.tensorboard import SummaryWriter
 
             keep_lines(self.path, lambda line: _is_kept(line, step, evaluated))
             self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
-    def write(self, step: int, epoch: float, fields: dict[str, Any]) -> None:
+    def write(self, step: int, fields: dict[str, Any]) -> None:
         """One JSON line, and the same numbers on the board."""
         if self.main:
-            append_line(self.path, json.dumps({"step": step, "epoch": round(epoch, 4)} | fields))
+            epoch = round(step / self.steps_per_epoch, 4)
+            append_line(self.path, json.dumps({"step": step, "epoch": epoch} | fields))
             for name, value in fields.get("eval", fields).items():
                 self.board.add_scalar(f"{'eval' if 'eval' in fields else 'train'}/{name}", value, step)
             self.board.flush()

@@ -6,6 +6,7 @@ B rows of a batch, M chunks of a batch, N tokens, C teacher channels, H W pixels
 import math
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -165,6 +166,7 @@ def _start_forkserver() -> None:
     A launcher signals whole process groups; the stop at the next step still needs the workers' batches.
     """
     multiprocessing.forkserver.set_forkserver_preload(["torch", "mcm.stream"])
+    multiprocessing.resource_tracker.ensure_running()  # before the block, which its start would lift
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         multiprocessing.forkserver.ensure_running()

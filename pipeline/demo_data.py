@@ -3,8 +3,8 @@
 The teacher is open_clip's own CLIP class under open_clip's own file layout: the demo runs the very code of ViT-B/16.
 It is trained on the training split alone. Of ten digits, many pictures of a batch share one caption, which the usual
 one-positive loss would push apart: each picture is a positive of every caption of its digit (soft targets, as UniCL).
-The tower pools by the mean of its patch tokens: pooled by CLS, as ViT-B/16, zero-shot accuracy was 98.3 % but k-NN on
-patch means 81.7 %, against 97.5 % and 99.2 % (400 steps), and patch tokens are what a student learns from.
+The tower pools by the mean of its patch tokens, which are what a student learns from: in a trial (batch 96, 400 steps)
+pooling by CLS, as ViT-B/16 does, gave 98.3 % zero-shot but k-NN on patch means of 81.7 %; by the mean 97.5 and 99.2 %.
 
 Letters: B batch, N pictures, E embedding; H W pixels.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SEED = 0
 SIZE = 32
 VAL_SHARE = 0.2
-STEPS, BATCH, PEAK_LR, WARMUP_STEPS = 300, 96, 1e-3, 40
+STEPS, BATCH, PEAK_LR, WARMUP_STEPS = 400, 64, 1e-3, 40
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = ("a photo of the digit {}", "a blurry photo of the digit {}", "the handwritten number {}", "a scan of a {}")
 MODEL_CFG: dict[str, Any] = {
@@ -115,6 +115,7 @@ def train_clip(
 
     torch.manual_seed(SEED)
     model = open_clip.CLIP(**MODEL_CFG)
+    model.token_embedding.weight.requires_grad = False  # a dozen words of 49,408: random vectors tell them apart, free
     tokenizer = SimpleTokenizer(context_length=MODEL_CFG["text_cfg"]["context_length"])
     tokens = [tokenizer([caption.format(digit) for digit in DIGITS]) for caption in CAPTIONS]
     pictures, labels = torch.from_numpy(pictures_NHW).float() / 255, torch.from_numpy(labels_N)
@@ -136,7 +137,8 @@ def train_clip(
 def _train(model: Any, tokens: list["torch.Tensor"], pictures_NHW: "torch.Tensor", labels_N: "torch.Tensor") -> None:
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     rows, epoch_steps = len(labels_N), len(labels_N) // BATCH
     model.train()
     with StopFlag() as stop, progress(STEPS, "CLIP", "steps") as bar:

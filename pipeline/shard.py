@@ -85,13 +85,13 @@ def shard(
     Raises: UsageError, IdentityError (another request was begun or finished there), TooManyRefused, Interrupted.
     """
     out = Path(out)
-    _check_request(source, out, rows_per_shard, seed, max_refused)
+    run = Path(f"{os.path.abspath(out)}.run")
+    _check_request(source, out, run, rows_per_shard, seed, max_refused)
     sources = list_sources(source)
     for note in sources.notes:
         print(f"{source}: {note}")
     listing = {name: SplitPlan(candidates=len(c), listing_sha256=c.sha256()) for name, c in sources.splits.items()}
     plan = ShardPlan(rows_per_shard=rows_per_shard, seed=seed, classes=sources.classes, splits=listing)
-    run = out.with_name(f"{out.name}.run")
     with try_lock(run / "shard.lock") as held, StopFlag() as stop:
         if not held:
             raise UsageError(f"{run / 'shard.lock'}: another process shards into {out}; wait until it ends")
@@ -111,7 +111,9 @@ def shard(
     return record
 
 
-def _check_request(source: str | Path, out: Path, rows_per_shard: int, seed: int, max_refused: float) -> None:
+def _check_request(
+    source: str | Path, out: Path, run: Path, rows_per_shard: int, seed: int, max_refused: float
+) -> None:
     if rows_per_shard < CHUNK_ROWS or rows_per_shard % CHUNK_ROWS:
         raise UsageError(f"--rows-per-shard: expected a multiple of {CHUNK_ROWS}, such as 1024; found {rows_per_shard}")
     if not 0 <= max_refused <= 1:
@@ -122,6 +124,9 @@ def _check_request(source: str | Path, out: Path, rows_per_shard: int, seed: int
         raise UsageError(f"{out}: expected a folder or a new name; found a file; choose another DATASET")
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise UsageError(f"{out}: expected a DATASET outside its source {source}; choose another DATASET")
+    begun = (out / "dataset.json").is_file() or (run / "shard" / "plan.json").is_file()
+    if not begun and out.is_dir() and any(out.iterdir()):
+        raise UsageError(f"{out}: expected a new or empty folder; found other files; choose another DATASET")
 
 
 def _plan_of(out: Path, record: DatasetRecord) -> ShardPlan:
@@ -142,8 +147,6 @@ def _begin(out: Path, path: Path, plan: ShardPlan) -> None:
     """Publish the plan, or check that the one begun there is the same."""
     if path.is_file():
         _check_same(out, plan, read_record(ShardPlan, path))
-    elif out.is_dir() and any(out.iterdir()):
-        raise UsageError(f"{out}: expected a new or empty folder; found other files; choose another DATASET")
     publish(path, encode_record(plan))
 
 

@@ -20,7 +20,7 @@ from .candidates import Candidates, Sources, printable
 MAX_LABEL = 1_000_000
 _EXPECTED = "expected an ImageFolder (train/<class>/*, val/<class>/*, or <class>/*) or WebDataset tars"
 _PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}  # the last four: refused by name, not unseen
-_SPLIT = re.compile(r"(?:^|[-_./])(train|val|test)(?:id|idation)?(?=[-_./])")
+_SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)(?:id|idation)?(?=[-_.]|$)")
 
 
 def list_sources(source: str | Path) -> Sources:
@@ -108,7 +108,7 @@ def _find_tars(source: str) -> list[tuple[str, Path]]:
         tars = [Path(path) for found in parts.values() for path in found]
     else:
         tars = [root] if root.suffix == ".tar" and root.is_file() else []
-    matches = [_SPLIT.search(f"{tar.parent.name}/{tar.name}" if tar.parent != root else tar.name) for tar in tars]
+    matches = [_SPLIT.search(tar.name) or _SPLIT.fullmatch(tar.parent.name) for tar in tars]
     return [(match[1] if match else "train", tar) for match, tar in zip(matches, tars, strict=True)]
 
 

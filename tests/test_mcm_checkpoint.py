@@ -98,14 +98,17 @@ def test_a_renamed_folder_is_refused(tmp_path):
         checkpoint.load(checkpoint.folder(tmp_path, 7))
 
 
-def test_rotation_keeps_the_newest_up_to_the_saved_one(tmp_path):
-    for step in (1, 2, 3, 9):
+@pytest.mark.parametrize(("keep_last", "kept"), [(1, [8]), (2, [3, 8]), (3, [2, 3, 8]), (9, [1, 2, 3, 8])])
+def test_rotation_keeps_the_newest_that_led_here(tmp_path, keep_last, kept):
+    for step in (1, 2, 3, 7, 9):
         save(tmp_path, step)
-    flip(checkpoint.folder(tmp_path, 9) / "model.safetensors")  # so training went on from 3
-    save(tmp_path, 4)
+    for step in (7, 9):  # so training went on from 3
+        flip(checkpoint.folder(tmp_path, step) / "model.safetensors")
+    save(tmp_path, 8)
     (tmp_path / "checkpoints" / ".step_000000005.partial").mkdir()
-    checkpoint.rotate(tmp_path, 4, keep_last=2)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_000000003", "step_000000004"]
+    checkpoint.rotate(tmp_path, 3, 8, keep_last)
+    left = sorted((tmp_path / "checkpoints").iterdir())
+    assert left == [checkpoint.folder(tmp_path, step) for step in kept]
 
 
 def test_saving_again_replaces_the_damaged_one(tmp_path):
@@ -124,10 +127,10 @@ for step in range(1, kills + 1):
     child = os.fork()
     if not child:
         tensors = {f"t{i}": torch.full((300_000,), float(step)) for i in range(4)}
-        if step > 1:
-            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.08 * (step * 0.618 % 1))  # the kernel ends it, no handler runs
+        if step > 1:  # the kernel ends it, no handler runs
+            signal.setitimer(signal.ITIMER_REAL, 0.0005 + 0.08 * (step * 0.618 % 1))
         checkpoint.save(run, step, tensors, tensors, {})
-        checkpoint.rotate(run, step, 2)
+        checkpoint.rotate(run, step - 1, step, 2)
         os._exit(0)
     died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
     checkpoint.clear_leftovers(run)
@@ -139,8 +142,8 @@ for step in range(1, kills + 1):
 
 
 def test_killed_while_saving_leaves_a_whole_checkpoint(tmp_path):
-    command = [sys.executable, "-c", KILLS, str(tmp_path), "40"]
+    command = [sys.executable, "-c", KILLS, str(tmp_path), "24"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     died, arrived, whole, left = zip(*(map(int, line.split()) for line in lines), strict=True)
-    assert len(lines) == 40 and all(whole) and max(left) <= 3
-    assert sum(died) >= 5 and all(a or d for a, d in zip(arrived, died, strict=True))
+    assert len(lines) == 24 and all(whole) and max(left) <= 3
+    assert sum(died) >= 3 and all(a or d for a, d in zip(arrived, died, strict=True))

@@ -47,6 +47,7 @@ def runs(tmp_path):
     samples = {"views": np.zeros((2, 32, 32, 3), np.uint8), "target": tokens, "prediction": tokens + 1}
     save_file(samples, run / "samples.safetensors")
     lines = [{"step": s, "epoch": s / 5, "loss": 1 / s, "lr": 0.1} for s in (1, 2, 3)]
+    lines += [{"step": 3, "epoch": 0.6, "eval": {"r2_masked": 0.668, "r2_full": -0.25}}]
     write_atomic(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     first, second = tuned_run(tmp_path / "ft-random", "random", 0.775), tuned_run(tmp_path / "ft-mcm", str(run), 0.819)
     return [run, first, second, cache]
@@ -58,7 +59,7 @@ def test_the_table_has_a_row_a_model_and_a_column_a_measurement(runs, tmp_path):
     assert rows["random init"]["k-NN full"] == 0.41 and rows["random init"]["fine-tuned top-1"] == 0.775
     assert rows["mcm"] == {
         "k-NN full": 0.72, "k-NN folded": 0.76, "linear full": 0.78, "linear folded": None,
-        "fine-tuned top-1": 0.819, "k-NN masked:8": 0.7,
+        "fine-tuned top-1": 0.819, "k-NN masked:8": 0.7, "R^2 masked": 0.668, "R^2 full": -0.25,
     }  # fmt: skip
     assert rows["teacher cache"]["linear full"] == 0.97
 

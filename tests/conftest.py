@@ -1,0 +1,42 @@
+"""What all tests share: the optional folder of real pictures, small tools for processes and trees."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real pictures and a real ViT, where they can be had; never part of this repository."""
+    for place in (os.environ.get("MCM_TEST_DATA", ""), ROOT.parent / "shared" / "data"):
+        if place and (Path(place) / "odd-images").is_dir():
+            return Path(place)
+    pytest.skip("no test data: set MCM_TEST_DATA to the folder with photos/, odd-images/ and deit-tiny/")
+
+
+def tree_digest(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by relative path."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+def command(program: str, *arguments: object, **environment: str) -> list[str]:
+    """The command line of one of the two console scripts, run by this interpreter."""
+    module = {"mcm-cache": "pipeline.cli", "mcm-train": "mcm.cli"}[program]
+    return [sys.executable, "-c", f"from {module} import app; app()", *map(str, arguments)]
+
+
+def run(program: str, *arguments: object, expect: int = 0) -> str:
+    """Run a console script to its end; returns stdout and stderr together."""
+    done = subprocess.run(
+        command(program, *arguments), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == expect, f"exit {done.returncode}, expected {expect}:\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr

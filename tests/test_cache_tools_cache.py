@@ -1,0 +1,198 @@
+"""DATASET and CACHE: what is read is what was committed; damage, swaps and foreign pieces are named."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from make_cache import add_unit, features, make_cache, make_identity, view
+from make_dataset import make_dataset
+
+from cache_tools.cache import Cache
+from cache_tools.dataset import Dataset
+from cache_tools.errors import CorruptionError, IdentityError, UsageError
+from cache_tools.images import decode_view_into
+from cache_tools.info import describe, info
+from cache_tools.records import encode_record
+from cache_tools.verify import verify
+from cache_tools.writer import publish_identity
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tmp_path_factory.mktemp("made") / "cache").path
+
+
+@pytest.fixture
+def cache(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_chunks_are_the_rows_that_were_written(tmp_path: Path, dtype: str) -> None:
+    unit = make_cache(tmp_path / "cache", dtype=dtype).complete_units("train")[1]
+    seen = 0
+    for number in range(unit.num_chunks):
+        chunk = unit.chunk(number)
+        pictures = np.zeros((chunk.rows, 32, 32, 3), np.uint8)
+        for data, picture in zip(chunk.pictures, pictures, strict=True):
+            decode_view_into(data, picture)
+        sources = np.stack([view("train", 1, row) for row in range(chunk.row0, chunk.row0 + chunk.rows)])
+        assert np.abs(pictures.astype(int) - sources).mean() < 4
+        assert np.abs(chunk.features() - features(pictures)).max() < 0.2
+        assert chunk.labels.tolist() == [row % 2 for row in range(chunk.row0, chunk.row0 + chunk.rows)]
+        seen += chunk.rows
+    assert seen == 100
+    mean, std = unit.channel_stats()
+    whole = np.concatenate([unit.chunk(number).features() for number in range(unit.num_chunks)])
+    assert np.allclose(mean, whole.mean((0, 1)), atol=1e-2) and np.allclose(std, whole.std((0, 1)), atol=1e-2)
+
+
+def test_a_foreign_reader_reads_the_same(made: Path) -> None:
+    """zarr-python and tarfile alone, by docs/format.md: no code of ours computes what it finds."""
+    cache = Cache(made)
+    for unit in cache.all_units():
+        group = zarr.open_group(made / unit.split / f"v{unit.view}" / "features.zarr", mode="r")
+        codes, scale, cls = (group[name][:] for name in ("patch", "scale", "cls"))
+        shard_of_row = np.arange(len(codes)) // json.loads((made / "cache.json").read_text())["rows_per_shard"]
+        mean, std = (group[name][:][shard_of_row][:, None] for name in ("channel_mean", "channel_std"))
+        theirs = codes.astype(np.float32) * scale[..., None] * std + mean
+        pictures, labels = [], []
+        for tar in sorted((made / unit.split / f"v{unit.view}" / "views").glob("*.tar")):
+            with tarfile.open(tar) as opened:
+                for member in opened:
+                    data = opened.extractfile(member).read()
+                    labels.append(int(data)) if member.name.endswith(".cls") else pictures.append(data)
+        for number in range(unit.num_chunks):
+            chunk = unit.chunk(number)
+            rows = slice(chunk.row0, chunk.row0 + chunk.rows)
+            assert (codes[rows] == chunk.codes).all() and (cls[rows] == chunk.cls).all()
+            assert np.allclose(theirs[rows], chunk.features(), atol=1e-5)
+            assert pictures[rows] == chunk.pictures and labels[rows] == chunk.labels.tolist()
+
+
+def every_data_file(cache: Path) -> list[Path]:
+    return [p for p in sorted(cache.rglob("*")) if p.is_file() and p.name != "probe.npy"]
+
+
+def read_all(cache: Path) -> None:
+    opened = Cache(cache)
+    for unit in opened.complete_units("train") + opened.complete_units("val"):
+        unit.check_arrays()
+        for number in range(unit.num_chunks):
+            unit.chunk(number)
+
+
+def test_verify_finds_a_flipped_bit_in_every_kind_of_file(cache: Path) -> None:
+    assert not verify(cache, full=True, quiet=True).problems
+    kinds = {
+        path.name if path.suffix == ".json" else path.parent.name + path.suffix: path for path in every_data_file(cache)
+    }
+    assert len(kinds) > 9
+    for path in kinds.values():
+        good = path.read_bytes()
+        for place in np.random.default_rng(0).integers(0, len(good), 8):
+            path.write_bytes(good[:place] + bytes([good[place] ^ (1 << int(place) % 8)]) + good[place + 1 :])
+            try:
+                problems = verify(cache, full=True, quiet=True).problems
+            except (CorruptionError, IdentityError) as error:  # cache.json itself
+                problems = [str(error)]
+            assert problems, f"{path}: byte {place}"
+            assert any(str(cache) in problem for problem in problems)
+        path.write_bytes(good)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "delete"])
+def test_verify_and_reading_find_lost_files(cache: Path, damage: str) -> None:
+    unit = Cache(cache).complete_units("train")[0]
+    files = [unit.tar(0), unit.index_file(0), unit.group / "patch" / "c.0.0.0", unit.commit_file(0)]
+    for path in [*files, unit.group / "patch" / "zarr.json"]:
+        good = path.read_bytes()
+        path.unlink() if damage == "delete" else path.write_bytes(
+            good[: len(good) // 2] if damage == "truncate" else b""
+        )
+        assert any(str(path) in problem for problem in verify(cache, quiet=True).problems), path
+        with pytest.raises(CorruptionError):
+            read_all(cache)
+        path.write_bytes(good)
+
+
+def swap(first: Path, second: Path) -> None:
+    a, b = first.read_bytes(), second.read_bytes()
+    first.write_bytes(b)
+    second.write_bytes(a)
+
+
+@pytest.mark.parametrize("what", ["tars", "tars and indexes", "features", "commits", "shards", "units"])
+def test_swapped_pieces_stop_by_name(cache: Path, what: str) -> None:
+    """Each of these is intact by itself: only what binds the pieces together can tell."""
+    a, b = Cache(cache).complete_units("train")
+    pairs = {
+        "tars": [(a.tar(0), b.tar(0))],
+        "tars and indexes": [(a.tar(0), b.tar(0)), (a.index_file(0), b.index_file(0))],
+        "features": [(a.group / "patch" / "c.0.0.0", b.group / "patch" / "c.0.0.0")],
+        "commits": [(a.commit_file(0), b.commit_file(0))],
+        "shards": [(a.commit_file(0), a.commit_file(1)), (a.tar(0), a.tar(1)), (a.index_file(0), a.index_file(1))],
+        "units": [(a.manifest_file, b.manifest_file)],
+    }[what]
+    for first, second in pairs:
+        swap(first, second)
+    with pytest.raises((CorruptionError, IdentityError), match=str(cache)):
+        read_all(cache)
+    assert verify(cache, quiet=True).problems
+
+
+def test_a_foreign_shard_of_the_same_shape_is_refused(cache: Path, tmp_path: Path) -> None:
+    other = make_cache(tmp_path / "other", seed=5).complete_units("train")[0]
+    unit = Cache(cache).complete_units("train")[0]
+    for name in ("views", "features.zarr", "commits"):
+        shutil.copytree(other.path / name, unit.path / name, dirs_exist_ok=True)
+    with pytest.raises(CorruptionError, match="commit"):
+        read_all(cache)
+
+
+def test_identity_differences_are_listed(cache: Path) -> None:
+    with pytest.raises(IdentityError, match=r"seed: 9 != 0"):
+        publish_identity(cache, make_identity({"train": 100, "val": 40}, seed=9))
+    data = encode_record(Cache(cache).identity.model_copy(update={"version": 2}))
+    (cache / "cache.json").write_bytes(data)
+    with pytest.raises(IdentityError, match="format version 1; found 2"):
+        Cache(cache)
+
+
+def test_units_are_complete_or_left_out(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", views=1)
+    unit = add_unit(cache.path, cache.identity, "train", 3)
+    assert [str(unit) for unit in cache.complete_units("train")] == ["train/v0", "train/v3"]
+    unit.manifest_file.unlink()
+    unit.commit_file(1).unlink()
+    assert [str(unit) for unit in cache.complete_units("train")] == ["train/v0"]
+    known = info(cache.path)
+    assert known["units"]["train/v3"]["shards"] == 1 and "1 of 2 shards" in describe(known)
+
+
+def test_no_cache_here(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="mcm-cache extract"):
+        Cache(tmp_path)
+    with pytest.raises(UsageError, match="mcm-cache shard"):
+        Dataset(tmp_path)
+    for read in (info, verify):
+        with pytest.raises(UsageError, match="DATASET .* or a CACHE"):
+            read(tmp_path)
+
+
+def test_dataset_rows_and_damage(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "dataset")
+    assert dataset.labels("train").tolist() == [row % 2 for row in range(96)]
+    assert dataset.picture("val", 3)[1] == 1
+    with pytest.raises(UsageError, match="did you mean 'train'"):
+        dataset.rows("trian")
+    assert not verify(dataset.path, full=True, quiet=True).problems and "classes" in describe(info(dataset.path))
+    for path in (dataset.tar("train", 0), dataset.tar("train", 0).with_suffix(".index.npy")):
+        good = path.read_bytes()
+        path.write_bytes(good[:600] + bytes([good[600] ^ 4]) + good[601:])
+        assert any(str(path) in problem for problem in verify(dataset.path, quiet=True).problems)
+        path.write_bytes(good)

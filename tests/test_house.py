@@ -1,0 +1,71 @@
+"""The house stands: who imports whom, no cycles, writes in one file only, a purpose on each first line, the tree."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("cache_tools", "pipeline", "mcm")
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).glob("*.py"))]
+FORBIDDEN = {
+    "cache_tools": {"torch", "open_clip", "timm", "accelerate", "webdataset", "pipeline", "mcm"},
+    "pipeline": {"mcm"},
+    "mcm": {"pipeline", "open_clip"},
+}
+WRITES = re.compile(
+    r"\bopen\([^)]*[\"'](?:[wax]b?\+?|r\+b?)[\"']|\.write_(?:text|bytes)\(|os\.(?:replace|rename|link|unlink|remove|mkdir|makedirs)\("
+    r"|shutil\.(?:rmtree|copy|move)|np\.save\((?!buffer)|\bsave_file\(|torch\.save\(|\.(?:unlink|rmdir|touch|mkdir|rename)\("
+)
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.parent.name
+            module = f"{package}.{node.module}" if node.level and node.module else node.module or package
+            names.add(module)
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_arms_and_waist_import_only_what_they_may(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imports_of(path)}
+    assert not roots & FORBIDDEN[path.parent.name]
+
+
+def test_no_cycles() -> None:
+    modules = {f"{path.parent.name}.{path.stem}": imports_of(path) for path in FILES}
+    graph = {name: {other for other in found & modules.keys() if other != name} for name, found in modules.items()}
+    while graph:
+        leaves = {name for name, below in graph.items() if not below & graph.keys()}
+        assert leaves, f"these files import each other: {sorted(graph)}"
+        graph = {name: below for name, below in graph.items() if name not in leaves}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_only_storage_writes(path: Path) -> None:
+    if path.name != "storage.py":
+        assert not WRITES.findall(path.read_text())
+
+
+def test_the_pattern_for_writes_finds_writes() -> None:
+    assert WRITES.search("open(path, 'wb')") and WRITES.search("path.write_text('x')") and WRITES.search("path.mkdir()")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_first_line_tells_the_purpose(path: Path) -> None:
+    first = path.read_text().splitlines()[0]
+    assert first.startswith('"""') and len(first) > 20
+
+
+def test_the_tree_in_the_readme_is_the_tree_on_disk() -> None:
+    tree = re.search(r"## The tree\n+```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert tree, "README.md has no tree"
+    named = set(re.findall(r"^  (\w+\.py) ", tree.group(1), re.M))
+    assert named == {path.name for path in FILES if path.name != "__init__.py"}

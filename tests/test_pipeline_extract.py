@@ -1,0 +1,265 @@
+"""Extraction: exact pixels, resumed to the byte after SIGKILL, shared by workers, refused when it is not the same."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, run, tree_digest
+from make_cache import view
+from make_teacher import make_teacher
+from PIL import Image
+
+from cache_tools.cache import Cache
+from cache_tools.errors import IdentityError, UsageError
+from cache_tools.identity import CropPolicy
+from cache_tools.images import decode_rgb, decode_view_into
+from cache_tools.quantize import decode
+from cache_tools.verify import verify
+from pipeline.extract import Request, extract
+from pipeline.shard import shard
+from pipeline.teachers import load_teacher
+from pipeline.views import draw_crop
+
+ROWS, VAL_ROWS, ROWS_PER_SHARD = 100, 24, 32
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a DATASET of odd-sized pictures and a teacher."""
+    root = tmp_path_factory.mktemp("extract")
+    for split, rows in (("train", ROWS), ("val", VAL_ROWS)):
+        for row in range(rows):
+            folder = root / "pictures" / split / ("odd" if row % 2 else "even")
+            folder.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(view(split, 0, row)).resize((40 + row % 30, 36 + row % 17))
+            picture.save(folder / f"{row}.jpg", quality=95)
+    shard(str(root / "pictures"), root / "dataset", ROWS_PER_SHARD)
+    make_teacher(root / "clip")
+    return root
+
+
+def request(place: Path, cache: Path, **changes: object) -> Request:
+    weights = place / "clip" / "open_clip_model.safetensors"
+    known = dict(
+        source=str(place / "dataset"), cache=cache, teacher=f"open_clip:{place / 'clip'}", weights=str(weights)
+    )
+    return Request(**known | dict(views=2, size=32, batch=16, threads=2, device="cpu") | changes)  # type: ignore[arg-type]
+
+
+def options(place: Path) -> list[object]:
+    weights = place / "clip" / "open_clip_model.safetensors"
+    return ["--teacher", f"open_clip:{place / 'clip'}", "--weights", weights, "--views", 2, "--size", 32, "--batch", 16]
+
+
+@pytest.fixture(scope="module")
+def cache(place: Path) -> Path:
+    extract(request(place, place / "cache"))
+    return place / "cache"
+
+
+def test_same_pixels(place: Path, cache: Path) -> None:
+    """Behind every feature lies the very picture that the stream yields, and it is the crop that the index tells."""
+    from mcm.stream import CacheSource
+
+    teacher = load_teacher(f"open_clip:{place / 'clip'}", str(place / "clip" / "open_clip_model.safetensors"))
+    opened = Cache(cache)
+    assert [str(unit) for unit in opened.all_units()] == ["train/v0", "train/v1", "val/v0"]
+    for unit in opened.all_units():
+        source = CacheSource([unit], (32, 32), 0, 1, seed=0)
+        for number in range(unit.num_chunks):
+            chunk = unit.chunk(number)
+            batch = source(0, np.array([number]), 16)
+            streamed = batch["pictures"][: chunk.rows]
+            direct = np.zeros((chunk.rows, 32, 32, 3), np.uint8)
+            for data, picture in zip(chunk.pictures, direct, strict=True):
+                decode_view_into(data, picture)
+            assert (streamed.numpy() == direct).all()
+            patch, cls = teacher.features(streamed)
+            codes = [batch[name][: chunk.rows] for name in ("codes", "scale")]
+            decoded = decode(*codes, batch["mean"], batch["std"])
+            assert ((decoded - patch).std() / patch.std()) < 0.02
+            assert np.allclose(chunk.cls, cls.numpy(), atol=1e-2)
+
+
+def test_geometry_is_the_drawn_crop_and_labels_are_the_datasets(place: Path, cache: Path) -> None:
+    from cache_tools.cache import read_index
+    from cache_tools.dataset import Dataset
+
+    dataset, opened = Dataset(place / "dataset"), Cache(cache)
+    for unit in opened.all_units():
+        index = np.concatenate([read_index(unit, k) for k in range(unit.num_shards)])
+        assert index["label"].tolist() == dataset.labels(unit.split).tolist()
+        for row in range(0, unit.rows, 7):
+            size = decode_rgb(dataset.picture(unit.split, row)[0]).shape[:2]
+            crop = draw_crop(CropPolicy(kind="rrc"), 0, unit.split, row, unit.view, *size)
+            assert tuple(index[row])[4:] == tuple(crop)
+
+
+def test_killed_at_random_moments_the_bytes_are_the_same(place: Path, cache: Path, tmp_path: Path) -> None:
+    """Six SIGKILLs spread over the work of one extraction; then the same command to its end."""
+    target = tmp_path / "cache"
+    line = command("mcm-cache", "extract", place / "dataset", target, *options(place), "--threads", 2)
+    draw = random.Random(0)
+    for kill in range(6):
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wanted = (
+            draw.randrange(1, 30) + 8 * kill
+        )  # files in the tree, so that each kill comes at another point of the work
+        while process.poll() is None and sum(1 for path in target.rglob("*") if path.is_file()) < wanted:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    run("mcm-cache", "extract", place / "dataset", target, *options(place), "--threads", 2)
+    assert tree_digest(target) == tree_digest(cache)
+    assert not verify(target, full=True, quiet=True).problems
+
+
+def test_workers_share_the_shards(place: Path, cache: Path, tmp_path: Path) -> None:
+    lines = [
+        command(
+            "mcm-cache",
+            "extract",
+            place / "dataset",
+            tmp_path / "cache",
+            *options(place),
+            "--worker",
+            k,
+            "--workers",
+            3,
+        )
+        for k in range(3)
+    ]
+    processes = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for line in lines]
+    outputs = [process.communicate()[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    assert any("3 of 3 units complete" in output for output in outputs)
+    assert tree_digest(tmp_path / "cache") == tree_digest(cache)
+
+
+def test_sigterm_stops_at_a_shard_and_the_same_command_goes_on(place: Path, cache: Path, tmp_path: Path) -> None:
+    target = tmp_path / "cache"
+    line = command("mcm-cache", "extract", place / "dataset", target, *options(place))
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(target.rglob("*.partial")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate()[1]
+    assert process.returncode == 75 and "goes on from there" in error
+    run("mcm-cache", "extract", place / "dataset", target, *options(place))
+    assert tree_digest(target) == tree_digest(cache)
+
+
+def test_views_are_added_without_touching_those_there(place: Path, tmp_path: Path, cache: Path) -> None:
+    extract(request(place, tmp_path / "cache", views=1, splits=("train",)))
+    before = tree_digest(tmp_path / "cache")
+    extract(request(place, tmp_path / "cache", views=2))
+    after = tree_digest(tmp_path / "cache")
+    assert before.items() <= after.items() and after == tree_digest(cache)
+
+
+def test_a_folder_of_pictures_is_sharded_first_and_float16_is_exact(place: Path, tmp_path: Path) -> None:
+    extract(request(place, tmp_path / "cache", source=str(place / "pictures"), dtype="float16", splits=("val",)))
+    assert (tmp_path / "cache" / "dataset" / "dataset.json").is_file()
+    (unit,) = Cache(tmp_path / "cache").all_units()
+    assert unit.commit(0).fidelity.relative_mse < 1e-6 and unit.chunk(0).codes.dtype == np.float16
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(seed=1), r"seed: 1 != 0"),
+        (dict(crop=CropPolicy(kind="center")), r"crop.kind: 'center' != 'rrc'"),
+        (dict(encoding="png"), "view_encoding"),
+        (dict(dtype="float16"), r"dtype: 'float16' != 'int8'"),
+        (dict(size=64), "view_height: 64 != 32"),
+        (dict(teacher_size=64, size=64), "teacher.height: 64 != 32"),
+    ],
+)
+def test_another_request_is_refused_with_what_differs(
+    place: Path, cache: Path, changes: dict[str, object], said: str
+) -> None:
+    before = tree_digest(cache)
+    with pytest.raises(IdentityError, match=said):
+        extract(request(place, cache, **changes))
+    assert tree_digest(cache) == before
+
+
+def test_other_weights_and_another_activation_are_refused(place: Path, cache: Path, tmp_path: Path) -> None:
+    teacher, weights = make_teacher(tmp_path / "other" / "clip", seed=1)
+    with pytest.raises(IdentityError, match=r"teacher.weights_sha256"):
+        extract(request(place, cache, teacher=teacher, weights=weights))
+    teacher, weights = make_teacher(tmp_path / "quick" / "clip", quick_gelu=True)
+    with pytest.raises(IdentityError, match=r"teacher.activation: 'quick_gelu' != 'gelu'"):
+        extract(request(place, cache, teacher=teacher, weights=weights))
+
+
+def test_probe_features_tell_what_names_do_not(place: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same names and weights, but the tower computes QuickGELU: as when a library changes under one name."""
+    import open_clip.model
+
+    monkeypatch.setattr(open_clip.model.nn, "GELU", open_clip.model.QuickGELU)
+    with pytest.raises(IdentityError, match="probe pictures differ"):
+        extract(request(place, cache))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(size=40), "use --teacher-size 40"),
+        (dict(patch=16), "grids differ"),
+        (dict(batch=20), "multiple of 16"),
+        (dict(dtype="int3"), "expected int8 or float16"),
+        (dict(encoding="jpeg:120:420"), "jpeg:QUALITY"),
+        (dict(splits=("tset",)), "no split 'tset'"),
+        (dict(workers=2, worker=2), "a worker below"),
+    ],
+)
+def test_usage_errors_come_before_any_work(place: Path, tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        extract(request(place, tmp_path / "cache", **changes))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_features_that_are_not_finite_stop_the_shard(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.teachers import Teacher
+
+    forward = Teacher.features
+
+    def poisoned(self: Teacher, pictures: torch.Tensor, precision: str | None = None) -> object:
+        patch, cls = forward(self, pictures, precision)
+        return (patch.masked_fill(patch > patch.amax() - 1e-6, float("inf")) if len(patch) == 16 else patch), cls
+
+    monkeypatch.setattr(Teacher, "features", poisoned)
+    with pytest.raises(UsageError, match="not finite in fp32"):
+        extract(request(place, tmp_path / "cache", dtype="float16"))
+    assert not list(tmp_path.rglob("commits/*.json"))
+
+
+def test_commands_answer(place: Path, cache: Path) -> None:
+    said = run("mcm-cache", "extract", place / "dataset", place / "not-made", *options(place), "--dry-run")
+    assert "break-even" in said and not (place / "not-made").exists()
+    known = json.loads(run("mcm-cache", "info", cache, "--json"))
+    assert all(unit["complete"] and unit["cosine"] > 0.9999 for unit in known["units"].values())
+    assert json.loads(run("mcm-cache", "verify", cache, "--full", "--json"))["problems"] == []
+    (cache / "train" / "v0" / "views" / "stray").touch()
+    (cache / "train" / "v0" / "views" / "stray").unlink()
+    assert "no such split" not in run("mcm-cache", "info", place / "dataset")
+
+
+def test_damage_is_exit_4_and_a_wrong_weights_file_5(place: Path, cache: Path, tmp_path: Path) -> None:
+    path = cache / "train" / "v0" / "views" / "000000.tar"
+    good = path.read_bytes()
+    path.write_bytes(good[:700] + bytes([good[700] ^ 1]) + good[701:])
+    assert str(path) in run("mcm-cache", "verify", cache, expect=4)
+    path.write_bytes(good)
+    (tmp_path / "w.safetensors").write_bytes(b"no weights")
+    teacher = ["--teacher", f"open_clip:{place / 'clip'}", "--weights", tmp_path / "w.safetensors", "--size", 32]
+    assert "does not read" in run("mcm-cache", "extract", place / "dataset", tmp_path / "c", *teacher, expect=5)

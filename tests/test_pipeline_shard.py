@@ -1,0 +1,261 @@
+"""Shards: what gets a row, who can read them, and that a kill at any moment changes no byte."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cache_tools.dataset import Dataset
+from cache_tools.draws import permutation
+from cache_tools.errors import CorruptionError, IdentityError, Interrupted, TooManyRefused, UsageError
+from cache_tools.storage import try_lock
+from pipeline.shard import shard
+from pipeline.sources import list_sources
+
+COMMAND = Path(sys.executable).with_name("mcm-cache")
+
+# The golden outcome of ../shared/data/odd-images: these are refused, the other 36 get rows.
+REFUSED = {
+    "exif/LICENSE": "format",
+    "made/n00000004_truncated_header.JPEG": "damaged",
+    "made/n00000006_text.JPEG": "format",
+    "made/n00000008_184Mpx_bomb.png": "too-large",
+    "pillow/16bit.cropped.tif": "format",
+    "pillow/broken_data_stream.png": "damaged",
+    "pillow/decompression_bomb.gif": "format",
+    "pillow/dispose_bgnd_transparency.gif": "format",
+    "pillow/hopper.bmp": "format",
+    "pillow/hopper.iccprofile.tif": "format",
+    "pillow/no_palette.gif": "format",
+    "pillow/png_decompression_dos.png": "damaged",
+    "pillow/tiff_strip_cmyk_jpeg.tif": "format",
+    "pillow/transparent.gif": "format",
+    "pillow/truncated_end_chunk.png": "damaged",
+    "pillow/truncated_jpeg.jpg": "damaged",
+}
+
+
+def tree(root: Path) -> dict[str, str]:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def picture(seed: int, size: int = 32) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, ("PNG", "JPEG", "WEBP")[seed % 3])
+    return buffer.getvalue()
+
+
+def make_source(root: Path, train: int = 40, val: int = 10, bad: int = 0, size: int = 32) -> Path:
+    for split, rows in (("train", train), ("val", val)):
+        for i in range(rows):
+            path = root / split / f"class{i % 3}" / f"{i:03d}.img"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture(i, size) if split == "val" or i >= bad else b"GIF89a no picture")
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shard")
+    shard(make_source(root / "source"), root / "out", rows_per_shard=16, seed=3)
+    return root
+
+
+def test_rows_are_the_listing_in_the_order_of_the_seed(made):
+    dataset, sources = Dataset(made / "out"), list_sources(made / "source")
+    assert dataset.classes == ("class0", "class1", "class2")
+    for split, candidates in sources.splits.items():
+        order = permutation(len(candidates), 3, f"shard/{split}")
+        assert dataset.rows(split) == len(candidates)
+        for row, position in enumerate(order):
+            item = candidates[int(position)]
+            assert dataset.picture(split, row) == (item.path.read_bytes(), item.label)
+        assert dataset.labels(split).tolist() == [candidates.labels[i] for i in order]
+    assert not (made / "out.run" / "shard").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_plain_webdataset_reads_them(made):
+    import webdataset
+
+    dataset = Dataset(made / "out")
+    urls = [str(dataset.tar("train", i)) for i in range(3)]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"{row:09d}" for row in range(40)]
+    for row, sample in enumerate(samples):
+        data = next(sample[kind] for kind in ("jpg", "png", "webp") if kind in sample)
+        assert (data, int(sample["cls"])) == dataset.picture("train", row)
+        assert (made / "source" / json.loads(sample["json"])["source"]).read_bytes() == data
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_timm_reads_them(made):
+    from timm.data import create_dataset
+
+    dataset, root = Dataset(made / "out"), str(made / "out" / "train")
+    read = create_dataset("wds/", root=root, split="train", is_training=False, batch_size=8)
+    found = sorted((np.asarray(picture).tobytes(), label) for picture, label in read)
+    expected = [dataset.picture("train", row) for row in range(40)]
+    rgb = [(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).tobytes(), label) for data, label in expected]
+    assert len(read) == 40 and found == sorted(rgb)
+
+
+def test_every_odd_picture_ends_as_written(shared_data, tmp_path):
+    shard(shared_data / "odd-images", tmp_path / "out", max_refused=1)
+    lines = [json.loads(line) for line in (tmp_path / "out/train/quarantine.jsonl").read_text().splitlines()]
+    assert {line["source"]: line["reason"] for line in lines} == REFUSED
+    assert all(line["detail"] for line in lines)
+    dataset, candidates = Dataset(tmp_path / "out"), list_sources(shared_data / "odd-images").splits["train"]
+    kept = [item.path for item in map(candidates.__getitem__, range(len(candidates))) if item.name not in REFUSED]
+    rows = sorted(dataset.picture("train", row) for row in range(dataset.rows("train")))
+    assert len(kept) == 36 and [row[0] for row in rows] == sorted(path.read_bytes() for path in kept)
+
+
+def test_tars_can_be_sharded_again(made, tmp_path):
+    shard(made / "out" / "train", tmp_path / "again", rows_per_shard=16)
+    first, again = Dataset(made / "out"), Dataset(tmp_path / "again")
+    assert again.classes == ("0", "1", "2")
+    rows = [sorted(dataset.picture("train", row) for row in range(40)) for dataset in (first, again)]
+    assert rows[0] == rows[1]
+
+
+def test_too_many_refused_stops_and_resumes_with_a_larger_budget(tmp_path, capsys):
+    source, out = make_source(tmp_path / "source", bad=6), tmp_path / "out"
+    with pytest.raises(TooManyRefused, match=r"quarantine\.jsonl: expected at most 4 of 40 .* found 6 format") as error:
+        shard(source, out, rows_per_shard=16, max_refused=0.1)
+    assert error.value.exit_code == 3
+    assert len((out / "train" / "quarantine.jsonl").read_text().splitlines()) == 6
+    assert not (out / "dataset.json").exists()
+    record = shard(source, out, rows_per_shard=16, max_refused=0.2)
+    assert (record.splits["train"].rows, record.splits["train"].refused) == (34, 6)
+    assert [entry.rows for entry in record.splits["train"].shards] == [16, 16, 2]
+    shard(source, tmp_path / "straight", rows_per_shard=16, max_refused=1)
+    assert tree(out) == tree(tmp_path / "straight")
+
+
+def test_refused_pictures_behind_the_last_full_shard_make_no_empty_one(tmp_path):
+    source = make_source(tmp_path / "source", train=33)
+    candidates = list_sources(source).splits["train"]
+    last = int(permutation(33, 0, "shard/train")[32])
+    candidates[last].path.write_bytes(b"")
+    record = shard(source, tmp_path / "out", rows_per_shard=16, max_refused=0.1)
+    assert [entry.rows for entry in record.splits["train"].shards] == [16, 16]
+    assert record.splits["train"].refused == 1
+    assert not (tmp_path / "out/train/000002.tar").exists()
+
+
+def test_a_split_without_a_good_picture_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="all were refused"):
+        shard(make_source(tmp_path / "source", bad=40), tmp_path / "out", max_refused=1)
+
+
+def test_a_finished_dataset_knows_its_request(made, tmp_path, capsys):
+    source, out = made / "source", made / "out"
+    before = tree(out)
+    shard(source, out, rows_per_shard=16, seed=3)
+    assert "complete" in capsys.readouterr().out
+    with pytest.raises(IdentityError, match=r"seed: 4 != 3"):
+        shard(source, out, rows_per_shard=16, seed=4)
+    with pytest.raises(IdentityError, match=r"rows_per_shard: 32 != 16"):
+        shard(source, out, rows_per_shard=32, seed=3)
+    with pytest.raises(IdentityError, match=r"splits.train.listing_sha256"):
+        shard(make_source(tmp_path / "other", train=41), out, rows_per_shard=16, seed=3)
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows_per_shard": 17}, "multiple of 16"),
+        ({"max_refused": 2.0}, "from 0 to 1"),
+        ({"seed": -1}, "positive"),
+        ({"out": "source/out"}, "outside its source"),
+        ({"out": "."}, "new or empty"),
+        ({"out": "source/val/class0/000.img"}, "found a file"),
+    ],
+)
+def test_impossible_requests_write_nothing(made, tmp_path, monkeypatch, arguments, message):
+    make_source(tmp_path / "source")
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path / "source")
+    with pytest.raises(UsageError, match=message):
+        shard("source", **{"out": "out", **arguments})
+    assert tree(tmp_path / "source") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_second_process_stops_at_the_lock(made):
+    with try_lock(made / "out.run" / "shard.lock"), pytest.raises(UsageError, match=r"shard\.lock: another process"):
+        shard(made / "source", made / "out", rows_per_shard=16, seed=3)
+
+
+def test_a_signal_stops_behind_a_shard_and_damage_is_named(made, tmp_path, monkeypatch):
+    from pipeline import shard as module
+
+    def publish_and_stop(path, data, publish=module.publish):
+        publish(path, data)
+        if path.name == "000000.json":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "publish", publish_and_stop)
+        with pytest.raises(Interrupted, match="after 1 shards"):
+            shard(made / "source", out, rows_per_shard=16, seed=3)
+    whole = (out / "train/000000.tar").read_bytes()
+    (out / "train/000000.tar").write_bytes(whole[:-512])
+    with pytest.raises(CorruptionError, match=r"000000\.tar: expected"):
+        shard(made / "source", out, rows_per_shard=16, seed=3)
+    (out / "train/000000.tar").write_bytes(whole)
+    with pytest.raises(IdentityError, match=r"seed: 0 != 3"):
+        shard(made / "source", out, rows_per_shard=16, seed=0)
+    shard(made / "source", out, rows_per_shard=16, seed=3)
+    assert tree(out) == tree(made / "out")
+
+
+def test_sigkill_at_random_moments_changes_no_byte(tmp_path):
+    source = make_source(tmp_path / "source", train=160, val=40, size=96)
+    shard(source, tmp_path / "straight", rows_per_shard=16)
+    expected = tree(tmp_path / "straight")
+    total = sum((tmp_path / "straight" / name).stat().st_size for name in expected)
+    draw, kills = random.Random(7), 0
+    out = tmp_path / "out"
+    command = [COMMAND, "shard", source, out, "--rows-per-shard", "16"]
+    for share in sorted(draw.random() for _ in range(5)):  # killed when that share of the bytes is there
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None and _bytes(out) < share * total:
+            pass
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert kills >= 2 and tree(out) == expected
+    assert tree(tmp_path / "out.run").keys() == {"shard.lock"}
+
+
+def _bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:  # renamed between listing and stat
+            continue
+    return total
+
+
+def test_the_command_ends_in_one_line_and_the_right_code(tmp_path):
+    source = make_source(tmp_path / "source", bad=6)
+    run = subprocess.run([COMMAND, "shard", source, tmp_path / "out"], capture_output=True, text=True)
+    assert run.returncode == 3 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    run = subprocess.run([COMMAND, "shard", tmp_path / "none", tmp_path / "out2"], capture_output=True, text=True)
+    assert run.returncode == 2 and "expected an ImageFolder" in run.stderr

@@ -1,0 +1,113 @@
+"""Teachers: the right tensors, all of them, or an error that names what is wrong before any work."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from make_teacher import make_teacher
+from safetensors.torch import load_file, save_file
+
+from cache_tools.errors import IdentityError, UsageError
+from pipeline.teachers import load_teacher, probe_pictures
+
+
+def test_features_are_open_clips_own(tmp_path: Path) -> None:
+    import open_clip
+
+    name, weights = make_teacher(tmp_path / "clip")
+    teacher = load_teacher(name, weights, device="cpu")
+    assert (teacher.grid, teacher.channels, teacher.has_cls) == ((4, 4), 32, True)
+    pictures = torch.from_numpy(probe_pictures(32, 32))
+    patch, cls = teacher.features(pictures)
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'clip'}").eval()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (teacher.identity.mean, teacher.identity.std))
+    with torch.no_grad():
+        model.visual.output_tokens = True
+        x = (pictures.permute(0, 3, 1, 2) / 255 - mean) / std
+        pooled, tokens = model.visual(x)
+    assert torch.allclose(patch, tokens, atol=1e-4)
+    assert torch.allclose(cls @ torch.from_numpy(teacher.projection), pooled, atol=1e-4)
+
+
+def test_a_timm_vit_and_its_own_features() -> None:
+    teacher = load_teacher("timm:vit_tiny_patch16_224", "random", 64, device="cpu")
+    assert (teacher.grid, teacher.channels, teacher.has_cls) == ((4, 4), 192, True)
+    assert teacher.identity.name.endswith("(random weights)")
+    pictures = torch.from_numpy(probe_pictures(64, 64))
+    patch, cls = teacher.features(pictures)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (teacher.identity.mean, teacher.identity.std))
+    with torch.no_grad():
+        tokens = teacher.tower.forward_features((pictures.permute(0, 3, 1, 2) / 255 - mean) / std)
+    assert torch.allclose(cls, tokens[:, 0], atol=1e-4) and torch.allclose(patch, tokens[:, 1:], atol=1e-4)
+
+
+def test_a_smaller_teacher_size_gives_a_smaller_grid(tmp_path: Path) -> None:
+    name, weights = make_teacher(tmp_path / "clip")
+    teacher = load_teacher(name, weights, 24, device="cpu")
+    assert teacher.grid == (3, 3) and teacher.features(torch.from_numpy(probe_pictures(24, 24)))[0].shape == (4, 9, 32)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "weights", "error", "said"),
+    [
+        ("ViT-B-16", "openai", UsageError, "expected open_clip:ARCH"),
+        ("open_clip:ViT-B-61", "openai", UsageError, "did you mean 'ViT-B-16'"),
+        ("open_clip:ViT-B-16", "opanai", UsageError, "did you mean 'openai'"),
+        ("open_clip:ViT-B-16", "openai", IdentityError, "use open_clip:ViT-B-16-quickgelu"),
+        ("open_clip:ViT-B-16-quickgelu", "laion2b_s34b_b88k", UsageError, "neither a file nor a tag"),
+        ("timm:vit_tinny_patch16_224", "random", UsageError, "did you mean 'vit_tiny_patch16_224'"),
+        ("timm:resnet18", "random", UsageError, "expected a vision transformer"),
+    ],
+)
+def test_wrong_requests(teacher: str, weights: str, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        load_teacher(teacher, weights, device="cpu")
+
+
+def test_wrong_weight_files(tmp_path: Path) -> None:
+    name, weights = make_teacher(tmp_path / "clip")
+    state = load_file(weights)
+    shapes = state | {"visual.class_embedding": torch.zeros(48)}
+    for change, said in (
+        ({k: v for k, v in state.items() if "ln_post" not in k}, "tensors missing, first ln_post.bias"),
+        (state | {"visual.extra": torch.zeros(1)}, "tensors unknown, first extra"),
+        (shapes, "of another shape, first class_embedding"),
+    ):
+        save_file(change, tmp_path / "wrong.safetensors")
+        with pytest.raises(IdentityError, match=said):
+            load_teacher(name, str(tmp_path / "wrong.safetensors"), device="cpu")
+    (tmp_path / "junk.safetensors").write_bytes(b"junk" * 100)
+    with pytest.raises(IdentityError, match="does not read"):
+        load_teacher(name, str(tmp_path / "junk.safetensors"), device="cpu")
+
+
+def test_openai_weights_without_quickgelu_are_refused(tmp_path: Path) -> None:
+    """OpenAI's own files carry "input_resolution"; open_clip warns of nothing where weights come from a path."""
+    name, weights = make_teacher(tmp_path / "clip")
+    state = load_file(weights) | {"input_resolution": torch.tensor(32)}
+    save_file(state, tmp_path / "openai.safetensors")
+    with pytest.raises(IdentityError, match="need QuickGELU"):
+        load_teacher(name, str(tmp_path / "openai.safetensors"), device="cpu")
+
+
+def test_probe_pictures_are_fixed() -> None:
+    pictures = probe_pictures(32, 48)
+    assert pictures.shape == (4, 32, 48, 3) and (pictures == probe_pictures(32, 48)).all()
+    assert pictures.std() > 40 and len(np.unique(pictures)) > 200
+
+
+def test_deit_through_timm_and_through_open_clip_agree(shared_data: Path, tmp_path: Path) -> None:
+    vision = {"image_size": 224, "layers": 12, "width": 192, "head_width": 64, "patch_size": 16, "no_ln_pre": True}
+    config = {"embed_dim": 192, "vision_cfg": vision | {"norm_kwargs": {"eps": 1e-6}}, "text_cfg": {}}
+    imagenet = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
+    import json
+
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": imagenet}))
+    files = [shared_data / "deit-tiny" / f"deit_tiny_{end}.safetensors" for end in ("patch16_224", "openclip_visual")]
+    ours = load_teacher("timm:deit_tiny_patch16_224", str(files[0]), device="cpu")
+    theirs = load_teacher(f"open_clip:{tmp_path}", str(files[1]), device="cpu")
+    pictures = torch.from_numpy(probe_pictures(224, 224, 2))
+    for a, b in zip(ours.features(pictures), theirs.features(pictures), strict=True):
+        assert (a - b).abs().max() < 1e-3

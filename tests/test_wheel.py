@@ -1,0 +1,23 @@
+"""The wheel holds the three packages and the shipped configs, and nothing else."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_contents(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling", reason="the build backend is not installed")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"cache_tools", "pipeline", "mcm"}
+    shipped = {name.removeprefix("cache_tools/configs/") for name in names if name.endswith(".toml")}
+    assert shipped == {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.toml")}
+    entry_points = next(name for name in names if name.endswith("entry_points.txt"))
+    assert b"mcm-cache = pipeline.cli:app" in zipfile.ZipFile(wheel).read(entry_points)
