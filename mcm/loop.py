@@ -242,12 +242,10 @@ class _Loop:
     def _save(self, step: int, evaluated: bool) -> None:
         """A checkpoint by the main process; the others wait, as a launcher ends them all when one is gone."""
         self._drain(step)
+        job, meta = self.job, {"window": self.window, "evaluated": evaluated}
         if self.main:
-            tensors = (
-                self.job.model.state_dict(),
-                checkpoint.optimizer_tensors(self.job.model, self.optimizer.optimizer),
-            )
-            checkpoint.save(self.job.run_dir, step, *tensors, {"window": self.window, "evaluated": evaluated})
-            checkpoint.rotate(self.job.run_dir, self.saved_step, step, self.job.settings.keep_last)
+            optimizer = checkpoint.optimizer_tensors(job.model, self.optimizer.optimizer)
+            checkpoint.save(job.run_dir, step, job.model.state_dict(), optimizer, meta)
+            checkpoint.rotate(job.run_dir, self.saved_step, step, job.settings.keep_last)
         self.saved_step = step
         self.accelerator.wait_for_everyone()

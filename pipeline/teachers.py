@@ -8,11 +8,13 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError  # what torch.load(weights_only=True) refuses with
 from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cache_tools.draws import uniform
@@ -72,6 +74,7 @@ def load_teacher(
     # bf16 autocast costs 28x the error of int8, so that it is never the default.
     precision = precision or ("fp32" if where.type == "cpu" else "fp16")
     torch.manual_seed(0)  # the weights of "random"
+    torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions: fp32 must mean it
     load = _load_open_clip if kind == "open_clip" else _load_timm
     teacher = load(architecture, weights, size, where, cast(Precision, precision))
     teacher.tower.to(where).eval().requires_grad_(False)
@@ -242,7 +245,7 @@ def _read_state(path: Path) -> State:
         return {key: value.float() if value.is_floating_point() else value for key, value in scripted.items()}
     try:
         state: State = load_state_dict(str(path), weights_only=True)
-    except (ValueError, RuntimeError, OSError, EOFError, KeyError) as error:
+    except (SafetensorError, ValueError, RuntimeError, OSError, EOFError, KeyError, UnpicklingError) as error:
         raise IdentityError(f"{path}: expected a file of weights; it does not read: {error}") from error
     return dict(state)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported, here and in the processes that tests start: bytes depend on the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parents[1]
 
 
@@ -26,7 +28,7 @@ def tree_digest(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
 
 
-def command(program: str, *arguments: object, **environment: str) -> list[str]:
+def command(program: str, *arguments: object) -> list[str]:
     """The command line of one of the two console scripts, run by this interpreter."""
     module = {"mcm-cache": "pipeline.cli", "mcm-train": "mcm.cli"}[program]
     return [sys.executable, "-c", f"from {module} import app; app()", *map(str, arguments)]
@@ -34,9 +36,7 @@ def command(program: str, *arguments: object, **environment: str) -> list[str]:
 
 def run(program: str, *arguments: object, expect: int = 0) -> str:
     """Run a console script to its end; returns stdout and stderr together."""
-    done = subprocess.run(
-        command(program, *arguments), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    done = subprocess.run(command(program, *arguments), capture_output=True, text=True)
     assert done.returncode == expect, f"exit {done.returncode}, expected {expect}:\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr

@@ -177,14 +177,6 @@ def test_every_outcome_is_recorded(tmp_path, error, code):
     assert read_record(ExitRecord, tmp_path / "exit.json").code == code
 
 
-def test_nothing_to_train_writes_step_zero(tmp_path):
-    job = make_job(tmp_path)
-    object.__setattr__(job, "schedule", Schedule.model_construct(epochs=0, warmup_epochs=0, min_lr=0.0))
-    lines = run_job(job)
-    assert [line["step"] for line in lines] == [0] and "eval" in lines[0]
-    assert checkpoint.latest(tmp_path).step == 0 and run_job(job) == lines
-
-
 def test_compiled_in_place_keeps_the_names(tmp_path):
     job = make_job(tmp_path, dropout=0.0)
     names = job.model.state_dict().keys()

@@ -146,7 +146,7 @@ def test_sigterm_stops_at_a_shard_and_the_same_command_goes_on(place: Path, cach
     target = tmp_path / "cache"
     line = command("mcm-cache", "extract", place / "dataset", target, *options(place))
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(target.rglob("*.partial")):
+    while process.poll() is None and not list(target.rglob("*.tar.partial")):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     error = process.communicate()[1]
@@ -211,8 +211,8 @@ def test_probe_features_tell_what_names_do_not(place: Path, cache: Path, monkeyp
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(size=40), "use --teacher-size 40"),
-        (dict(patch=16), "grids differ"),
+        (dict(size=42), "a --size that 4 divides"),
+        (dict(patch=16), "use --teacher-size 16"),
         (dict(batch=20), "multiple of 16"),
         (dict(dtype="int3"), "expected int8 or float16"),
         (dict(encoding="jpeg:120:420"), "jpeg:QUALITY"),
