@@ -68,6 +68,7 @@ class Prober:
 
     def features(self, split: str, encode: Encode, rows: npt.NDArray[np.int64] | None = None) -> Features:
         """Features of a split's centre crops, or of some of its rows, in order."""
+        quiet = self.quiet or rows is not None  # the many short passes that choose s
         source = DatasetSource(self.data, split, eval_transform(self.backbone), self.seed, rows)
         order = EvalOrder(len(source.rows), 1, BATCH_ROWS)
         workers = self.workers if order.rows >= WORKERS_FROM_ROWS else 0
@@ -75,7 +76,7 @@ class Prober:
         with (
             torch.inference_mode(),
             batches(Stream(order, source), 0, len(order), workers) as items,
-            progress(order.rows, f"features of {split}", "pictures", quiet=self.quiet) as bar,
+            progress(order.rows, f"features of {split}", "pictures", quiet=quiet) as bar,
         ):
             for batch in items:
                 kept = int(batch["weight"].sum())
