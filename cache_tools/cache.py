@@ -3,7 +3,6 @@
 B rows, N tokens, C channels. See docs/format.md for every byte.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +15,13 @@ import numpy.typing as npt
 from .arrays import array_json, group_json, read_chunk
 from .dataset import CHUNK_ROWS, shard_name
 from .errors import CorruptionError, IdentityError, UsageError
-from .identity import CacheIdentity, Commit, FileEntry, Manifest
+from .identity import CacheIdentity, Commit, Manifest
 from .quantize import decode
 from .records import decode_record, read_record, record_sha256
 from .storage import read_at
-from .tars import VIEW_INDEX_DTYPE, checked_picture, decode_index, encode_index
+from .tars import VIEW_INDEX_DTYPE, checked_picture, encode_npy
 
-_INDEX_HEADER_BYTES = len(encode_index(np.zeros(0, VIEW_INDEX_DTYPE)))  # numpy pads it, whatever the number of rows
+_INDEX_HEADER_BYTES = len(encode_npy(np.zeros(0, VIEW_INDEX_DTYPE)))  # numpy pads it, whatever the number of rows
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ class Unit:
 
     def __init__(self, cache: Path, identity: CacheIdentity, split: str, view: int) -> None:
         self.identity, self.split, self.view = identity, split, view
+        self.identity_sha256 = record_sha256(identity)
         self.path = cache / split / f"v{view}"
         self.group = self.path / "features.zarr"
         self.rows, self.num_shards = identity.rows[split], identity.shards(split)
@@ -112,7 +112,7 @@ class Unit:
         """
         manifest = read_record(Manifest, self.manifest_file)
         found = (manifest.identity_sha256, manifest.split, manifest.view, manifest.rows, len(manifest.commits))
-        if found != (record_sha256(self.identity), self.split, self.view, self.rows, self.num_shards):
+        if found != (self.identity_sha256, self.split, self.view, self.rows, self.num_shards):
             raise IdentityError(f"{self.manifest_file}: expected the manifest of {self} of this cache; found {found}")
         return manifest
 
@@ -126,7 +126,7 @@ class Unit:
             raise CorruptionError(f"{path}: expected the commit of a complete unit; it is missing")
         commit = decode_record(Commit, path.read_bytes(), path)
         found = (commit.identity_sha256, commit.split, commit.view, commit.shard, commit.rows)
-        if found != (record_sha256(self.identity), self.split, self.view, shard, self.shard_rows(shard)):
+        if found != (self.identity_sha256, self.split, self.view, shard, self.shard_rows(shard)):
             raise CorruptionError(f"{path}: expected the commit of shard {shard} of {self}; found that of {found[1:]}")
         if self.complete and record_sha256(commit) != self.manifest.commits[shard]:
             raise CorruptionError(f"{path}: expected the commit that {self.manifest_file} names; found another")
@@ -182,7 +182,9 @@ class Unit:
         mean, std = (self._array(name, shard, 0, 1) for name in ("channel_mean", "channel_std"))
         assert codes is not None
         labels = index["label"].astype(np.int32)
-        return Chunk(row0, pictures, labels, codes, scale, _first(mean), _first(std), cls)
+        if mean is not None and std is not None:
+            mean, std = mean[0], std[0]
+        return Chunk(row0, pictures, labels, codes, scale, mean, std, cls)
 
     def _array(self, name: str, shard: int, position: int, rows: int) -> npt.NDArray[Any] | None:
         if name not in self.specs:
@@ -198,10 +200,6 @@ class Unit:
         variances = np.array([commit.channel_var for commit in commits])
         mean = np.average(means, axis=0, weights=weights)
         return mean, np.sqrt(np.average(variances + (means - mean) ** 2, axis=0, weights=weights))
-
-
-def _first(array: npt.NDArray[Any] | None) -> npt.NDArray[Any] | None:
-    return None if array is None else array[0]
 
 
 class Cache:
@@ -237,21 +235,3 @@ def index_crc32cs(index: npt.NDArray[np.void]) -> tuple[int, ...]:
     """crc32c of every 16 records of an index."""
     starts = range(0, len(index), CHUNK_ROWS)
     return tuple(crc32c.crc32c(index[start : start + CHUNK_ROWS].tobytes()) for start in starts)
-
-
-def read_index(unit: Unit, shard: int) -> npt.NDArray[np.void]:
-    """All index records of a shard."""
-    path = unit.index_file(shard)
-    return decode_index(path.read_bytes(), VIEW_INDEX_DTYPE, path)
-
-
-def check_files(unit: Unit, files: Mapping[str, FileEntry]) -> None:
-    """Compare the size of every file of a commit.
-
-    Raises: CorruptionError naming the file.
-    """
-    for name, entry in files.items():
-        path = unit.path / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != entry.bytes:
-            raise CorruptionError(f"{path}: expected {entry.bytes} bytes; found {found or 'nothing'}")

@@ -1,6 +1,5 @@
 """DATASET: labelled pictures in WebDataset tars, with an index that finds and checks each of them."""
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import numpy.typing as npt
 from .errors import CorruptionError, UsageError
 from .records import Record, nearest, read_record, record_sha256
 from .storage import file_sha256, read_at
-from .tars import INDEX_DTYPE, checked_picture, decode_index
+from .tars import checked_picture, read_npy
 
 CHUNK_ROWS = 16
 ROWS_PER_SHARD = 1024
@@ -99,7 +98,7 @@ class Dataset:
             path = self.tar(split, shard).with_suffix(".index.npy")
             if not path.is_file() or file_sha256(path) != entry.index_sha256:
                 raise CorruptionError(f"{path}: expected the index that dataset.json names; it is missing or changed")
-            self._indexes[split, shard] = decode_index(path.read_bytes(), INDEX_DTYPE, path)
+            self._indexes[split, shard] = read_npy(path)
         return self._indexes[split, shard]
 
     def labels(self, split: str) -> npt.NDArray[np.int32]:
@@ -114,8 +113,3 @@ class Dataset:
         tar = self.tar(split, shard)
         data = read_at(tar, int(place["offset"]), int(place["size"]))
         return checked_picture(tar, data, int(place["crc32c"]), row), int(place["label"])
-
-    @cached_property
-    def bytes(self) -> int:
-        """Bytes of all tars."""
-        return sum(shard.tar_bytes for split in self.record.splits.values() for shard in split.shards)

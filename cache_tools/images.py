@@ -8,6 +8,7 @@ transparency is laid over white; all else by Pillow's conversion to RGB (CMYK an
 import io
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,11 @@ from .errors import CorruptionError, UsageError
 PICTURE_RULES = 1
 MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
-KERNELS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+# What Pillow's decoders and its EXIF reader were seen to raise, or read to, on files that lie.
+DECODER_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError)
+DECODER_ERRORS += (ArithmeticError, EOFError, struct.error, zlib.error)
+# Pillow warns of odd metadata; the pixels are what counts. Not in decode_rgb: catch_warnings is not safe in threads.
+warnings.filterwarnings("ignore", module="PIL")
 RGB = npt.NDArray[np.uint8]
 
 
@@ -45,24 +50,21 @@ def picture_extension(data: bytes) -> str:
     raise PictureRefused("empty" if not data else "format", f"expected JPEG, PNG or WebP; it begins {data[:12]!r}")
 
 
-def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> RGB:
+def decode_rgb(data: bytes) -> RGB:
     """The picture as uint8 [H, W, 3], by the rule in this file's head.
 
     Raises: PictureRefused with the reason empty, format, too-large or damaged.
     """
     picture_extension(data)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; the pixels are what counts
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                if picture.width * picture.height > max_pixels:
-                    size = f"{picture.width}x{picture.height}"
-                    raise PictureRefused("too-large", f"{size} is over {max_pixels} pixels")
-                picture.load()
-                return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise PictureRefused("too-large", f"{picture.width}x{picture.height} is over {MAX_PIXELS} pixels")
+            picture.load()
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
     except Image.DecompressionBombError as error:
         raise PictureRefused("too-large", str(error)) from error
-    except (OSError, ValueError, SyntaxError, IndexError, TypeError, struct.error, EOFError) as error:
+    except DECODER_ERRORS as error:
         raise PictureRefused("damaged", str(error)) from error
 
 
@@ -75,11 +77,11 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def resize_rgb(rgb_HW3: RGB, height: int, width: int, kernel: str = "bicubic") -> RGB:
-    """Antialiased resize by Pillow; the same array when the size is right already."""
+def resize_rgb(rgb_HW3: RGB, height: int, width: int) -> RGB:
+    """Antialiased bicubic resize by Pillow; the same array when the size is right already."""
     if rgb_HW3.shape[:2] == (height, width):
         return rgb_HW3
-    return np.asarray(Image.fromarray(rgb_HW3).resize((width, height), KERNELS[kernel]))
+    return np.asarray(Image.fromarray(rgb_HW3).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def check_encoding(encoding: str) -> tuple[int, str] | None:

@@ -1,4 +1,4 @@
-"""`mcm-cache info`: what a DATASET or CACHE is, what is done, who works on what."""
+"""`mcm-cache info`: what a DATASET or CACHE is, what is done, what is being worked on."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from .cache import Cache, Unit
 from .dataset import Dataset
 from .errors import UsageError
-from .storage import try_lock
+from .storage import is_locked, run_folder
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -23,7 +23,8 @@ def info(path: Path) -> dict[str, Any]:
             for name, split in dataset.record.splits.items()
         }
         known = {"kind": "dataset", "path": str(path), "sha256": dataset.sha256, "splits": splits}
-        return known | {"classes": len(dataset.classes), "seed": dataset.record.seed, "bytes": dataset.bytes}
+        tar_bytes = sum(shard.tar_bytes for split in dataset.record.splits.values() for shard in split.shards)
+        return known | {"classes": len(dataset.classes), "seed": dataset.record.seed, "bytes": tar_bytes}
     raise UsageError(f"{path}: expected a DATASET (dataset.json) or a CACHE (cache.json)")
 
 
@@ -46,23 +47,19 @@ def _unit_info(unit: Unit) -> dict[str, Any]:
     times_s = sorted(unit.commit_file(shard).stat().st_mtime for shard in shards)
     if len(shards) > 1 and not unit.complete:
         known["eta_s"] = round((times_s[-1] - times_s[0]) / (len(shards) - 1) * (unit.num_shards - len(shards)))
-    commits = [unit.commit(shard) for shard in shards]
-    known["bytes"] = sum(file.bytes for commit in commits for file in commit.files.values())
-    known["relative_mse"] = max(commit.fidelity.relative_mse for commit in commits)
-    known["cosine"] = min(commit.fidelity.cosine for commit in commits)
-    known["precision_mse"] = max(commit.fidelity.precision_mse for commit in commits)
+    known |= {"bytes": 0, "relative_mse": 0.0, "cosine": 1.0, "precision_mse": 0.0}
+    for shard in shards:
+        commit = unit.commit(shard)
+        known["bytes"] += sum(file.bytes for file in commit.files.values())
+        known["relative_mse"] = max(known["relative_mse"], commit.fidelity.relative_mse)
+        known["cosine"] = min(known["cosine"], commit.fidelity.cosine)
+        known["precision_mse"] = max(known["precision_mse"], commit.fidelity.precision_mse)
     return known
 
 
 def _held_locks(cache: Path) -> list[str]:
     """Shards that a living process holds, as split-shard."""
-    folder = cache.with_name(cache.name + ".run") / "locks"
-    held = []
-    for path in sorted(folder.glob("*-*")) if folder.is_dir() else []:
-        with try_lock(path) as free:
-            if not free:
-                held.append(path.name)
-    return held
+    return [path.name for path in sorted((run_folder(cache) / "locks").glob("*-*")) if is_locked(path)]
 
 
 def describe(known: dict[str, Any]) -> str:

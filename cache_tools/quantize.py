@@ -33,11 +33,3 @@ def encode_int8(x_BNC: Any, mean_C: Any, std_C: Any, xp: Any = np) -> tuple[Any,
 def decode(codes_BNC: Any, scale_BN: Any, mean_C: Any, std_C: Any) -> Any:
     """float32 features of int8 codes, numpy or torch; mean and std may be [C] or [B, 1, C]."""
     return (codes_BNC * scale_BN[..., None]) * std_C + mean_C
-
-
-def fidelity(x_BNC: Floats, decoded_BNC: Floats, mean_C: Floats, std_C: Floats) -> tuple[float, float]:
-    """(relative MSE, mean cosine a token) of the decoded features, on channel-standardised values."""
-    z, q = (x_BNC - mean_C) / std_C, (decoded_BNC - mean_C) / std_C
-    error = float(((z - q).astype(np.float64) ** 2).sum() / max(float((z.astype(np.float64) ** 2).sum()), 1e-30))
-    norms = np.maximum(np.linalg.norm(z, axis=-1) * np.linalg.norm(q, axis=-1), 1e-30)
-    return error, float(((z * q).sum(axis=-1) / norms).mean(dtype=np.float64))

@@ -16,8 +16,16 @@ Buffer = bytes | bytearray | memoryview
 
 
 def make_dir(path: Path) -> None:
-    """Create a folder and its parents."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Create a folder and its parents, each durable in the one above."""
+    if not path.is_dir():
+        make_dir(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_dir(path.parent)
+
+
+def run_folder(path: Path) -> Path:
+    """PATH.run: locks and progress live beside a DATASET or CACHE, as they are no part of its bytes."""
+    return Path(f"{os.path.abspath(path)}.run")
 
 
 def _sync_dir(path: Path) -> None:
@@ -54,10 +62,6 @@ class AtomicFile:
         self.bytes += view.nbytes
         return view.nbytes
 
-    def tell(self) -> int:
-        """Bytes written so far."""
-        return self.bytes
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -86,21 +90,25 @@ def write_atomic(path: Path, data: Buffer) -> None:
 def publish(path: Path, data: bytes, compare: bool = True) -> None:
     """Write `data` to `path` unless it exists; with `compare`, whoever comes second must bring the same bytes.
 
-    Publishers of a folder take turns (flock on the folder itself), so that a killed one leaves nothing behind
-    that the next does not overwrite.
+    Publishers take turns on the temporary file, whose name is fixed: a killed one leaves nothing behind for long.
 
     Raises: IdentityError when the file there holds other bytes.
     """
     make_dir(path.parent)
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if not path.exists():
-            write_atomic(path, data)
-        elif compare and path.read_bytes() != data:
-            raise IdentityError(f"{path}: expected the bytes of this request; found those of another; use a new folder")
-    finally:
-        os.close(descriptor)
+    temp = path.with_name(f".{path.name}.partial")
+    with open(os.open(temp, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "wb") as file:
+        _flock(file.fileno(), fcntl.LOCK_EX)
+        if path.exists():  # before, or since we opened the file; nobody writes to it any more
+            temp.unlink(missing_ok=True)
+        else:
+            file.truncate(0)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.rename(temp, path)
+            _sync_dir(path.parent)
+    if compare and path.read_bytes() != data:
+        raise IdentityError(f"{path}: expected the bytes of this request; found those of another; use a new folder")
 
 
 def append_line(path: Path, text: str) -> None:
@@ -119,8 +127,8 @@ def keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file durably; missing is fine."""
-    if path.exists():
-        path.unlink()
+    if path.parent.is_dir():
+        path.unlink(missing_ok=True)
         _sync_dir(path.parent)
 
 
@@ -184,16 +192,27 @@ def try_lock(path: Path) -> Iterator[bool]:
     The kernel frees a flock when its holder dies, so that no lock is ever stale.
     """
     make_dir(path.parent)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "rb") as file:
+        yield _flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB) is not False
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock file; looking needs no right to write."""
+    with open(path, "rb") as file:
+        return _flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB) is False
+
+
+def _flock(descriptor: int, how: int) -> bool | None:
+    """True: locked; False: another holds it; None: this file system has no locks."""
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
-        except BlockingIOError:
-            held = False
-        yield held
-    finally:
-        os.close(descriptor)
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        return None
+    return True
 
 
 def free_bytes(path: Path) -> int:
@@ -205,8 +224,6 @@ def free_bytes(path: Path) -> int:
 
 def locks_work(folder: Path) -> bool:
     """Whether the file system of `folder` has flock; some network ones do not."""
-    try:
-        with try_lock(folder / "locks" / "probe"):
-            return True
-    except OSError:
-        return False
+    probe = folder / "locks" / "probe"
+    with try_lock(probe), open(probe, "rb") as file:
+        return _flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB) is not None

@@ -6,9 +6,10 @@ Written with the standard library: `import webdataset` imports torch (2.8 s, mea
 import io
 import tarfile
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import crc32c
 import numpy as np
@@ -54,30 +55,29 @@ class TarShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        # Also after an error: tarfile's stream would write its rest when it is collected, into a closed file.
+        with suppress(OSError) if kind else nullcontext():
             self._tar.close()
         self.file.__exit__(kind, error, trace)
 
 
-def encode_index(rows: npt.NDArray[np.void]) -> bytes:
-    """An index as the bytes of a .npy file."""
+def encode_npy(array: npt.NDArray[Any]) -> bytes:
+    """An index, or any array, as the bytes of a .npy file."""
     buffer = io.BytesIO()
-    np.save(buffer, rows, allow_pickle=False)
+    np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
-def decode_index(data: bytes, dtype: np.dtype[np.void], where: Path) -> npt.NDArray[np.void]:
-    """The rows of an index file.
+def read_npy(path: Path) -> npt.NDArray[Any]:
+    """The array in a .npy file.
 
-    Raises: CorruptionError when it is no .npy of `dtype`.
+    Raises: CorruptionError when it is missing or no .npy.
     """
     try:
-        rows: npt.NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
+        array: npt.NDArray[Any] = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, SyntaxError, OSError) as error:
-        raise CorruptionError(f"{where}: expected an index; it does not read: {error}") from error
-    if rows.dtype != dtype or rows.ndim != 1:
-        raise CorruptionError(f"{where}: expected records of {dtype}; found {rows.dtype} {rows.shape}")
-    return rows
+        raise CorruptionError(f"{path}: expected a .npy file; it does not read: {error}") from error
+    return array
 
 
 def checked_picture(tar: Path, data: bytes, expected_crc32c: int, row: int) -> bytes:

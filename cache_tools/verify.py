@@ -1,4 +1,4 @@
-"""`mcm-cache verify`: every committed byte of a DATASET or CACHE against its checksums; all problems, each by file."""
+"""`mcm-cache verify`: every committed byte of a DATASET or CACHE against its checksums; what is wrong, by file."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .cache import Cache, Unit, check_files
+from .cache import Cache, Unit
 from .console import progress
 from .dataset import CHUNK_ROWS, Dataset
 from .errors import CorruptionError, McmError, UsageError
 from .records import sha256_hex
 from .storage import file_sha256
+from .tars import read_npy
 
 
 @dataclass
@@ -76,13 +77,17 @@ def _cache_steps(cache: Cache, full: bool, report: Report) -> Iterator[Callable[
 
 def _check_projection(cache: Cache) -> None:
     expected, path = cache.identity.teacher.projection_sha256, cache.path / "projection.npy"
-    if expected and sha256_hex(np.load(path, allow_pickle=False).tobytes()) != expected:
+    if expected and sha256_hex(read_npy(path).tobytes()) != expected:
         raise CorruptionError(f"{path}: its sha256 is not what cache.json says")
 
 
 def _check_shard(unit: Unit, shard: int, full: bool, report: Report) -> None:
     commit = unit.commit(shard)
-    check_files(unit, commit.files)
+    for name, entry in commit.files.items():
+        path = unit.path / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != entry.bytes:
+            raise CorruptionError(f"{path}: expected {entry.bytes} bytes; found {found or 'nothing'}")
     report.files += len(commit.files) + 1
     first = shard * unit.chunks_per_shard
     for chunk in range(first, first + -(-commit.rows // CHUNK_ROWS)):

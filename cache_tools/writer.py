@@ -14,9 +14,10 @@ from .cache import Unit, index_crc32cs
 from .dataset import row_key
 from .errors import IdentityError
 from .identity import CacheIdentity, Commit, Fidelity, FileEntry, Fingerprint, Manifest
+from .images import picture_extension
 from .records import differences, encode_record, read_record, record_sha256, sha256_hex
 from .storage import publish, remove, write_atomic
-from .tars import VIEW_INDEX_DTYPE, TarShardWriter, encode_index
+from .tars import VIEW_INDEX_DTYPE, TarShardWriter, encode_npy
 
 
 class UnitShardWriter:
@@ -45,13 +46,13 @@ class UnitShardWriter:
     def add_view(self, data: bytes, label: int, geometry: Sequence[int]) -> None:
         """Append the next row's view; geometry is (top, left, height, width, flip, source_height, source_width)."""
         key = row_key(self.shard * self.unit.identity.rows_per_shard + self._views)
-        extension = "jpg" if data[:2] == b"\xff\xd8" else "png"
+        extension = picture_extension(data)
         place = self._tar.add(key, {extension: data, "cls": str(label).encode()}, picture=extension)
         self._index[self._views] = (*place, label, *geometry)
         self._views += 1
 
     def add(self, name: str, rows: npt.NDArray[Any]) -> None:
-        """Append rows to an array, a multiple of 16 but for the last call."""
+        """Append rows to an array, whole chunks but for the last call."""
         for start in range(0, len(rows), self.unit.specs[name].chunk_rows):
             self._arrays[name].append(rows[start : start + self.unit.specs[name].chunk_rows])
 
@@ -66,7 +67,7 @@ class UnitShardWriter:
         unit = self.unit
         assert self._views == len(self._index), f"{self._views} views of {len(self._index)}"
         self._stack.close()
-        index = encode_index(self._index)
+        index = encode_npy(self._index)
         write_atomic(unit.index_file(self.shard), index)
         files = {
             f"views/{unit.tar(self.shard).name}": FileEntry(bytes=self._tar.file.bytes, sha256=self._tar.file.sha256),
@@ -78,7 +79,7 @@ class UnitShardWriter:
         crc32cs = {name: tuple(array.crc32cs) for name, array in self._arrays.items()}
         crc32cs["index"] = index_crc32cs(self._index)
         record = Commit(
-            identity_sha256=record_sha256(unit.identity),
+            identity_sha256=unit.identity_sha256,
             split=unit.split,
             view=unit.view,
             shard=self.shard,
@@ -116,7 +117,7 @@ def finish_unit(unit: Unit) -> bool:
     if not unit.complete and len(unit.committed()) == unit.num_shards:
         shas = tuple(record_sha256(unit.commit(shard)) for shard in range(unit.num_shards))
         manifest = Manifest(
-            identity_sha256=record_sha256(unit.identity), split=unit.split, view=unit.view, rows=unit.rows, commits=shas
+            identity_sha256=unit.identity_sha256, split=unit.split, view=unit.view, rows=unit.rows, commits=shas
         )
         publish(unit.manifest_file, encode_record(manifest))
     return unit.complete

@@ -107,7 +107,7 @@ class Mixer:
             one_hot_BK = functional.one_hot(labels_B.long(), self.num_classes).to(pictures_B3HW.dtype)
             return pictures_B3HW, one_hot_BK * (1 - self.smoothing) + self.smoothing / self.num_classes
         targets = []
-        first_rows = rows_B[::CHUNK_ROWS].cpu().numpy()
+        first_rows = rows_B[::CHUNK_ROWS].numpy()
         seeds = hash_u64(self.seed, "mixup", epoch, first_rows)
         for start, seed in zip(range(0, len(rows_B), CHUNK_ROWS), seeds, strict=True):
             np.random.seed(int(seed) % 2**32)

@@ -4,12 +4,14 @@ Letters: B batch, N patches, D width, H W pixels.
 """
 
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
 
 import timm
+import torch
 from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
 from timm.layers import Mlp
@@ -116,13 +118,24 @@ def load_whole(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """The tensors of a .safetensors or torch file; a pickle may hold nothing but weights.
+    """The tensors of a .safetensors or torch file, or OpenAI's TorchScript; a pickle may hold nothing but weights.
 
     Raises: UsageError when it is no such file.
     """
     try:
+        if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            scripted = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+            return {name: value.float() if value.is_floating_point() else value for name, value in scripted.items()}
         state: dict[str, Any] = load_state_dict(str(path), weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as error:
+    except (
+        SafetensorError,
+        zipfile.BadZipFile,
+        UnpicklingError,
+        RuntimeError,
+        EOFError,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise UsageError(f"{path}: expected weights (safetensors, or torch's without code); {error}") from error
     return state
 
@@ -180,7 +193,7 @@ def _load_newest(model: nn.Module, folder: Path) -> str:
     if found is None:
         raise UsageError(f"{folder}: expected a checkpoint; it has none yet; let it train until it saves one")
     load_whole(model, found.model, str(found.path))
-    return found.path.name
+    return f"{found.path.name} sha256:{found.model_sha256[:12]}"
 
 
 def _from_export(folder: Path) -> Backbone:

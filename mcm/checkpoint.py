@@ -42,6 +42,7 @@ class Checkpoint:
 
     path: Path
     step: int
+    model_sha256: str
     model: Tensors
     optimizer: Tensors
     meta: dict[str, Any]
@@ -135,7 +136,8 @@ def load(path: Path, optimizer: bool = True) -> Checkpoint:
         raise CorruptionError(f"{path}/state.json: expected the step of its folder; found {state.step}; restore it")
     names = ["model.safetensors", "optimizer.safetensors"][: 1 + optimizer]
     tensors = [_read_tensors(path / name, state.files[name]) for name in names]
-    return Checkpoint(path, state.step, tensors[0], tensors[1] if optimizer else {}, state.meta)
+    digest = state.files["model.safetensors"].sha256
+    return Checkpoint(path, state.step, digest, tensors[0], tensors[1] if optimizer else {}, state.meta)
 
 
 def _read_tensors(path: Path, digest: FileDigest) -> Tensors:

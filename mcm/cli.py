@@ -37,12 +37,15 @@ def pretrain(
 ) -> None:
     """Train a student on the complete units of a cache. Under `accelerate launch --no_python` on many GPUs."""
     from cache_tools.cache import Cache
+    from cache_tools.dataset import Dataset
     from cache_tools.records import config_file, load_toml
     from mcm.config import PretrainConfig
     from mcm.pretrain import pretrain as run
 
     settings = load_toml(PretrainConfig, config_file(config), set_ or ())
-    Cache(cache)  # a mistyped CACHE must not cost the run that --overwrite removes
+    Cache(cache)  # a mistyped CACHE or DATASET must not cost the run that --overwrite removes
+    if data is not None:
+        Dataset(data)
     _clear(out, overwrite)
     run(settings, cache, out, data)
 

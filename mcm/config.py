@@ -9,8 +9,6 @@ from cache_tools.records import Record
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
-BATCH_MULTIPLE = 16  # rows of a cache chunk: a training batch is made of whole chunks
-
 
 class Student(Record):
     """The encoder, a plain ViT; the picture size, patch size and token grid come from the cache."""
@@ -83,7 +81,7 @@ class Optim(Record):
 
 
 class FinetuneOptim(Optim):
-    """AdamW with the learning rate of block i scaled by layer_decay ** (blocks above it); 1 is off."""
+    """AdamW with the learning rate of block i scaled by layer_decay ** (blocks above it + 1); 1 is off."""
 
     beta2: BelowOne = 0.999
     clip_norm: NonNegativeFloat = 0.0
@@ -133,9 +131,6 @@ class PretrainConfig(Record):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for name, rows in (("global_batch", self.train.global_batch), ("micro_batch", self.train.micro_batch)):
-            if rows % BATCH_MULTIPLE:
-                raise ValueError(f"train.{name} = {rows} must be a multiple of {BATCH_MULTIPLE}, the rows of a chunk")
         hidden, width = round(self.mask.ratio * self.student.width), self.student.width
         if self.mask.mode in ("channel", "dropout") and not 0 < hidden < width:
             raise ValueError(f"mask.ratio = {self.mask.ratio} hides {hidden} of student.width = {width} channels")
@@ -155,11 +150,9 @@ class Augment(Record):
 
 
 class Data(Record):
-    """Which rows of the DATASET; shots: labels a class, 0 for all."""
+    """Which rows of the DATASET's "train"; shots: labels a class, 0 for all."""
 
     shots: NonNegativeInt = 0
-    train_split: str = "train"
-    val_split: str = "val"
 
 
 class FinetuneConfig(Record):

@@ -3,9 +3,7 @@
 Letters: B batch, K classes, H W pixels.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +20,11 @@ from cache_tools.errors import UsageError
 from mcm.augment import Mixer, eval_transform, train_transform
 from mcm.backbones import Backbone, FinetuneRun, load_encoder, model_args
 from mcm.config import FinetuneConfig
-from mcm.loop import Job, make_accelerator, to_device, train
+from mcm.loop import Job, engine, to_device, train
 from mcm.optim import build_adamw
 from mcm.order import EvalOrder, Order
-from mcm.run_folder import claim, describe_run, identity_config, recorded_exit
+from mcm.probe import labelled
+from mcm.run_folder import claim, describe_run, identity_config, last_eval, recorded_exit
 from mcm.stream import Batch, DatasetSource, Stream, batches
 
 HEAD_STD = 2e-5  # as MAE: the first predictions are uniform
@@ -36,51 +35,49 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
 
     Raises: UsageError or IdentityError before the first step; what `loop.train` raises.
     """
-    seed = config.train.seed
-    dataset = Dataset(data)
-    rows = training_rows(dataset, config.data.train_split, config.data.shots, seed)
-    training_rows(dataset, config.data.val_split, 0, seed)  # every picture that is evaluated has a label, too
-    accelerator = make_accelerator(config.train.precision)
-    world, rank = accelerator.num_processes, accelerator.process_index
-    order = Order(len(rows), 1, config.train.global_batch, config.train.micro_batch, world, rank, seed)
-    backbone = load_encoder(init, weights, config.student, seed)
-    model = make_classifier(backbone.model, len(dataset.classes), config.pool, config.drop_path, seed)
-    claim(out, describe(config, dataset, init, backbone))
-    mixer = Mixer(config.augment, len(dataset.classes), seed)
-    source = DatasetSource(dataset, config.data.train_split, train_transform(config.augment, backbone), seed, rows)
-    held = DatasetSource(dataset, config.data.val_split, eval_transform(backbone), seed)
-    held_order = EvalOrder(len(held.rows), 1, order.batch, world, rank)
+    dataset, seed = labelled(Dataset(data)), config.train.seed
+    rows = training_rows(dataset, config.data.shots, seed)
+    with engine(config.train.precision) as accelerator:
+        world, rank = accelerator.num_processes, accelerator.process_index
+        order = Order(len(rows), 1, config.train.global_batch, config.train.micro_batch, world, rank, seed)
+        backbone = load_encoder(init, weights, config.student, seed)
+        model = make_classifier(backbone.model, len(dataset.classes), config.pool, config.drop_path, seed)
+        claim(out, describe(config, dataset, init, backbone))
+        mixer = Mixer(config.augment, len(dataset.classes), seed)
+        source = DatasetSource(dataset, "train", train_transform(config.augment, backbone), seed, rows)
+        held = DatasetSource(dataset, "val", eval_transform(backbone), seed)
+        held_order = EvalOrder(len(held.rows), 1, order.batch, world, rank)
 
-    def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
-        pictures_B3HW, targets_BK = mixer(batch["pictures"], batch["labels"], batch["rows"], batch["epoch"])
-        return functional.cross_entropy(wrapped(pictures_B3HW).float(), targets_BK)
+        def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
+            pictures_B3HW, targets_BK = mixer(batch["pictures"], batch["labels"], batch["rows"], batch["epoch"])
+            return functional.cross_entropy(wrapped(pictures_B3HW).float(), targets_BK)
 
-    def evaluate(epochs_done: int) -> dict[str, float]:
-        every, last = config.train.eval_epochs, config.schedule.epochs
-        if epochs_done != last and (not every or epochs_done % every):
-            return {}
-        return accuracy(model, held, held_order, config.train.workers, accelerator)
+        def evaluate(epochs_done: int) -> dict[str, float]:
+            every, last = config.train.eval_epochs, config.schedule.epochs
+            if epochs_done != last and (not every or epochs_done % every):
+                return {}
+            return accuracy(model, held, held_order, config.train.workers, accelerator)
 
-    with recorded_exit(out, accelerator.is_main_process):
+        with recorded_exit(out, accelerator.is_main_process):
+            if accelerator.is_main_process:
+                describe_run(out, config, dataset=str(data), init=init, processes=world, rows=len(rows))
+            train(
+                Job(
+                    run_dir=out,
+                    model=model,
+                    optimizer=build_adamw(model, config.optim),
+                    stream=Stream(order, source),
+                    loss=loss,
+                    evaluate=evaluate,
+                    optim=config.optim,
+                    schedule=config.schedule,
+                    settings=config.train,
+                ),
+                accelerator,
+            )
+        top1 = last_eval(out)["top1"]
         if accelerator.is_main_process:
-            describe_run(out, config, dataset=str(data), init=init, processes=world, rows=len(rows))
-        train(
-            Job(
-                run_dir=out,
-                model=model,
-                optimizer=build_adamw(model, config.optim),
-                stream=Stream(order, source),
-                loss=loss,
-                evaluate=evaluate,
-                optim=config.optim,
-                schedule=config.schedule,
-                settings=config.train,
-            ),
-            accelerator,
-        )
-    top1 = last_eval(out)["top1"]
-    if accelerator.is_main_process:
-        print(f"{out}: top-1 {100 * top1:.2f} % on {len(held.rows)} pictures of {config.data.val_split!r}", flush=True)
+            print(f"{out}: top-1 {100 * top1:.2f} % on {len(held.rows)} pictures of 'val'", flush=True)
     return top1
 
 
@@ -103,25 +100,19 @@ def describe(config: FinetuneConfig, dataset: Dataset, init: str, backbone: Back
     )
 
 
-def training_rows(dataset: Dataset, split: str, shots: int, seed: int) -> npt.NDArray[np.int64]:
-    """All rows of a split, or `shots` of each class, drawn by the seed.
+def training_rows(dataset: Dataset, shots: int, seed: int) -> npt.NDArray[np.int64]:
+    """All rows of "train", or `shots` of each class, drawn by the seed.
 
-    Raises: UsageError where a picture has no label, or a class fewer pictures than shots.
+    Raises: UsageError where a class has fewer pictures than shots.
     """
-    labels = dataset.labels(split)
-    if (labels < 0).any() or not len(labels):
-        raise UsageError(
-            f"{dataset.path}: expected a label for every picture of {split!r}; row {labels.argmin()} has none"
-        )
+    labels = dataset.labels("train")
     if not shots:
         return np.arange(len(labels))
     order = permutation(len(labels), seed, "shots")
     rows = [order[labels[order] == label][:shots] for label in range(len(dataset.classes))]
     for name, chosen in zip(dataset.classes, rows, strict=True):
         if len(chosen) < shots:
-            raise UsageError(
-                f"data.shots: expected {shots} labels a class in {split!r}; class {name!r} has {len(chosen)}"
-            )
+            raise UsageError(f"data.shots: expected {shots} labels a class; class {name!r} has {len(chosen)}")
     return np.sort(np.concatenate(rows))
 
 
@@ -150,8 +141,7 @@ def accuracy(
     with batches(Stream(order, source), 0, len(order), workers) as items:
         for batch in items:
             batch = to_device(batch, accelerator.device)
-            with accelerator.autocast():
-                logits_BK = model(batch["pictures"]).float()
+            logits_BK = model(batch["pictures"]).float()
             labels_B, weight_B = batch["labels"], batch["weight"].double()
             ranked_BK = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels_B[:, None]
             losses_B = functional.cross_entropy(logits_BK, labels_B, reduction="none")
@@ -159,16 +149,3 @@ def accuracy(
             sums += torch.stack([(term.double() * weight_B).sum() for term in terms])
     top1, top5, loss, count = accelerator.reduce(sums, "sum").tolist()
     return {"top1": top1 / count, "top5": top5 / count, "loss": loss / count}
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of RUN/metrics.jsonl; a torn last one, of a run that is being written, is left out."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def last_eval(run: Path) -> dict[str, float]:
-    """The newest evaluation of a run; empty when there is none."""
-    evaluations: list[dict[str, float]] = [line["eval"] for line in read_metrics(run) if "eval" in line]
-    return evaluations[-1] if evaluations else {}

@@ -1,17 +1,18 @@
-"""One loop for pre-training and fine-tuning: accumulate, clip, step, log, evaluate, save, stop; resumes to the bit."""
+"""One loop for pre-training and fine-tuning: accumulate, clip, step, log, evaluate, save, stop; on a CPU a resumed run is the straight one to the bit."""
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from cache_tools.console import StopFlag, progress
@@ -26,6 +27,7 @@ from mcm.stream import Batch, Stream, batches
 
 GO, STOP, ERROR = 0, 1, 2  # what the processes agree on before each step
 SHOWN_SPANS = 32
+TIMEOUT = timedelta(hours=6)  # the others wait while the main process measures k-NN or saves
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,27 @@ class Job:
     settings: Train
 
 
-def make_accelerator(precision: str) -> Accelerator:
-    """Accelerate's engine, on the CPU where there is no GPU.
+@contextmanager
+def engine(precision: str) -> Iterator[Accelerator]:
+    """Accelerate, on the CPU where there is no GPU; its process group ends with the block.
 
     Raises: UsageError for a launcher's mode that this software does not serve.
     """
-    cpu = not torch.cuda.is_available()
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=cpu)
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise UsageError(f"accelerate launch: expected one process or DDP; found {accelerator.distributed_type}")
-    return accelerator
+    mixed, handlers = "bf16" if precision == "bf16" else "no", [InitProcessGroupKwargs(timeout=TIMEOUT)]
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
+    try:
+        kind = accelerator.distributed_type
+        if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+            raise UsageError(f"accelerate launch: expected one process or DDP; found {kind}")
+        yield accelerator
+    finally:
+        accelerator.end_training()
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """The batch with its tensors on the device; row numbers are read on the host."""
+    moved = {k for k, v in batch.items() if isinstance(v, Tensor) and k != "rows"}
+    return {k: v.to(device, non_blocking=True) if k in moved else v for k, v in batch.items()}
 
 
 def train(job: Job, accelerator: Accelerator) -> None:
@@ -85,7 +93,8 @@ class _Loop:
         self.model, self.optimizer = accelerator.prepare(job.model, job.optimizer)
         self.model.train()
         # What the processes agree on at each step must not wait for the GPU: it goes through the hosts.
-        self.hosts: Any = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        several = accelerator.num_processes > 1
+        self.hosts: Any = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if several else None
         self.pending: list[Tensor] = []  # (loss, gradient norm) of steps that are still on the device
         self.window: list[float] = []  # losses since the last line of the log
         self.grad_norm, self.waited_s, self.logged_at = 0.0, 0.0, time.perf_counter()
@@ -100,6 +109,7 @@ class _Loop:
         with StopFlag() as stop, closing(log) as self.log:
             if found:
                 self._restore(found)
+                found = None  # a whole checkpoint in memory
             step = max(step, 0)
             left = range(step * order.accumulation, self.total_steps * order.accumulation)
             pin, label = self.accelerator.device.type == "cuda", f"training {self.job.run_dir}"
@@ -159,7 +169,8 @@ class _Loop:
                 raise OtherStopped("another process of this run has stopped with an error; see its line and exit.json")
             with self.accelerator.no_sync(self.model) if left else nullcontext():
                 loss = job.loss(self.model, to_device(batch, self.accelerator.device)) / micro_steps
-                self.accelerator.backward(loss)
+                # Not accelerator.backward: it divides by the launcher's own accumulation; bf16 needs no scaler.
+                loss.backward()
             total += loss.detach()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), job.optim.clip_norm or math.inf)
         self.optimizer.step()

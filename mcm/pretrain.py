@@ -21,19 +21,19 @@ from cache_tools.identity import CacheIdentity
 from cache_tools.records import record_sha256
 from cache_tools.storage import write_atomic
 from mcm.backbones import CROP_PCT, Backbone
+from mcm.classify import knn_accuracy
 from mcm.config import PretrainConfig
-from mcm.loop import Job, make_accelerator, to_device, train
+from mcm.loop import Job, engine, to_device, train
 from mcm.masking import mask_pool
 from mcm.model import MaskedChannelModel, Masks
 from mcm.optim import build_adamw
 from mcm.order import EvalOrder, Order
-from mcm.probe import Prober, knn_accuracy
+from mcm.probe import Prober, labelled
 from mcm.run_folder import PretrainRun, claim, describe_run, identity_config, recorded_exit, recorded_units
 from mcm.stream import Batch, CacheSource, Stream, batches
 from mcm.targets import Fit, Targets, loss_fn
 
 SAMPLES = 8
-EVAL_WORKERS_FROM_ROWS = 4096  # below it starting workers takes longer than the rows
 
 Stats = npt.NDArray[np.float64]
 
@@ -43,43 +43,43 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
 
     Raises: UsageError or IdentityError before the first step; what `loop.train` raises.
     """
+    dataset = labelled(Dataset(data)) if data is not None else None
     cache = Cache(cache_path)
-    units = training_units(cache, recorded_units(out))
-    run = describe(config, cache, units)
-    accelerator = make_accelerator(config.train.precision)
-    world, rank, seed = accelerator.num_processes, accelerator.process_index, config.train.seed
-    order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
-    dataset = Dataset(data) if data is not None else None
+    units, val = choose_units(cache, recorded_units(out))
+    run, seed = describe(config, cache, [*units, *val]), config.train.seed
     stats = channel_stats(units) if config.target.norm == "channel" else None
     model = MaskedChannelModel(config, run.grid, run.patch, run.channels)
-    claim(out, run)
-    with recorded_exit(out, accelerator.is_main_process):
-        if accelerator.is_main_process:
-            describe_run(out, config, cache=str(cache_path), processes=world, rows=order.rows)
-            announce(cache, units, order)
-        targets = Targets(config.target, run.channels, config.student.width, stats, seed).to(accelerator.device)
-        task = Task(config, run, model, targets, accelerator)
-        task.hold_out(cache, units, order, dataset)
-        train(
-            Job(
-                run_dir=out,
-                model=model,
-                optimizer=build_adamw(model, config.optim),
-                stream=Stream(order, task.source(units)),
-                loss=task.loss,
-                evaluate=task.evaluate,
-                optim=config.optim,
-                schedule=config.schedule,
-                settings=config.train,
-            ),
-            accelerator,
-        )
-        if accelerator.is_main_process:
-            write_atomic(out / "samples.safetensors", safetensors_bytes(task.samples()))
+    with engine(config.train.precision) as accelerator:
+        main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
+        order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
+        claim(out, run)
+        with recorded_exit(out, main):
+            if main:
+                describe_run(out, config, cache=str(cache_path), processes=world, rows=order.rows)
+                announce(cache, units, val, order, bool(config.train.knn_epochs and dataset is None))
+            targets = Targets(config.target, run.channels, config.student.width, stats, seed).to(accelerator.device)
+            task = Task(config, run, model, targets, accelerator)
+            task.hold_out(units, val, order, dataset)
+            train(
+                Job(
+                    run_dir=out,
+                    model=model,
+                    optimizer=build_adamw(model, config.optim),
+                    stream=Stream(order, task.source(units)),
+                    loss=task.loss,
+                    evaluate=task.evaluate,
+                    optim=config.optim,
+                    schedule=config.schedule,
+                    settings=config.train,
+                ),
+                accelerator,
+            )
+            if main:
+                write_atomic(out / "samples.safetensors", safetensors_bytes(task.samples()))
 
 
-def training_units(cache: Cache, recorded: Sequence[str]) -> list[Unit]:
-    """The complete units of "train"; a run that has begun keeps the `recorded` ones when the cache has grown.
+def choose_units(cache: Cache, recorded: Sequence[str]) -> tuple[list[Unit], list[Unit]]:
+    """The complete units of "train", and one of "val" or none; a run that has begun keeps the `recorded` ones.
 
     Raises: UsageError when none is complete; CorruptionError when an array is not the one of this cache.
     """
@@ -90,9 +90,10 @@ def training_units(cache: Cache, recorded: Sequence[str]) -> list[Unit]:
         raise UsageError(
             f"{cache.path}: expected a complete unit of 'train'; found {begun} begun; finish `mcm-cache extract`"
         )
-    for unit in units:
+    val = [unit for unit in cache.complete_units("val") if not recorded or str(unit) in recorded][:1]
+    for unit in (*units, *val):
         unit.check_arrays()
-    return units
+    return units, val
 
 
 def student_patch(identity: CacheIdentity) -> int:
@@ -127,7 +128,7 @@ def describe(config: PretrainConfig, cache: Cache, units: Sequence[Unit]) -> Pre
     )
 
 
-def announce(cache: Cache, units: Sequence[Unit], order: Order) -> None:
+def announce(cache: Cache, units: Sequence[Unit], val: Sequence[Unit], order: Order, no_knn: bool) -> None:
     """Say what is trained on and what is left out."""
     left_out = len(cache.units("train")) - len(units)
     print(f"{order.rows} rows in {len(units)} views; {left_out} incomplete or later views are left out")
@@ -135,8 +136,10 @@ def announce(cache: Cache, units: Sequence[Unit], order: Order) -> None:
         print(f"the last {partial} rows, a partial chunk, are left out of training")
     split = f"{order.world} processes x {order.accumulation} x {order.batch}"
     print(f"{order.steps_per_epoch} steps an epoch of {order.global_batch} rows: {split}", flush=True)
-    if not cache.complete_units("val"):
-        print("the cache has no complete unit of 'val': no held-out loss and R^2", flush=True)
+    if not val:
+        print("the run has no complete unit of 'val': no held-out loss and R^2", flush=True)
+    if no_knn:
+        print("train.knn_epochs is set, but there is no --data DATASET: no k-NN accuracy", flush=True)
 
 
 def channel_stats(units: Sequence[Unit]) -> tuple[Stats, Stats]:
@@ -164,9 +167,8 @@ class Task:
         """Batches of these units with this run's mask picks."""
         return CacheSource(units, self.run.size, self.positions, self.config.mask.pool, self.config.train.seed)
 
-    def hold_out(self, cache: Cache, units: Sequence[Unit], order: Order, dataset: Dataset | None) -> None:
-        """Choose what is evaluated: the val unit (samples come from training where there is none) and a dataset."""
-        val = cache.complete_units("val")[:1]
+    def hold_out(self, units: Sequence[Unit], val: Sequence[Unit], order: Order, dataset: Dataset | None) -> None:
+        """Set what is evaluated: the val unit (samples come from training where there is none) and a dataset."""
         held = self.source(val or units[:1])
         self.held = Stream(EvalOrder(held.units[0].rows, CHUNK_ROWS, order.batch, order.world, order.rank), held)
         self.shown = Stream(EvalOrder(held.units[0].rows, CHUNK_ROWS, CHUNK_ROWS), held)
@@ -197,14 +199,14 @@ class Task:
         return loss_fn(wrapped(self.inputs(batch), self.masks(batch)), self.target(batch))
 
     def evaluate(self, epochs_done: int) -> dict[str, float]:
-        """Held-out figures of this epoch; the last epoch has them all."""
+        """Held-out figures of this epoch, every 0 epochs being the last one's alone; the last epoch has them all."""
         settings = self.config.train
 
         def due(every: int) -> bool:
             return epochs_done == self.config.schedule.epochs or bool(every and epochs_done % every == 0)
 
         metrics = self.held_out() if self.has_val and due(settings.eval_epochs) else {}
-        if self.dataset is not None and settings.knn_epochs and due(settings.knn_epochs):
+        if self.dataset is not None and due(settings.knn_epochs):
             if self.accelerator.is_main_process:
                 metrics["knn_full"] = self.knn(self.dataset)
             self.accelerator.wait_for_everyone()
@@ -217,8 +219,7 @@ class Task:
         fits: dict[str, Fit] = {}
         order = self.held.order
         assert isinstance(order, EvalOrder)
-        workers = self.config.train.workers if order.rows >= EVAL_WORKERS_FROM_ROWS else 0
-        with batches(self.held, 0, len(order), workers) as items:
+        with batches(self.held, 0, len(order), self.config.train.workers) as items:
             for batch in items:
                 batch = to_device(batch, self.accelerator.device)
                 target = self.target(batch)
@@ -236,7 +237,7 @@ class Task:
         backbone = Backbone(encoder, "", "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
         prober = Prober(backbone, dataset, self.config.train.seed, self.config.train.workers, quiet=True)
         bank, val = (prober.features(split, prober.full()) for split in ("train", "val"))
-        return knn_accuracy(bank.x, bank.y, val.x, val.y)
+        return knn_accuracy(*(part.to(self.accelerator.device) for part in (bank.x, bank.y, val.x, val.y)))
 
     @torch.inference_mode()
     def samples(self) -> dict[str, Tensor]:

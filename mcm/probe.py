@@ -20,11 +20,10 @@ from cache_tools.console import progress
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.records import Record, encode_record, nearest, read_record
-from cache_tools.storage import write_atomic
+from cache_tools.storage import run_folder, write_atomic
 from mcm.augment import eval_transform
 from mcm.backbones import Backbone, load_encoder, patch_mean
-from mcm.classify import Features, choice_rows, linear_probe
-from mcm.classify import knn_accuracy as knn_accuracy
+from mcm.classify import Features, choice_rows, knn_accuracy, linear_probe
 from mcm.masking import mask_picks, mask_pool
 from mcm.model import folded_state
 from mcm.order import EvalOrder
@@ -33,7 +32,6 @@ from mcm.stream import DatasetSource, Stream, batches
 METHODS = ("knn", "linear")
 BATCH_ROWS = 128
 POOL_ROWS = 4096  # masks to pick from for masked:K
-WORKERS_FROM_ROWS = 4096  # below it starting workers takes longer than the pictures
 
 Encode = Callable[[Tensor, npt.NDArray[np.int64]], Tensor]  # pictures [B, 3, H, W] and their rows to features [B, D]
 
@@ -71,11 +69,10 @@ class Prober:
         quiet = self.quiet or rows is not None  # the many short passes that choose s
         source = DatasetSource(self.data, split, eval_transform(self.backbone), self.seed, rows)
         order = EvalOrder(len(source.rows), 1, BATCH_ROWS)
-        workers = self.workers if order.rows >= WORKERS_FROM_ROWS else 0
         x, y = [], []
         with (
             torch.inference_mode(),
-            batches(Stream(order, source), 0, len(order), workers) as items,
+            batches(Stream(order, source), 0, len(order), self.workers) as items,
             progress(order.rows, f"features of {split}", "pictures", quiet=quiet) as bar,
         ):
             for batch in items:
@@ -154,7 +151,7 @@ def probe(
         return [_probe_teacher(Path(spec), chosen, seed, quiet)]
     if data is None:
         raise UsageError(f"{spec}: expected --data DATASET with the pictures to probe on; it is missing")
-    dataset = _labelled(Dataset(data))
+    dataset = labelled(Dataset(data))
     backbone = load_encoder(spec, weights, untrained=untrained)
     kinds = tuple(inputs) or (("full", "folded") if backbone.masked is not None else ("full",))
     for kind in kinds:
@@ -190,7 +187,7 @@ def _probe_teacher(path: Path, methods: Sequence[str], seed: int, quiet: bool) -
     teacher = cache.identity.teacher
     weights = f"sha256:{teacher.weights_sha256}"
     result = _score(train, val, methods, teacher.name, weights, "full", None, seed, cache.sha256)
-    return _store(path.with_name(path.name + ".run") / "probe.json", result)
+    return _store(run_folder(path) / "probe.json", result)
 
 
 def _score(
@@ -221,7 +218,11 @@ def _store(path: Path, result: ProbeResult) -> ProbeResult:
     return result
 
 
-def _labelled(dataset: Dataset) -> Dataset:
+def labelled(dataset: Dataset) -> Dataset:
+    """The dataset.
+
+    Raises: UsageError unless every picture of its "train" and "val" has a label.
+    """
     for split in ("train", "val"):
         if not dataset.rows(split) or (dataset.labels(split) < 0).any() or len(dataset.classes) < 2:
             raise UsageError(f"{dataset.path}: expected labels for every picture of {split!r}, of two classes or more")

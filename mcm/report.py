@@ -19,9 +19,9 @@ from safetensors.numpy import load_file
 
 from cache_tools.errors import UsageError
 from cache_tools.records import read_record
-from cache_tools.storage import write_atomic
-from mcm.finetune import last_eval, read_metrics
+from cache_tools.storage import run_folder, write_atomic
 from mcm.probe import ProbeResult
+from mcm.run_folder import last_eval, read_metrics
 
 COLUMNS = ("k-NN full", "k-NN folded", "linear full", "linear folded", "fine-tuned top-1")
 FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full"}  # held out; masked at the run's ratio, and full
@@ -84,7 +84,7 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
     sections = []
     for path in runs:
         if (path / "cache.json").is_file():
-            results = [path.with_name(path.name + ".run") / "probe.json"]
+            results = [run_folder(path) / "probe.json"]
             _add_probes(table, f"teacher {path.name}", results, path.name)
         elif (path / "run.json").is_file():
             _add_run(table, path, runs)

@@ -133,3 +133,16 @@ def _is_kept(line: str, step: int, evaluated: bool) -> bool:
     except ValueError:  # torn when the machine went down
         return False
     return bool(entry["step"] < step or (entry["step"] == step and (evaluated or "eval" not in entry)))
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Lines of RUN/metrics.jsonl; a torn last one, of a run that is being written, is left out."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_eval(run: Path) -> dict[str, float]:
+    """The newest evaluation of a run; empty when there is none."""
+    evaluations: list[dict[str, float]] = [line["eval"] for line in read_metrics(run) if "eval" in line]
+    return evaluations[-1] if evaluations else {}

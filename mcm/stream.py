@@ -21,10 +21,12 @@ from cache_tools.cache import Chunk, Unit
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.dataset import Dataset as PictureDataset
 from cache_tools.draws import hash_u64
-from cache_tools.errors import McmError
+from cache_tools.errors import McmError, ResourceError
 from cache_tools.images import decode_view_into
 from mcm.masking import mask_picks
 from mcm.order import EvalOrder, Indices, Order
+
+WORKERS_FROM_ROWS = 4096  # to evaluate fewer takes less time than to start workers
 
 Batch = dict[str, Any]  # Tensors with B (or M) first, and ints
 
@@ -178,8 +180,10 @@ def _start_forkserver() -> None:
 def batches(stream: Stream, start: int, end: int, workers: int, pin_memory: bool = False) -> Iterator[Iterator[Batch]]:
     """`with batches(stream, start, end, workers) as items:` yields stream[start] ... stream[end - 1] in order.
 
-    Raises: the McmError or OSError that a batch met, in this process.
+    Raises: the McmError or OSError that a batch met, in this process; ResourceError when a worker was killed.
     """
+    if isinstance(stream.order, EvalOrder) and stream.order.rows < WORKERS_FROM_ROWS:
+        workers = 0
     if workers:
         _start_forkserver()
     loader = DataLoader(
@@ -188,7 +192,8 @@ def batches(stream: Stream, start: int, end: int, workers: int, pin_memory: bool
         sampler=range(start, end),
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        # In /dev/shm, a process: workers x 2 batches, such as 8 x 2 x 256 rows x 0.3 MB = 1.2 GB.
+        prefetch_factor=2 if workers else None,
         multiprocessing_context="forkserver" if workers else None,
     )
     iterator = iter(loader)
@@ -200,7 +205,15 @@ def batches(stream: Stream, start: int, end: int, workers: int, pin_memory: bool
 
 
 def _raising(items: Iterable[Batch | McmError | OSError]) -> Iterator[Batch]:
-    for item in items:
-        if isinstance(item, McmError | OSError):
-            raise item
-        yield item
+    try:
+        for item in items:
+            if isinstance(item, McmError | OSError):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ResourceError(
+            f"{error}: expected it to live; the system may have killed it: look at free memory and /dev/shm, then"
+            " lower train.workers or train.micro_batch"
+        ) from error

@@ -62,27 +62,16 @@ class Targets(nn.Module):
         codes int8 [B, N, C] with scale [B, N] and the chunks' mean and std [K, C] (K divides B), or float16 alone.
         """
         with torch.autocast(codes.device.type, enabled=False):
-            return self.project(self.normalise(self.decoded(codes, scale, mean, std)))
-
-    def decoded(self, codes: Tensor, scale: Tensor | None, mean: Tensor | None, std: Tensor | None) -> Tensor:
-        """Return the teacher's features_BNC in float32."""
-        if scale is None or mean is None or std is None:
-            return codes.float()
-        chunks = mean.shape[0]  # mean and std belong to the chunk: broadcast over its rows and patches
-        codes, scale = (part.view(chunks, -1, *part.shape[1:]) for part in (codes, scale))
-        return cast(Tensor, decode(codes, scale, mean[:, None, None], std[:, None, None])).flatten(0, 1)
-
-    def normalise(self, features_BNC: Tensor) -> Tensor:
-        """Return the features after target.norm."""
-        if self.cfg.norm == "layer_norm":
-            return F.layer_norm(features_BNC, features_BNC.shape[-1:], eps=NORM_EPS)
-        if self.cfg.norm == "channel":
-            return (features_BNC - self.mean_C) / self.std_C
-        return features_BNC
-
-    def project(self, features_BNC: Tensor) -> Tensor:
-        """Return the features after target.projection; the one of the prediction is the model's own linear layer."""
-        return features_BNC @ self.projection_CD if self.cfg.projection == "orthogonal" else features_BNC
+            if scale is None or mean is None or std is None:
+                target = codes.float()
+            else:  # mean and std belong to the chunk: broadcast over its rows and patches
+                codes, scale = (part.view(len(mean), -1, *part.shape[1:]) for part in (codes, scale))
+                target = cast(Tensor, decode(codes, scale, mean[:, None, None], std[:, None, None])).flatten(0, 1)
+            if self.cfg.norm == "layer_norm":
+                target = F.layer_norm(target, target.shape[-1:], eps=NORM_EPS)
+            elif self.cfg.norm == "channel":
+                target = (target - self.mean_C) / self.std_C
+            return target @ self.projection_CD if self.cfg.projection == "orthogonal" else target
 
 
 def loss_fn(prediction_BNC: Tensor, target_BNC: Tensor) -> Tensor:

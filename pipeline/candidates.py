@@ -1,5 +1,6 @@
 """Candidate pictures: where each lies, its name and label, in 50 bytes each; and their bytes."""
 
+import errno
 import hashlib
 import os
 import stat
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from cache_tools.images import PictureRefused
 
 MAX_PICTURE_BYTES = 1 << 28
+LOST = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.EISDIR)
 
 
 class SourceItem(NamedTuple):
@@ -83,6 +85,8 @@ def read_source(item: SourceItem) -> bytes:
     try:
         descriptor = os.open(item.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
+        if error.errno not in LOST:  # too many open files, a failing disk: not the picture's fault
+            raise
         raise PictureRefused("unreadable", error.strerror or "cannot be opened") from error
     with open(descriptor, "rb"):
         status = os.fstat(descriptor)

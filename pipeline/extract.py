@@ -1,16 +1,14 @@
 """`mcm-cache extract`: a DATASET and a teacher in, views and features out; any number of workers, resumed at will."""
 
-import io
 import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import PIL
-import simplejpeg
 import torch
 
 from cache_tools.cache import Unit
@@ -19,7 +17,8 @@ from cache_tools.dataset import CHUNK_ROWS, Dataset
 from cache_tools.errors import IdentityError, Interrupted, UsageError
 from cache_tools.identity import CacheIdentity, CropPolicy, Fingerprint
 from cache_tools.images import PICTURE_RULES, check_encoding
-from cache_tools.storage import locks_work, publish, try_lock
+from cache_tools.storage import locks_work, publish, run_folder, try_lock
+from cache_tools.tars import encode_npy, read_npy
 from cache_tools.writer import finish_unit, publish_identity
 
 from .dry_run import print_plan
@@ -31,6 +30,7 @@ from .views import TRAIN
 # Largest relative MSE between the float32 probe features of two machines. GELU in the place of QuickGELU moves those of
 # the demo's CLIP by 4.2e-5 and of DeiT-tiny by 7.0e-2.
 PROBE_TOLERANCE = 1e-6
+MAX_SIZE = 4096  # pixels a side
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ def extract(request: Request) -> None:
     Raises: UsageError, IdentityError before any work; CorruptionError; Interrupted when stopped at a shard.
     """
     _check(request)
-    dataset = open_source(request)
     teacher = load_teacher(request.teacher, request.weights, request.teacher_size, request.device, request.precision)
+    check_grid(request, teacher)
+    dataset = open_source(request)
     identity = describe(request, dataset, teacher)
     units = {
         split: [Unit(request.cache, identity, split, view) for view in range(request.views if split == TRAIN else 1)]
@@ -79,7 +80,7 @@ def extract(request: Request) -> None:
     every_unit = [unit for group in units.values() for unit in group]
     total = sum(unit.rows for unit in every_unit)
     done = sum(unit.shard_rows(k) for unit in every_unit for k in unit.committed())
-    threads = request.threads or os.cpu_count() or 1
+    threads = request.threads or len(os.sched_getaffinity(0))
     with (
         StopFlag() as stop,
         ThreadPoolExecutor(threads) as ahead,
@@ -90,13 +91,17 @@ def extract(request: Request) -> None:
             device=teacher.device.type, precision=teacher.precision, batch=request.batch, versions=versions(teacher)
         )
         extractor = Extractor(dataset, identity, teacher, fingerprint, precision_mse, ahead, behind)
-        for split, k in walk(units, request):
-            with try_lock(_run_folder(request.cache) / "locks" / f"{split}-{k:06d}") as held:
-                missing = [unit for unit in units[split] if not unit.commit_file(k).is_file()]
-                if held and missing:
-                    extractor.shard(missing, k, bar)
-            if stop.requested:
-                raise Interrupted(f"{request.cache}: stopped at a shard; the same command goes on from there")
+        made = True
+        while made:  # once more, for what others held and left
+            made = False
+            for split, k in walk(units, request):
+                with try_lock(run_folder(request.cache) / "locks" / f"{split}-{k:06d}") as held:
+                    missing = [unit for unit in units[split] if not unit.commit_file(k).is_file()]
+                    if held and missing:
+                        extractor.shard(missing, k, bar)
+                        made = True
+                if stop.requested:
+                    raise Interrupted(f"{request.cache}: stopped at a shard; the same command goes on from there")
     complete = [finish_unit(unit) for unit in every_unit]
     left = "" if all(complete) else "; others are at work on the rest"
     print(f"{request.cache}: {sum(complete)} of {len(complete)} units complete{left}", flush=True)
@@ -110,23 +115,28 @@ def _check(request: Request) -> None:
         raise UsageError(f"--batch {request.batch}: expected a multiple of {CHUNK_ROWS}")
     if request.views < 1 or not 0 <= request.worker < request.workers:
         raise UsageError("expected --views of at least 1, and a worker below --workers")
+    sizes = (request.size, request.teacher_size or 1, request.patch or 1, request.threads + 1)
+    if min(sizes) < 1 or max(sizes) > MAX_SIZE:
+        raise UsageError(f"expected --size, --teacher-size, --patch from 1 to {MAX_SIZE} px and --threads from 0")
+    (low, high), (narrow, wide) = request.crop.scale, request.crop.ratio
+    if not 0 < low <= high <= 1 or not 0 < narrow <= wide or not 0 <= request.crop.flip <= 1:
+        raise UsageError("expected --scale and --ratio as LOW HIGH above 0 (scale at most 1), --flip from 0 to 1")
 
 
 def open_source(request: Request) -> Dataset:
     """The DATASET of the request; pictures that are not sharded yet are, into CACHE/dataset."""
     if (Path(request.source) / "dataset.json").is_file():
         return Dataset(Path(request.source))
-    if request.workers > 1:
-        raise UsageError(f"{request.source}: expected a DATASET for several workers; run `mcm-cache shard` first")
+    if request.workers > 1 or request.dry_run:
+        raise UsageError(
+            f"{request.source}: expected a DATASET for several workers or --dry-run; run `mcm-cache shard` first"
+        )
     shard(request.source, request.cache / "dataset")
     return Dataset(request.cache / "dataset")
 
 
-def describe(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdentity:
-    """The identity of the cache that the request asks for.
-
-    Raises: UsageError when the teacher's grid and the student's cannot be the same.
-    """
+def check_grid(request: Request, teacher: Teacher) -> None:
+    """Raises: UsageError when the teacher's grid and the student's cannot be the same."""
     rows, columns = teacher.grid
     patch = request.patch or request.size // rows
     if request.patch is None and (request.size % rows or rows != columns):
@@ -137,6 +147,10 @@ def describe(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdent
             f"grids differ: views of {request.size} px in patches of {patch} against the teacher's {rows}x{columns} "
             f"tokens; use --teacher-size {fitting}, or another --size or --patch"
         )
+
+
+def describe(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdentity:
+    """The identity of the cache that the request asks for; UsageError for a split that the DATASET has not."""
     unknown = [split for split in request.splits if split not in dataset.record.splits]
     if unknown:
         dataset.split(unknown[0])
@@ -166,12 +180,12 @@ def publish_teacher(cache: Path, teacher: Teacher) -> float:
     Raises: IdentityError when this teacher computes other features than the one that began the cache.
     """
     if teacher.projection is not None:
-        publish(cache / "projection.npy", _npy(teacher.projection))
+        publish(cache / "projection.npy", encode_npy(teacher.projection))
     pictures = torch.from_numpy(probe_pictures(teacher.identity.height, teacher.identity.width))
     exact, found = (teacher.features(pictures, p)[0].cpu().numpy() for p in ("fp32", teacher.precision))
     path = cache / "probe.npy"
-    publish(path, _npy(exact), compare=False)
-    difference = relative_mse(exact, np.load(path, allow_pickle=False))
+    publish(path, encode_npy(exact), compare=False)
+    difference = relative_mse(exact, read_npy(path))
     if not difference <= PROBE_TOLERANCE:
         raise IdentityError(
             f"{path}: this teacher's features of the probe pictures differ by {difference:.1e} (relative MSE, at most "
@@ -187,29 +201,20 @@ def relative_mse(x: np.ndarray, reference: np.ndarray) -> float:
     return float(((x - reference).astype(np.float64) ** 2).mean() / reference.astype(np.float64).var())
 
 
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
 def versions(teacher: Teacher) -> dict[str, str]:
     """What can change a byte of a view or a bit of a feature."""
-    found = {"torch": torch.__version__, "pillow": PIL.__version__, "simplejpeg": simplejpeg.__version__}
-    if teacher.device.type == "cpu":
-        found["threads"] = str(torch.get_num_threads())
-    return found
+    names = ("torch", "timm", "open_clip_torch", "numpy", "pillow", "simplejpeg")
+    found = {name: version(name) for name in names}
+    on_cpu = teacher.device.type == "cpu"
+    return found | (
+        {"threads": str(torch.get_num_threads())} if on_cpu else {"gpu": torch.cuda.get_device_name(teacher.device)}
+    )
 
 
 def walk(units: dict[str, list[Unit]], request: Request) -> Iterator[tuple[str, int]]:
     """Every shard of every split, from this worker's own offset; those that others hold are skipped by their lock."""
     shards = [(split, k) for split, group in units.items() for k in range(group[0].num_shards)]
-    if request.workers > 1 and not locks_work(_run_folder(request.cache)):
+    if request.workers > 1 and not locks_work(run_folder(request.cache)):
         return iter(shards[request.worker :: request.workers])
     start = len(shards) * request.worker // request.workers
     return iter(shards[start:] + shards[:start])
-
-
-def _run_folder(cache: Path) -> Path:
-    """Locks and logs live beside the cache, not in it: they are no part of its bytes."""
-    return cache.with_name(cache.name + ".run")

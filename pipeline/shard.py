@@ -21,8 +21,8 @@ from cache_tools.draws import permutation
 from cache_tools.errors import CorruptionError, IdentityError, Interrupted, TooManyRefused, UsageError
 from cache_tools.images import PICTURE_RULES, PictureRefused, decode_rgb, picture_extension
 from cache_tools.records import Record, differences, encode_record, read_record, sha256_hex
-from cache_tools.storage import make_dir, publish, remove_tree, try_lock, write_atomic
-from cache_tools.tars import INDEX_DTYPE, TarShardWriter, encode_index
+from cache_tools.storage import make_dir, publish, remove_tree, run_folder, try_lock, write_atomic
+from cache_tools.tars import INDEX_DTYPE, TarShardWriter, encode_npy
 
 from .candidates import Candidates, SourceItem, printable, read_source
 from .sources import list_sources
@@ -85,7 +85,7 @@ def shard(
     Raises: UsageError, IdentityError (another request was begun or finished there), TooManyRefused, Interrupted.
     """
     out = Path(out)
-    run = Path(f"{os.path.abspath(out)}.run")
+    run = run_folder(out)
     _check_request(source, out, run, rows_per_shard, seed, max_refused)
     sources = list_sources(source)
     for note in sources.notes:
@@ -236,7 +236,7 @@ class _Split:
                 source = json.dumps({"source": printable(item.name)}).encode()
                 fields = {extension: data, "cls": str(item.label).encode(), "json": source}
                 index[rows - 1] = (*tar.add(row_key(first_row + rows - 1), fields, extension), item.label)
-        index_npy = encode_index(index[:rows])
+        index_npy = encode_npy(index[:rows])
         write_atomic(path.with_suffix(".index.npy"), index_npy)
         tar_bytes, tar_sha256 = tar.file.bytes, tar.file.sha256
         return ShardEntry(rows=rows, tar_bytes=tar_bytes, tar_sha256=tar_sha256, index_sha256=sha256_hex(index_npy))

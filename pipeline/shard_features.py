@@ -42,16 +42,17 @@ class View:
 
 @dataclass
 class Spent:
-    """Seconds this thread spent a kind of work: waiting for pictures, in the forward, waiting for the writer."""
+    """Seconds this thread spent: waiting for pictures, in the teacher (forward, encoding), waiting for the disk."""
 
     seconds: Counter[str] = field(default_factory=Counter)
 
     @contextmanager
     def on(self, what: str) -> Iterator[None]:
         """Count the time inside under `what`."""
-        start = time.perf_counter()
+        start, inside = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[what] += time.perf_counter() - start  # type: ignore[assignment]
+        nested = sum(self.seconds.values()) - inside  # counted by itself already
+        self.seconds[what] += time.perf_counter() - start - nested  # type: ignore[assignment]
 
     def __str__(self) -> str:
         total = sum(self.seconds.values()) or 1
@@ -85,8 +86,8 @@ def _render_view(rgb: RGB, identity: CacheIdentity, split: str, row: int, view: 
 class UnitEncoder:
     """Features of one shard of one unit on their way to disk: calibrated on the first rows, encoded on the device."""
 
-    def __init__(self, writer: UnitShardWriter, behind: ThreadPoolExecutor) -> None:
-        self.writer, self.behind = writer, behind
+    def __init__(self, writer: UnitShardWriter, behind: ThreadPoolExecutor, spent: Spent) -> None:
+        self.writer, self.behind, self.spent = writer, behind, spent
         self.identity = writer.unit.identity
         self.rows = writer.unit.shard_rows(writer.shard)
         self.waiting: list[tuple[Tensor, Tensor | None]] = []
@@ -103,6 +104,7 @@ class UnitEncoder:
             return
         if self.calibration is None:
             calibration_BNC = torch.cat([patch for patch, _ in self.waiting])[:CALIBRATION_ROWS]
+            self._check_finite(int((~torch.isfinite(calibration_BNC)).sum()))
             mean, std = channel_stats(calibration_BNC.cpu().numpy())
             self.calibration = torch.from_numpy(mean).to(patch_BNC.device), torch.from_numpy(std).to(patch_BNC.device)
             if self.identity.dtype == "int8":
@@ -134,20 +136,26 @@ class UnitEncoder:
             for name, tensor in arrays.items():
                 self.writer.add(name, tensor.cpu().numpy())
 
-        while len(self.written) > 2:  # a bound on memory: what waits for the disk
-            self.written.popleft().result()
+        self._wait(2)  # a bound on memory: what waits for the disk
         self.written.append(self.behind.submit(work))
+
+    def _wait(self, left: int) -> None:
+        with self.spent.on("wait for the disk"):
+            while len(self.written) > left:
+                self.written.popleft().result()
+
+    def _check_finite(self, bad: int) -> None:
+        if bad:
+            where = f"{self.writer.unit} shard {self.writer.shard}"
+            raise UsageError(f"{where}: {bad} features of the last layer are not finite; use --precision fp32")
 
     def commit(self, fingerprint: Fingerprint, precision_mse: float) -> None:
         """Write what is left and commit the shard.
 
         Raises: UsageError when a feature is not finite, before anything is committed.
         """
-        while self.written:
-            self.written.popleft().result()
-        if int(self.sums["bad"]):
-            what = f"{int(self.sums['bad'])} features of the last layer are not finite in {fingerprint.precision}"
-            raise UsageError(f"{self.writer.unit} shard {self.writer.shard}: {what}; use --precision fp32")
+        self._wait(0)
+        self._check_finite(int(self.sums["bad"]))
         tokens = self.rows * self.identity.tokens
         mean = (self.sums["sum"] / tokens).cpu().numpy()
         var = np.maximum((self.sums["square"] / tokens).cpu().numpy() - mean**2, 0)
@@ -180,7 +188,7 @@ class Extractor:
         index = self.dataset.index(units[0].split, shard)
         with ExitStack() as stack:
             writers = [stack.enter_context(UnitShardWriter(unit, shard)) for unit in units]
-            encoders = [UnitEncoder(writer, self.behind) for writer in writers]
+            encoders = [UnitEncoder(writer, self.behind, self.spent) for writer in writers]
             rendered = self._render_ahead(units, rows)
             labels = iter(index["label"].tolist())
             while batch := self._next_batch(rendered):
@@ -190,9 +198,8 @@ class Extractor:
                 for position, encoder in enumerate(encoders):
                     self._forward(encoder, [views[position].teacher_input for views in batch])
                 bar.update(len(batch) * len(units), str(self.spent))
-            with self.spent.on("write"):
-                for encoder in encoders:
-                    encoder.commit(self.fingerprint, self.precision_mse)
+            for encoder in encoders:
+                encoder.commit(self.fingerprint, self.precision_mse)
 
     def _render_ahead(self, units: Sequence[Unit], rows: range) -> Iterator[list[View]]:
         """The views of each row in order, rendered by threads up to two batches ahead."""
@@ -214,7 +221,6 @@ class Extractor:
     def _forward(self, encoder: UnitEncoder, inputs: list[RGB]) -> None:
         padded = np.zeros((self.fingerprint.batch, *inputs[0].shape), np.uint8)
         padded[: len(inputs)] = inputs
-        with self.spent.on("forward"):
+        with self.spent.on("teacher"):  # one bucket: on a GPU the encoding waits for the forward
             patch_BNC, cls_BC = self.teacher.features(torch.from_numpy(padded))
-        with self.spent.on("encode"):
             encoder.add(patch_BNC[: len(inputs)], None if cls_BC is None else cls_BC[: len(inputs)])

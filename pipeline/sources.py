@@ -116,12 +116,19 @@ def _info_tars(info: Path) -> list[tuple[str, Path]]:
     """The tars that timm's _info.json names (timm/data/readers/reader_wds.py)."""
     try:
         splits = json.loads(info.read_bytes())["splits"]
-        tars = [(str(split), info.parent / name) for split in splits for name in splits[split]["filenames"]]
+        tars = [(_split_name(info, split), info.parent / n) for split in splits for n in splits[split]["filenames"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{info}: expected timm's splits.<name>.filenames; found {error!r}") from error
     if missing := [tar for _, tar in tars if not tar.is_file()]:
         raise UsageError(f"{info}: expected the tars that it names; {missing[0]} is not there")
     return tars
+
+
+def _split_name(info: Path, name: str) -> str:
+    """train, val or test: "validation" and "valid" are val, as training asks for it."""
+    if match := _SPLIT.fullmatch(name):
+        return match[1]
+    raise UsageError(f"{info}: expected the splits train, val (validation) or test; found {printable(name)!r}")
 
 
 def _tar_sources(root: Path, tars: list[tuple[str, Path]]) -> Sources:
@@ -148,7 +155,7 @@ def _scan_tar(path: Path, candidates: Candidates) -> int:
     """Add the picture of every key of a tar; returns how many members that are no regular files were skipped."""
     pictures: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
-    skipped = 0
+    skipped = end = 0
     try:
         with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
             while (member := tar.next()) is not None:

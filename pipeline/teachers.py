@@ -3,12 +3,14 @@
 B batch, N patch tokens, C channels, H W pixels.
 """
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load(weights_only=True) refuses with
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -70,7 +72,13 @@ def load_teacher(
         raise UsageError(f"--teacher {name!r}: expected open_clip:ARCH, open_clip:FOLDER or timm:NAME")
     if precision not in (None, *PRECISIONS):
         raise UsageError(f"--precision {precision!r}: expected {', '.join(PRECISIONS)}")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=where)
+    except RuntimeError as error:
+        raise UsageError(
+            f"--device {device}: expected a device of this machine: {str(error).splitlines()[0]}"
+        ) from error
     # bf16 autocast costs 28x the error of int8, so that it is never the default.
     precision = precision or ("fp32" if where.type == "cpu" else "fp16")
     torch.manual_seed(0)  # the weights of "random"
@@ -83,7 +91,7 @@ def load_teacher(
 
 def _load_open_clip(name: str, weights: str, size: int | None, device: torch.device, precision: Precision) -> Teacher:
     import open_clip
-    from open_clip.model import _build_vision_tower, resize_pos_embed
+    from open_clip.model import TimmModel, VisionTransformer, _build_vision_tower, resize_pos_embed
 
     config, tag = _open_clip_config(name, weights)
     vision, quick_gelu = dict(config["vision_cfg"]), bool(config.get("quick_gelu", False))
@@ -91,7 +99,7 @@ def _load_open_clip(name: str, weights: str, size: int | None, device: torch.dev
         raise UsageError(f"--teacher-size {size}: {name} is a timm tower of {vision['image_size']} px; use timm:NAME")
     vision["image_size"] = size or vision.get("image_size", 224)
     tower = _build_vision_tower(config["embed_dim"], vision, quick_gelu)
-    if not hasattr(tower, "forward_intermediates"):
+    if not isinstance(tower, VisionTransformer | TimmModel):
         raise UsageError(f"--teacher open_clip:{name}: expected a vision transformer; found {type(tower).__name__}")
     if weights != RANDOM:
         file = weights
@@ -103,7 +111,7 @@ def _load_open_clip(name: str, weights: str, size: int | None, device: torch.dev
         state = _read_state(Path(file))
         if "input_resolution" in state and not quick_gelu:
             raise IdentityError(f"{weights}: OpenAI's weights need QuickGELU; found {name}; use {name}-quickgelu")
-        resize_pos_embed(state, _Holder(tower))
+        resize_pos_embed(state, SimpleNamespace(visual=tower))  # it asks a model for its visual alone
         visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
         _load_whole(tower, visual, weights)
 
@@ -124,20 +132,17 @@ def _load_open_clip(name: str, weights: str, size: int | None, device: torch.dev
     )  # fmt: skip
 
 
-class _Holder:
-    """What open_clip's resize_pos_embed asks of a model."""
-
-    def __init__(self, visual: nn.Module) -> None:
-        self.visual = visual
-
-
 def _open_clip_config(name: str, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """(model config, the tag's config or nothing), QuickGELU compared with open_clip's tables."""
     import open_clip
 
     folder = Path(name) / "open_clip_config.json"
     if folder.is_file():
-        whole = json.loads(folder.read_text(encoding="utf-8"))
+        try:
+            whole = json.loads(folder.read_text(encoding="utf-8"))
+            assert {"embed_dim", "vision_cfg"} <= whole.get("model_cfg", whole).keys()
+        except (ValueError, AttributeError, AssertionError) as error:
+            raise UsageError(f"{folder}: expected open_clip's configuration of a model; it does not read") from error
         preprocess = {"preprocess_cfg": whole.get("preprocess_cfg", {})}
         config: dict[str, Any] | None = whole.get("model_cfg", whole) | preprocess
     else:
@@ -146,6 +151,12 @@ def _open_clip_config(name: str, weights: str) -> tuple[dict[str, Any], dict[str
         known = open_clip.list_models()
         raise UsageError(f"--teacher open_clip:{name}: no such architecture, nor a folder of one{nearest(name, known)}")
     if weights == RANDOM or Path(weights).is_file():
+        twin = f"{name}-quickgelu"
+        if weights != RANDOM and twin in open_clip.list_models():  # no table knows what a file was trained with
+            print(
+                f"{weights}: taken for weights of GELU; OpenAI's, DFN's and MetaCLIP's need open_clip:{twin}",
+                flush=True,
+            )
         return config, {}
     tag = open_clip.get_pretrained_cfg(name, weights)
     if not tag:
@@ -173,8 +184,10 @@ def _load_timm(name: str, weights: str, size: int | None, device: torch.device, 
         raise ResourceError(f"timm:{name}: cannot be made with weights {weights}: {error}") from error
     except TypeError as error:
         raise UsageError(f"timm:{name}: expected a ViT that takes img_size: {error}") from error
-    if not hasattr(model, "num_prefix_tokens") or not hasattr(model, "patch_embed"):
-        raise UsageError(f"--teacher timm:{name}: expected a vision transformer; found {type(model).__name__}")
+    if not hasattr(model, "num_prefix_tokens") or isinstance(getattr(model, "norm", None), nn.Identity | None):
+        raise UsageError(
+            f"--teacher timm:{name}: expected a vision transformer with a final norm; found {type(model).__name__}"
+        )
     if not hub and weights != RANDOM:
         from timm.models.vision_transformer import checkpoint_filter_fn
 
@@ -267,8 +280,6 @@ def _load_whole(tower: nn.Module, state: State, where: str) -> None:
 
 def state_sha256(state: State) -> str:
     """Digest of names, types, shapes and values, whatever file they came from."""
-    import hashlib
-
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

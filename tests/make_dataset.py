@@ -10,7 +10,7 @@ from cache_tools.dataset import Dataset, DatasetRecord, ShardEntry, SplitEntry, 
 from cache_tools.images import PICTURE_RULES, encode_view
 from cache_tools.records import encode_record
 from cache_tools.storage import write_atomic
-from cache_tools.tars import INDEX_DTYPE, TarShardWriter, encode_index
+from cache_tools.tars import INDEX_DTYPE, TarShardWriter, encode_npy
 
 
 def make_dataset(path: Path, rows: int = 96, val_rows: int = 40, unlabelled: bool = False) -> Dataset:
@@ -30,7 +30,7 @@ def _write_split(path: Path, split: str, rows: int, unlabelled: bool) -> SplitEn
             label = -1 if unlabelled else row % 2
             fields = {"png": encode_view(view(split, 0, row), "png"), "cls": str(label).encode()}
             index[row] = (*writer.add(row_key(row), fields, picture="png"), label)
-    data = encode_index(index)
+    data = encode_npy(index)
     write_atomic(tar.with_suffix(".index.npy"), data)
     shas = [hashlib.sha256(blob).hexdigest() for blob in (tar.read_bytes(), data)]
     entry = ShardEntry(rows=rows, tar_bytes=tar.stat().st_size, tar_sha256=shas[0], index_sha256=shas[1])

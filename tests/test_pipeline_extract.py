@@ -88,12 +88,11 @@ def test_same_pixels(place: Path, cache: Path) -> None:
 
 
 def test_geometry_is_the_drawn_crop_and_labels_are_the_datasets(place: Path, cache: Path) -> None:
-    from cache_tools.cache import read_index
     from cache_tools.dataset import Dataset
 
     dataset, opened = Dataset(place / "dataset"), Cache(cache)
     for unit in opened.all_units():
-        index = np.concatenate([read_index(unit, k) for k in range(unit.num_shards)])
+        index = np.concatenate([np.load(unit.index_file(k)) for k in range(unit.num_shards)])
         assert index["label"].tolist() == dataset.labels(unit.split).tolist()
         for row in range(0, unit.rows, 7):
             size = decode_rgb(dataset.picture(unit.split, row)[0]).shape[:2]
@@ -238,7 +237,7 @@ def test_features_that_are_not_finite_stop_the_shard(
         return (patch.masked_fill(patch > patch.amax() - 1e-6, float("inf")) if len(patch) == 16 else patch), cls
 
     monkeypatch.setattr(Teacher, "features", poisoned)
-    with pytest.raises(UsageError, match="not finite in fp32"):
+    with pytest.raises(UsageError, match="not finite; use --precision fp32"):
         extract(request(place, tmp_path / "cache", dtype="float16"))
     assert not list(tmp_path.rglob("commits/*.json"))
 

@@ -173,3 +173,22 @@ def test_every_cut_of_a_tar_is_noticed(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(UsageError, match=r"x\.tar"):
             list_sources(path)
+
+
+def test_info_json_names_splits_as_training_does(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", **{"0.png": b"picture", "0.cls": b"0"})
+    for name, expected in (("validation", "val"), ("../x", None)):
+        split = {"name": name, "filenames": ["a.tar"], "num_samples": 1, "shard_lengths": [1]}
+        (tmp_path / "_info.json").write_text(json.dumps({"splits": {name: split}}))
+        if expected:
+            assert list(list_sources(tmp_path).splits) == [expected]
+        else:
+            with pytest.raises(UsageError, match="expected the splits train"):
+                list_sources(tmp_path)
+
+
+def test_an_empty_tar_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "empty.tar", "w"):
+        pass
+    with pytest.raises(UsageError, match="found no picture"):
+        list_sources(tmp_path / "empty.tar")

@@ -58,7 +58,7 @@ def test_a_smaller_teacher_size_gives_a_smaller_grid(tmp_path: Path) -> None:
         ("open_clip:ViT-B-16", "openai", IdentityError, "use open_clip:ViT-B-16-quickgelu"),
         ("open_clip:ViT-B-16-quickgelu", "laion2b_s34b_b88k", UsageError, "neither a file nor a tag"),
         ("timm:vit_tinny_patch16_224", "random", UsageError, "did you mean 'vit_tiny_patch16_224'"),
-        ("timm:resnet18", "random", UsageError, "expected a vision transformer"),
+        ("timm:resnet18", "random", UsageError, "expected a vision transformer with a final norm"),
     ],
 )
 def test_wrong_requests(teacher: str, weights: str, error: type[Exception], said: str) -> None:
