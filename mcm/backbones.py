@@ -4,11 +4,11 @@ Letters: B batch, N patches, D width, H W pixels.
 """
 
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import timm
 import torch
@@ -30,6 +30,7 @@ from mcm.run_folder import PretrainRun
 
 SHOWN_NAMES = 4  # tensors named in a message
 CROP_PCT = 1.0  # a student of ours is evaluated on the whole centre square, as the held-out views are cut
+NOT_WEIGHTS = (SafetensorError, BadZipFile, UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError)
 ANY_VIT = "vit_base_patch16_224"  # the timm entry point whose arguments can say any plain ViT
 
 
@@ -123,19 +124,11 @@ def read_weights(path: Path) -> dict[str, Any]:
     Raises: UsageError when it is no such file.
     """
     try:
-        if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+        if is_zipfile(path) and any(n.endswith("constants.pkl") for n in ZipFile(path).namelist()):
             scripted = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
             return {name: value.float() if value.is_floating_point() else value for name, value in scripted.items()}
         state: dict[str, Any] = load_state_dict(str(path), weights_only=True)
-    except (
-        SafetensorError,
-        zipfile.BadZipFile,
-        UnpicklingError,
-        RuntimeError,
-        EOFError,
-        AttributeError,
-        TypeError,
-    ) as error:
+    except NOT_WEIGHTS as error:
         raise UsageError(f"{path}: expected weights (safetensors, or torch's without code); {error}") from error
     return state
 

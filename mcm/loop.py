@@ -1,4 +1,4 @@
-"""One loop for pre-training and fine-tuning: accumulate, clip, step, log, evaluate, save, stop; on a CPU a resumed run is the straight one to the bit."""
+"""One loop for pre-training and fine-tuning: clip, step, log, evaluate, save, stop; resumes to the bit on a CPU."""
 
 import math
 import time
@@ -109,7 +109,7 @@ class _Loop:
         with StopFlag() as stop, closing(log) as self.log:
             if found:
                 self._restore(found)
-                found = None  # a whole checkpoint in memory
+                found = None  # frees a whole checkpoint
             step = max(step, 0)
             left = range(step * order.accumulation, self.total_steps * order.accumulation)
             pin, label = self.accelerator.device.type == "cuda", f"training {self.job.run_dir}"
@@ -170,7 +170,7 @@ class _Loop:
             with self.accelerator.no_sync(self.model) if left else nullcontext():
                 loss = job.loss(self.model, to_device(batch, self.accelerator.device)) / micro_steps
                 # Not accelerator.backward: it divides by the launcher's own accumulation; bf16 needs no scaler.
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), job.optim.clip_norm or math.inf)
         self.optimizer.step()

@@ -47,11 +47,11 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
     cache = Cache(cache_path)
     units, val = choose_units(cache, recorded_units(out))
     run, seed = describe(config, cache, [*units, *val]), config.train.seed
-    stats = channel_stats(units) if config.target.norm == "channel" else None
-    model = MaskedChannelModel(config, run.grid, run.patch, run.channels)
     with engine(config.train.precision) as accelerator:
         main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
         order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
+        stats = channel_stats(units) if config.target.norm == "channel" else None
+        model = MaskedChannelModel(config, run.grid, run.patch, run.channels)
         claim(out, run)
         with recorded_exit(out, main):
             if main:
@@ -199,7 +199,7 @@ class Task:
         return loss_fn(wrapped(self.inputs(batch), self.masks(batch)), self.target(batch))
 
     def evaluate(self, epochs_done: int) -> dict[str, float]:
-        """Held-out figures of this epoch, every 0 epochs being the last one's alone; the last epoch has them all."""
+        """Held-out figures of this epoch; the last epoch has them all, whatever `train` says."""
         settings = self.config.train
 
         def due(every: int) -> bool:
@@ -237,7 +237,8 @@ class Task:
         backbone = Backbone(encoder, "", "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
         prober = Prober(backbone, dataset, self.config.train.seed, self.config.train.workers, quiet=True)
         bank, val = (prober.features(split, prober.full()) for split in ("train", "val"))
-        return knn_accuracy(*(part.to(self.accelerator.device) for part in (bank.x, bank.y, val.x, val.y)))
+        bank_x, bank_y, x, y = (part.to(self.accelerator.device) for part in (bank.x, bank.y, val.x, val.y))
+        return knn_accuracy(bank_x, bank_y, x, y)
 
     @torch.inference_mode()
     def samples(self) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ def extract_command(
         int | None, typer.Option(help="Side of the teacher's input; its own where left out.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="int8 or float16.")] = "int8",
-    encoding: Annotated[str, typer.Option(help="Views: jpeg:QUALITY:444|422|420 or png.")] = "jpeg:92:420",
+    encoding: Annotated[str, typer.Option(help="Views: jpeg:QUALITY:444|422|420 or png.")] = "jpeg:95:444",
     precision: Annotated[str | None, typer.Option(help="Of the forward: fp32, fp16 (CUDA's default) or bf16.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures a forward, a multiple of 16.")] = 64,
     threads: Annotated[int, typer.Option(help="Rendering threads; 0: one a core.")] = 0,

@@ -1,12 +1,14 @@
 """Encoders from every kind of source: all of their tensors or an error that names what is missing."""
 
+import warnings
+
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
 from cache_tools.errors import IdentityError, UsageError
-from mcm.backbones import load_encoder, model_args, patch_mean
+from mcm.backbones import load_encoder, model_args, patch_mean, read_weights
 from mcm.config import SizedStudent
 
 STUDENT = SizedStudent(width=32, depth=2, heads=2, size=32, patch=8)
@@ -63,6 +65,14 @@ def test_less_than_all_is_an_identity_error(small_file, change, message):
     save_file(state, small_file)
     with pytest.raises(IdentityError, match=message):
         load_encoder("timm:vit_tiny_patch16_224", small_file)
+
+
+def test_a_torchscript_archive_gives_its_tensors(tmp_path):
+    module = torch.nn.Linear(2, 3).half()
+    with warnings.catch_warnings(action="ignore"):  # torch's: TorchScript is out of date, but OpenAI's files are not
+        torch.jit.script(module).save(str(tmp_path / "ViT-B-16.pt"))
+        state = read_weights(tmp_path / "ViT-B-16.pt")
+    assert torch.equal(state["weight"], module.weight.float()) and state["bias"].dtype == torch.float32
 
 
 def test_a_damaged_file_and_a_pickle_with_code_are_refused(small_file, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cache_tools.errors import CorruptionError, IdentityError
+from cache_tools.storage import file_sha256
 from mcm import checkpoint
 
 
@@ -35,6 +36,7 @@ def test_everything_comes_back_by_name(tmp_path):
     assert sorted(p.name for p in path.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
     found = checkpoint.latest(tmp_path)
     assert (found.path, found.step, found.meta) == (path, 3, {"window": [0.1, 1 / 3], "evaluated": False})
+    assert found.model_sha256 == file_sha256(path / "model.safetensors")
     assert "0.weight/exp_avg" in found.optimizer and "0.bias/exp_avg" not in found.optimizer
     expected_model, expected_optimizer = trained(5)
     model, optimizer = trained(0)

@@ -54,7 +54,7 @@ def test_folding_is_in_the_weights_and_recorded(tmp_path):
     assert torch.allclose(folded["patch_embed.proj.weight"], 0.5 * plain["patch_embed.proj.weight"])
     assert torch.allclose(folded["patch_embed.proj.bias"], 0.5 * plain["patch_embed.proj.bias"] + 0.5 * fill)
     note = json.loads((tmp_path / "out" / "config.json").read_bytes())["mcm"]
-    assert note == {"fold_scale": 0.5, "weights": "step_000000003"}
+    assert note == {"fold_scale": 0.5, "weights": backbone.weights}
 
 
 def test_a_fine_tuned_run_keeps_its_head(tmp_path):

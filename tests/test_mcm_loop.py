@@ -11,7 +11,7 @@ from cache_tools.errors import CorruptionError, Interrupted, McmError
 from cache_tools.records import read_record
 from mcm import checkpoint
 from mcm.config import Optim, Schedule, Train
-from mcm.loop import Job, make_accelerator, train
+from mcm.loop import Job, engine, train
 from mcm.order import Order
 from mcm.run_folder import ExitRecord, recorded_exit
 from mcm.stream import Stream
@@ -72,7 +72,8 @@ def make_job(run, micro_batch=32, source=None, dropout=0.3, hook=lambda step: No
 
 
 def run_job(job):
-    train(job, make_accelerator("fp32"))
+    with engine("fp32") as accelerator:
+        train(job, accelerator)
     return metrics(job.run_dir)
 
 
@@ -159,9 +160,8 @@ def test_a_poisoned_batch_stops_and_is_not_saved(tmp_path, log_steps):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_the_data_raise_arrives_as_it_is(tmp_path, workers):
-    accelerator = make_accelerator("fp32")
     with pytest.raises(CorruptionError, match="^chunk 2 is damaged$"), recorded_exit(tmp_path, main=True):
-        train(make_job(tmp_path, source=Source(broken=2), workers=workers), accelerator)
+        run_job(make_job(tmp_path, source=Source(broken=2), workers=workers))
     assert read_record(ExitRecord, tmp_path / "exit.json").code == 4
 
 

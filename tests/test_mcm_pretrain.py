@@ -81,7 +81,7 @@ def test_it_learns_and_leaves_a_whole_run(straight, cache):
     assert read_record(ExitRecord, straight / "exit.json").code == 0
     run = read_record(PretrainRun, straight / "run.json")
     assert (run.grid, run.patch, run.size, run.channels) == ((GRID, GRID), 8, (32, 32), 16)
-    assert (run.cache_sha256, sorted(run.units)) == (cache.sha256, ["train/v0", "train/v1"])
+    assert (run.cache_sha256, sorted(run.units)) == (cache.sha256, ["train/v0", "train/v1", "val/v0"])
     assert "workers" not in run.config["train"] and run.config["train"]["global_batch"] == 32
     samples = load_file(straight / "samples.safetensors")
     assert {name: (tuple(t.shape), t.dtype) for name, t in samples.items()} == {
@@ -158,19 +158,22 @@ def test_a_folder_that_holds_another_run_is_refused(straight, cache, tmp_path):
 
 def test_engine_settings_may_change_and_later_units_are_left_out(tmp_path, capsys):
     cache = make_cache(tmp_path / "cache")
+    val = cache.units("val")[0].manifest_file.rename(tmp_path / "val.json")
     config = make_config(schedule={"epochs": 2})
     pretrain(config, cache.path, tmp_path / "run")
     lines = metrics(tmp_path / "run")
     shutil.rmtree(checkpoint.folder(tmp_path / "run", 6))
+    val.rename(cache.units("val")[0].manifest_file)
     add_unit(cache.path, cache.identity, "train", 2)
     add_unit(cache.path, cache.identity, "train", 3).manifest_file.unlink()
     again = make_config(schedule={"epochs": 2}, train={"workers": 1, "micro_batch": 64, "keep_last": 1})
     pretrain(again, cache.path, tmp_path / "run")
     ours, theirs = ([line["loss"] for line in found if "loss" in line] for found in (metrics(tmp_path / "run"), lines))
-    assert ours[:4] == theirs[:4] and len(ours) == 6  # the last two with other draws of drop path, one a micro-batch
+    assert ours[:4] == theirs[:4]  # the last two with other draws of drop path, one a micro-batch
+    assert len(ours) == len(metrics(tmp_path / "run")) == 6  # and the val unit came too late
     assert "100 rows in 2 views; 2 incomplete or later views are left out" in capsys.readouterr().out
     pretrain(again, cache.path, tmp_path / "three")
-    assert len(read_record(PretrainRun, tmp_path / "three" / "run.json").units) == 3
+    assert len(read_record(PretrainRun, tmp_path / "three" / "run.json").units) == 4
 
 
 def test_bad_requests_stop_before_anything_is_written(cache, tmp_path):
@@ -184,6 +187,9 @@ def test_bad_requests_stop_before_anything_is_written(cache, tmp_path):
     empty.complete_units("train")[0].manifest_file.unlink()
     with pytest.raises(UsageError, match="expected a complete unit of 'train'; found 1 begun"):
         pretrain(make_config(), empty.path, tmp_path / "run")
+    blind = make_dataset(tmp_path / "blind", 20, 20, unlabelled=True)
+    with pytest.raises(UsageError, match="expected labels for every picture of 'train'"):
+        pretrain(make_config(), cache.path, tmp_path / "run", blind.path)
     assert not (tmp_path / "run").exists()
 
 
@@ -192,17 +198,19 @@ def test_bad_requests_stop_before_anything_is_written(cache, tmp_path):
 def test_every_control_runs_from_every_cache(tmp_path, mode, dtype, capsys):
     cache = make_cache(tmp_path / "cache", val_rows=0, dtype=dtype)
     target = {"norm": "channel", "projection": "orthogonal"}
-    config = make_config(mask={"mode": mode}, decoder={"depth": 0}, target=target, schedule={"epochs": 2})
-    pretrain(config, cache.path, tmp_path / "run")
+    changes = {"mask": {"mode": mode}, "decoder": {"depth": 0}, "target": target, "train": {"knn_epochs": 1}}
+    pretrain(make_config(**changes, schedule={"epochs": 2}), cache.path, tmp_path / "run")
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
-    assert losses[-1] < losses[0] and "no complete unit of 'val'" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert losses[-1] < losses[0] and "no complete unit of 'val'" in said and "there is no --data DATASET" in said
 
 
-def test_knn_runs_when_it_is_due(cache, tmp_path):
+@pytest.mark.parametrize(("knn_epochs", "steps"), [(3, [9, 12]), (0, [12])])
+def test_knn_runs_when_it_is_due_and_at_the_end(cache, tmp_path, knn_epochs, steps):
     data = make_dataset(tmp_path / "data")
-    pretrain(make_config(train={"knn_epochs": 3}), cache.path, tmp_path / "run", data.path)
+    pretrain(make_config(train={"knn_epochs": knn_epochs}), cache.path, tmp_path / "run", data.path)
     found = {line["step"]: line["eval"]["knn_full"] for line in metrics(tmp_path / "run") if "knn_full" in str(line)}
-    assert list(found) == [9, 12] and all(0.3 <= value <= 1.0 for value in found.values())
+    assert list(found) == steps and all(0.3 <= value <= 1.0 for value in found.values())
 
 
 def test_channel_statistics_are_those_of_all_units(cache):

@@ -25,7 +25,10 @@ def test_a_run_names_its_inputs_and_stores_them(data, tmp_path):
     results = probe(str(run), data, quiet=True)
     assert [result.input for result in results] == ["full", "folded"]
     assert results[1].fold_scale in (1.0, 0.5, 0.25) and results[0].fold_scale is None
-    assert results[0].weights == "step_000000003" and (results[0].train_rows, results[0].val_rows) == (96, 40)
+    assert results[0].weights.startswith("step_000000003 sha256:") and (results[0].train_rows, results[0].val_rows) == (
+        96,
+        40,
+    )
     assert read_record(ProbeResult, run / "probe" / "folded.json") == results[1]
 
 

@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from make_cache import make_cache
 from make_dataset import make_dataset
 
 from cache_tools.draws import hash_u64
-from cache_tools.errors import CorruptionError, UsageError
+from cache_tools.errors import CorruptionError, ResourceError, UsageError
 from cache_tools.images import decode_rgb
 from mcm.config import Target
 from mcm.masking import mask_picks
@@ -169,6 +170,19 @@ def test_workers_give_the_same_batches_and_their_errors_arrive(tmp_path):
         shutil.rmtree(unit.path / "views")
     with pytest.raises(CorruptionError, match=r"views/000000\.index\.npy: expected"), batches(stream, 0, 6, 2) as items:
         list(items)
+
+
+class Killed:
+    """What the system does to a worker that takes too much memory."""
+
+    def __call__(self, epoch, chunks, batch):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_a_lack_of_memory():
+    words = r"^DataLoader worker .*/dev/shm.* train\.workers"
+    with pytest.raises(ResourceError, match=words), batches(Stream(Order(100, 16, 32, 16), Killed()), 0, 6, 1) as items:
+        next(items)
 
 
 def test_dataset_rows_through_a_transform(tmp_path):

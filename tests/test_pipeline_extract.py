@@ -248,9 +248,8 @@ def test_commands_answer(place: Path, cache: Path) -> None:
     known = json.loads(run("mcm-cache", "info", cache, "--json"))
     assert all(unit["complete"] and unit["cosine"] > 0.9999 for unit in known["units"].values())
     assert json.loads(run("mcm-cache", "verify", cache, "--full", "--json"))["problems"] == []
-    (cache / "train" / "v0" / "views" / "stray").touch()
-    (cache / "train" / "v0" / "views" / "stray").unlink()
-    assert "no such split" not in run("mcm-cache", "info", place / "dataset")
+    assert "100 rows in 4 shards, 0 refused" in run("mcm-cache", "info", place / "dataset")
+    assert "expected a DATASET" in run("mcm-cache", "info", place, expect=2)
 
 
 def test_damage_is_exit_4_and_a_wrong_weights_file_5(place: Path, cache: Path, tmp_path: Path) -> None:
