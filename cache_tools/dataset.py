@@ -25,10 +25,11 @@ class ShardEntry(Record):
 
 
 class SplitEntry(Record):
-    """All tars of a split; `refused` pictures are in its quarantine.jsonl."""
+    """All tars of a split; `refused` pictures are in its quarantine.jsonl; the digest is of the source's listing."""
 
     rows: int
     refused: int
+    listing_sha256: str
     shards: tuple[ShardEntry, ...]
 
 

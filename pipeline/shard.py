@@ -97,7 +97,7 @@ def shard(
             raise UsageError(f"{run / 'shard.lock'}: another process shards into {out}; wait until it ends")
         if (out / "dataset.json").is_file():
             record = read_record(DatasetRecord, out / "dataset.json")
-            _check_same(out, plan, _plan_of(out, record))
+            _check_same(out, plan, _plan_of(record))
             print(f"{out}: complete")
         else:
             _begin(out, run / "shard" / "plan.json", plan)
@@ -129,18 +129,13 @@ def _check_request(
         raise UsageError(f"{out}: expected a new or empty folder; found other files; choose another DATASET")
 
 
-def _plan_of(out: Path, record: DatasetRecord) -> ShardPlan:
+def _plan_of(record: DatasetRecord) -> ShardPlan:
     """The plan that a finished DATASET was made by."""
-    splits = {}
-    for name, entry in record.splits.items():
-        info = out / name / "_info.json"
-        try:
-            listing = str(json.loads(info.read_bytes())["listing_sha256"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CorruptionError(f"{info}: expected what `mcm-cache shard` wrote; found {error!r}") from error
-        splits[name] = SplitPlan(candidates=entry.rows + entry.refused, listing_sha256=listing)
-    fields = record.model_dump(include={"rows_per_shard", "seed", "picture_rules", "classes"})
-    return ShardPlan(**fields, splits=splits)
+    splits = {
+        name: SplitPlan(candidates=entry.rows + entry.refused, listing_sha256=entry.listing_sha256)
+        for name, entry in record.splits.items()
+    }
+    return ShardPlan(**record.model_dump(include={"rows_per_shard", "seed", "picture_rules", "classes"}), splits=splits)
 
 
 def _begin(out: Path, path: Path, plan: ShardPlan) -> None:
@@ -266,10 +261,10 @@ class _Split:
         self._write_quarantine()
         names, lengths = [f"{shard_name(i)}.tar" for i in range(len(shards))], [entry.rows for entry in shards]
         split = {"name": self.name, "num_samples": rows, "filenames": names, "shard_lengths": lengths}
-        listing = self.plan.splits[self.name].listing_sha256  # timm does not mind it; a second run compares it
-        info = {"splits": {self.name: split}, "classes": self.plan.classes, "listing_sha256": listing}
+        info = {"splits": {self.name: split}}
         write_atomic(self.folder / "_info.json", (json.dumps(info, sort_keys=True) + "\n").encode())
-        return SplitEntry(rows=rows, refused=len(self.refused), shards=shards)
+        listing = self.plan.splits[self.name].listing_sha256
+        return SplitEntry(rows=rows, refused=len(self.refused), listing_sha256=listing, shards=shards)
 
 
 def _in_order(

@@ -34,4 +34,4 @@ def _write_split(path: Path, split: str, rows: int, unlabelled: bool) -> SplitEn
     write_atomic(tar.with_suffix(".index.npy"), data)
     shas = [hashlib.sha256(blob).hexdigest() for blob in (tar.read_bytes(), data)]
     entry = ShardEntry(rows=rows, tar_bytes=tar.stat().st_size, tar_sha256=shas[0], index_sha256=shas[1])
-    return SplitEntry(rows=rows, refused=0, shards=(entry,))
+    return SplitEntry(rows=rows, refused=0, listing_sha256="0" * 64, shards=(entry,))
