@@ -46,4 +46,5 @@ def build_adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     """
     layer_decay = optim.layer_decay if isinstance(optim, FinetuneOptim) else None
     groups = param_groups(model, optim.weight_decay, layer_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2))
+    # Fused: 2.1 ms a step of the demo's student instead of 6.6 (of 65) on 2 cores.
+    return torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2), fused=True)
