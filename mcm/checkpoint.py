@@ -12,18 +12,12 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from cache_tools.errors import CorruptionError, IdentityError
+from cache_tools.identity import FileEntry
 from cache_tools.records import Record, encode_record, read_record, sha256_hex
 from cache_tools.storage import AtomicFile, publish_folder, read_at, remove, remove_tree, temp_folder, write_atomic
 
 _NAME = re.compile(r"step_(\d{9})")
 Tensors = dict[str, Tensor]
-
-
-class FileDigest(Record):
-    """What a file of a checkpoint must be."""
-
-    bytes: int
-    sha256: str
 
 
 class State(Record):
@@ -32,7 +26,7 @@ class State(Record):
     format: Literal["mcm-checkpoint"] = "mcm-checkpoint"
     version: Literal[1] = 1
     step: int
-    files: dict[str, FileDigest]
+    files: dict[str, FileEntry]
     meta: dict[str, Any]
 
 
@@ -91,7 +85,7 @@ def save(run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dic
     for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
         with AtomicFile(temp / name) as file:
             file.write(safetensors_bytes({key: value.detach().cpu().contiguous() for key, value in tensors.items()}))
-        files[name] = FileDigest(bytes=file.bytes, sha256=file.sha256)
+        files[name] = FileEntry(bytes=file.bytes, sha256=file.sha256)
     write_atomic(temp / "state.json", encode_record(State(step=step, files=files, meta=meta)))
     remove_tree(final)  # only a damaged one can be in the way: a sound one would have been resumed from
     publish_folder(temp, final)
@@ -140,7 +134,7 @@ def load(path: Path, optimizer: bool = True) -> Checkpoint:
     return Checkpoint(path, state.step, digest, tensors[0], tensors[1] if optimizer else {}, state.meta)
 
 
-def _read_tensors(path: Path, digest: FileDigest) -> Tensors:
+def _read_tensors(path: Path, digest: FileEntry) -> Tensors:
     size = path.stat().st_size if path.is_file() else 0
     data = read_at(path, 0, digest.bytes) if size == digest.bytes else b""
     if sha256_hex(data) != digest.sha256:

@@ -45,9 +45,9 @@ class Table:
             self.cells.setdefault(row, {})[column] = value
 
     def columns(self) -> list[str]:
-        """The usual columns, then any other input that was probed, then R^2."""
+        """What was measured: the usual columns, then any other input that was probed, then R^2."""
         used, fits = {column for cells in self.cells.values() for column in cells}, FIT.values()
-        return [*COLUMNS, *sorted(used - {*COLUMNS, *fits}), *(fit for fit in fits if fit in used)]
+        return [*(c for c in COLUMNS if c in used), *sorted(used - {*COLUMNS, *fits}), *(f for f in fits if f in used)]
 
     def rows(self) -> list[dict[str, Any]]:
         """The table as JSON."""
