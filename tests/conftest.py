@@ -1,9 +1,12 @@
 """What all tests share: the optional folder of real pictures, small tools for processes and trees."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,31 @@ import pytest
 # Before torch is imported, here and in the processes that tests start: bytes depend on the number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-counts", action="store_true", help="harnesses with the counts of docs/reliability.md")
+    parser.addoption("--tally", type=Path, help="append the counts of each harness to this file, a JSON line each")
+
+
+@pytest.fixture(scope="session")
+def how_many(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """how_many(lane, full): the count of a harness in the ordinary tests, and by scripts/reliability."""
+    return lambda lane, full: full if request.config.getoption("--full-counts") else lane
+
+
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """tally(harness, kills=40, failures=0): what a harness did, for docs/reliability.md."""
+    start = time.monotonic()
+
+    def write(harness: str, **counts: object) -> None:
+        if path := request.config.getoption("--tally"):
+            with open(path, "a") as file:
+                line = {"harness": harness, **counts, "seconds": round(time.monotonic() - start, 1)}
+                file.write(json.dumps(line) + "\n")
+
+    return write
 
 
 @pytest.fixture(scope="session")
