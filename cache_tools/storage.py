@@ -1,4 +1,8 @@
-"""The only file that writes: atomic, durable, never in the place of another's file unless asked to."""
+"""The only file that writes: atomic, durable, never in the place of another's file unless asked to.
+
+Every change goes through `os.*` or `open` as this module knows them: tests put a disk of their own in their place,
+which records, fails or dies at any operation (tests/disk.py).
+"""
 
 import contextlib
 import errno
@@ -19,7 +23,11 @@ def make_dir(path: Path) -> None:
     """Create a folder and its parents, each durable in the one above."""
     if not path.is_dir():
         make_dir(path.parent)
-        path.mkdir(exist_ok=True)
+        try:
+            os.mkdir(path)
+        except FileExistsError:  # another process was faster
+            if not path.is_dir():
+                raise
         _sync_dir(path.parent)
 
 
@@ -28,12 +36,39 @@ def run_folder(path: Path) -> Path:
     return Path(f"{os.path.abspath(path)}.run")
 
 
+def settle(path: Path) -> None:
+    """Make every name below `path` durable: a killed run may have left some that are not, and the next builds on them.
+
+    Its files are durable already: they get their names after that.
+    """
+    for folder, _, _ in os.walk(path):
+        _sync_dir(Path(folder))
+    if path.is_dir():
+        _sync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the system name `path`: those of write and fsync come without a name."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def _sync_dir(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with _naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 class AtomicFile:
@@ -57,7 +92,8 @@ class AtomicFile:
     def write(self, buffer: Buffer) -> int:
         """Append `buffer`; returns its bytes."""
         view = memoryview(buffer).cast("B")
-        self._file.write(view)
+        with _naming(self.path):
+            self._file.write(view)
         self._hash.update(view)
         self.bytes += view.nbytes
         return view.nbytes
@@ -65,7 +101,7 @@ class AtomicFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
+        with _naming(self.path), self._file:
             if kind is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
@@ -73,7 +109,7 @@ class AtomicFile:
             os.replace(self._temp, self.path)
             _sync_dir(self.path.parent)
         else:
-            self._temp.unlink(missing_ok=True)
+            _unlink(self._temp)
 
     @property
     def sha256(self) -> str:
@@ -96,10 +132,10 @@ def publish(path: Path, data: bytes, compare: bool = True) -> None:
     """
     make_dir(path.parent)
     temp = path.with_name(f".{path.name}.partial")
-    with open(os.open(temp, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "wb") as file:
+    with _naming(path), open(os.open(temp, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "wb") as file:
         _flock(file.fileno(), fcntl.LOCK_EX)
         if path.exists():  # before, or since we opened the file; nobody writes to it any more
-            temp.unlink(missing_ok=True)
+            _unlink(temp)
         else:
             file.truncate(0)
             file.write(data)
@@ -114,7 +150,7 @@ def publish(path: Path, data: bytes, compare: bool = True) -> None:
 def append_line(path: Path, text: str) -> None:
     """Append one line to a log; not fsynced, a log may lose its tail."""
     make_dir(path.parent)
-    with open(path, "a", encoding="utf-8") as file:
+    with _naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(text + "\n")
 
 
@@ -128,14 +164,21 @@ def keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
 def remove(path: Path) -> None:
     """Remove a file durably; missing is fine."""
     if path.parent.is_dir():
-        path.unlink(missing_ok=True)
+        _unlink(path)
         _sync_dir(path.parent)
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder of ours; missing is fine."""
+    """Remove a folder of ours; missing is fine. A link in it goes, what it points to stays."""
+    if path.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "expected a folder of ours; found a link to one", str(path))
     if path.is_dir():
-        shutil.rmtree(path)
+        for child in sorted(path.iterdir()):  # sorted: harnesses meet the same order on every file system
+            if child.is_dir() and not child.is_symlink():
+                remove_tree(child)
+            else:
+                os.unlink(child)
+        os.rmdir(path)
 
 
 def temp_folder(final: Path) -> Path:

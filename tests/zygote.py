@@ -1,0 +1,63 @@
+"""The small runs that the reliability harnesses break, and real processes for them at the price of a fork each.
+
+One server process imports torch and all of stage one (6 s), computes nothing, and forks the others.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from disk import DIE, Disk
+from make_teacher import make_teacher
+from test_pipeline_shard import make_source
+
+from cache_tools.console import guarded
+from pipeline import extract as extract_module
+from pipeline.shard import shard
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["zygote"])
+
+
+def make_place(root: Path) -> Path:
+    """Pictures of two splits (3 shards and 1), their DATASET, a teacher; what is made from them goes beside."""
+    make_source(root / "pictures", train=40, val=16)
+    make_teacher(root / "clip")
+    run_shard(root, root / "dataset")
+    return root
+
+
+def run_shard(place: Path, out: Path) -> None:
+    shard(place / "pictures", out, rows_per_shard=16, workers=2)
+
+
+def run_extract(place: Path, cache: Path, views: int = 1, worker: int = 0, workers: int = 1) -> None:
+    request = extract_module.Request(
+        source=str(place / "dataset"), cache=cache, teacher=f"open_clip:{place / 'clip'}",
+        weights=str(place / "clip" / "open_clip_model.safetensors"), views=views, size=32, batch=16, threads=2,
+        device="cpu", worker=worker, workers=workers,
+    )  # fmt: skip
+    extract_module.extract(request)
+
+
+def start(run: Callable[..., None], place: Path, out: Path, log: Path, at: str = "", **options: Any) -> BaseProcess:
+    """A process that does `run(place, out, **options)` as the command line would, and dies before operation `at`."""
+    with pytest.MonkeyPatch.context() as patch:  # the server looks for this file when it starts
+        patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}{os.pathsep}{ROOT}")
+        forkserver.ensure_running()
+    process = SERVER.Process(target=_work, args=(run, place, out, log, at), kwargs=options)
+    process.start()
+    return process
+
+
+def _work(run: Callable[..., None], place: Path, out: Path, log: Path, at: str, **options: Any) -> None:
+    with open(f"{log}.out", "a") as said, Disk(out.parent, at, DIE, log).installed():
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        guarded(run)(place, out, **options)
