@@ -17,7 +17,7 @@ from .dataset import CHUNK_ROWS, shard_name
 from .errors import CorruptionError, IdentityError, UsageError
 from .identity import CacheIdentity, Commit, Manifest
 from .quantize import decode
-from .records import decode_record, read_record, record_sha256
+from .records import read_record, record_sha256
 from .storage import read_at
 from .tars import VIEW_INDEX_DTYPE, checked_picture, encode_npy
 
@@ -28,14 +28,16 @@ _INDEX_HEADER_BYTES = len(encode_npy(np.zeros(0, VIEW_INDEX_DTYPE)))  # numpy pa
 class Chunk:
     """16 rows (fewer at the end of a split), every byte checked; pictures are still encoded.
 
-    labels int32 [B], codes int8|float16 [B, N, C], scale float32 [B, N], mean and std float32 [C], cls float16 [B, C].
+    labels int32 [B], codes int8|float16 [B, N, C] or uint8 [B, N, C / 2] (int4), scale float32 [B, N] (int8) or float16
+    [B, N, G] like low (int4), mean and std float32 [C], cls float16 [B, C]. What the dtype has not is None.
     """
 
     row0: int
     pictures: list[bytes]
     labels: npt.NDArray[np.int32]
     codes: npt.NDArray[Any]
-    scale: npt.NDArray[np.float32] | None
+    scale: npt.NDArray[Any] | None
+    low: npt.NDArray[np.float16] | None
     mean: npt.NDArray[np.float32] | None
     std: npt.NDArray[np.float32] | None
     cls: npt.NDArray[np.float16] | None
@@ -47,9 +49,7 @@ class Chunk:
 
     def features(self) -> npt.NDArray[np.float32]:
         """Decoded patch features, float32 [B, N, C]."""
-        if self.scale is None:
-            return self.codes.astype(np.float32)
-        features: npt.NDArray[np.float32] = decode(self.codes, self.scale, self.mean, self.std)
+        features: npt.NDArray[np.float32] = decode(self.codes, self.scale, self.mean, self.std, self.low)
         return features
 
 
@@ -124,7 +124,7 @@ class Unit:
         path = self.commit_file(shard)
         if not path.is_file():
             raise CorruptionError(f"{path}: expected the commit of a complete unit; it is missing")
-        commit = decode_record(Commit, path.read_bytes(), path)
+        commit = read_record(Commit, path)
         found = (commit.identity_sha256, commit.split, commit.view, commit.shard, commit.rows)
         if found != (self.identity_sha256, self.split, self.view, shard, self.shard_rows(shard)):
             raise CorruptionError(f"{path}: expected the commit of shard {shard} of {self}; found that of {found[1:]}")
@@ -178,13 +178,14 @@ class Unit:
             checked_picture(self.tar(shard), data[int(offset) : int(offset) + int(size)], int(checksum), row0 + i)
             for i, (offset, size, checksum) in enumerate(places)
         ]
-        codes, scale, cls = (self._array(name, shard, position, rows) for name in ("patch", "scale", "cls"))
+        names = ("patch", "scale", "low", "cls")
+        codes, scale, low, cls = (self._array(name, shard, position, rows) for name in names)
         mean, std = (self._array(name, shard, 0, 1) for name in ("channel_mean", "channel_std"))
         assert codes is not None
         labels = index["label"].astype(np.int32)
         if mean is not None and std is not None:
             mean, std = mean[0], std[0]
-        return Chunk(row0, pictures, labels, codes, scale, mean, std, cls)
+        return Chunk(row0, pictures, labels, codes, scale, low, mean, std, cls)
 
     def _array(self, name: str, shard: int, position: int, rows: int) -> npt.NDArray[Any] | None:
         if name not in self.specs:

@@ -2,8 +2,11 @@
 
 from typing import Literal
 
+import pydantic
+
 from .arrays import ArraySpec
 from .dataset import CHUNK_ROWS
+from .quantize import GROUP
 from .records import Record
 
 
@@ -37,7 +40,11 @@ class TeacherIdentity(Record):
 
 
 class CacheIdentity(Record):
-    """cache.json: a pure function of the request. `grid` is (rows, columns) of patch tokens; sizes are pixels."""
+    """cache.json: a pure function of the request. `grid` is (rows, columns) of patch tokens; sizes are pixels.
+
+    What came after the first caches is None in them and then left out, so that their digests stay what they were:
+    `compress`, and `pixels_sha256`, a fixed picture through this machine's decoders, resize and encoder.
+    """
 
     format: Literal["mcm-cache"] = "mcm-cache"
     version: Literal[1] = 1
@@ -48,7 +55,9 @@ class CacheIdentity(Record):
     view_width: int
     view_encoding: str
     picture_rules: int
-    dtype: Literal["int8", "float16"]
+    dtype: Literal["int4", "int8", "float16"]
+    compress: Literal["zstd", "blosc"] | None = pydantic.Field(None, exclude_if=lambda value: value is None)
+    pixels_sha256: str | None = pydantic.Field(None, exclude_if=lambda value: value is None)
     grid: tuple[int, int]
     channels: int
     has_cls: bool
@@ -69,13 +78,21 @@ class CacheIdentity(Record):
     def arrays(self, split: str) -> dict[str, ArraySpec]:
         """The arrays of a unit of `split`, by name."""
         rows, shards = self.rows[split], self.shards(split)
-        shapes: dict[str, tuple[tuple[int, ...], str]] = {"patch": ((rows, self.tokens, self.channels), self.dtype)}
+        tokens, groups = (rows, self.tokens), self.channels // GROUP
+        patch = {
+            "float16": ((*tokens, self.channels), "float16"),
+            "int8": ((*tokens, self.channels), "int8"),
+            "int4": ((*tokens, self.channels // 2), "uint8"),
+        }[self.dtype]
+        specs = {"patch": ArraySpec("patch", *patch, CHUNK_ROWS, self.rows_per_shard, self.compress)}
         if self.dtype == "int8":
-            shapes["scale"] = ((rows, self.tokens), "float32")
+            specs["scale"] = ArraySpec("scale", tokens, "float32", CHUNK_ROWS, self.rows_per_shard)
+        if self.dtype == "int4":
+            names = ("low", "scale")
+            specs |= {n: ArraySpec(n, (*tokens, groups), "float16", CHUNK_ROWS, self.rows_per_shard) for n in names}
         if self.has_cls:
-            shapes["cls"] = ((rows, self.channels), "float16")
-        specs = {n: ArraySpec(n, s, d, CHUNK_ROWS, self.rows_per_shard) for n, (s, d) in shapes.items()}
-        if self.dtype == "int8":
+            specs["cls"] = ArraySpec("cls", (rows, self.channels), "float16", CHUNK_ROWS, self.rows_per_shard)
+        if self.dtype != "float16":
             per_shard = ("channel_mean", "channel_std")
             specs |= {n: ArraySpec(n, (shards, self.channels), "float32", 1, 1) for n in per_shard}
         return specs

@@ -80,6 +80,24 @@ def read_npy(path: Path) -> npt.NDArray[Any]:
     return array
 
 
+def seal(data: bytes) -> bytes:
+    """`data` and its crc32c: for an array that no commit vouches for. Readers of .npy stop before the four bytes."""
+    return data + int(crc32c.crc32c(data)).to_bytes(4, "little")
+
+
+def read_sealed_npy(path: Path) -> npt.NDArray[Any]:
+    """The array of a sealed .npy file.
+
+    Raises: CorruptionError when it is missing or not as it was written.
+    """
+    data = path.read_bytes() if path.is_file() else b""
+    if seal(data[:-4]) != data:
+        raise CorruptionError(
+            f"{path}: expected an array with its crc32c; it is missing or damaged; run `mcm-cache verify`"
+        )
+    return read_npy(path)
+
+
 def checked_picture(tar: Path, data: bytes, expected_crc32c: int, row: int) -> bytes:
     """`data`, whose crc32c is as its index says.
 

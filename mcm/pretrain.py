@@ -192,7 +192,7 @@ class Task:
 
     def target(self, batch: Batch) -> Tensor:
         """The normalised target of a batch, float32."""
-        return cast(Tensor, self.targets(batch["codes"], batch.get("scale"), batch.get("mean"), batch.get("std")))
+        return cast(Tensor, self.targets(*(batch.get(name) for name in ("codes", "scale", "mean", "std", "low"))))
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error over all channels, outside the wrapped module and in float32."""

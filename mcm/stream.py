@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -43,8 +44,9 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 class CacheSource:
     """Batches of a cache's chunks: epoch e shows chunk c in view (e + hash(seed, c)) mod V.
 
-    pictures uint8 [B, H, W, 3], codes [B, N, C] (int8 or float16), picks int32 [B, positions], rows and labels [B];
-    for int8 also scale [B, N], mean and std [M, C]. Every picture's and chunk's crc32c is checked by `Unit.chunk`.
+    pictures uint8 [B, H, W, 3], codes as stored [B, N, ...], picks int32 [B, positions], rows and labels [B]; for int8
+    and int4 also scale [B, N, ...], mean and std [M, C], for int4 low. Every picture's and chunk's crc32c is checked by
+    `Unit.chunk`.
     """
 
     def __init__(
@@ -71,17 +73,16 @@ class CacheSource:
         return out | {"picks": torch.from_numpy(picks), "epoch": epoch}
 
     def _allocate(self, batch: int, chunk: Chunk) -> Batch:
-        tokens, channels = chunk.codes.shape[1:]
         out = {
             "pictures": _empty((batch, *self.size_HW, 3), torch.uint8),
-            "codes": _empty((batch, tokens, channels), torch.float16 if chunk.scale is None else torch.int8),
             "rows": _empty((batch,), torch.int64),
             "labels": _empty((batch,), torch.int64),
         }
-        if chunk.scale is not None:
-            out["scale"] = _empty((batch, tokens), torch.float32)
-            out["mean"] = torch.zeros(batch // CHUNK_ROWS, channels)
-            out["std"] = torch.ones(batch // CHUNK_ROWS, channels)
+        for name, array in _row_arrays(chunk).items():
+            out[name] = _empty((batch, *array.shape[1:]), getattr(torch, str(array.dtype)))
+        if chunk.mean is not None:
+            out["mean"] = torch.zeros(batch // CHUNK_ROWS, len(chunk.mean))
+            out["std"] = torch.ones(batch // CHUNK_ROWS, len(chunk.mean))
         return out
 
     def _fill(self, out: Batch, chunk: Chunk, start: int, position: int) -> None:
@@ -89,18 +90,21 @@ class CacheSource:
         arrays = {name: tensor.numpy() for name, tensor in out.items()}
         for data, picture in zip(chunk.pictures, arrays["pictures"][span], strict=True):
             decode_view_into(data, picture)
-        arrays["codes"][span], arrays["labels"][span] = chunk.codes, chunk.labels
-        arrays["rows"][span] = range(chunk.row0, chunk.row0 + chunk.rows)
-        if chunk.scale is not None:
-            arrays["scale"][span], arrays["mean"][position], arrays["std"][position] = (
-                chunk.scale,
-                chunk.mean,
-                chunk.std,
-            )
+        for name, array in _row_arrays(chunk).items():
+            arrays[name][span] = array
+        arrays["labels"][span], arrays["rows"][span] = chunk.labels, range(chunk.row0, chunk.row0 + chunk.rows)
+        if chunk.mean is not None:
+            arrays["mean"][position], arrays["std"][position] = chunk.mean, chunk.std
 
     def rows_of(self, chunks: Indices) -> Indices:
         """Row numbers of whole chunks."""
         return (chunks[:, None] * CHUNK_ROWS + np.arange(CHUNK_ROWS)).ravel()
+
+
+def _row_arrays(chunk: Chunk) -> dict[str, npt.NDArray[Any]]:
+    """The stored arrays that have a row for every picture; which there are depends on the cache's dtype."""
+    found = {"codes": chunk.codes, "scale": chunk.scale, "low": chunk.low}
+    return {name: array for name, array in found.items() if array is not None}
 
 
 class DatasetSource:

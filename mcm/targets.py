@@ -3,8 +3,6 @@
 B batch, N patches, D student width, C teacher channels, K chunks in the batch.
 """
 
-from typing import cast
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -55,18 +53,25 @@ class Targets(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, codes: Tensor, scale: Tensor | None = None, mean: Tensor | None = None, std: Tensor | None = None
+        self,
+        codes: Tensor,
+        scale: Tensor | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        low: Tensor | None = None,
     ) -> Tensor:
         """Return target_BNC (target_BND if projected), float32, also under autocast.
 
-        codes int8 [B, N, C] with scale [B, N] and the chunks' mean and std [K, C] (K divides B), or float16 alone.
+        codes float16 alone; int8 [B, N, C] with scale [B, N], or int4 with scale and low [B, N, G], and the chunks'
+        mean and std [K, C] (K divides B).
         """
         with torch.autocast(codes.device.type, enabled=False):
             if scale is None or mean is None or std is None:
                 target = codes.float()
             else:  # mean and std belong to the chunk: broadcast over its rows and patches
-                codes, scale = (part.view(len(mean), -1, *part.shape[1:]) for part in (codes, scale))
-                target = cast(Tensor, decode(codes, scale, mean[:, None, None], std[:, None, None])).flatten(0, 1)
+                chunks = [None if x is None else x.view(len(mean), -1, *x.shape[1:]) for x in (codes, scale, low)]
+                stats = mean[:, None, None], std[:, None, None]
+                target = decode(chunks[0], chunks[1], *stats, chunks[2], torch).flatten(0, 1)
             if self.cfg.norm == "layer_norm":
                 target = F.layer_norm(target, target.shape[-1:], eps=NORM_EPS)
             elif self.cfg.norm == "channel":

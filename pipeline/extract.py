@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -17,15 +18,16 @@ from cache_tools.dataset import CHUNK_ROWS, Dataset
 from cache_tools.errors import IdentityError, Interrupted, UsageError
 from cache_tools.identity import CacheIdentity, CropPolicy, Fingerprint
 from cache_tools.images import PICTURE_RULES, check_encoding
+from cache_tools.quantize import GROUP
 from cache_tools.storage import locks_work, publish, run_folder, try_lock
-from cache_tools.tars import encode_npy, read_npy
+from cache_tools.tars import encode_npy, read_sealed_npy, seal
 from cache_tools.writer import finish_unit, publish_identity
 
 from .dry_run import print_plan
 from .shard import shard
 from .shard_features import Extractor
 from .teachers import Teacher, load_teacher, probe_pictures
-from .views import TRAIN
+from .views import TRAIN, pixels_sha256
 
 # Largest relative MSE between the float32 probe features of two machines. GELU in the place of QuickGELU moves those of
 # the demo's CLIP by 4.2e-5 and of DeiT-tiny by 7.0e-2.
@@ -48,6 +50,8 @@ class Request:
     patch: int | None = None
     encoding: str = "jpeg:95:444"  # token cosine to the unrecompressed view 0.985; 0.954 at 92:420 (LOG.md)
     dtype: str = "int8"
+    compress: str | None = None
+    max_error: float = math.inf
     teacher_size: int | None = None
     precision: str | None = None
     batch: int = 64
@@ -90,7 +94,7 @@ def extract(request: Request) -> None:
         fingerprint = Fingerprint(
             device=teacher.device.type, precision=teacher.precision, batch=request.batch, versions=versions(teacher)
         )
-        extractor = Extractor(dataset, identity, teacher, fingerprint, precision_mse, ahead, behind)
+        extractor = Extractor(dataset, identity, teacher, fingerprint, precision_mse, request.max_error, ahead, behind)
         made = True
         while made:  # once more, for what others held and left
             made = False
@@ -109,8 +113,12 @@ def extract(request: Request) -> None:
 
 def _check(request: Request) -> None:
     check_encoding(request.encoding)
-    if request.dtype not in ("int8", "float16"):
-        raise UsageError(f"--dtype {request.dtype!r}: expected int8 or float16")
+    if request.dtype not in ("int4", "int8", "float16"):
+        raise UsageError(f"--dtype {request.dtype!r}: expected int8, int4 or float16")
+    if request.compress not in (None, "zstd", "blosc"):
+        raise UsageError(f"--compress {request.compress!r}: expected zstd or blosc")
+    if not request.max_error > 0:
+        raise UsageError(f"--max-error {request.max_error}: expected a relative MSE above 0, such as 1e-3")
     if request.batch < CHUNK_ROWS or request.batch % CHUNK_ROWS:
         raise UsageError(f"--batch {request.batch}: expected a multiple of {CHUNK_ROWS}")
     if request.views < 1 or not 0 <= request.worker < request.workers:
@@ -136,8 +144,10 @@ def open_source(request: Request) -> Dataset:
 
 
 def check_grid(request: Request, teacher: Teacher) -> None:
-    """Raises: UsageError when the teacher's grid and the student's cannot be the same."""
+    """Raises: UsageError when the teacher's grid and the student's cannot be the same, or its channels not grouped."""
     rows, columns = teacher.grid
+    if request.dtype == "int4" and teacher.channels % GROUP:
+        raise UsageError(f"--dtype int4: expected channels in groups of {GROUP}; the teacher has {teacher.channels}")
     patch = request.patch or request.size // rows
     if request.patch is None and (request.size % rows or rows != columns):
         raise UsageError(f"--size {request.size}: expected a --size that {rows} divides, the teacher's tokens a side")
@@ -162,7 +172,9 @@ def describe(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdent
         view_width=request.size,
         view_encoding=request.encoding,
         picture_rules=PICTURE_RULES,
-        dtype="int8" if request.dtype == "int8" else "float16",
+        dtype=cast(Literal["int4", "int8", "float16"], request.dtype),
+        compress=cast(Literal["zstd", "blosc"] | None, request.compress),
+        pixels_sha256=pixels_sha256(request.encoding),
         grid=teacher.grid,
         channels=teacher.channels,
         has_cls=teacher.has_cls,
@@ -184,8 +196,8 @@ def publish_teacher(cache: Path, teacher: Teacher) -> float:
     pictures = torch.from_numpy(probe_pictures(teacher.identity.height, teacher.identity.width))
     exact, found = (teacher.features(pictures, p)[0].cpu().numpy() for p in ("fp32", teacher.precision))
     path = cache / "probe.npy"
-    publish(path, encode_npy(exact), compare=False)
-    difference = relative_mse(exact, read_npy(path))
+    publish(path, seal(encode_npy(exact)), compare=False)
+    difference = relative_mse(exact, read_sealed_npy(path))
     if not difference <= PROBE_TOLERANCE:
         raise IdentityError(
             f"{path}: this teacher's features of the probe pictures differ by {difference:.1e} (relative MSE, at most "
@@ -203,7 +215,7 @@ def relative_mse(x: np.ndarray, reference: np.ndarray) -> float:
 
 def versions(teacher: Teacher) -> dict[str, str]:
     """What can change a byte of a view or a bit of a feature."""
-    names = ("torch", "timm", "open_clip_torch", "numpy", "pillow", "simplejpeg")
+    names = ("torch", "timm", "open_clip_torch", "numpy", "pillow", "simplejpeg", "numcodecs")
     found = {name: version(name) for name in names}
     on_cpu = teacher.device.type == "cpu"
     return found | (

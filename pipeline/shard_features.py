@@ -24,7 +24,7 @@ from cache_tools.dataset import Dataset
 from cache_tools.errors import CorruptionError, UsageError
 from cache_tools.identity import CacheIdentity, Fidelity, Fingerprint
 from cache_tools.images import RGB, PictureRefused, decode_rgb, decode_view_into, encode_view, resize_rgb
-from cache_tools.quantize import CALIBRATION_ROWS, channel_stats, decode, encode_int8
+from cache_tools.quantize import CALIBRATION_ROWS, channel_stats, decode, encode
 from cache_tools.writer import UnitShardWriter
 
 from .teachers import Teacher
@@ -94,6 +94,8 @@ class UnitEncoder:
         self.seen = 0
         self.calibration: tuple[Tensor, Tensor] | None = None
         self.written: deque[Future[None]] = deque()
+        self.unfit: list[Tensor] = []  # a row: whether a feature or its stored form is not finite
+        self.peaks: list[Tensor] = []  # a row: its largest absolute feature
         self.sums: dict[str, Any] = Counter()
 
     def add(self, patch_BNC: Tensor, cls_BC: Tensor | None) -> None:
@@ -104,26 +106,25 @@ class UnitEncoder:
             return
         if self.calibration is None:
             calibration_BNC = torch.cat([patch for patch, _ in self.waiting])[:CALIBRATION_ROWS]
-            self._check_finite(int((~torch.isfinite(calibration_BNC)).sum()))
             mean, std = channel_stats(calibration_BNC.cpu().numpy())
             self.calibration = torch.from_numpy(mean).to(patch_BNC.device), torch.from_numpy(std).to(patch_BNC.device)
-            if self.identity.dtype == "int8":
+            if self.identity.dtype != "float16":
                 self._write({"channel_mean": self.calibration[0][None], "channel_std": self.calibration[1][None]})
         for patch, cls in self.waiting:
             self._encode(patch, cls, *self.calibration)
         self.waiting = []
 
     def _encode(self, x_BNC: Tensor, cls_BC: Tensor | None, mean_C: Tensor, std_C: Tensor) -> None:
-        if self.identity.dtype == "int8":
-            codes, scale = encode_int8(x_BNC, mean_C, std_C, torch)
-            decoded, arrays = decode(codes, scale, mean_C, std_C), {"patch": codes, "scale": scale}
-        else:
-            codes = x_BNC.half()
-            decoded, arrays = codes.float(), {"patch": codes}
+        arrays: dict[str, Tensor] = encode(self.identity.dtype, x_BNC, mean_C, std_C, torch)
+        decoded = decode(arrays["patch"], arrays.get("scale"), mean_C, std_C, arrays.get("low"), torch)
+        unfit_B, peak_B = ~torch.isfinite(decoded).flatten(1).all(1), x_BNC.abs().flatten(1).amax(1)
         if cls_BC is not None:
             arrays["cls"] = cls_BC.half()
+            unfit_B |= ~torch.isfinite(arrays["cls"]).all(1)
+            peak_B = torch.maximum(peak_B, cls_BC.abs().amax(1))
+        self.unfit.append(unfit_B)
+        self.peaks.append(peak_B)
         z, q = (x_BNC - mean_C) / std_C, (decoded - mean_C) / std_C
-        self.sums["bad"] += (~torch.isfinite(decoded)).sum()
         self.sums["error"] += ((z - q) ** 2).sum(dtype=torch.float64)
         self.sums["energy"] += (z**2).sum(dtype=torch.float64)
         self.sums["cosine"] += torch.nn.functional.cosine_similarity(z, q, dim=-1).sum(dtype=torch.float64)
@@ -144,22 +145,34 @@ class UnitEncoder:
             while len(self.written) > left:
                 self.written.popleft().result()
 
-    def _check_finite(self, bad: int) -> None:
-        if bad:
-            where = f"{self.writer.unit} shard {self.writer.shard}"
-            raise UsageError(f"{where}: {bad} features of the last layer are not finite; use --precision fp32")
+    def _check_finite(self) -> None:
+        rows = torch.cat(self.unfit).nonzero().flatten().tolist()
+        if rows:
+            value = float(torch.cat(self.peaks)[rows[0]])
+            row = self.writer.shard * self.identity.rows_per_shard + rows[0]
+            remedy = "--dtype int8" if self.identity.dtype == "float16" and np.isfinite(value) else "--precision fp32"
+            raise UsageError(
+                f"{self.writer.unit} shard {self.writer.shard}: expected finite features that fit {self.identity.dtype}"
+                f"; found {value:.4g} in the {self.identity.teacher.layer} layer, row {row} ({len(rows)} rows of"
+                f" {self.rows}); use {remedy}"
+            )
 
-    def commit(self, fingerprint: Fingerprint, precision_mse: float) -> None:
+    def commit(self, fingerprint: Fingerprint, precision_mse: float, max_error: float) -> None:
         """Write what is left and commit the shard.
 
-        Raises: UsageError when a feature is not finite, before anything is committed.
+        Raises: UsageError, before anything is committed, when a feature is not finite or the stored ones are too far off.
         """
         self._wait(0)
-        self._check_finite(int(self.sums["bad"]))
+        self._check_finite()
         tokens = self.rows * self.identity.tokens
         mean = (self.sums["sum"] / tokens).cpu().numpy()
         var = np.maximum((self.sums["square"] / tokens).cpu().numpy() - mean**2, 0)
         loss = float(self.sums["error"] / self.sums["energy"].clamp(min=1e-30))
+        if not loss <= max_error:
+            raise UsageError(
+                f"{self.writer.unit} shard {self.writer.shard}: expected a relative MSE of at most {max_error:g}; found"
+                f" {loss:.3g} with {self.identity.dtype}; use a wider --dtype or raise --max-error"
+            )
         fidelity = Fidelity(
             relative_mse=float(f"{loss:.4g}"),
             cosine=float(f"{float(self.sums['cosine']) / tokens:.7g}"),
@@ -177,6 +190,7 @@ class Extractor:
     teacher: Teacher
     fingerprint: Fingerprint
     precision_mse: float
+    max_error: float
     ahead: ThreadPoolExecutor
     behind: ThreadPoolExecutor
     spent: Spent = field(default_factory=Spent)
@@ -199,7 +213,7 @@ class Extractor:
                     self._forward(encoder, [views[position].teacher_input for views in batch])
                 bar.update(len(batch) * len(units), str(self.spent))
             for encoder in encoders:
-                encoder.commit(self.fingerprint, self.precision_mse)
+                encoder.commit(self.fingerprint, self.precision_mse, self.max_error)
 
     def _render_ahead(self, units: Sequence[Unit], rows: range) -> Iterator[list[View]]:
         """The views of each row in order, rendered by threads up to two batches ahead."""

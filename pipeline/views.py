@@ -6,7 +6,8 @@ import numpy as np
 
 from cache_tools.draws import uniform
 from cache_tools.identity import CropPolicy
-from cache_tools.images import RGB, resize_rgb
+from cache_tools.images import RGB, decode_rgb, decode_view_into, encode_view, resize_rgb
+from cache_tools.records import sha256_hex
 
 TRAIN = "train"  # the split that is drawn by the crop policy; every other one is centre crops
 
@@ -50,3 +51,16 @@ def render(rgb_HW3: RGB, geometry: Geometry, height: int, width: int) -> RGB:
     columns = slice(geometry.left, geometry.left + geometry.width)
     view = resize_rgb(rgb_HW3[rows, columns], height, width)
     return np.ascontiguousarray(view[:, ::-1]) if geometry.flip else np.ascontiguousarray(view)
+
+
+def pixels_sha256(encoding: str) -> str:
+    """Digest of a fixed picture on its way from a JPEG to a teacher's input, by the libraries of this machine.
+
+    It differs where a decoder, encoder or resize of another version (or processor) would change a pixel.
+    """
+    noise = uniform(0, "pixels", np.arange(64 * 96 * 3)).reshape(64, 96, 3)
+    source = encode_view(resize_rgb((noise * 255).astype(np.uint8), 160, 240), "jpeg:90:420")
+    crop = Geometry(11, 23, 120, 150, 1, 160, 240)
+    view = np.empty((64, 64, 3), np.uint8)
+    decode_view_into(encode_view(render(decode_rgb(source), crop, 64, 64), encoding), view)
+    return sha256_hex(view.tobytes() + resize_rgb(view, 56, 56).tobytes())

@@ -9,7 +9,7 @@ from cache_tools.cache import Cache, Unit
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.identity import CacheIdentity, CropPolicy, Fidelity, Fingerprint, TeacherIdentity
 from cache_tools.images import PICTURE_RULES, decode_view_into, encode_view
-from cache_tools.quantize import channel_stats, encode_int8
+from cache_tools.quantize import channel_stats, encode
 from cache_tools.writer import UnitShardWriter, finish_unit, publish_identity
 
 SIZE, GRID, CHANNELS = 32, 4, 16
@@ -22,7 +22,9 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def make_identity(rows: dict[str, int], dtype: str = "int8", seed: int = 0, rows_per_shard: int = 64) -> CacheIdentity:
+def make_identity(
+    rows: dict[str, int], dtype: str = "int8", seed: int = 0, rows_per_shard: int = 64, compress: str | None = None
+) -> CacheIdentity:
     teacher = TeacherIdentity(
         name="test:linear",
         architecture_sha256=digest("linear"),
@@ -42,8 +44,9 @@ def make_identity(rows: dict[str, int], dtype: str = "int8", seed: int = 0, rows
         view_encoding="jpeg:95:444",
         picture_rules=PICTURE_RULES,
         dtype=dtype,
+        compress=compress,
         grid=(GRID, GRID),
-        channels=CHANNELS,
+        channels=channels_of(dtype),
         has_cls=True,
         rows_per_shard=rows_per_shard,
         rows=rows,
@@ -59,10 +62,15 @@ def view(split: str, view_number: int, row: int) -> np.ndarray:
     return (picture + draw.integers(0, 20, picture.shape) + 30 * (row % 2)).astype(np.uint8)
 
 
-def features(pictures: np.ndarray) -> np.ndarray:
-    """The "teacher": float32 [B, 16, 16], a fixed linear map of each 8 px patch."""
+def channels_of(dtype: str) -> int:
+    """16; int4 needs groups of 64."""
+    return 64 if dtype == "int4" else CHANNELS
+
+
+def features(pictures: np.ndarray, channels: int = CHANNELS) -> np.ndarray:
+    """The "teacher": float32 [B, 16, C], a fixed linear map of each 8 px patch."""
     patches = pictures.reshape(-1, GRID, 8, GRID, 8, 3).swapaxes(2, 3).reshape(-1, GRID * GRID, 192)
-    matrix = np.random.default_rng(7).standard_normal((192, CHANNELS))
+    matrix = np.random.default_rng(7).standard_normal((192, channels))
     return ((patches / 255.0 - 0.5) @ matrix).astype(np.float32)
 
 
@@ -75,30 +83,33 @@ def write_shard(unit: Unit, shard: int) -> None:
     pictures = np.zeros((len(encoded), SIZE, SIZE, 3), np.uint8)
     for data, picture in zip(encoded, pictures, strict=True):
         decode_view_into(data, picture)
-    patch = features(pictures)
+    patch = features(pictures, identity.channels)
     mean, std = channel_stats(patch)
     with UnitShardWriter(unit, shard) as writer:
         for row, data in zip(rows, encoded, strict=True):
             writer.add_view(data, row % 2, GEOMETRY)
-        if identity.dtype == "int8":
-            codes, scale = encode_int8(patch, mean, std)
-            writer.add("patch", codes)
-            writer.add("scale", scale.astype(np.float32))
+        for name, array in encode(identity.dtype, patch, mean, std).items():
+            writer.add(name, array.astype(unit.specs[name].dtype))
+        if identity.dtype != "float16":
             writer.add("channel_mean", mean[None])
             writer.add("channel_std", std[None])
-        else:
-            writer.add("patch", patch.astype(np.float16))
         writer.add("cls", patch.mean(1).astype(np.float16))
-        flat = patch.reshape(-1, CHANNELS).astype(np.float64)
+        flat = patch.reshape(-1, identity.channels).astype(np.float64)
         writer.commit(flat.mean(0), flat.var(0), LOSSLESS, FINGERPRINT)
 
 
 def make_cache(
-    path: Path, rows: int = 100, val_rows: int = 40, views: int = 2, dtype: str = "int8", seed: int = 0
+    path: Path,
+    rows: int = 100,
+    val_rows: int = 40,
+    views: int = 2,
+    dtype: str = "int8",
+    seed: int = 0,
+    compress: str | None = None,
 ) -> Cache:
     """Write CACHE with `views` complete units of train and one of val (val_rows 0: no val split)."""
     assert rows > CHUNK_ROWS
-    identity = make_identity({"train": rows} | ({"val": val_rows} if val_rows else {}), dtype, seed)
+    identity = make_identity({"train": rows} | ({"val": val_rows} if val_rows else {}), dtype, seed, compress=compress)
     publish_identity(path, identity)
     for split in identity.rows:
         for number in range(views if split == "train" else 1):

@@ -23,15 +23,26 @@ def write(group: Path, spec: ArraySpec, data: np.ndarray) -> list[int]:
     return crc32cs
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
+def codecs(spec: ArraySpec) -> list[object]:
+    """zarr-python's, asked for what docs/format.md writes."""
+    itemsize = np.dtype(spec.dtype).itemsize
+    compressors = {
+        "zstd": zarr.codecs.ZstdCodec(level=1),
+        "blosc": zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=itemsize),
+    }
+    return [*([compressors[spec.compress]] if spec.compress else []), zarr.codecs.Crc32cCodec()]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float16", "float32"])
 @pytest.mark.parametrize("tail", [(3, 5), (5,), ()])
-def test_same_bytes_as_zarr_python(tmp_path: Path, dtype: str, tail: tuple[int, ...]) -> None:
-    spec = ArraySpec("patch", (40, *tail), dtype, 16, 32)
-    data = np.random.default_rng(0).integers(-100, 100, spec.shape).astype(dtype)
+@pytest.mark.parametrize("compress", [None, "zstd", "blosc"])
+def test_same_bytes_as_zarr_python(tmp_path: Path, dtype: str, tail: tuple[int, ...], compress: str | None) -> None:
+    spec = ArraySpec("patch", (40, *tail), dtype, 16, 32, compress)
+    data = np.random.default_rng(0).integers(0, 100, spec.shape).astype(dtype)
     write(tmp_path / "ours", spec, data)
     reference = zarr.create_array(
         tmp_path / "theirs" / "patch", shape=spec.shape, chunks=spec.chunk_shape, shards=(32, *tail), dtype=dtype,
-        fill_value=-128 if dtype == "int8" else float("nan"), compressors=zarr.codecs.Crc32cCodec(),
+        fill_value=spec.fill, compressors=codecs(spec),
         chunk_key_encoding={"name": "default", "separator": "."}, config={"write_empty_chunks": True},
     )  # fmt: skip
     reference[:] = data
@@ -40,6 +51,38 @@ def test_same_bytes_as_zarr_python(tmp_path: Path, dtype: str, tail: tuple[int, 
     for shard in (0, 1):
         name = spec.shard_file(shard)
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+@pytest.mark.parametrize("compress", ["zstd", "blosc"])
+def test_compressed_chunks_come_back_and_damage_is_named(tmp_path: Path, compress: str) -> None:
+    spec = ArraySpec("patch", (40, 300), "int8", 16, 32, compress)
+    data = np.random.default_rng(0).integers(0, 9, spec.shape).astype(np.int8)
+    crc32cs = write(tmp_path, spec, data)
+    path = tmp_path / spec.shard_file(0)
+    good = path.read_bytes()
+    assert len(good) < 0.8 * 32 * 300
+    assert (read_chunk(tmp_path, spec, 0, 1, crc32cs[1]) == data[16:32]).all()
+    for position in range(0, len(good), 7):  # chunk 0 or 1, a checksum, or the index
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
+        read = []
+        for number in (0, 1):
+            try:
+                read.append((read_chunk(tmp_path, spec, 0, number, crc32cs[number]) == data[16 * number :][:16]).all())
+            except CorruptionError as error:
+                assert str(path) in str(error)
+        assert all(read)
+    for damaged in (good[:-1], good[-36:], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptionError, match="c.0.0"):
+            read_chunk(tmp_path, spec, 0, 0, crc32cs[0])
+
+
+@pytest.mark.parametrize("compress", ["zstd", "blosc"])
+def test_a_chunk_that_would_unpack_to_more_is_refused(tmp_path: Path, compress: str) -> None:
+    small, large = (ArraySpec("patch", (16, n), "int8", 16, 16, compress) for n in (20_000, 30_000_000))
+    crc32cs = write(tmp_path, large, np.zeros(large.shape, np.int8))
+    with pytest.raises(CorruptionError, match="does not decompress"):
+        read_chunk(tmp_path, small, 0, 0, crc32cs[0])
 
 
 def test_chunks_come_back_and_damage_is_named(tmp_path: Path) -> None:

@@ -4,33 +4,36 @@ import numpy as np
 import pytest
 import torch
 
-from cache_tools.quantize import channel_stats, decode, encode_int8
+from cache_tools.quantize import channel_stats, decode, encode
 from mcm.config import Target
 from mcm.targets import Fit, Targets, loss_fn, orthogonal_matrix
 
 ROWS, N, C, D = 32, 4, 24, 40
 
 
-def features(seed=0):
+def features(seed=0, channels=C):
     rng = np.random.default_rng(seed)
-    return (rng.standard_normal((ROWS, N, C)) * rng.uniform(0.1, 9, C) + rng.uniform(-5, 5, C)).astype(np.float32)
+    x_BNC = rng.standard_normal((ROWS, N, channels)) * rng.uniform(0.1, 9, channels)
+    return (x_BNC + rng.uniform(-5, 5, channels)).astype(np.float32)
 
 
 def targets(norm="none", projection="prediction", width=D, stats=None):
     return Targets(Target(norm=norm, projection=projection), C, width, stats, seed=0)
 
 
-def test_int8_codes_decode_with_the_statistics_of_their_own_chunk():
-    x_BNC = features()
+@pytest.mark.parametrize(("dtype", "error_bar"), [("int8", 0.03), ("int4", 0.1)])
+def test_codes_decode_with_the_statistics_of_their_own_chunk(dtype, error_bar):
+    x_BNC = features(channels=64)
     x_BNC[16:] *= 3
-    parts = [(part, *channel_stats(part)) for part in np.split(x_BNC, 2)]
-    codes, scale = (np.concatenate(side) for side in zip(*(encode_int8(*part) for part in parts), strict=True))
-    mean, std = (np.stack([part[i] for part in parts]) for i in (1, 2))
-    got = targets()(*(torch.from_numpy(a) for a in (codes, scale, mean, std))).numpy()
-    expected = np.concatenate([decode(codes[i * 16 :][:16], scale[i * 16 :][:16], mean[i], std[i]) for i in (0, 1)])
+    stats = [channel_stats(part) for part in np.split(x_BNC, 2)]
+    parts = [encode(dtype, part, *own) for part, own in zip(np.split(x_BNC, 2), stats, strict=True)]
+    arrays = {name: torch.from_numpy(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+    mean, std = (torch.from_numpy(np.stack([own[i] for own in stats])) for i in (0, 1))
+    got = targets()(arrays["patch"], arrays["scale"], mean, std, arrays.get("low")).numpy()
+    expected = [decode(p["patch"], p["scale"], *s, p.get("low")) for p, s in zip(parts, stats, strict=True)]
     assert got.dtype == np.float32
-    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
-    assert np.abs(got - x_BNC).max() < 0.03 * np.abs(x_BNC).max()
+    np.testing.assert_allclose(got, np.concatenate(expected), rtol=1e-5, atol=1e-5)
+    assert np.abs(got - x_BNC).max() < error_bar * np.abs(x_BNC).max()
 
 
 def test_normalisations():

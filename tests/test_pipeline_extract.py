@@ -16,7 +16,7 @@ from make_teacher import make_teacher
 from PIL import Image
 
 from cache_tools.cache import Cache
-from cache_tools.errors import IdentityError, UsageError
+from cache_tools.errors import CorruptionError, IdentityError, UsageError
 from cache_tools.identity import CropPolicy
 from cache_tools.images import decode_rgb, decode_view_into
 from cache_tools.quantize import decode
@@ -82,7 +82,7 @@ def test_same_pixels(place: Path, cache: Path) -> None:
             assert (streamed.numpy() == direct).all()
             patch, cls = teacher.features(streamed)
             codes = [batch[name][: chunk.rows] for name in ("codes", "scale")]
-            decoded = decode(*codes, batch["mean"], batch["std"])
+            decoded = decode(*codes, batch["mean"], batch["std"], xp=torch)
             assert ((decoded - patch).std() / patch.std()) < 0.02
             assert np.allclose(chunk.cls, cls.numpy(), atol=1e-2)
 
@@ -213,7 +213,10 @@ def test_probe_features_tell_what_names_do_not(place: Path, cache: Path, monkeyp
         (dict(size=42), "a --size that 4 divides"),
         (dict(patch=16), "use --teacher-size 16"),
         (dict(batch=20), "multiple of 16"),
-        (dict(dtype="int3"), "expected int8 or float16"),
+        (dict(dtype="int3"), "expected int8, int4 or float16"),
+        (dict(dtype="int4"), "channels in groups of 64; the teacher has 32"),
+        (dict(compress="lz4"), "expected zstd or blosc"),
+        (dict(max_error=0.0), "a relative MSE above 0"),
         (dict(encoding="jpeg:120:420"), "jpeg:QUALITY"),
         (dict(splits=("tset",)), "no split 'tset'"),
         (dict(workers=2, worker=2), "a worker below"),
@@ -225,21 +228,59 @@ def test_usage_errors_come_before_any_work(place: Path, tmp_path: Path, changes:
     assert not (tmp_path / "cache").exists()
 
 
-def test_features_that_are_not_finite_stop_the_shard(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("dtype", "value", "where", "said"),
+    [
+        ("float16", float("inf"), "patch", "found inf in the last layer, row 21 .1 rows of 24.; use --precision fp32"),
+        ("int8", float("nan"), "patch", "found nan in the last layer, row 21 .* use --precision fp32"),
+        ("float16", 7e4, "patch", "found 7e[+]04 in the last layer, row 21 .* use --dtype int8"),
+        ("int8", float("nan"), "cls", "found nan in the last layer, row 21 .* use --precision fp32"),
+    ],
+)
+def test_features_that_cannot_be_stored_stop_the_shard(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, value: float, where: str, said: str
 ) -> None:
     from pipeline.teachers import Teacher
 
-    forward = Teacher.features
+    forward, batches = Teacher.features, []
 
     def poisoned(self: Teacher, pictures: torch.Tensor, precision: str | None = None) -> object:
-        patch, cls = forward(self, pictures, precision)
-        return (patch.masked_fill(patch > patch.amax() - 1e-6, float("inf")) if len(patch) == 16 else patch), cls
+        patch, cls = (part.clone() for part in forward(self, pictures, precision))
+        if precision is None:  # not the probe
+            batches.append(len(pictures))
+            if len(batches) == 2:
+                (patch[5, 3] if where == "patch" else cls[5])[7] = value
+        return patch, cls
 
     monkeypatch.setattr(Teacher, "features", poisoned)
-    with pytest.raises(UsageError, match="not finite; use --precision fp32"):
-        extract(request(place, tmp_path / "cache", dtype="float16"))
+    with pytest.raises(UsageError, match=said):
+        extract(request(place, tmp_path / "cache", dtype=dtype, splits=("val",)))
     assert not list(tmp_path.rglob("commits/*.json"))
+
+
+def test_max_error_refuses_before_anything_is_committed(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"relative MSE of at most 1e-06; found .* with int8; use a wider --dtype"):
+        extract(request(place, tmp_path / "cache", max_error=1e-6))
+    assert not list(tmp_path.rglob("commits/*.json"))
+    extract(request(place, tmp_path / "cache", max_error=1e-3, splits=("val",)))
+
+
+def test_a_damaged_probe_is_named(place: Path, cache: Path) -> None:
+    path = cache / "probe.npy"
+    good = path.read_bytes()
+    path.write_bytes(good[:300] + bytes([good[300] ^ 1]) + good[301:])
+    with pytest.raises(CorruptionError, match=r"probe\.npy: expected an array with its crc32c"):
+        extract(request(place, cache))
+    path.write_bytes(good)
+
+
+def test_a_library_that_changes_pixels_is_refused(place: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another Pillow would: its resize rounds otherwise."""
+    from pipeline import views
+
+    monkeypatch.setattr(views, "resize_rgb", lambda *a, real=views.resize_rgb: real(*a) ^ 1)
+    with pytest.raises(IdentityError, match="pixels_sha256"):
+        extract(request(place, cache))
 
 
 def test_commands_answer(place: Path, cache: Path) -> None:
