@@ -35,6 +35,11 @@ def describe(error: BaseException) -> str:
         text = f"{error.filename or 'a file'}: {error.strerror or error}; mend that and run the same command again"
     else:
         text = str(error)
+    return one_line(text)
+
+
+def one_line(text: str) -> str:
+    """`text` with control characters escaped: names of files may hold any, a terminal obeys some."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -49,12 +49,18 @@ def shard_command(
 
     Example: mcm-cache shard ~/imagenet imagenet-dataset
     """
-    from .shard import shard
+    from .shard import Job
+    from .supervise import Watch, supervised
 
-    record = shard(source, dataset, rows_per_shard, seed, max_refused, workers)
-    for name, split in record.splits.items():
-        print(f"{name}: {split.rows} rows in {len(split.shards)} shards, {split.refused} refused")
-    print(f"{dataset}: {len(record.classes)} classes; next: mcm-cache extract {dataset} CACHE --teacher ...")
+    job = Job(source, dataset, rows_per_shard, seed, max_refused, workers)
+
+    def work(watch: Watch) -> None:
+        record = job.run(watch)
+        for name, split in record.splits.items():
+            print(f"{name}: {split.rows} rows in {len(split.shards)} shards, {split.refused} refused")
+        print(f"{dataset}: {len(record.classes)} classes; next: mcm-cache extract {dataset} CACHE --teacher ...")
+
+    supervised(work, job)
 
 
 @app.command("extract")
