@@ -1,5 +1,6 @@
 """DATASET: labelled pictures in WebDataset tars, with an index that finds and checks each of them."""
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,6 +54,14 @@ def row_key(row: int) -> str:
 def shard_name(shard: int) -> str:
     """The file name of a shard, without its extension."""
     return f"{shard:06d}"
+
+
+def info_json(name: str, split: SplitEntry) -> bytes:
+    """_info.json of a split, for timm's reader: a pure function of what dataset.json says."""
+    filenames = [f"{shard_name(shard)}.tar" for shard in range(len(split.shards))]
+    lengths = [entry.rows for entry in split.shards]
+    info = {"name": name, "num_samples": split.rows, "filenames": filenames, "shard_lengths": lengths}
+    return (json.dumps({"splits": {name: info}}, sort_keys=True) + "\n").encode()
 
 
 class Dataset:
