@@ -9,13 +9,14 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from cache_tools.console import Progress, StopFlag, progress
+from cache_tools.console import Progress, StopFlag, one_line, progress
 from cache_tools.dataset import (
     CHUNK_ROWS,
     ROWS_PER_SHARD,
@@ -35,6 +36,10 @@ from cache_tools.tars import INDEX_DTYPE, TarShardWriter, encode_npy
 
 from .candidates import Candidates, SourceItem, printable, read_source
 from .sources import list_sources
+from .supervise import SLOTS, Watch
+
+_FAULTS = "faults.json"
+_DETAIL = {"decoder-crash": "its decoder crashed", "decoder-hang": "its decoder did not come to an end"}
 
 
 class SplitPlan(Record):
@@ -72,6 +77,13 @@ class ShardProgress(Record):
     entry: ShardEntry | None
 
 
+class Faults(Record):
+    """Positions of a split's order that are refused without decoding, and why: see pipeline/supervise.py."""
+
+    version: Literal[1] = 1
+    reasons: dict[str, str]
+
+
 class Picture(NamedTuple):
     """A candidate after decoding: its bytes and their kind, or a refusal."""
 
@@ -93,31 +105,81 @@ def shard(
 
     Raises: UsageError, IdentityError (another request was begun or finished there), TooManyRefused, Interrupted.
     """
-    out = Path(out)
-    run = run_folder(out)
-    _check_request(source, out, run, rows_per_shard, seed, max_refused)
-    sources = list_sources(source)
-    for note in sources.notes:
-        print(f"{source}: {note}")
-    listing = {name: SplitPlan(candidates=len(c), listing_sha256=c.sha256()) for name, c in sources.splits.items()}
-    plan = ShardPlan(rows_per_shard=rows_per_shard, seed=seed, classes=sources.classes, splits=listing)
-    with try_lock(run / "shard.lock") as held, StopFlag() as stop:
-        if not held:
-            raise UsageError(f"{run / 'shard.lock'}: another process shards into {out}; wait until it ends")
-        if (out / "dataset.json").is_file():
-            record = read_record(DatasetRecord, out / "dataset.json")
-            _check_same(out, plan, _plan_of(record))
-            print(f"{out}: complete")
-        else:
-            _begin(out, run / "shard" / "plan.json", plan)
-            splits = {}
-            for name, candidates in sources.splits.items():
-                split = _Split(name, candidates, plan, out / name, run / "shard" / name, max_refused)
-                splits[name] = split.write(workers or len(os.sched_getaffinity(0)), stop)
-            record = DatasetRecord(**plan.model_dump(exclude={"version", "splits"}), splits=splits)
-            write_atomic(out / "dataset.json", encode_record(record))
-        remove_tree(run / "shard")
-    return record
+    return Job(source, out, rows_per_shard, seed, max_refused, workers).run(Watch())
+
+
+class Job:
+    """A request with its listing: `run` makes the DATASET; the rest is what a supervisor asks (pipeline/supervise.py).
+
+    Raises: UsageError, before anything is written.
+    """
+
+    def __init__(
+        self, source: str | Path, out: str | Path, rows_per_shard: int, seed: int, max_refused: float,
+        workers: int | None = None,
+    ) -> None:  # fmt: skip
+        self.out, self.max_refused = Path(out), max_refused
+        self.workers = min(workers or len(os.sched_getaffinity(0)), SLOTS)
+        self.folder = run_folder(self.out)
+        self.lock, self.work = self.folder / "shard.lock", self.folder / "shard"
+        _check_request(source, self.out, self.folder, rows_per_shard, seed, max_refused)
+        sources = list_sources(source)
+        for note in sources.notes:
+            print(one_line(f"{source}: {note}"))
+        self.candidates = sources.splits
+        listing = {name: SplitPlan(candidates=len(c), listing_sha256=c.sha256()) for name, c in sources.splits.items()}
+        self.plan = ShardPlan(rows_per_shard=rows_per_shard, seed=seed, classes=sources.classes, splits=listing)
+
+    def run(self, watch: Watch) -> DatasetRecord:
+        """Make the DATASET, or continue one."""
+        with self._locked(), StopFlag() as stop:
+            if (self.out / "dataset.json").is_file():
+                record = read_record(DatasetRecord, self.out / "dataset.json")
+                _check_same(self.out, self.plan, _plan_of(record))
+                print(f"{self.out}: complete")
+            else:
+                _begin(self.out, self.work / "plan.json", self.plan)
+                splits = {name: self._split(name, watch).write(self.workers, stop) for name in self.candidates}
+                record = DatasetRecord(**self.plan.model_dump(exclude={"version", "splits"}), splits=splits)
+                write_atomic(self.out / "dataset.json", encode_record(record))
+            remove_tree(self.work)
+        return record
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with try_lock(self.lock) as held:
+            if not held:
+                raise UsageError(f"{self.lock}: another process shards into {self.out}; wait until it ends")
+            yield
+
+    def _split(self, name: str, watch: Watch) -> "_Split":
+        return _Split(
+            name, self.candidates[name], self.plan, self.out / name, self.work / name, self.max_refused, watch
+        )
+
+    def _place(self, number: int) -> tuple["_Split", int]:
+        names = list(self.candidates)
+        return self._split(names[number % len(names)], Watch()), number // len(names)
+
+    def name(self, number: int) -> str:
+        """The name of a picture that a Watch noted."""
+        split, position = self._place(number)
+        return printable(split.item(position).name)
+
+    def alone(self, number: int, watch: Watch) -> None:
+        """Decode one picture and nothing else."""
+        split, position = self._place(number)
+        split.watch = watch
+        split.read(position)
+
+    def refuse(self, faults: dict[int, str]) -> None:
+        """Have `run` refuse these pictures without decoding them."""
+        with self._locked():
+            for number, reason in faults.items():
+                split, position = self._place(number)
+                reasons = {str(place): why for place, why in split.faults.items()} | {str(position): reason}
+                write_atomic(split.work / _FAULTS, encode_record(Faults(reasons=reasons)))
+                print(one_line(f"warning: {self.name(number)}: refused, {_DETAIL[reason]}"), flush=True)
 
 
 def _check_request(
@@ -164,9 +226,13 @@ class _Split:
     """One split on its way into tars."""
 
     def __init__(
-        self, name: str, candidates: Candidates, plan: ShardPlan, folder: Path, work: Path, max_refused: float
-    ) -> None:
+        self, name: str, candidates: Candidates, plan: ShardPlan, folder: Path, work: Path, max_refused: float,
+        watch: Watch,
+    ) -> None:  # fmt: skip
         self.name, self.candidates, self.plan, self.folder, self.work = name, candidates, plan, folder, work
+        self.watch, self.of, self.nth = watch, len(plan.splits), list(plan.splits).index(name)
+        faults = read_record(Faults, work / _FAULTS).reasons if (work / _FAULTS).is_file() else {}
+        self.faults = {int(position): reason for position, reason in faults.items()}
         self.order = permutation(len(candidates), plan.seed, f"shard/{name}")
         self.max_refused = max_refused
         self.done: list[ShardProgress] = []
@@ -178,7 +244,7 @@ class _Split:
         self._resume()
         start, total = self._next_candidate(), len(self.candidates)
         with ThreadPoolExecutor(workers) as pool, progress(total, f"shard {self.name}", "pictures", start) as bar:
-            pictures = _in_order(pool, self._read, range(start, total), 4 * workers)
+            pictures = _in_order(pool, self.read, range(start, total), 4 * workers)
             while self._next_candidate() < total:
                 self._write_shard(self._accepted(pictures, bar))
                 self._check_budget(slack=0)
@@ -201,11 +267,19 @@ class _Split:
             self.refused += record.refused
         self._check_budget(slack=0)
 
-    def _read(self, position: int) -> Picture:
-        item = self.candidates[int(self.order[position])]
+    def item(self, position: int) -> SourceItem:
+        """The candidate at a position of the order in which they are read."""
+        return self.candidates[int(self.order[position])]
+
+    def read(self, position: int) -> Picture:
+        """The bytes of a candidate that decodes, or its refusal."""
+        item = self.item(position)
         try:
+            if reason := self.faults.get(position):
+                raise PictureRefused(reason, _DETAIL[reason])
             data = read_source(item)
-            decode_rgb(data)
+            with self.watch.on(position * self.of + self.nth):
+                decode_rgb(data)
             return Picture(item, data, picture_extension(data))
         except PictureRefused as refused:
             refusal = Refusal(source=printable(item.name), reason=refused.reason, detail=printable(refused.detail))
