@@ -3,6 +3,8 @@
 import difflib
 import hashlib
 import json
+import os
+import stat
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,9 +12,11 @@ from typing import Any, TypeVar
 
 import pydantic
 
-from .errors import CorruptionError, IdentityError, UsageError
+from .errors import CorruptionError, IdentityError, McmError, UsageError
 
 MAX_RECORD_BYTES = 64 << 20  # the manifest of a million shards is smaller
+MAX_CONFIG_BYTES = 1 << 20
+MAX_SHOWN = 200  # characters of a value in a message
 _PACKAGE = Path(__file__).parent
 
 
@@ -56,8 +60,12 @@ def decode_record(cls: type[R], data: bytes, where: str | Path) -> R:
         stored = payload.pop("sha256")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptionError(f"{where}: expected a JSON record with its sha256; found {error!r}") from error
-    canonical = _canonical(payload)
-    if stored != sha256_hex(canonical) or _canonical(payload | {"sha256": stored}) + b"\n" != data:
+    try:
+        canonical = _canonical(payload)
+        whole = _canonical(payload | {"sha256": stored}) + b"\n"
+    except (ValueError, RecursionError) as error:  # NaN, which JSON has not; lists in lists in lists
+        raise CorruptionError(f"{where}: expected canonical JSON; {error}") from error
+    if stored != sha256_hex(canonical) or whole != data:
         raise CorruptionError(f"{where}: expected bytes that agree with the sha256 inside; they do not; restore it")
     version = cls.model_fields.get("version")
     if version and payload.get("version") != version.default:
@@ -72,9 +80,19 @@ def decode_record(cls: type[R], data: bytes, where: str | Path) -> R:
 
 def read_record(cls: type[R], path: Path) -> R:
     """`decode_record` of a file; a missing one raises FileNotFoundError."""
-    if path.stat().st_size > MAX_RECORD_BYTES:
-        raise CorruptionError(f"{path}: expected at most {MAX_RECORD_BYTES} bytes; found {path.stat().st_size}")
-    return decode_record(cls, path.read_bytes(), path)
+    return decode_record(cls, read_capped(path), path)
+
+
+def read_capped(path: Path, limit: int = MAX_RECORD_BYTES, error: type[McmError] = CorruptionError) -> bytes:
+    """The bytes of a file that somebody else may have made: nothing is read of a FIFO, or of more than `limit` bytes.
+
+    Raises: `error` for those; FileNotFoundError.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
+            raise error(f"{path}: expected a file of at most {limit} bytes; found {status.st_size}, or no regular file")
+        return file.read(status.st_size)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -122,13 +140,13 @@ def load_toml(cls: type[R], path: Path, overrides: Sequence[str] = ()) -> R:
     Raises: UsageError naming the key, what was expected and the nearest known key.
     """
     try:
-        payload = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        payload = tomllib.loads(read_capped(path, MAX_CONFIG_BYTES, UsageError).decode())
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise UsageError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         _override(payload, override)
     try:
-        return cls.model_validate_json(json.dumps(payload))
+        return cls.model_validate_json(json.dumps(payload, default=str))  # a date of TOML's is then no number either
     except pydantic.ValidationError as error:
         # A misspelled key shows as one unknown and one missing: the unknown one tells more.
         first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
@@ -163,7 +181,7 @@ def _explain(cls: type[Record], detail: Any) -> str:
         return f"missing key '{where}'"
     if detail["type"] == "value_error":  # a rule of ours: it names keys and values itself
         return message
-    return f"{where}: {message}; found {detail['input']!r}"
+    return f"{where}: {message}; found {repr(detail['input'])[:MAX_SHOWN]}"
 
 
 def _known_keys(cls: type[pydantic.BaseModel], prefix: str = "") -> list[str]:
