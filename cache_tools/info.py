@@ -77,6 +77,7 @@ def describe(known: dict[str, Any]) -> str:
         f"CACHE {known['path']} ({known['sha256'][:12]})",
         f"  teacher  {teacher['name']}, {teacher['activation']}, {teacher['height']}x{teacher['width']} px",
         f"  features {grid[0]}x{grid[1]} tokens x {identity['channels']} channels, {identity['dtype']}"
+        + (f" by {identity['compress']}" if identity.get("compress") else "")
         + (", CLS" if identity["has_cls"] else ""),
         f"  views    {identity['view_height']}x{identity['view_width']} px, {identity['crop']['kind']}, "
         + identity["view_encoding"],

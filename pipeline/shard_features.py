@@ -106,6 +106,8 @@ class UnitEncoder:
             return
         if self.calibration is None:
             calibration_BNC = torch.cat([patch for patch, _ in self.waiting])[:CALIBRATION_ROWS]
+            peak_B = calibration_BNC.abs().flatten(1).amax(1)
+            self._check_finite(~torch.isfinite(peak_B), peak_B)  # one NaN would spoil the statistics of every row
             mean, std = channel_stats(calibration_BNC.cpu().numpy())
             self.calibration = torch.from_numpy(mean).to(patch_BNC.device), torch.from_numpy(std).to(patch_BNC.device)
             if self.identity.dtype != "float16":
@@ -145,16 +147,16 @@ class UnitEncoder:
             while len(self.written) > left:
                 self.written.popleft().result()
 
-    def _check_finite(self) -> None:
-        rows = torch.cat(self.unfit).nonzero().flatten().tolist()
+    def _check_finite(self, unfit_B: Tensor, peak_B: Tensor) -> None:
+        rows = unfit_B.nonzero().flatten().tolist()
         if rows:
-            value = float(torch.cat(self.peaks)[rows[0]])
+            value = float(peak_B[rows[0]])
             row = self.writer.shard * self.identity.rows_per_shard + rows[0]
             remedy = "--dtype int8" if self.identity.dtype == "float16" and np.isfinite(value) else "--precision fp32"
             raise UsageError(
                 f"{self.writer.unit} shard {self.writer.shard}: expected finite features that fit {self.identity.dtype}"
-                f"; found {value:.4g} in the {self.identity.teacher.layer} layer, row {row} ({len(rows)} rows of"
-                f" {self.rows}); use {remedy}"
+                f"; found {value:.4g} in the {self.identity.teacher.layer} layer, row {row} ({len(rows)} of"
+                f" {self.rows} rows); use {remedy}"
             )
 
     def commit(self, fingerprint: Fingerprint, precision_mse: float, max_error: float) -> None:
@@ -163,7 +165,7 @@ class UnitEncoder:
         Raises: UsageError, before anything is committed, when a feature is not finite or the stored ones are too far off.
         """
         self._wait(0)
-        self._check_finite()
+        self._check_finite(torch.cat(self.unfit), torch.cat(self.peaks))
         tokens = self.rows * self.identity.tokens
         mean = (self.sums["sum"] / tokens).cpu().numpy()
         var = np.maximum((self.sums["square"] / tokens).cpu().numpy() - mean**2, 0)

@@ -231,7 +231,7 @@ def test_usage_errors_come_before_any_work(place: Path, tmp_path: Path, changes:
 @pytest.mark.parametrize(
     ("dtype", "value", "where", "said"),
     [
-        ("float16", float("inf"), "patch", "found inf in the last layer, row 21 .1 rows of 24.; use --precision fp32"),
+        ("float16", float("inf"), "patch", "found inf in the last layer, row 21 .1 of 24 rows.; use --precision fp32"),
         ("int8", float("nan"), "patch", "found nan in the last layer, row 21 .* use --precision fp32"),
         ("float16", 7e4, "patch", "found 7e[+]04 in the last layer, row 21 .* use --dtype int8"),
         ("int8", float("nan"), "cls", "found nan in the last layer, row 21 .* use --precision fp32"),

@@ -1,0 +1,34 @@
+"""Where a figure comes from: every bench writes its table with the date, the command, the hardware and the versions."""
+
+import json
+import os
+import platform
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.machine()
+
+
+def write_results(out: Path | None, table: Any) -> None:
+    """Write `table` as JSON to `out`, if one was asked for."""
+    if out is None:
+        return
+    names = ("torch", "zarr", "numcodecs", "numpy", "pillow", "simplejpeg")
+    result = {
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", *(Path(word).name if os.path.isabs(word) else word for word in sys.argv)]),
+        "hardware": f"{len(os.sched_getaffinity(0))} cores of {_processor()}",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+        "table": table,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
