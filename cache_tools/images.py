@@ -1,8 +1,9 @@
 """Pictures: bytes to RGB and back by one written rule.
 
 The rule, version PICTURE_RULES: JPEG, PNG or WebP by content, never by name; the first frame; at most MAX_PIXELS; EXIF
-orientation applied; ICC profiles ignored (as timm and torchvision do); 16-bit grey keeps its high byte; a picture with
-transparency is laid over white; all else by Pillow's conversion to RGB (CMYK and palettes too). Truncated: refused.
+orientation applied; ICC profiles ignored (as timm and torchvision do); 16-bit grey keeps its high byte, a transparent
+colour of it is ignored; any other picture with transparency is laid over white; all else by Pillow's conversion to RGB
+(CMYK and palettes too). Truncated: refused.
 """
 
 import io

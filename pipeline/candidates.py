@@ -88,12 +88,19 @@ def read_source(item: SourceItem) -> bytes:
         if error.errno not in LOST:  # too many open files, a failing disk: not the picture's fault
             raise
         raise PictureRefused("unreadable", error.strerror or "cannot be opened") from error
-    with open(descriptor, "rb"):
+    try:
         status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise PictureRefused("changed", "expected a regular file, as it was listed; found none")
         size = status.st_size if item.size is None else item.size
         if size > MAX_PICTURE_BYTES:
             raise PictureRefused("too-large", f"{size} bytes is over {MAX_PICTURE_BYTES}")
-        data = os.pread(descriptor, size, item.offset) if stat.S_ISREG(status.st_mode) else b""
+        data = os.pread(descriptor, size, item.offset)
+    except OSError as error:
+        error.filename = str(item.path)  # the call does not know it, and the user must
+        raise
+    finally:
+        os.close(descriptor)
     if len(data) != size:
         raise PictureRefused("changed", f"expected {size} bytes; found {len(data)}")
     return data
