@@ -52,8 +52,8 @@ def encode_record(record: Record) -> bytes:
 def decode_record(cls: type[R], data: bytes, where: str | Path) -> R:
     """The record in `data`.
 
-    Raises: CorruptionError when the bytes are not canonical JSON that agrees with its own sha256 and schema;
-    IdentityError for another format version.
+    Raises: CorruptionError when the bytes are not canonical JSON that agrees with its own sha256; IdentityError for
+    another format version, and with every field that does not fit: a record that is whole is not damaged but foreign.
     """
     try:
         payload = json.loads(data)
@@ -74,8 +74,15 @@ def decode_record(cls: type[R], data: bytes, where: str | Path) -> R:
     try:
         return cls.model_validate_json(canonical)
     except pydantic.ValidationError as error:
-        found = f"{error.errors()[0]['msg']} at {_location(error.errors()[0]['loc'])}"
-        raise CorruptionError(f"{where}: expected a {cls.__name__} of this format version; found {found}") from error
+        odd = "; ".join(map(_misfit, error.errors()))
+        raise IdentityError(f"{where}: not a {cls.__name__} of this software (asked != found): {odd}") from error
+
+
+def _misfit(detail: Any) -> str:
+    """`field: asked != found` of one of pydantic's errors."""
+    asked = detail.get("ctx", {}).get("expected", detail["msg"])
+    found = {"missing": "nothing"}.get(detail["type"], f"{detail['input']!r:.200}")
+    return f"{_location(detail['loc'])}: {asked} != {found}"
 
 
 def read_record(cls: type[R], path: Path) -> R:

@@ -26,7 +26,7 @@ from cache_tools.storage import file_sha256
 from mcm import checkpoint
 from mcm.config import PretrainConfig, SizedStudent
 from mcm.model import MaskedChannelModel, build_encoder, encode_tokens
-from mcm.run_folder import PretrainRun
+from mcm.run_folder import PretrainRun, recorded
 
 SHOWN_NAMES = 4  # tensors named in a message
 CROP_PCT = 1.0  # a student of ours is evaluated on the whole centre square, as the held-out views are cut
@@ -85,7 +85,7 @@ def load_encoder(
         return _from_timm(spec, weights)
     folder = Path(spec)
     if (folder / "run.json").is_file():
-        is_pretrain = json.loads((folder / "run.json").read_bytes()).get("kind") == "pretrain"
+        is_pretrain = recorded(folder).get("kind") == "pretrain"
         return _from_pretraining(folder, untrained) if is_pretrain else _from_finetuning(folder, head)
     if (folder / "config.json").is_file():
         return _from_export(folder)

@@ -46,7 +46,7 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
     dataset = labelled(Dataset(data)) if data is not None else None
     cache = Cache(cache_path)
     units, val = choose_units(cache, recorded_units(out))
-    run, seed = describe(config, cache, [*units, *val]), config.train.seed
+    run, seed = describe(config, cache, [*units, *val], dataset), config.train.seed
     with engine(config.train.precision) as accelerator:
         main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
         order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
@@ -110,7 +110,9 @@ def student_patch(identity: CacheIdentity) -> int:
     return patch
 
 
-def describe(config: PretrainConfig, cache: Cache, units: Sequence[Unit]) -> PretrainRun:
+def describe(
+    config: PretrainConfig, cache: Cache, units: Sequence[Unit], dataset: Dataset | None = None
+) -> PretrainRun:
     """The run's identity. The student sees its pictures normalised as the teacher does."""
     identity = cache.identity
     return PretrainRun(
@@ -125,6 +127,8 @@ def describe(config: PretrainConfig, cache: Cache, units: Sequence[Unit]) -> Pre
         mean=identity.teacher.mean,
         std=identity.teacher.std,
         interpolation=identity.teacher.kernel,
+        cache=identity,
+        data_sha256=dataset.sha256 if dataset else None,
     )
 
 

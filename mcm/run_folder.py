@@ -8,10 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic
 import torch
 
 from cache_tools.console import describe, exit_code
-from cache_tools.errors import IdentityError, Interrupted, McmError
+from cache_tools.errors import CorruptionError, IdentityError, Interrupted, McmError
+from cache_tools.identity import CacheIdentity
 from cache_tools.records import Record, differences, encode_record, read_record, write_toml
 from cache_tools.storage import append_line, keep_lines, publish, write_atomic
 
@@ -21,7 +23,11 @@ ENGINE_FIELDS |= {"eval_epochs", "knn_epochs"}
 
 
 class PretrainRun(Record):
-    """run.json of a pre-training run: what its weights depend on, and what the student's pictures must be."""
+    """run.json of a pre-training run: what its weights depend on, and what the student's pictures must be.
+
+    `cache` is there to tell which field differs; None, and left out, in the runs of before. So is `data_sha256`, the
+    DATASET of the k-NN probe, in a run without one.
+    """
 
     kind: Literal["pretrain"] = "pretrain"
     version: Literal[1] = 1
@@ -36,6 +42,8 @@ class PretrainRun(Record):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
+    cache: CacheIdentity | None = pydantic.Field(None, exclude_if=lambda value: value is None)
+    data_sha256: str | None = pydantic.Field(None, exclude_if=lambda value: value is None)
 
 
 class OtherStopped(McmError):
@@ -61,18 +69,33 @@ def claim(run_dir: Path, run: Record) -> None:
     """
     path = run_dir / "run.json"
     if path.is_file():
-        kind = json.loads(path.read_bytes()).get("kind")
-        ours = run.model_dump()["kind"]
-        found = [f"kind: {ours!r} != {kind!r}"] if kind != ours else differences(run, read_record(type(run), path))
+        kind, ours = recorded(run_dir).get("kind"), run.model_dump()["kind"]
+        found = [f"kind: {ours!r} != {kind!r}"]
+        if kind == ours:
+            there = read_record(type(run), path)
+            unknown = {k: v for k, v in there if k in ("cache", "data_sha256") and None in (v, getattr(run, k))}
+            run = run.model_copy(update=unknown)  # unknown is not different
+            found = differences(run, there)
         if found:
             raise IdentityError(f"{run_dir} holds another run (asked != found): {'; '.join(found)}; use another --out")
     publish(path, encode_record(run))
 
 
+def recorded(run_dir: Path) -> dict[str, Any]:
+    """What run.json says, of whatever kind and not checked yet; nothing where there is no run.
+
+    Raises: CorruptionError when it does not read.
+    """
+    path = run_dir / "run.json"
+    try:
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise CorruptionError(f"{path}: expected the record of a run; it does not read: {error}; restore it") from error
+
+
 def recorded_units(run_dir: Path) -> list[str]:
     """The units that the run in this folder began with; none where there is no run yet."""
-    path = run_dir / "run.json"
-    return list(json.loads(path.read_bytes()).get("units", ())) if path.is_file() else []
+    return list(recorded(run_dir).get("units", ()))
 
 
 def describe_run(run_dir: Path, config: Record, **facts: Any) -> None:
