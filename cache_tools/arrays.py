@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from .errors import CorruptionError
 from .quantize import FILL_INT8
-from .storage import AtomicFile, read_at
+from .storage import AtomicFile, Buffer, read_at, read_into
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
@@ -165,20 +165,26 @@ def shard_index(spec: ArraySpec, stored_bytes: Sequence[int]) -> bytes:
     return data + int(crc32c.crc32c(data)).to_bytes(_CRC_BYTES, "little")
 
 
-def read_chunk(group: Path, spec: ArraySpec, shard: int, position: int, expected_crc32c: int) -> npt.NDArray[Any]:
-    """Chunk number `position` of a shard, whose crc32c the commit holds.
+def read_chunk(
+    group: Path, spec: ArraySpec, shard: int, position: int, expected_crc32c: int, out: npt.NDArray[Any] | None = None
+) -> npt.NDArray[Any]:
+    """Chunk number `position` of a shard, whose crc32c the commit holds; read straight into `out` where it is given.
 
     Raises: CorruptionError naming the file: missing, short, or other bytes.
     """
-    path = group / spec.shard_file(shard)
-    offset, size = position * (spec.chunk_bytes + _CRC_BYTES), spec.chunk_bytes
+    path, out = group / spec.shard_file(shard), np.empty(spec.chunk_shape, spec.dtype) if out is None else out
+    assert out.shape == spec.chunk_shape and out.dtype == spec.dtype and out.flags.c_contiguous
+    buffer = out.data.cast("B")
     if spec.compress:
-        offset, size = _place(path, spec, position)
-    stored = read_at(path, offset, size)
+        stored: Buffer = read_at(path, *_place(path, spec, position))
+    else:
+        read_into(path, position * (spec.chunk_bytes + _CRC_BYTES), buffer)
+        stored = buffer
     if crc32c.crc32c(stored) != expected_crc32c:
         raise CorruptionError(f"{path}: chunk {position}: its crc32c is not the commit's; run `mcm-cache verify`")
-    data = _decompress(path, spec, stored) if spec.compress else stored
-    return np.frombuffer(data, spec.dtype).reshape(spec.chunk_shape)
+    if spec.compress:
+        _decompress(path, spec.compress, stored, buffer)
+    return out
 
 
 def _place(path: Path, spec: ArraySpec, position: int) -> tuple[int, int]:
@@ -193,11 +199,9 @@ def _place(path: Path, spec: ArraySpec, position: int) -> tuple[int, int]:
     return offset, stored_bytes - _CRC_BYTES
 
 
-def _decompress(path: Path, spec: ArraySpec, data: bytes) -> npt.NDArray[Any]:
-    """The chunk's bytes, decoded into a buffer of their known size, so that no input makes it larger."""
-    out = np.zeros(spec.chunk_bytes, np.uint8)
+def _decompress(path: Path, compress: str, stored: Buffer, out: memoryview) -> None:
+    """Decode a chunk into a buffer of its known size, so that no input makes it larger."""
     try:
-        _codec(spec.compress or "").decode(data, out)
+        _codec(compress).decode(stored, out)
     except (RuntimeError, ValueError) as error:
         raise CorruptionError(f"{path}: a chunk does not decompress: {error}; run `mcm-cache verify`") from error
-    return out

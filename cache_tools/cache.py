@@ -3,6 +3,7 @@
 B rows, N tokens, C channels. See docs/format.md for every byte.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,6 +129,12 @@ class Unit:
         found = (commit.identity_sha256, commit.split, commit.view, commit.shard, commit.rows)
         if found != (self.identity_sha256, self.split, self.view, shard, self.shard_rows(shard)):
             raise CorruptionError(f"{path}: expected the commit of shard {shard} of {self}; found that of {found[1:]}")
+        chunks, channels = -(-commit.rows // CHUNK_ROWS), self.identity.channels
+        expected = {name: chunks if spec.chunk_rows == CHUNK_ROWS else 1 for name, spec in self.specs.items()}
+        lengths = {name: len(checksums) for name, checksums in commit.chunk_crc32c.items()}
+        statistics = (len(commit.channel_mean), len(commit.channel_var))
+        if lengths != expected | {"index": chunks} or statistics != (channels, channels):
+            raise CorruptionError(f"{path}: expected checksums of {chunks} chunks and statistics; found {lengths}")
         if self.complete and record_sha256(commit) != self.manifest.commits[shard]:
             raise CorruptionError(f"{path}: expected the commit that {self.manifest_file} names; found another")
         return commit
@@ -161,9 +168,10 @@ class Unit:
             raise CorruptionError(f"{path}: chunk {position}: its crc32c is not the commit's; run `mcm-cache verify`")
         return np.frombuffer(data, VIEW_INDEX_DTYPE)
 
-    def chunk(self, chunk: int) -> Chunk:
+    def chunk(self, chunk: int, into: Mapping[str, npt.NDArray[Any]] | None = None) -> Chunk:
         """Rows [16 chunk, 16 chunk + 16) of the unit; pictures, codes and their position agree with the commit.
 
+        `into` may name arrays of 16 rows to read `patch`, `scale` and `low` of a whole chunk into.
         Raises: CorruptionError naming the file.
         """
         shard, position = divmod(chunk, self.chunks_per_shard)
@@ -179,7 +187,8 @@ class Unit:
             for i, (offset, size, checksum) in enumerate(places)
         ]
         names = ("patch", "scale", "low", "cls")
-        codes, scale, low, cls = (self._array(name, shard, position, rows) for name in names)
+        into = into if into and rows == CHUNK_ROWS else {}
+        codes, scale, low, cls = (self._array(name, shard, position, rows, into.get(name)) for name in names)
         mean, std = (self._array(name, shard, 0, 1) for name in ("channel_mean", "channel_std"))
         assert codes is not None
         labels = index["label"].astype(np.int32)
@@ -187,11 +196,13 @@ class Unit:
             mean, std = mean[0], std[0]
         return Chunk(row0, pictures, labels, codes, scale, low, mean, std, cls)
 
-    def _array(self, name: str, shard: int, position: int, rows: int) -> npt.NDArray[Any] | None:
+    def _array(
+        self, name: str, shard: int, position: int, rows: int, out: npt.NDArray[Any] | None = None
+    ) -> npt.NDArray[Any] | None:
         if name not in self.specs:
             return None
         expected = int(self._checksums(shard)[name][position])
-        return read_chunk(self.group, self.specs[name], shard, position, expected)[:rows]
+        return read_chunk(self.group, self.specs[name], shard, position, expected, out)[:rows]
 
     def channel_stats(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Mean and std [C] of the features of all rows, from the commits."""

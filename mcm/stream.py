@@ -8,17 +8,17 @@ import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cache_tools.cache import Chunk, Unit
+from cache_tools.cache import Unit
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.dataset import Dataset as PictureDataset
 from cache_tools.draws import hash_u64
@@ -27,8 +27,14 @@ from cache_tools.images import decode_view_into
 from mcm.masking import mask_picks
 from mcm.order import EvalOrder, Indices, Order
 
+PREFETCH = 2  # batches a worker makes ahead
 WORKERS_FROM_ROWS = 4096  # to evaluate fewer takes less time than to start workers
 
+_STORED = {
+    "patch": "codes",
+    "scale": "scale",
+    "low": "low",
+}  # arrays of the cache with a row a picture: their batch names
 Batch = dict[str, Any]  # Tensors with B (or M) first, and ints
 
 
@@ -55,56 +61,59 @@ class CacheSource:
         self.units, self.size_HW, self.seed = list(units), size_HW, seed
         self.positions, self.pool_rows = positions, pool_rows  # positions 0: no mask
 
-    def chunk(self, epoch: int, number: int) -> Chunk:
-        """A chunk in the view that `epoch` shows of it."""
-        return self.units[(int(hash_u64(self.seed, "view", number)) + epoch) % len(self.units)].chunk(number)
+    def view(self, epoch: int, number: int) -> Unit:
+        """The unit whose view of a chunk `epoch` shows."""
+        return self.units[(int(hash_u64(self.seed, "view", number)) + epoch) % len(self.units)]
 
-    def __call__(self, epoch: int, chunks: Indices, batch: int) -> Batch:
-        """The batch; rows beyond the given chunks are zero, their weight 0 and their row number -1."""
-        out: Batch = {}
+    def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
+        """The batch, in the memory of a `used` one where it is given.
+
+        Rows beyond the given chunks are zero, their weight 0 and their row number -1.
+        """
+        out = dict(used or self._allocate(batch))
         filled = 0
-        for position, number in enumerate(chunks.tolist() or [0]):  # an empty batch takes its shapes from chunk 0
-            chunk = self.chunk(epoch, number)
-            out = out or self._allocate(batch, chunk)
-            self._fill(out, chunk, filled, position)
-            filled += chunk.rows
-        _pad(out, filled if len(chunks) else 0)
+        for position, number in enumerate(chunks.tolist()):
+            filled += self._fill(out, epoch, number, filled, position)
+        _pad(out, filled)
         picks = mask_picks(self.seed, epoch, out["rows"].numpy(), self.positions, self.pool_rows)
         return out | {"picks": torch.from_numpy(picks), "epoch": epoch}
 
-    def _allocate(self, batch: int, chunk: Chunk) -> Batch:
+    def _allocate(self, batch: int) -> Batch:
         out = {
             "pictures": _empty((batch, *self.size_HW, 3), torch.uint8),
             "rows": _empty((batch,), torch.int64),
             "labels": _empty((batch,), torch.int64),
         }
-        for name, array in _row_arrays(chunk).items():
-            out[name] = _empty((batch, *array.shape[1:]), getattr(torch, str(array.dtype)))
-        if chunk.mean is not None:
-            out["mean"] = torch.zeros(batch // CHUNK_ROWS, len(chunk.mean))
-            out["std"] = torch.ones(batch // CHUNK_ROWS, len(chunk.mean))
+        specs = self.units[0].specs
+        for array, name in _STORED.items():
+            if array in specs:
+                out[name] = _empty((batch, *specs[array].shape[1:]), getattr(torch, specs[array].dtype))
+        if "channel_mean" in specs:
+            stats = (batch // CHUNK_ROWS, specs["channel_mean"].shape[1])
+            out["mean"], out["std"] = torch.zeros(stats), torch.ones(stats)
         return out
 
-    def _fill(self, out: Batch, chunk: Chunk, start: int, position: int) -> None:
+    def _fill(self, out: Batch, epoch: int, number: int, start: int, position: int) -> int:
+        """Read a chunk into its place in the batch; returns its rows."""
+        span = slice(start, start + CHUNK_ROWS)
+        arrays = {array: out[name].numpy()[span] for array, name in _STORED.items() if name in out}
+        chunk = self.view(epoch, number).chunk(number, arrays)
+        if chunk.rows < CHUNK_ROWS:  # whole ones were read into place
+            for array, found in (("patch", chunk.codes), ("scale", chunk.scale), ("low", chunk.low)):
+                if found is not None:
+                    arrays[array][: chunk.rows] = found
         span = slice(start, start + chunk.rows)
-        arrays = {name: tensor.numpy() for name, tensor in out.items()}
-        for data, picture in zip(chunk.pictures, arrays["pictures"][span], strict=True):
+        for data, picture in zip(chunk.pictures, out["pictures"].numpy()[span], strict=True):
             decode_view_into(data, picture)
-        for name, array in _row_arrays(chunk).items():
-            arrays[name][span] = array
-        arrays["labels"][span], arrays["rows"][span] = chunk.labels, range(chunk.row0, chunk.row0 + chunk.rows)
+        out["labels"].numpy()[span] = chunk.labels
+        out["rows"].numpy()[span] = range(chunk.row0, chunk.row0 + chunk.rows)
         if chunk.mean is not None:
-            arrays["mean"][position], arrays["std"][position] = chunk.mean, chunk.std
+            out["mean"].numpy()[position], out["std"].numpy()[position] = chunk.mean, chunk.std
+        return chunk.rows
 
     def rows_of(self, chunks: Indices) -> Indices:
         """Row numbers of whole chunks."""
         return (chunks[:, None] * CHUNK_ROWS + np.arange(CHUNK_ROWS)).ravel()
-
-
-def _row_arrays(chunk: Chunk) -> dict[str, npt.NDArray[Any]]:
-    """The stored arrays that have a row for every picture; which there are depends on the cache's dtype."""
-    found = {"codes": chunk.codes, "scale": chunk.scale, "low": chunk.low}
-    return {name: array for name, array in found.items() if array is not None}
 
 
 class DatasetSource:
@@ -121,9 +130,9 @@ class DatasetSource:
         self.dataset, self.split, self.transform, self.seed = dataset, split, transform, seed
         self.rows = np.arange(dataset.rows(split)) if rows is None else rows
 
-    def __call__(self, epoch: int, chunks: Indices, batch: int) -> Batch:
-        """The batch; missing rows are zero, their weight 0 and their row number -1."""
-        out: Batch = {}
+    def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
+        """The batch, in the memory of a `used` one; missing rows are zero, their weight 0 and their row number -1."""
+        out = dict(used or {})
         for position, row in enumerate(self.rows[chunks].tolist() or [int(self.rows[0])]):
             data, label = self.dataset.picture(self.split, row)
             picture = self.transform(int(hash_u64(self.seed, "augment", epoch, row)), data)
@@ -143,9 +152,8 @@ class DatasetSource:
 
 def _pad(out: Batch, filled: int) -> None:
     """Zero what lies beyond `filled` rows and give every row its weight."""
-    for name, tensor in out.items():
-        if name not in ("mean", "std"):
-            tensor[filled:] = -1 if name == "rows" else 0
+    for name in out.keys() & {"pictures", "rows", "labels", *_STORED.values()}:
+        out[name][filled:] = -1 if name == "rows" else 0
     out["weight"] = (torch.arange(len(out["rows"])) < filled).float()
 
 
@@ -155,15 +163,20 @@ class Stream(Dataset[Batch | McmError | OSError]):
     An error is returned, not raised: a worker would bury it in a wrapped traceback; `batches` raises it.
     """
 
-    def __init__(self, order: Order | EvalOrder, source: CacheSource | DatasetSource) -> None:
+    def __init__(self, order: Order | EvalOrder, source: CacheSource | DatasetSource, reuse: int = 0) -> None:
+        """With `reuse` n, a batch is made in the memory of that n before it: fresh pages cost a fifth of the time."""
         self.order, self.source = order, source
+        self.used: deque[Batch] = deque(maxlen=reuse)
 
     def __getitem__(self, index: int) -> Batch | McmError | OSError:
         epoch, chunks = self.order.slice(index)
+        used = self.used.popleft() if self.used and len(self.used) == self.used.maxlen else None
         try:
-            return self.source(epoch, chunks, self.order.batch)
+            batch = self.source(epoch, chunks, self.order.batch, used)
         except (McmError, OSError) as error:
             return error
+        self.used.append(batch)
+        return batch
 
 
 def _start_forkserver() -> None:
@@ -184,6 +197,8 @@ def _start_forkserver() -> None:
 def batches(stream: Stream, start: int, end: int, workers: int, pin_memory: bool = False) -> Iterator[Iterator[Batch]]:
     """`with batches(stream, start, end, workers) as items:` yields stream[start] ... stream[end - 1] in order.
 
+    A batch is the caller's until the second next one is asked for; then its memory is used again.
+
     Raises: the McmError or OSError that a batch met, in this process; ResourceError when a worker was killed.
     """
     if isinstance(stream.order, EvalOrder) and stream.order.rows < WORKERS_FROM_ROWS:
@@ -191,13 +206,14 @@ def batches(stream: Stream, start: int, end: int, workers: int, pin_memory: bool
     if workers:
         _start_forkserver()
     loader = DataLoader(
-        stream,
+        # In a worker, PREFETCH batches are under way, one is the caller's and one may still be.
+        Stream(stream.order, stream.source, reuse=PREFETCH + 2 if workers else 2),
         batch_size=None,
         sampler=range(start, end),
         num_workers=workers,
         pin_memory=pin_memory,
-        # In /dev/shm, a process: workers x 2 batches, such as 8 x 2 x 256 rows x 0.3 MB = 1.2 GB.
-        prefetch_factor=2 if workers else None,
+        # In /dev/shm, a process: workers x 4 batches, such as 8 x 4 x 256 rows x 0.3 MB = 2.5 GB.
+        prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context="forkserver" if workers else None,
     )
     iterator = iter(loader)

@@ -30,7 +30,7 @@ class Source:
     def rows_of(self, chunks):
         return (chunks[:, None] * 16 + np.arange(16)).ravel()
 
-    def __call__(self, epoch, chunks, batch):
+    def __call__(self, epoch, chunks, batch, used=None):
         if self.broken in chunks:
             raise CorruptionError(f"chunk {self.broken} is damaged")
         rows = torch.from_numpy(self.rows_of(chunks))

@@ -105,10 +105,10 @@ def test_a_batch_equals_direct_reads(cache):
 
 def test_epochs_mix_views(cache):
     chunks = source(cache)
-    first, second = ([chunks.chunk(epoch, number).pictures for number in range(6)] for epoch in (0, 1))
+    first, second = ([chunks.view(epoch, number).chunk(number).pictures for number in range(6)] for epoch in (0, 1))
     v0, v1 = ([unit.chunk(number).pictures for number in range(6)] for unit in chunks.units)
     assert all({f[0], s[0]} == {a[0], b[0]} for f, s, a, b in zip(first, second, v0, v1, strict=True))
-    assert first not in (v0, v1) and chunks.chunk(2, 0).pictures == first[0]
+    assert first not in (v0, v1) and chunks.view(2, 0).chunk(0).pictures == first[0]
 
 
 def flip(path: Path, position: int) -> None:
@@ -172,10 +172,24 @@ def test_workers_give_the_same_batches_and_their_errors_arrive(tmp_path):
         list(items)
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_batch_is_the_callers_until_the_second_next_one(cache, workers):
+    """Memory is used again; a batch that is held while the next one is taken stays what it was."""
+    stream = Stream(Order(100, 16, 16, 16), source(cache))
+    held, memory = None, []
+    with batches(stream, 0, 24, workers) as items:
+        for index, batch in enumerate(items):
+            for number, found in ((index - 1, held), (index, batch)):
+                assert found is None or all(torch.equal(stream[number][k], found[k]) for k in ("pictures", "codes"))
+            held = batch
+            memory.append(batch["pictures"].data_ptr())
+    assert index == 23 and len(set(memory)) < 24
+
+
 class Killed:
     """What the system does to a worker that takes too much memory."""
 
-    def __call__(self, epoch, chunks, batch):
+    def __call__(self, epoch, chunks, batch, used=None):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
