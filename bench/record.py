@@ -24,7 +24,7 @@ def write_results(out: Path | None, table: Any) -> None:
     names = ("torch", "zarr", "numcodecs", "numpy", "pillow", "simplejpeg")
     result = {
         "date": date.today().isoformat(),
-        "command": " ".join(["python", *(Path(word).name if os.path.isabs(word) else word for word in sys.argv)]),
+        "command": " ".join(["python", *(word if word.startswith("bench/") else Path(word).name for word in sys.argv)]),
         "hardware": f"{len(os.sched_getaffinity(0))} cores of {_processor()}",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in names},
