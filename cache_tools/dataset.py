@@ -2,25 +2,27 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+import pydantic
 
 from .errors import CorruptionError, UsageError
-from .records import Record, nearest, read_record, record_sha256
+from .records import Amount, Count, Record, SplitName, nearest, read_record, record_sha256
 from .storage import file_sha256, read_at
-from .tars import checked_picture, read_npy
+from .tars import INDEX_DTYPE, checked_picture, read_npy
 
 CHUNK_ROWS = 16
 ROWS_PER_SHARD = 1024
+RowsPerShard = Annotated[Count, pydantic.Field(multiple_of=CHUNK_ROWS)]
 
 
 class ShardEntry(Record):
     """One tar of a split and its index."""
 
-    rows: int
-    tar_bytes: int
+    rows: Count
+    tar_bytes: Amount
     tar_sha256: str
     index_sha256: str
 
@@ -28,8 +30,8 @@ class ShardEntry(Record):
 class SplitEntry(Record):
     """All tars of a split; `refused` pictures are in its quarantine.jsonl; the digest is of the source's listing."""
 
-    rows: int
-    refused: int
+    rows: Count
+    refused: Amount
     listing_sha256: str
     shards: tuple[ShardEntry, ...]
 
@@ -41,9 +43,18 @@ class DatasetRecord(Record):
     version: Literal[1] = 1
     classes: tuple[str, ...]
     seed: int
-    rows_per_shard: int
+    rows_per_shard: RowsPerShard
     picture_rules: int
-    splits: dict[str, SplitEntry]
+    splits: dict[SplitName, SplitEntry]
+
+    @pydantic.model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        for name, split in self.splits.items():
+            rows = [self.rows_per_shard] * (len(split.shards) - 1)
+            rows.append(split.rows - sum(rows))
+            if [entry.rows for entry in split.shards] != rows or rows[-1] > self.rows_per_shard:
+                raise ValueError(f"splits.{name}: its shards do not hold its {split.rows} rows")
+        return self
 
 
 def row_key(row: int) -> str:
@@ -108,7 +119,10 @@ class Dataset:
             path = self.tar(split, shard).with_suffix(".index.npy")
             if not path.is_file() or file_sha256(path) != entry.index_sha256:
                 raise CorruptionError(f"{path}: expected the index that dataset.json names; it is missing or changed")
-            self._indexes[split, shard] = read_npy(path)
+            index = read_npy(path, INDEX_DTYPE)
+            if index.shape != (entry.rows,):
+                raise CorruptionError(f"{path}: expected {entry.rows} rows as dataset.json says; found {index.shape}")
+            self._indexes[split, shard] = index
         return self._indexes[split, shard]
 
     def labels(self, split: str) -> npt.NDArray[np.int32]:

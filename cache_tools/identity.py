@@ -1,13 +1,16 @@
 """What a CACHE is and what vouches for it: the records of cache.json, the commits and the manifests."""
 
-from typing import Literal
+from typing import Literal, Self
 
 import pydantic
 
 from .arrays import ArraySpec
-from .dataset import CHUNK_ROWS
+from .dataset import CHUNK_ROWS, RowsPerShard
 from .quantize import GROUP
-from .records import Record
+from .records import Amount, Checksum, Count, Record, SplitName
+
+MAX_ROW = 1 << 24  # features, and pixels, of one row; CLIP L/14 at 336 px has 2^19.2
+MAX_SHARDS = 1 << 20  # of a unit
 
 
 class CropPolicy(Record):
@@ -51,20 +54,28 @@ class CacheIdentity(Record):
     teacher: TeacherIdentity
     crop: CropPolicy
     seed: int
-    view_height: int
-    view_width: int
+    view_height: Count
+    view_width: Count
     view_encoding: str
     picture_rules: int
     dtype: Literal["int4", "int8", "float16"]
     compress: Literal["zstd", "blosc"] | None = pydantic.Field(None, exclude_if=lambda value: value is None)
     pixels_sha256: str | None = pydantic.Field(None, exclude_if=lambda value: value is None)
-    grid: tuple[int, int]
-    channels: int
+    grid: tuple[Count, Count]
+    channels: Count
     has_cls: bool
-    rows_per_shard: int
-    rows: dict[str, int]
+    rows_per_shard: RowsPerShard
+    rows: dict[SplitName, Count]
     classes: tuple[str, ...]
     dataset_sha256: str
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> Self:
+        """What a reader allocates for a chunk, and lists of a unit, stays in proportion whoever wrote cache.json."""
+        shards = max((self.shards(split) for split in self.rows), default=0)
+        if max(self.tokens * self.channels, self.view_height * self.view_width) > MAX_ROW or shards > MAX_SHARDS:
+            raise ValueError(f"expected rows of at most {MAX_ROW} features and pixels, in at most {MAX_SHARDS} shards")
+        return self
 
     @property
     def tokens(self) -> int:
@@ -118,7 +129,7 @@ class Fidelity(Record):
 class FileEntry(Record):
     """Size and hash of a committed file."""
 
-    bytes: int
+    bytes: Amount
     sha256: str
 
 
@@ -133,7 +144,7 @@ class Commit(Record):
     shard: int
     rows: int
     files: dict[str, FileEntry]
-    chunk_crc32c: dict[str, tuple[int, ...]]
+    chunk_crc32c: dict[str, tuple[Checksum, ...]]
     channel_mean: tuple[float, ...]
     channel_var: tuple[float, ...]
     fidelity: Fidelity

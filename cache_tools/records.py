@@ -8,7 +8,7 @@ import stat
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 
@@ -27,6 +27,11 @@ class Record(pydantic.BaseModel):
 
 
 R = TypeVar("R", bound=Record)
+# What numbers and names in a record may be: no shape overflows, nothing is divided by 0, no name leaves its folder.
+Amount = Annotated[int, pydantic.Field(ge=0, le=1 << 40)]
+Count = Annotated[int, pydantic.Field(ge=1, le=1 << 40)]
+Checksum = Annotated[int, pydantic.Field(ge=0, lt=1 << 32)]
+SplitName = Annotated[str, pydantic.Field(pattern="^[A-Za-z0-9_]{1,64}$")]
 
 
 def sha256_hex(data: bytes) -> str:
@@ -100,6 +105,17 @@ def read_capped(path: Path, limit: int = MAX_RECORD_BYTES, error: type[McmError]
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
             raise error(f"{path}: expected a file of at most {limit} bytes; found {status.st_size}, or no regular file")
         return file.read(status.st_size)
+
+
+def read_json(path: Path, error: type[McmError] = CorruptionError) -> dict[str, Any]:
+    """A JSON object that is no record of ours; Raises: `error`."""
+    try:
+        found = json.loads(read_capped(path, error=error))
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: expected a JSON object; it does not read: {problem}") from problem
+    if not isinstance(found, dict):
+        raise error(f"{path}: expected a JSON object; found {type(found).__name__}")
+    return found
 
 
 def nearest(word: str, words: Iterable[str]) -> str:

@@ -217,7 +217,17 @@ def read_at(path: Path, offset: int, size: int) -> bytes:
         data = os.pread(descriptor, size, offset)
     finally:
         os.close(descriptor)
-    if len(data) != size:
+
+
+def read_at(path: Path, offset: int, size: int) -> bytes:
+    """Exactly `size` bytes at `offset`.
+
+    Raises: CorruptionError when the file is missing or shorter.
+    """
+    with _opened(path) as descriptor:
+        within = 0 <= size and 0 <= offset <= os.fstat(descriptor).st_size - size  # or a lie could cost memory
+        data = os.pread(descriptor, size, offset) if within else b""
+    if len(data) != size or not within:
         raise CorruptionError(f"{path}: expected {size} bytes at {offset}; found {len(data)}; run `mcm-cache verify`")
     return data
 

@@ -4,11 +4,12 @@ Letters: B batch, N patches, D width, H W pixels.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
-from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import timm
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.errors import IdentityError, UsageError
-from cache_tools.records import Record, nearest, read_record
+from cache_tools.records import Record, nearest, read_json, read_record
 from cache_tools.storage import file_sha256
+from cache_tools.weights import is_torchscript
 from mcm import checkpoint
 from mcm.config import PretrainConfig, SizedStudent
 from mcm.model import MaskedChannelModel, build_encoder, encode_tokens
@@ -30,7 +32,10 @@ from mcm.run_folder import PretrainRun, recorded
 
 SHOWN_NAMES = 4  # tensors named in a message
 CROP_PCT = 1.0  # a student of ours is evaluated on the whole centre square, as the held-out views are cut
-NOT_WEIGHTS = (SafetensorError, BadZipFile, UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError)
+# What timm and torch were seen to raise on arguments that make no model.
+NOT_A_CONFIG = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
+# What safetensors and torch were seen to raise on files that lie; MemoryError for one that asks for too much.
+NOT_WEIGHTS = (*NOT_A_CONFIG, SafetensorError, UnpicklingError, EOFError, MemoryError)
 ANY_VIT = "vit_base_patch16_224"  # the timm entry point whose arguments can say any plain ViT
 
 
@@ -124,7 +129,7 @@ def read_weights(path: Path) -> dict[str, Any]:
     Raises: UsageError when it is no such file.
     """
     try:
-        if is_zipfile(path) and any(n.endswith("constants.pkl") for n in ZipFile(path).namelist()):
+        if is_torchscript(path):
             scripted = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
             return {name: value.float() if value.is_floating_point() else value for name, value in scripted.items()}
         state: dict[str, Any] = load_state_dict(str(path), weights_only=True)
@@ -174,7 +179,10 @@ def _from_pretraining(folder: Path, untrained: bool) -> Backbone:
 
 def _from_finetuning(folder: Path, head: bool) -> Backbone:
     run = read_record(FinetuneRun, folder / "run.json")
-    model = timm.create_model(run.architecture, pretrained=False, **run.model_args)
+    with _arguments_of(folder / "run.json"):
+        if not timm.is_model(run.architecture):  # timm would fetch the description of "hf-hub:..."
+            raise ValueError(run.architecture)
+        model = timm.create_model(run.architecture, pretrained=False, **run.model_args)
     weights = _load_newest(model, folder)
     if not head:
         model.reset_classifier(0)
@@ -191,9 +199,23 @@ def _load_newest(model: nn.Module, folder: Path) -> str:
 
 def _from_export(folder: Path) -> Backbone:
     path = folder / "model.safetensors"
-    model = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
+    read_json(folder / "config.json", UsageError)  # its size and kind, before timm reads it
+    with _arguments_of(folder / "config.json"):
+        model = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
+        if not isinstance(model, VisionTransformer):
+            raise TypeError(f"a {type(model).__name__}")
+        backbone = _described(model, str(folder), f"sha256:{file_sha256(path)}")
     load_whole(model, read_weights(path), str(path))
-    return _described(model, str(folder), f"sha256:{file_sha256(path)}")
+    return backbone
+
+
+@contextmanager
+def _arguments_of(path: Path) -> Iterator[None]:
+    """Whoever wrote `path` chose the arguments of the model that is made inside."""
+    try:
+        yield
+    except NOT_A_CONFIG as error:
+        raise UsageError(f"{path}: expected a vision transformer that timm can make; {error!r}") from error
 
 
 def _described(model: VisionTransformer, source: str, weights: str) -> Backbone:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
@@ -129,6 +130,8 @@ def load(path: Path, optimizer: bool = True) -> Checkpoint:
     if folder(path.parent.parent, state.step).name != path.name:
         raise CorruptionError(f"{path}/state.json: expected the step of its folder; found {state.step}; restore it")
     names = ["model.safetensors", "optimizer.safetensors"][: 1 + optimizer]
+    if missing := [name for name in names if name not in state.files]:
+        raise CorruptionError(f"{path}/state.json: expected the file {missing[0]}; it names {sorted(state.files)}")
     tensors = [_read_tensors(path / name, state.files[name]) for name in names]
     digest = state.files["model.safetensors"].sha256
     return Checkpoint(path, state.step, digest, tensors[0], tensors[1] if optimizer else {}, state.meta)
@@ -141,7 +144,10 @@ def _read_tensors(path: Path, digest: FileEntry) -> Tensors:
         raise CorruptionError(
             f"{path}: expected {digest.bytes} bytes of sha256 {digest.sha256[:12]}; found {size} others"
         )
-    return parse_safetensors(data)
+    try:
+        return parse_safetensors(data)
+    except (SafetensorError, ValueError, LookupError) as error:
+        raise CorruptionError(f"{path}: expected safetensors; its header does not read: {error}") from error
 
 
 def latest(run_dir: Path, optimizer: bool = True) -> Checkpoint | None:

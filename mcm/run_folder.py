@@ -12,9 +12,9 @@ import pydantic
 import torch
 
 from cache_tools.console import describe, exit_code
-from cache_tools.errors import CorruptionError, IdentityError, Interrupted, McmError
+from cache_tools.errors import IdentityError, Interrupted, McmError
 from cache_tools.identity import CacheIdentity
-from cache_tools.records import Record, differences, encode_record, read_record, write_toml
+from cache_tools.records import Record, differences, encode_record, read_json, read_record, write_toml
 from cache_tools.storage import append_line, keep_lines, publish, write_atomic
 
 # What may change between two commands on one run: no picture, mask or learning rate depends on it.
@@ -87,10 +87,7 @@ def recorded(run_dir: Path) -> dict[str, Any]:
     Raises: CorruptionError when it does not read.
     """
     path = run_dir / "run.json"
-    try:
-        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise CorruptionError(f"{path}: expected the record of a run; it does not read: {error}; restore it") from error
+    return read_json(path) if path.is_file() else {}
 
 
 def recorded_units(run_dir: Path) -> list[str]:

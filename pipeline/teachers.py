@@ -5,7 +5,6 @@ B batch, N patch tokens, C channels, H W pixels.
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,14 @@ from cache_tools.draws import uniform
 from cache_tools.errors import IdentityError, ResourceError, UsageError
 from cache_tools.identity import TeacherIdentity
 from cache_tools.images import RGB, resize_rgb
-from cache_tools.records import nearest, sha256_hex
+from cache_tools.records import nearest, read_json, sha256_hex
+from cache_tools.weights import is_torchscript
 
 RANDOM = "random"  # weights that say so: for shapes, timings and controls
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What files and configurations that lie were seen to raise in safetensors, torch and open_clip.
+NOT_A_MODEL = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
+NOT_WEIGHTS = (*NOT_A_MODEL, SafetensorError, OSError, EOFError, UnpicklingError, MemoryError)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 State = dict[str, Tensor]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -84,7 +87,12 @@ def load_teacher(
     torch.manual_seed(0)  # the weights of "random"
     torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions: fp32 must mean it
     load = _load_open_clip if kind == "open_clip" else _load_timm
-    teacher = load(architecture, weights, size, where, cast(Precision, precision))
+    try:
+        teacher = load(architecture, weights, size, where, cast(Precision, precision))
+    except NOT_A_MODEL as error:
+        if not Path(architecture).is_dir():  # a name that we know: the mistake is not in a configuration from elsewhere
+            raise
+        raise UsageError(f"--teacher {name}: expected open_clip's configuration of a ViT; {error!r}") from error
     teacher.tower.to(where).eval().requires_grad_(False)
     return teacher
 
@@ -138,13 +146,15 @@ def _open_clip_config(name: str, weights: str) -> tuple[dict[str, Any], dict[str
 
     folder = Path(name) / "open_clip_config.json"
     if folder.is_file():
-        try:
-            whole = json.loads(folder.read_text(encoding="utf-8"))
-            assert {"embed_dim", "vision_cfg"} <= whole.get("model_cfg", whole).keys()
-        except (ValueError, AttributeError, AssertionError) as error:
-            raise UsageError(f"{folder}: expected open_clip's configuration of a model; it does not read") from error
-        preprocess = {"preprocess_cfg": whole.get("preprocess_cfg", {})}
-        config: dict[str, Any] | None = whole.get("model_cfg", whole) | preprocess
+        whole = read_json(folder, UsageError)
+        model = whole.get("model_cfg", whole)
+        if not isinstance(model, dict) or not isinstance(model.get("vision_cfg"), dict) or "embed_dim" not in model:
+            raise UsageError(f"{folder}: expected open_clip's configuration of a model; it does not read")
+        if ":" in str(model["vision_cfg"].get("timm_model_name", "")):
+            raise UsageError(f"{folder}: expected the name of a model of timm's own; found a place to fetch one from")
+        if model["vision_cfg"].get("timm_model_pretrained"):
+            model["vision_cfg"]["timm_model_pretrained"] = False  # every tensor comes from --weights
+        config: dict[str, Any] | None = model | {"preprocess_cfg": whole.get("preprocess_cfg", {})}
     else:
         config = open_clip.get_model_config(name)
     if config is None:
@@ -253,12 +263,12 @@ def _read_state(path: Path) -> State:
     """Tensors of a safetensors file, a checkpoint (never unpickled beyond tensors) or OpenAI's TorchScript archive."""
     from open_clip.factory import load_state_dict
 
-    if zipfile.is_zipfile(path) and any(n.endswith("constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+    if is_torchscript(path):
         scripted: State = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
         return {key: value.float() if value.is_floating_point() else value for key, value in scripted.items()}
     try:
         state: State = load_state_dict(str(path), weights_only=True)
-    except (SafetensorError, ValueError, RuntimeError, OSError, EOFError, KeyError, UnpicklingError) as error:
+    except NOT_WEIGHTS as error:
         raise IdentityError(f"{path}: expected a file of weights; it does not read: {error}") from error
     return dict(state)
 

@@ -1,5 +1,6 @@
 """Encoders from every kind of source: all of their tensors or an error that names what is missing."""
 
+import hashlib
 import warnings
 
 import pytest
@@ -67,10 +68,14 @@ def test_less_than_all_is_an_identity_error(small_file, change, message):
         load_encoder("timm:vit_tiny_patch16_224", small_file)
 
 
-def test_a_torchscript_archive_gives_its_tensors(tmp_path):
+def test_openais_torchscript_archives_give_their_tensors_and_no_other_is_opened(tmp_path, monkeypatch):
     module = torch.nn.Linear(2, 3).half()
     with warnings.catch_warnings(action="ignore"):  # torch's: TorchScript is out of date, but OpenAI's files are not
         torch.jit.script(module).save(str(tmp_path / "ViT-B-16.pt"))
+        with pytest.raises(UsageError, match="TorchScript archive that is none of OpenAI's"):
+            read_weights(tmp_path / "ViT-B-16.pt")
+        digest = hashlib.sha256((tmp_path / "ViT-B-16.pt").read_bytes()).hexdigest()
+        monkeypatch.setattr("cache_tools.weights.OPENAI_SHA256", {digest})
         state = read_weights(tmp_path / "ViT-B-16.pt")
     assert torch.equal(state["weight"], module.weight.float()) and state["bias"].dtype == torch.float32
 
