@@ -204,17 +204,14 @@ def publish_folder(temp: Path, final: Path) -> None:
     _sync_dir(final.parent)
 
 
-def read_at(path: Path, offset: int, size: int) -> bytes:
-    """Exactly `size` bytes at `offset`.
-
-    Raises: CorruptionError when the file is missing or shorter.
-    """
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError as error:
         raise CorruptionError(f"{path}: expected a committed file; it is missing; run `mcm-cache verify`") from error
     try:
-        data = os.pread(descriptor, size, offset)
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -230,6 +227,17 @@ def read_at(path: Path, offset: int, size: int) -> bytes:
     if len(data) != size or not within:
         raise CorruptionError(f"{path}: expected {size} bytes at {offset}; found {len(data)}; run `mcm-cache verify`")
     return data
+
+
+def read_into(path: Path, offset: int, out: memoryview) -> None:
+    """Fill `out` with the bytes at `offset`.
+
+    Raises: CorruptionError when the file is missing or shorter.
+    """
+    with _opened(path) as descriptor:
+        found = os.preadv(descriptor, [out], offset)
+    if found != out.nbytes:
+        raise CorruptionError(f"{path}: expected {out.nbytes} bytes at {offset}; found {found}; run `mcm-cache verify`")
 
 
 def file_sha256(path: Path) -> str:
