@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -34,6 +35,11 @@ def make_dir(path: Path) -> None:
 def run_folder(path: Path) -> Path:
     """PATH.run: locks and progress live beside a DATASET or CACHE, as they are no part of its bytes."""
     return Path(f"{os.path.abspath(path)}.run")
+
+
+def shard_lock(cache: Path, split: str, shard: int) -> Path:
+    """The lock of a shard in all its views: whoever makes it, or moves it away, holds that."""
+    return run_folder(cache) / "locks" / f"{split}-{shard:06d}"
 
 
 def settle(path: Path) -> None:
@@ -179,6 +185,42 @@ def remove_tree(path: Path) -> None:
             else:
                 os.unlink(child)
         os.rmdir(path)
+
+
+def new_folder(parent: Path) -> Path:
+    """A folder that nobody else has: `parent`/000000, or the next number that is free."""
+    make_dir(parent)
+    for number in itertools.count():
+        folder = parent / f"{number:06d}"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+            _sync_dir(parent)
+            return folder
+    raise AssertionError
+
+
+def move_durably(path: Path, target: Path) -> bool:
+    """Move a file to a name that is free; False where it is missing. Across file systems it is copied, then removed."""
+    if not os.path.lexists(path):
+        return False
+    make_dir(target.parent)
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy_durably(path, target)
+        os.unlink(path)
+    _sync_dir(target.parent)
+    _sync_dir(path.parent)
+    return True
+
+
+def copy_durably(path: Path, target: Path) -> None:
+    """Copy a file; the copy appears whole or not at all."""
+    with open(path, "rb") as source, AtomicFile(target) as copy:
+        while piece := source.read(1 << 20):
+            copy.write(piece)
 
 
 def temp_folder(final: Path) -> Path:

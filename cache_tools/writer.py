@@ -100,7 +100,7 @@ class UnitShardWriter:
 
 
 def publish_identity(cache: Path, identity: CacheIdentity) -> None:
-    """Write cache.json, or compare with the one that is there.
+    """Write cache.json, or compare with the one that is there; where it was lost, with a commit.
 
     Raises: IdentityError with the fields that differ.
     """
@@ -109,12 +109,17 @@ def publish_identity(cache: Path, identity: CacheIdentity) -> None:
         found = differences(identity, read_record(CacheIdentity, path))
         if found:
             raise IdentityError(f"{cache}: this request is not the cache's (asked != found): {'; '.join(found)}")
+    elif commit := next(cache.glob("*/v*/commits/*.json"), None):
+        if read_record(Commit, commit).identity_sha256 != record_sha256(identity):
+            raise IdentityError(f"{cache}: expected the request that its commits, such as {commit}, were made by")
     publish(path, encode_record(identity))
 
 
 def finish_unit(unit: Unit) -> bool:
     """Write the manifest when every shard has its commit; says whether the unit is complete."""
     if not unit.complete and len(unit.committed()) == unit.num_shards:
+        for path, data in unit.zarr_files().items():  # those that `verify --repair` moved away
+            publish(path, data)
         shas = tuple(record_sha256(unit.commit(shard)) for shard in range(unit.num_shards))
         manifest = Manifest(
             identity_sha256=unit.identity_sha256, split=unit.split, view=unit.view, rows=unit.rows, commits=shas

@@ -1,11 +1,16 @@
 """The programme `mcm-cache`: stage one, pictures in, cache out."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cache_tools.console import guarded
+
+if TYPE_CHECKING:  # imported where they are used: torch is slow to come
+    from cache_tools.verify import Report
+
+    from .reinfer import Reinferred
 
 app = typer.Typer(
     help="Stage one: shard pictures, extract a teacher's features once, verify them always.",
@@ -157,23 +162,60 @@ def info_command(
 @guarded
 def verify_command(
     path: Annotated[Path, typer.Argument(metavar="CACHE|DATASET")],
-    full: Annotated[bool, typer.Option("--full", help="Also the sha256 of every file, and finiteness.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Sizes and records alone; no data is read.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also sha256, tar members, finiteness, quantisation.")] = False,
+    subset: Annotated[str, typer.Option(help="Share of the shards, such as 5%, at least one of each unit.")] = "100%",
+    seed: Annotated[int, typer.Option(help="Draws the subset and the rows of --reinfer.")] = 0,
+    reinfer: Annotated[int, typer.Option(help="Rows to compute again with --teacher and --weights.", min=0)] = 0,
+    teacher: Annotated[str, typer.Option(help="As in extract, for --reinfer.")] = "",
+    weights: Annotated[str, typer.Option(help="As in extract, for --reinfer.")] = "",
+    precision: Annotated[str | None, typer.Option(help="As in extract, for --reinfer.")] = None,
+    device: Annotated[str | None, typer.Option(help="As in extract, for --reinfer.")] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Move what is damaged to PATH.run/quarantine.")] = False,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Check every committed byte; exit 4 and the files by name when something is damaged.
 
     Example: mcm-cache verify cache --full
     """
-    from cache_tools.console import print_json
-    from cache_tools.errors import CorruptionError
+    from cache_tools.errors import UsageError
     from cache_tools.verify import verify
 
-    report = verify(path, full, quiet=json)
+    share = subset.removesuffix("%")
+    if not subset.endswith("%") or not share.replace(".", "", 1).isdigit():
+        raise UsageError(f"--subset {subset!r}: expected a share such as 5%")
+    if reinfer and not (teacher and weights and (path / "cache.json").is_file()):
+        raise UsageError("--reinfer: expected a CACHE, and --teacher and --weights as in its `mcm-cache extract`")
+    report = verify(path, full, quick, float(share) / 100, seed, quiet=json)
+    again = None
+    if reinfer:
+        from .reinfer import reinfer as compute_again
+
+        again = compute_again(path, reinfer, teacher, weights, device, precision, seed)
+        report.problems += again.problems
+    _conclude(report, again, repair, json)
+
+
+def _conclude(report: "Report", again: "Reinferred | None", mend: bool, json: bool) -> None:
+    """Print what `verify` found and, with `mend`, move it; CorruptionError when it found something."""
+    from dataclasses import asdict
+
+    from cache_tools.console import print_json
+    from cache_tools.errors import CorruptionError
+    from cache_tools.repair import repair
+
+    # A teacher that is another than its name says proves nothing about the cache.
+    doubt = any(problem.what == "teacher" for problem in report.problems)
+    done = repair(report) if mend and report.problems and not doubt else None
     if json:
-        print_json(vars(report))
+        parts = {"reinferred": again and asdict(again)["shards"], "repair": done and asdict(done)}
+        print_json(asdict(report) | {name: part for name, part in parts.items() if part is not None})
+    else:
+        lines = [shard.text for shard in again.shards] if again else []
+        lines += [problem.text for problem in report.problems] + (done.lines() if done else [])
+        share = f", {report.shards} of {report.of} shards" if report.shards < report.of else ""
+        what = f"{report.files} files and {report.rows} rows are as committed ({report.level}{share})"
+        print("\n".join([*lines, f"{report.path}: {what}"]))
     if report.problems:
-        for problem in report.problems if not json else ():
-            print(problem)
-        raise CorruptionError(f"{path}: {len(report.problems)} problems, each named above")
-    if not json:
-        print(f"{path}: {report.files} files and {report.rows} rows are as committed ({report.level})")
+        hint = "" if done else "; `--repair` moves them away, so that they can be made again" if not doubt else ""
+        raise CorruptionError(f"{report.path}: {len(report.problems)} problems, each named above{hint}")

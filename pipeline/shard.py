@@ -31,7 +31,7 @@ from cache_tools.draws import permutation
 from cache_tools.errors import CorruptionError, IdentityError, Interrupted, TooManyRefused, UsageError
 from cache_tools.images import PICTURE_RULES, PictureRefused, decode_rgb, picture_extension
 from cache_tools.records import Record, differences, encode_record, read_record, sha256_hex
-from cache_tools.storage import make_dir, publish, remove_tree, run_folder, try_lock, write_atomic
+from cache_tools.storage import copy_durably, make_dir, publish, remove_tree, run_folder, try_lock, write_atomic
 from cache_tools.tars import INDEX_DTYPE, TarShardWriter, encode_npy
 
 from .candidates import Candidates, SourceItem, printable, read_source
@@ -136,6 +136,7 @@ class Job:
             if (self.out / "dataset.json").is_file():
                 record = read_record(DatasetRecord, self.out / "dataset.json")
                 _check_same(self.out, self.plan, _plan_of(record))
+                self._make_again(record, watch, stop)
                 print(f"{self.out}: complete")
             else:
                 _begin(self.out, self.work / "plan.json", self.plan)
@@ -144,6 +145,40 @@ class Job:
                 write_atomic(self.out / "dataset.json", encode_record(record))
             remove_tree(self.work)
         return record
+
+    def _make_again(self, record: DatasetRecord, watch: Watch, stop: StopFlag) -> None:
+        """Fill in what `verify --repair` moved away, or anyone lost: the same sources give the same bytes.
+
+        Splits that miss a file are sharded whole beside the DATASET, as refused pictures before a shard move its rows.
+        Raises: IdentityError when the sources make another file than dataset.json says.
+        """
+        again = self.folder / "again"
+        for name, entry in record.splits.items():
+            tars = [self.out / name / f"{shard_name(k)}.tar" for k in range(len(entry.shards))]
+            files = {file: k for k, tar in enumerate(tars) for file in (tar, tar.with_suffix(".index.npy"))}
+            missing = {file: k for file, k in files.items() if not file.is_file()}
+            if not missing:
+                continue
+            print(f"{self.out}: {len(missing)} files of {name} are missing; made again from the sources", flush=True)
+            if not again.is_dir():  # progress there may be that of the DATASET itself, when a kill spared it
+                remove_tree(self.work)
+                make_dir(again)
+            where = (again / name, self.work / name)
+            made = _Split(name, self.candidates[name], self.plan, *where, self.max_refused, watch)
+            shards = made.write(self.workers, stop).shards
+            same = [file for file, k in missing.items() if shards[k : k + 1] == entry.shards[k : k + 1]]
+            for file in same:
+                copy_durably(again / name / file.name, file)
+            if len(same) < len(missing):
+                remove_tree(self.work)
+                remove_tree(again)
+                other = next(file for file in missing if file not in same)
+                raise IdentityError(f"{other}: expected the pictures that it was made of; the source has others now")
+        for name, entry in record.splits.items():
+            if not (self.out / name / "_info.json").is_file():
+                publish(self.out / name / "_info.json", info_json(name, entry))
+        remove_tree(self.work)
+        remove_tree(again)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
