@@ -15,7 +15,8 @@ import pydantic
 from .errors import CorruptionError, IdentityError, McmError, UsageError
 
 MAX_RECORD_BYTES = 64 << 20  # the manifest of a million shards is smaller
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 64 << 10  # tomllib needs the square of a dotted key: 2 s here
+MAX_MISFITS = 20  # fields in a message
 MAX_SHOWN = 200  # characters of a value in a message
 _PACKAGE = Path(__file__).parent
 
@@ -77,10 +78,13 @@ def decode_record(cls: type[R], data: bytes, where: str | Path) -> R:
         found = f"expected format version {version.default}; found {payload.get('version')}"
         raise IdentityError(f"{where}: {found}; use the software of that version")
     try:
-        return cls.model_validate_json(canonical)
+        record = cls.model_validate_json(canonical)
     except pydantic.ValidationError as error:
-        odd = "; ".join(map(_misfit, error.errors()))
+        odd = "; ".join(map(_misfit, error.errors()[:MAX_MISFITS]))
         raise IdentityError(f"{where}: not a {cls.__name__} of this software (asked != found): {odd}") from error
+    if encode_record(record) != data:  # true for 1, 1 for 1.0: what we hold would have another digest
+        raise IdentityError(f"{where}: not a {cls.__name__} as this software writes it: a value is of another type")
+    return record
 
 
 def _misfit(detail: Any) -> str:
@@ -170,6 +174,8 @@ def load_toml(cls: type[R], path: Path, overrides: Sequence[str] = ()) -> R:
         _override(payload, override)
     try:
         return cls.model_validate_json(json.dumps(payload, default=str))  # a date of TOML's is then no number either
+    except RecursionError as error:
+        raise UsageError(f"{path}: expected sections of values; found tables in tables in tables") from error
     except pydantic.ValidationError as error:
         # A misspelled key shows as one unknown and one missing: the unknown one tells more.
         first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")

@@ -167,10 +167,11 @@ def _from_timm(spec: str, weights: Path | None) -> Backbone:
 
 def _from_pretraining(folder: Path, untrained: bool) -> Backbone:
     run = read_record(PretrainRun, folder / "run.json")
-    # The identity has no engine fields; micro_batch alone has no default, and moves no weight.
-    payload = run.config | {"train": run.config["train"] | {"micro_batch": CHUNK_ROWS}}
-    config = PretrainConfig.model_validate_json(json.dumps(payload))
-    masked = MaskedChannelModel(config, run.grid, run.patch, run.channels)
+    with _arguments_of(folder / "run.json"):
+        # The identity has no engine fields; micro_batch alone has no default, and moves no weight.
+        payload = run.config | {"train": run.config["train"] | {"micro_batch": CHUNK_ROWS}}
+        config = PretrainConfig.model_validate_json(json.dumps(payload))
+        masked = MaskedChannelModel(config, run.grid, run.patch, run.channels)
     weights = "untrained" if untrained else _load_newest(masked, folder)
     model = masked.encoder
     kept = masked if config.mask.mode != "none" else None
