@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,12 +46,12 @@ class ArraySpec:
     shard_rows: int
     compress: str | None = None
 
-    @property
+    @cached_property
     def chunk_shape(self) -> tuple[int, ...]:
         """Shape of one chunk: the unit of reading."""
         return (self.chunk_rows, *self.shape[1:])
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
         """Bytes of one chunk, without its crc32c."""
         return math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize
@@ -172,7 +173,8 @@ def read_chunk(
 
     Raises: CorruptionError naming the file: missing, short, or other bytes.
     """
-    path, out = group / spec.shard_file(shard), np.empty(spec.chunk_shape, spec.dtype) if out is None else out
+    path = group / spec.shard_file(shard)
+    out = np.empty(spec.chunk_shape, spec.dtype) if out is None else out
     assert out.shape == spec.chunk_shape and out.dtype == spec.dtype and out.flags.c_contiguous
     buffer = out.data.cast("B")
     if spec.compress:

@@ -34,7 +34,7 @@ class Chunk:
     """
 
     row0: int
-    pictures: list[bytes]
+    pictures: list[memoryview]
     labels: npt.NDArray[np.int32]
     codes: npt.NDArray[Any]
     scale: npt.NDArray[Any] | None
@@ -180,11 +180,12 @@ class Unit:
         index: Any = self.index_rows(shard, position, rows)
         # The 16 pictures lie side by side in the tar: one read, headers and labels included.
         start = int(index["offset"][0])
-        data = read_at(self.tar(shard), start, int(index["offset"][-1]) + int(index["size"][-1]) - start)
-        places = zip(index["offset"] - start, index["size"], index["crc32c"], strict=True)
+        tar = self.tar(shard)
+        data = memoryview(read_at(tar, start, int(index["offset"][-1]) + int(index["size"][-1]) - start))
+        spans = zip((index["offset"] - start).tolist(), index["size"].tolist(), index["crc32c"].tolist(), strict=True)
         pictures = [
-            checked_picture(self.tar(shard), data[int(offset) : int(offset) + int(size)], int(checksum), row0 + i)
-            for i, (offset, size, checksum) in enumerate(places)
+            checked_picture(tar, data[offset : offset + size], checksum, row0 + i)
+            for i, (offset, size, checksum) in enumerate(spans)
         ]
         names = ("patch", "scale", "low", "cls")
         into = into if into and rows == CHUNK_ROWS else {}

@@ -112,7 +112,7 @@ def encode_view(rgb_HW3: RGB, encoding: str) -> bytes:
     return bytes(simplejpeg.encode_jpeg(contiguous, quality=quality, colorspace="RGB", colorsubsampling=subsampling))
 
 
-def decode_view_into(data: bytes, out_HW3: RGB) -> None:
+def decode_view_into(data: bytes | memoryview, out_HW3: RGB) -> None:
     """Decode a stored view in place: the one decoder behind the teacher's input and the student's.
 
     Raises: CorruptionError when the bytes are no picture of that size.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import crc32c
 import numpy as np
@@ -21,6 +21,7 @@ from .errors import CorruptionError
 from .records import read_capped
 from .storage import AtomicFile
 
+Data = TypeVar("Data", bytes, memoryview)
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32c", "<u4"), ("label", "<i4")])
 VIEW_INDEX_DTYPE = np.dtype(
     INDEX_DTYPE.descr
@@ -118,7 +119,7 @@ def read_sealed_npy(path: Path) -> npt.NDArray[Any]:
     return _parse_npy(path, data[:-4], np.dtype(np.float32))
 
 
-def checked_picture(tar: Path, data: bytes, expected_crc32c: int, row: int) -> bytes:
+def checked_picture(tar: Path, data: Data, expected_crc32c: int, row: int) -> Data:
     """`data`, whose crc32c is as its index says.
 
     Raises: CorruptionError naming the file and row.

@@ -1,0 +1,335 @@
+"""The stream against its limit and its peers: the same pictures and codes, one table.
+
+    python bench/stream.py --out bench/results/stream.json [--photos FOLDER] [--quick]
+
+Rows are views of 224 px (JPEG 95 4:4:4) and 196 x 768 features. The limit is bare preads and bare JPEG decodes straight
+into the batch, no checks. Peers read rendered views (decoded with simplejpeg) or, "crop", source pictures that Pillow
+decodes and crops. Each line is a process of its own, the lines take turns for three rounds; a figure is the median of
+the rounds. CPU-seconds are those of the process: with workers, which are others, there are none. litdata and
+mosaicml-streaming are left out, with a word, where they are not installed.
+"""
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import write_results
+
+BATCH, TOKENS, CHANNELS, SIZE, ROWS_PER_SHARD = 64, 196, 768, 224, 256
+CODES_BYTES = TOKENS * CHANNELS
+OURS = [f"ours {dtype}, {workers} workers" for dtype in ("int8", "float16", "int4") for workers in (0, 1, 2)]
+LIMITS = [f"limit {dtype}" for dtype in ("int8", "float16", "int4")]
+PEERS = ["webdataset views", "webdataset crop", "litdata views", "mosaicml views"]
+
+
+def pictures(photos: Path | None, rows: int) -> Iterator[tuple[bytes, bytes]]:
+    """(source JPEG of 500 x 375 or so, rendered view): photographs over and over, or smooth noise with grain."""
+    from cache_tools.draws import uniform
+    from cache_tools.identity import CropPolicy
+    from cache_tools.images import decode_rgb, encode_view, resize_rgb
+    from pipeline.views import draw_crop, render
+
+    files = [path for path in sorted(photos.rglob("*")) if path.is_file()] if photos else []
+    for row in range(rows):
+        if files:
+            source = files[row % len(files)].read_bytes()
+        else:
+            noise = uniform(row, "bench", np.arange(40 * 54 * 3)).reshape(40, 54, 3)
+            grain = uniform(row, "grain", np.arange(375 * 500 * 3)).reshape(375, 500, 3) - 0.5
+            smooth = resize_rgb((noise * 255).astype(np.uint8), 375, 500)
+            source = encode_view(np.clip(smooth + 30 * grain, 0, 255).astype(np.uint8), "jpeg:92:420")
+        rgb = decode_rgb(source)
+        geometry = draw_crop(CropPolicy(kind="rrc"), 0, "train", row, 0, *rgb.shape[:2])
+        yield source, encode_view(render(rgb, geometry, SIZE, SIZE), "jpeg:95:444")
+
+
+def make_cache(folder: Path, views: list[bytes], dtype: str) -> None:
+    """A CACHE of one view by cache_tools' own writers; codes are random, as their values cost nothing."""
+    from cache_tools.cache import Unit
+    from cache_tools.identity import CacheIdentity, CropPolicy, Fidelity, Fingerprint, TeacherIdentity
+    from cache_tools.writer import UnitShardWriter, finish_unit, publish_identity
+
+    teacher = TeacherIdentity(
+        name="bench", architecture_sha256="", weights_sha256="", activation="", height=SIZE, width=SIZE,
+        mean=(0.0,) * 3, std=(1.0,) * 3,
+    )  # fmt: skip
+    identity = CacheIdentity(
+        teacher=teacher, crop=CropPolicy(kind="rrc"), seed=0, view_height=SIZE, view_width=SIZE,
+        view_encoding="jpeg:95:444", picture_rules=1, dtype=dtype, grid=(14, 14), channels=CHANNELS, has_cls=True,
+        rows_per_shard=ROWS_PER_SHARD, rows={"train": len(views)}, classes=(), dataset_sha256="",
+    )  # fmt: skip
+    publish_identity(folder, identity)
+    unit, draw = Unit(folder, identity, "train", 0), np.random.default_rng(0)
+    for shard in range(unit.num_shards):
+        with UnitShardWriter(unit, shard) as writer:
+            for view in views[shard * ROWS_PER_SHARD :][: unit.shard_rows(shard)]:
+                writer.add_view(view, 0, (0, 0, SIZE, SIZE, 0, SIZE, SIZE))
+            for name, spec in unit.specs.items():
+                rows = 1 if name.startswith("channel_") else unit.shard_rows(shard)
+                for start in range(0, rows, spec.chunk_rows):
+                    shape = (min(spec.chunk_rows, rows - start), *spec.shape[1:])
+                    writer.add(name, draw.integers(0, 100, shape).astype(spec.dtype))
+            nothing, exact = np.zeros(CHANNELS), Fidelity(relative_mse=0, cosine=1, precision_mse=0)
+            writer.commit(nothing, nothing, exact, Fingerprint(device="", precision="fp32", batch=16, versions={}))
+    finish_unit(unit)
+
+
+def make_peers(folder: Path, sources: list[bytes], views: list[bytes]) -> None:
+    """The same rows for each peer, as its own writer or documentation would have it; int8 codes."""
+    codes = np.random.default_rng(0).integers(-100, 100, (TOKENS, CHANNELS)).astype(np.int8)
+    npy = io.BytesIO()
+    np.save(npy, codes)
+    for kind, encoded in (("views", views), ("crop", sources)):
+        for start in range(0, len(encoded), ROWS_PER_SHARD):
+            path = folder / f"webdataset {kind}" / f"{start:06d}.tar"
+            path.parent.mkdir(exist_ok=True)
+            with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for row, jpg in enumerate(encoded[start : start + ROWS_PER_SHARD], start):
+                    for name, data in ((f"{row:09d}.jpg", jpg), (f"{row:09d}.npy", npy.getvalue())):
+                        member = tarfile.TarInfo(name)
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+    if importlib.util.find_spec("streaming"):
+        from streaming import MDSWriter
+
+        columns = {"jpg": "bytes", "codes": f"ndarray:int8:{TOKENS},{CHANNELS}"}
+        with MDSWriter(out=str(folder / "mosaicml views"), columns=columns, size_limit="64mb") as writer:
+            for jpg in views:
+                writer.write({"jpg": jpg, "codes": codes})
+    if importlib.util.find_spec("litdata"):
+        from litdata.streaming.cache import Cache
+
+        cache = Cache(str(folder / "litdata views"), chunk_bytes="64MB")
+        for row, jpg in enumerate(views):
+            cache[row] = {"jpg": jpg, "codes": codes}
+        cache.done()
+        cache.merge()
+
+
+def read_limit(folder: Path, dtype: str) -> Callable[[], Iterator[int]]:
+    """Bare preads and decodes of the same files, into the same memory each time."""
+    import simplejpeg
+
+    from cache_tools.cache import Cache
+
+    (unit,) = Cache(folder / dtype).complete_units("train")
+    tars = [os.open(unit.tar(k), os.O_RDONLY) for k in range(unit.num_shards)]
+    indexes = [np.load(unit.index_file(k)) for k in range(unit.num_shards)]
+    names = [name for name in ("patch", "scale", "low") if name in unit.specs]
+    files = {
+        n: [os.open(unit.group / unit.specs[n].shard_file(k), os.O_RDONLY) for k in range(len(tars))] for n in names
+    }
+    out = {name: np.empty((BATCH, *unit.specs[name].shape[1:]), unit.specs[name].dtype) for name in names}
+    rgb = np.empty((BATCH, SIZE, SIZE, 3), np.uint8)
+
+    def epoch() -> Iterator[int]:
+        order = np.random.default_rng(0).permutation(unit.num_chunks)
+        for first in range(0, len(order), BATCH // 16):
+            for place, chunk in enumerate(order[first : first + BATCH // 16]):
+                shard, position = divmod(int(chunk), unit.chunks_per_shard)
+                rows = indexes[shard][position * 16 : position * 16 + 16]
+                start = int(rows["offset"][0])
+                data = os.pread(tars[shard], int(rows["offset"][-1]) + int(rows["size"][-1]) - start, start)
+                for i, (offset, size) in enumerate(zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True)):
+                    jpg = data[offset - start : offset - start + size]
+                    simplejpeg.decode_jpeg(jpg, colorspace="RGB", buffer=rgb[place * 16 + i])
+                for name in names:
+                    target = out[name][place * 16 : place * 16 + 16].data.cast("B")
+                    os.preadv(files[name][shard], [target], position * (unit.specs[name].chunk_bytes + 4))
+            yield BATCH
+
+    return epoch
+
+
+def read_ours(folder: Path, dtype: str, workers: int) -> Callable[[], Iterator[int]]:
+    """mcm's stream as pre-training runs it: every crc32c checked, masks picked."""
+    from cache_tools.cache import Cache
+    from mcm.order import Order
+    from mcm.stream import CacheSource, Stream, batches
+
+    units = Cache(folder / dtype).complete_units("train")
+    order = Order(units[0].rows, 16, BATCH, BATCH)
+    stream = Stream(order, CacheSource(units, (SIZE, SIZE), TOKENS, 4096, 0))
+
+    def run() -> Iterator[int]:
+        with batches(stream, 0, 1000 * order.steps_per_epoch, workers) as items:
+            for batch in items:
+                yield len(batch["rows"])
+
+    items = run()  # one loader for all passes, as one run has one for all epochs
+    return lambda: islice(items, order.steps_per_epoch)
+
+
+def collated(samples: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]) -> Callable[[], Iterator[int]]:
+    """Samples (picture, codes) stacked into the same batch memory each time: the cheapest collation there is."""
+    rgb, codes = np.empty((BATCH, SIZE, SIZE, 3), np.uint8), np.empty((BATCH, TOKENS, CHANNELS), np.int8)
+
+    def epoch() -> Iterator[int]:
+        items = samples()
+        while group := list(islice(items, BATCH)):
+            for place, (picture, code) in enumerate(group):
+                rgb[place], codes[place] = picture, code
+            yield len(group)
+
+    return epoch
+
+
+def read_peer(folder: Path, name: str) -> Callable[[], Iterator[int]]:
+    """A peer's reader in one process, without its shuffle pool."""
+    import simplejpeg
+
+    def decode(jpg: bytes) -> np.ndarray:
+        return np.asarray(simplejpeg.decode_jpeg(jpg, colorspace="RGB"))
+
+    def crop(jpg: bytes) -> np.ndarray:
+        from PIL import Image
+
+        with Image.open(io.BytesIO(jpg)) as picture:
+            side = min(picture.size)
+            return np.asarray(picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, (0, 0, side, side)))
+
+    where = folder / name
+    if name.startswith("webdataset"):
+        import webdataset
+
+        read = decode if name.endswith("views") else crop
+        tars = [str(path) for path in sorted(where.glob("*.tar"))]
+
+        def samples() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for sample in webdataset.WebDataset(tars, shardshuffle=False):
+                yield read(sample["jpg"]), np.load(io.BytesIO(sample["npy"]))
+
+        return collated(samples)
+    if name.startswith("litdata"):
+        from litdata import StreamingDataset
+
+        dataset = StreamingDataset(str(where), shuffle=False)
+    else:
+        from streaming import StreamingDataset
+
+        dataset = StreamingDataset(local=str(where), shuffle=False, batch_size=BATCH)
+    return collated(lambda: ((decode(item["jpg"]), item["codes"]) for item in iter(dataset)))
+
+
+def open_reader(folder: Path, name: str) -> Callable[[], Iterator[int]]:
+    """The reader of a line of the table."""
+    kind, _, rest = name.partition(" ")
+    if kind == "limit":
+        return read_limit(folder, rest)
+    if kind == "ours":
+        dtype, _, workers = rest.partition(", ")
+        return read_ours(folder, dtype, int(workers.split()[0]))
+    return read_peer(folder, name)
+
+
+def peak_megabytes() -> float:
+    """Largest resident memory of this process (getrusage's would be that of the process which started it)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def drop_from_memory(folder: Path) -> None:
+    """Ask the system to forget the files, for a cold pass."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def measure(folder: Path, name: str, passes: int) -> dict[str, float]:
+    """A cold pass, then `passes` warm ones, in this process."""
+    epoch = open_reader(folder, name)
+    data = folder / (name.split()[1].rstrip(",") if name.split()[0] in ("limit", "ours") else name)
+    drop_from_memory(data)
+    start = time.perf_counter()
+    rows = sum(epoch())
+    cold = rows / (time.perf_counter() - start)
+    start, spent, rows = time.perf_counter(), time.process_time(), 0
+    for _ in range(passes):
+        rows += sum(epoch())
+    wall, spent = time.perf_counter() - start, time.process_time() - spent
+    size = sum(path.stat().st_size for path in data.rglob("*") if path.is_file() and path.name != "cache.json")
+    return {
+        "per_s": rows / wall,
+        "per_cpu_s": rows / spent,
+        "cold_per_s": cold,
+        "rss_mb": peak_megabytes(),
+        "bytes": size,
+    }
+
+
+def main() -> None:
+    """Make the data, let every line run in turns, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="folder of source pictures; synthetic ones where left out")
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--passes", type=int, default=4)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="256 rows, one pass, one round: for the tests")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.folder, arguments.measure, arguments.passes)))
+        return
+    if arguments.quick:
+        arguments.rows, arguments.rounds, arguments.passes = 256, 1, 1
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        sources, views = map(list, zip(*pictures(arguments.photos, arguments.rows), strict=True))
+        for dtype in ("int8", "float16", "int4"):
+            make_cache(folder / dtype, views, dtype)
+        make_peers(folder, sources, views)
+        write_results(arguments.out, run_table(arguments, folder))
+
+
+def run_table(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Every line, in turns; ratios are to the limit of the same dtype in the same round."""
+    lines = [*LIMITS, *OURS, *(name for name in PEERS if (folder / name).is_dir())]
+    print("left out, not installed:", ", ".join(name for name in PEERS if name not in lines) or "nothing")
+    rounds: list[dict[str, dict[str, float]]] = []
+    for _ in range(arguments.rounds):
+        rounds.append({})
+        for name in lines:
+            line = [sys.executable, __file__, "--measure", name, "--folder", folder, "--passes", arguments.passes]
+            done = subprocess.run([str(word) for word in line], capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(f"{name}: {done.stderr}")
+            rounds[-1][name] = json.loads(done.stdout.splitlines()[-1])
+    table = []
+    for name in lines:
+        alone = not name.endswith(("1 workers", "2 workers"))
+        dtype = name.split()[1].rstrip(",") if name.split()[0] in ("limit", "ours") else "int8"
+        found = {key: statistics.median(one[name][key] for one in rounds) for key in rounds[0][name]}
+        ratio = statistics.median(one[name]["per_cpu_s"] / one[f"limit {dtype}"]["per_cpu_s"] for one in rounds)
+        row = {"reader": name, **{key: round(value) for key, value in found.items()}, "of_limit": round(ratio, 3)}
+        row |= {} if alone else {"per_cpu_s": None, "of_limit": None}
+        row["bytes_a_sample"] = round(row.pop("bytes") / arguments.rows)
+        table.append(row)
+        cpu = f"{row['per_cpu_s']:>6} a CPU-second, {ratio:5.2f} of the limit" if alone else " " * 39
+        print(
+            f"{name:<26} {row['per_s']:>6}/s warm {row['cold_per_s']:>6}/s cold {cpu}, {row['rss_mb']:>5} MB, "
+            f"{row['bytes_a_sample']:>7} B a sample",
+            flush=True,
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()
