@@ -1,5 +1,6 @@
 """What both programmes do at a terminal: exit codes, progress, clean stops."""
 
+import errno
 import functools
 import json
 import os
@@ -8,10 +9,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from .errors import Interrupted, McmError, ResourceError
+from .storage import free_bytes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,6 +34,9 @@ def describe(error: BaseException) -> str:
     """One line for the user, control characters escaped."""
     if isinstance(error, KeyboardInterrupt):
         text = "interrupted; the same command resumes"
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename:
+        free_mb = free_bytes(Path(os.fsdecode(error.filename))) / 1e6
+        text = f"{error.filename}: {error.strerror}, {free_mb:,.0f} MB free; make room and run the same command again"
     elif isinstance(error, OSError) and not isinstance(error, McmError):
         text = f"{error.filename or 'a file'}: {error.strerror or error}; mend that and run the same command again"
     else:

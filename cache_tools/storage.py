@@ -49,7 +49,7 @@ def settle(path: Path) -> None:
     """
     for folder, _, _ in os.walk(path):
         _sync_dir(Path(folder))
-    if path.is_dir():
+    if path.is_dir() and os.access(path.parent, os.R_OK):
         _sync_dir(path.parent)
 
 

@@ -35,10 +35,11 @@ class UnitShardWriter:
         remove(unit.commit_file(self.shard))
         for path, data in unit.zarr_files().items():
             publish(path, data)
-        self._stack = ExitStack()
-        self._tar = self._stack.enter_context(TarShardWriter(unit.tar(self.shard)))
         arrays = {name: ShardWriter(unit.group, spec, self.shard) for name, spec in unit.specs.items()}
-        self._arrays = {name: self._stack.enter_context(array) for name, array in arrays.items()}
+        with ExitStack() as stack:  # closes those that are open when the next one cannot be opened
+            self._tar = stack.enter_context(TarShardWriter(unit.tar(self.shard)))
+            self._arrays = {name: stack.enter_context(array) for name, array in arrays.items()}
+            self._stack = stack.pop_all()
         self._index = np.zeros(unit.shard_rows(self.shard), VIEW_INDEX_DTYPE)
         self._views = 0
         return self

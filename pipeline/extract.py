@@ -19,7 +19,7 @@ from cache_tools.errors import IdentityError, Interrupted, UsageError
 from cache_tools.identity import CacheIdentity, CropPolicy, Fingerprint
 from cache_tools.images import PICTURE_RULES, check_encoding
 from cache_tools.quantize import GROUP
-from cache_tools.storage import locks_work, publish, run_folder, shard_lock, try_lock
+from cache_tools.storage import locks_work, publish, run_folder, settle, shard_lock, try_lock
 from cache_tools.tars import encode_npy, read_sealed_npy, seal
 from cache_tools.writer import finish_unit, publish_identity
 
@@ -79,6 +79,7 @@ def extract(request: Request) -> None:
     }
     if request.dry_run:
         return print_plan(units, dataset, teacher, request.batch, request.cache)
+    settle(request.cache)
     publish_identity(request.cache, identity)
     precision_mse = publish_teacher(request.cache, teacher)
     every_unit = [unit for group in units.values() for unit in group]

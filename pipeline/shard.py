@@ -31,7 +31,7 @@ from cache_tools.draws import permutation
 from cache_tools.errors import CorruptionError, IdentityError, Interrupted, TooManyRefused, UsageError
 from cache_tools.images import PICTURE_RULES, PictureRefused, decode_rgb, picture_extension
 from cache_tools.records import Record, differences, encode_record, read_record, sha256_hex
-from cache_tools.storage import copy_durably, make_dir, publish, remove_tree, run_folder, try_lock, write_atomic
+from cache_tools.storage import copy_durably, make_dir, publish, remove_tree, run_folder, settle, try_lock, write_atomic
 from cache_tools.tars import INDEX_DTYPE, TarShardWriter, encode_npy
 
 from .candidates import Candidates, SourceItem, printable, read_source
@@ -133,6 +133,8 @@ class Job:
     def run(self, watch: Watch) -> DatasetRecord:
         """Make the DATASET, or continue one."""
         with self._locked(), StopFlag() as stop:
+            for folder in (self.out, self.folder):
+                settle(folder)
             if (self.out / "dataset.json").is_file():
                 record = read_record(DatasetRecord, self.out / "dataset.json")
                 _check_same(self.out, self.plan, _plan_of(record))

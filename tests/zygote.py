@@ -19,6 +19,7 @@ from test_pipeline_shard import make_source
 
 from cache_tools.console import guarded
 from pipeline import extract as extract_module
+from pipeline.cli import shard_command
 from pipeline.shard import shard
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -26,15 +27,21 @@ SERVER.set_forkserver_preload(["zygote"])
 
 
 def make_place(root: Path) -> Path:
-    """Pictures of two splits (3 shards and 1), their DATASET, a teacher; what is made from them goes beside."""
-    make_source(root / "pictures", train=40, val=16)
+    """Pictures of two splits (4 shards in all), their DATASET, a teacher; what is made from them goes beside."""
+    make_source(root / "pictures", train=36, val=4)
     make_teacher(root / "clip")
     run_shard(root, root / "dataset")
     return root
 
 
 def run_shard(place: Path, out: Path) -> None:
+    """In this process, as an application does it."""
     shard(place / "pictures", out, rows_per_shard=16, workers=2)
+
+
+def run_shard_command(place: Path, out: Path) -> None:
+    """As the command line does it: in a process that this one watches."""
+    shard_command(str(place / "pictures"), out, rows_per_shard=16, seed=0, max_refused=0.0, workers=2)
 
 
 def run_extract(place: Path, cache: Path, views: int = 1, worker: int = 0, workers: int = 1) -> None:
