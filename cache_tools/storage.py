@@ -264,9 +264,9 @@ def read_at(path: Path, offset: int, size: int) -> bytes:
     Raises: CorruptionError when the file is missing or shorter.
     """
     with _opened(path) as descriptor:
-        within = 0 <= size and 0 <= offset <= os.fstat(descriptor).st_size - size  # or a lie could cost memory
-        data = os.pread(descriptor, size, offset) if within else b""
-    if len(data) != size or not within:
+        there = min(size, os.fstat(descriptor).st_size - offset)  # or a lie could cost memory
+        data = os.pread(descriptor, there, offset) if there > 0 <= offset else b""
+    if len(data) != size or offset < 0:
         raise CorruptionError(f"{path}: expected {size} bytes at {offset}; found {len(data)}; run `mcm-cache verify`")
     return data
 

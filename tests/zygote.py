@@ -26,9 +26,9 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["zygote"])
 
 
-def make_place(root: Path) -> Path:
-    """Pictures of two splits (4 shards in all), their DATASET, a teacher; what is made from them goes beside."""
-    make_source(root / "pictures", train=36, val=4)
+def make_place(root: Path, train: int = 36) -> Path:
+    """Pictures of two splits (shards of 16), their DATASET, a teacher; what is made from them goes beside."""
+    make_source(root / "pictures", train=train, val=4)
     make_teacher(root / "clip")
     run_shard(root, root / "dataset")
     return root
