@@ -86,7 +86,11 @@ def extract_command(
     teacher_size: Annotated[
         int | None, typer.Option(help="Side of the teacher's input; its own where left out.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="int8 or float16.")] = "int8",
+    dtype: Annotated[str, typer.Option(help="int8, int4 or float16.")] = "int8",
+    compress: Annotated[str | None, typer.Option(help="zstd or blosc, inside the Zarr chunks.")] = None,
+    max_error: Annotated[
+        float, typer.Option(help="Refuse a shard whose stored features are further off: relative MSE.")
+    ] = float("inf"),
     encoding: Annotated[str, typer.Option(help="Views: jpeg:QUALITY:444|422|420 or png.")] = "jpeg:95:444",
     precision: Annotated[str | None, typer.Option(help="Of the forward: fp32, fp16 (CUDA's default) or bf16.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures a forward, a multiple of 16.")] = 64,
@@ -125,6 +129,8 @@ def extract_command(
         patch=patch,
         encoding=encoding,
         dtype=dtype,
+        compress=compress,
+        max_error=max_error,
         teacher_size=teacher_size,
         precision=precision,
         batch=batch,
