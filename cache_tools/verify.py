@@ -25,14 +25,14 @@ from .draws import hash_u64
 from .errors import CorruptionError, IdentityError, UsageError
 from .file_checks import check_array, check_size, check_tar, check_view_index
 from .identity import Commit, FileEntry
-from .quantize import GROUP
+from .quantize import GROUP, decode
 from .records import read_capped, sha256_hex
 from .tars import read_npy, read_sealed_npy
 
 # The error recomputed from the scales against the measured one: within 0.14 % for DeiT-tiny on 250 photographs in int8
 # and int4, shards of 64 rows; fewer values add chance: 5 standard errors of the square of a uniform variable.
 MSE_TOLERANCE = 0.02
-COARSE = 2.0  # steps of more standard deviations do not know their error: it is anything up to the uniform one
+COARSE = 2.0  # standard deviations: steps beyond are no finer than the values
 _DAMAGE = (errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # others say nothing about the bytes
 
 
@@ -225,7 +225,7 @@ def _check_shard(unit: Unit, level: str, shard: int) -> Found:
 
 def _check_files(unit: Unit, shard: int, commit: Commit, paths: dict[str, Path], level: str, found: Found) -> None:
     index: npt.NDArray[np.void] | None = None
-    kept: dict[str, Any] = {}
+    seen = _Seen(unit.identity.channels)
     for what, path in paths.items():
         with found.file(path, what):
             entry = commit.files[path.relative_to(unit.path).as_posix()]
@@ -239,39 +239,61 @@ def _check_files(unit: Unit, shard: int, commit: Commit, paths: dict[str, Path],
                 check_tar(path, index, shard * unit.identity.rows_per_shard, entry, level == "full", size)
                 found.rows += commit.rows
             elif what != "views":
-                keep = what in ("scale", "channel_mean", "channel_std")
-                crc32cs = commit.chunk_crc32c[what]
-                kept[what] = check_array(unit.group, unit.specs[what], shard, crc32cs, entry, level == "full", keep)
+                crc32cs, spec = commit.chunk_crc32c[what], unit.specs[what]
+                see = partial(seen.take, what) if level == "full" else None
+                check_array(unit.group, spec, shard, crc32cs, entry, see)
             if what == "patch" and level == "full" and not found.problems:
-                _check_features(unit, shard, commit, kept)
+                _check_features(unit, commit, seen)
 
 
-def _check_features(unit: Unit, shard: int, commit: Commit, arrays: dict[str, Any]) -> None:
+class _Seen:
+    """What passed by of a shard's arrays: the first chunk of each, and the error that all scales stand for.
+
+    Steps that are COARSE or more do not know their error: it lies between `low`, without them, and `high`.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.channels, self.low, self.high = channels, 0.0, 0.0
+        self.first: dict[str, npt.NDArray[Any]] = {}
+
+    def take(self, name: str, chunk: npt.NDArray[Any]) -> None:
+        if name not in self.first:
+            self.first[name] = chunk.copy()
+        if name == "scale":
+            steps = chunk.astype(np.float32)
+            fine = steps if steps.max() < COARSE else np.where(steps < COARSE, steps, np.float32(0))
+            self.high += step_error(steps, self.channels)
+            self.low += step_error(fine, self.channels)
+
+    def finite(self) -> bool:
+        """Whether the first chunk decodes to finite features; a row at a time, which stays in the processor's cache."""
+        of_shard = {
+            name: self.first[f"channel_{name}"][0] for name in ("mean", "std") if f"channel_{name}" in self.first
+        }
+        for row, codes in enumerate(self.first["patch"]):
+            of_row = {name: self.first[name][row] for name in ("scale", "low") if name in self.first}
+            if not np.isfinite(decode(codes, **of_row, **of_shard)).all():
+                return False
+        return True
+
+
+def _check_features(unit: Unit, commit: Commit, seen: _Seen) -> None:
     """The first chunk decodes to finite features; the scales account for the error that the commit tells.
 
     Raises: CorruptionError.
     """
-    if not np.isfinite(unit.chunk(shard * unit.chunks_per_shard).features()).all():
-        raise CorruptionError(f"{unit.group}: shard {shard}: its first features are not finite")
+    if not seen.finite():
+        raise CorruptionError(f"{unit.group}: shard {commit.shard}: its first features are not finite")
     said = commit.fidelity.relative_mse
-    if "scale" not in arrays or said == 0:  # 0: nothing lost, as where every feature is constant
+    if not seen.high or said == 0:  # float16, or nothing lost, as where every feature is constant
         return
-    mean, std = arrays["channel_mean"][0], arrays["channel_std"][0]
-    scale = arrays["scale"].astype(np.float64)
-    high = expected_mse(scale, mean, std, commit)
-    low = expected_mse(np.where(scale <= COARSE, scale, 0), mean, std, commit)
+    mean, std = seen.first["channel_mean"][0], seen.first["channel_std"][0].astype(np.float64)
+    shift = np.array(commit.channel_mean) - mean
+    energy = commit.rows * unit.identity.tokens * ((np.array(commit.channel_var) + shift**2) / std**2).sum()
     tolerance = MSE_TOLERANCE + 5 / (commit.rows * unit.identity.tokens * unit.identity.channels) ** 0.5
-    if not low * (1 - tolerance) <= said <= high * (1 + tolerance):
-        raise CorruptionError(
-            f"{unit.group}: shard {shard}: its scales mean a relative MSE of {high:.3g}; its commit says {said:.3g}"
-        )
-
-
-def expected_mse(scale: npt.NDArray[Any], mean_C: Any, std_C: Any, commit: Commit) -> float:
-    """Relative MSE on channel-standardised values that the scales of a shard stand for."""
-    var, shift = np.array(commit.channel_var), np.array(commit.channel_mean) - mean_C
-    energy = scale.shape[0] * scale.shape[1] * ((var + shift**2) / std_C.astype(np.float64) ** 2).sum()
-    return float(step_error(scale, len(mean_C)) / energy)
+    if not seen.low / energy * (1 - tolerance) <= said <= seen.high / energy * (1 + tolerance):
+        where, found = f"{unit.group}: shard {commit.shard}", seen.high / energy
+        raise CorruptionError(f"{where}: its scales mean a relative MSE of {found:.3g}; its commit says {said:.3g}")
 
 
 def step_error(scale: npt.NDArray[Any], channels: int) -> float:
@@ -279,5 +301,5 @@ def step_error(scale: npt.NDArray[Any], channels: int) -> float:
 
     The values that set a scale, the largest of an int8 token, both ends of an int4 group, are met exactly.
     """
-    values = channels - 1 if scale.ndim == 2 else GROUP - 2
-    return float((scale.astype(np.float64) ** 2).sum() / 12 * values)
+    steps = scale.astype(np.float32).ravel()
+    return float(np.dot(steps, steps)) / 12 * (channels - 1 if scale.ndim == 2 else GROUP - 2)

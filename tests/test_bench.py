@@ -1,0 +1,25 @@
+"""The benches of verification run, and their tables have the shape that is reported; no time is asserted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+COLUMNS = {
+    "verify": ("int8", {"files", "mb", "sha256", "full, 1 thread", "full", "default"}),
+    "resume_scan": ("scan", {"s", "peak_mib", "floor_mib"}),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_bench_runs(name: str, tmp_path: Path) -> None:
+    line = [sys.executable, ROOT / "bench" / f"{name}.py", "--quick", "--out", tmp_path / "table.json"]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "table.json").read_text())
+    row, columns = COLUMNS[name]
+    assert result["table"][row].keys() == columns and result["hardware"] and result["versions"]["numpy"]
