@@ -91,7 +91,7 @@ def straight(tmp_path, monkeypatch):
     return make
 
 
-def test_pictures_that_crash_or_hang_the_decoder_are_refused_and_the_run_goes_on(tmp_path, straight):
+def test_pictures_that_crash_or_hang_the_decoder_are_refused_and_the_run_goes_on(tmp_path, straight, tally):
     source, out = make_source(tmp_path / "source"), tmp_path / "out"
     reasons = plant(source, _001="SIGSEGV", _013="HANG", _028="SIGABRT")
     output = ended(start(source, out, "--max-refused", 1), 0)
@@ -100,6 +100,7 @@ def test_pictures_that_crash_or_hang_the_decoder_are_refused_and_the_run_goes_on
     assert "train: 37 rows in 3 shards, 3 refused" in output
     assert tree_digest(out) == straight(source, reasons)
     assert tree_digest(tmp_path / "out.run").keys() == {"shard.lock"}
+    tally("pictures that crash or hang the decoder", inputs=3, failures=0)
 
 
 def test_what_was_refused_stays_refused_in_the_next_run(tmp_path, straight):

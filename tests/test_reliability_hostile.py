@@ -35,7 +35,7 @@ from cache_tools.records import _canonical, sha256_hex
 from cache_tools.tars import INDEX_DTYPE, encode_npy
 
 Hostile = Iterator[tuple[str, str, Path]]  # name, entry point of open_hostile.py, path
-GROWN_MIB = 600
+GROWN_MIB = 200
 
 
 class Payload:
