@@ -38,6 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def record(run: Run, place: Path, folder: Path) -> tuple[list[Op], dict[str, str]]:
     """The operations of an undisturbed run, and the tree it makes."""
+    folder.mkdir(exist_ok=True)
     with Disk(folder).installed() as disk:
         run(place, folder / "out")
     return disk.ops, tree_digest(folder / "out")
@@ -197,12 +198,16 @@ def test_an_operation_that_fails_is_said_and_costs_nothing(
     chosen = random.Random(fault).sample(ops, how_many(4, len(ops)))
     for number, op in enumerate(chosen):
         folder, where = tmp_path / f"fail{number}", f"{errno.errorcode[fault]} at {op.name}"
+        folder.mkdir()
         capsys.readouterr()
         with Disk(folder, at=op.name, fault=fault).installed() as disk, pytest.raises(SystemExit) as ended:
             guarded(run)(place, folder / "out")
         said = capsys.readouterr().err
         assert disk.hit and ended.value.code == 7, (where, said)
-        assert said.count("\n") == 1 and re.sub(r"^\.|\.partial$", "", Path(op.path).name) in said, (where, said)
+        assert said.count("\n") == 1 and re.sub(r"^\.|\.partial$", "", (folder / op.path).resolve().name) in said, (
+            where,
+            said,
+        )
         assert "again" in said and ("free" in said or fault != errno.ENOSPC), (where, said)
         renamed = [done.path for done in disk.ops if done.kind == "rename" and "/commits/" in done.path]
         assert all((folder / path).is_file() for path in renamed), f"{where}: a commit is lost"
