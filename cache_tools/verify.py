@@ -190,7 +190,9 @@ def _cache_parts(path: Path, report: Report) -> list[_Part]:
         if found.problems:
             unit = _Unfinished(path, cache.identity, unit.split, unit.view)
         shards = range(unit.num_shards) if unit.complete else unit.committed()
-        for file, data in unit.zarr_files().items() if shards else ():
+        for file, data in unit.zarr_files().items():
+            if not unit.complete and not file.exists():
+                continue  # `extract` writes it
             with found.file(file, "zarr.json"):
                 if not file.is_file() or file.stat().st_size != len(data) or file.read_bytes() != data:
                     raise CorruptionError(f"{file}: expected the array that cache.json asks for; missing or changed")
