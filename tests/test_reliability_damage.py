@@ -26,8 +26,10 @@ from pipeline.shard import shard
 Content = dict[str, bytes | Exception]
 DECLARED = (CorruptionError, IdentityError, UsageError)  # any other error fails a test
 KINDS = ["int8", "float16", "dataset"]
-# No row depends on these, and no hash is kept of them: damage of the words in a line of the refused is not seen.
-NOTES = {"quarantine.jsonl", "probe.npy", "_info.json", "projection.npy"}
+# No row depends on it, and no hash of it is kept.
+NOTES = {"quarantine.jsonl"}
+# Where they are missing the work counts as unfinished: the unit is not read, the same command writes them.
+MADE_AGAIN = {"manifest.json", "_info.json", "probe.npy"}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def read(path: Path) -> Content:
 
 def problems_of(path: Path) -> list[str]:
     try:
-        return [getattr(problem, "text", problem) for problem in verify(path, full=True, quiet=True).problems]
+        return [problem.text for problem in verify(path, full=True, quiet=True).problems]
     except DECLARED as error:
         return [str(error)]
 
@@ -129,7 +131,7 @@ def test_flipped_bits(place: Path, kind: str, how_many, tally) -> None:
     path = place / kind
     good, files = read(path), files_of(path)
     assert not problems_of(path) and not any(isinstance(value, Exception) for value in good.values())
-    draw, each = np.random.default_rng(1), how_many(100 // len(files) + 1, 1800 // len(files) + 1)
+    draw, each = np.random.default_rng(1), how_many(60 // len(files) + 1, 1800 // len(files) + 1)
     for file, _ in itertools.product(files, range(each)):
         bit = int(draw.integers(8 * file.stat().st_size))
         with restored(file):
@@ -162,16 +164,16 @@ def test_every_bit_of_every_record(place: Path, name: str, how_many, tally) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_cut_grown_emptied_and_deleted(place: Path, kind: str, how_many, tally) -> None:
-    """In the lane two of the seven damages a file, other ones for the next file."""
+    """In the lane one of the seven damages a file, another one for the next file."""
     path, done = place / kind, 0
     good = read(path)
     for number, file in enumerate(files_of(path)):
         data = file.read_bytes()
         size = len(data)
         damages = [None, b"", data[:1], data[: size // 2], data[:-1], data[: (size - 1) // 512 * 512], data + b"\0"]
-        for damage in itertools.islice(itertools.cycle(damages), 2 * number, 2 * number + how_many(2, 7)):
-            if damage is None and file.name in ("manifest.json", "_info.json"):
-                continue  # then the unit is not complete and not read; timm's reader finds no list and says so
+        for damage in itertools.islice(itertools.cycle(damages), 3 * number, 3 * number + how_many(1, 7)):
+            if damage is None and file.name in MADE_AGAIN:
+                continue
             with restored(file):
                 file.unlink() if damage is None else file.write_bytes(damage)
                 judge(path, [file], good, "deleted" if damage is None else f"{len(damage)} of {size} bytes")
