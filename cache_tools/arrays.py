@@ -152,8 +152,12 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.file.write(shard_index(self.spec, self._stored_bytes))
+        try:
+            if kind is None:
+                self.file.write(shard_index(self.spec, self._stored_bytes))
+        except BaseException as failed:  # the last write: the file is closed and removed as after any other
+            self.file.__exit__(type(failed), failed, None)
+            raise
         self.file.__exit__(kind, error, trace)
 
 

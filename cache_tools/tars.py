@@ -67,8 +67,12 @@ class TarShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Also after an error: tarfile's stream would write its rest when it is collected, into a closed file.
-        with suppress(OSError) if kind else nullcontext():
-            self._tar.close()
+        try:
+            with suppress(OSError) if kind else nullcontext():
+                self._tar.close()
+        except BaseException as failed:  # the last write: the file is closed and removed as after any other
+            self.file.__exit__(type(failed), failed, None)
+            raise
         self.file.__exit__(kind, error, trace)
 
 
