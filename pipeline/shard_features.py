@@ -162,7 +162,7 @@ class UnitEncoder:
     def commit(self, fingerprint: Fingerprint, precision_mse: float, max_error: float) -> None:
         """Write what is left and commit the shard.
 
-        Raises: UsageError, before anything is committed, when a feature is not finite or the stored ones are too far off.
+        Raises: UsageError, before a commit, when a feature is not finite or the stored ones are too far off.
         """
         self._wait(0)
         self._check_finite(torch.cat(self.unfit), torch.cat(self.peaks))

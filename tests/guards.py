@@ -123,7 +123,7 @@ GUARDS = [
     ),
     Guard(
         "size of a shard that is resumed behind",
-        "pipeline/shard.py",
+        "pipeline/shard_split.py",
         "tar.stat().st_size == record.entry.tar_bytes",
         "True",
         "tests/test_pipeline_shard.py::test_a_signal_stops_behind_a_shard_and_damage_is_named",

@@ -13,15 +13,16 @@ from test_pipeline_shard import make_source
 
 from cache_tools.images import PictureRefused
 from cache_tools.storage import is_locked
-from pipeline import shard as module
+from pipeline import shard_split as module
+from pipeline.shard import shard
 
 # The command, with a decoder that does as the first bytes of a "picture" say.
 SCRIPT = """
 import ctypes, os, resource, signal, sys, time
 from pathlib import Path
-from pipeline import shard, supervise
+from pipeline import shard_split, supervise
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-real = shard.decode_rgb
+real = shard_split.decode_rgb
 def decode_rgb(data):
     word, _, rest = data[:200].partition(b" ")
     if word == b"SIGSEGV":
@@ -37,7 +38,7 @@ def decode_rgb(data):
         signal.raise_signal(signal.SIGBUS)
     time.sleep({slow})
     return real(data)
-shard.decode_rgb = decode_rgb
+shard_split.decode_rgb = decode_rgb
 supervise.LIMIT_S, supervise.POLL_S = {limit}, 0.05
 sys.argv[1:] = {arguments!r}
 from pipeline.cli import app
@@ -81,11 +82,11 @@ def straight(tmp_path, monkeypatch):
     def make(source: Path, reasons: dict[str, str]) -> dict[str, str]:
         def decode_rgb(data, real=module.decode_rgb):
             if reason := reasons.get(data[:20].decode("latin1").partition(" ")[0]):
-                raise PictureRefused(reason, module._DETAIL[reason])
+                raise PictureRefused(reason, module.FAULT_DETAIL[reason])
             return real(data)
 
         monkeypatch.setattr(module, "decode_rgb", decode_rgb)
-        module.shard(source, tmp_path / "straight", rows_per_shard=16, max_refused=1)
+        shard(source, tmp_path / "straight", rows_per_shard=16, max_refused=1)
         return tree_digest(tmp_path / "straight")
 
     return make
@@ -107,7 +108,7 @@ def test_what_was_refused_stays_refused_in_the_next_run(tmp_path, straight):
     source, out = make_source(tmp_path / "source"), tmp_path / "out"
     reasons = plant(source, _001="SIGSEGV")
     assert "found 1 decoder-crash" in ended(start(source, out, "--max-refused", 0), 3)
-    module.shard(source, out, rows_per_shard=16, max_refused=1)  # bare: whoever decoded it would find no picture
+    shard(source, out, rows_per_shard=16, max_refused=1)  # bare: whoever decoded it would find no picture
     assert tree_digest(out) == straight(source, reasons)
 
 
@@ -145,6 +146,6 @@ def test_a_signal_reaches_the_child_once(tmp_path, number):
     os.killpg(process.pid, number)  # as a terminal does; a second Ctrl-C would end it without a word
     output = ended(process, 75)
     assert output.count("error: ") == 1 and "the same command resumes" in output
-    module.shard(source, tmp_path / "straight", rows_per_shard=16)
+    shard(source, tmp_path / "straight", rows_per_shard=16)
     ended(start(source, out), 0)
     assert tree_digest(out) == tree_digest(tmp_path / "straight")
