@@ -26,6 +26,7 @@ from .tars import VIEW_INDEX_DTYPE, encode_npy
 _TAR_BLOCK = 512
 _CRC_BYTES = 4
 _READ_BYTES = 1 << 18  # what sha256 gets while it is still in the second-level cache
+_HEAD_BYTES = 177  # start, JFIF, two quantisation tables and the frame header, where libjpeg writes the size
 _TAR_ROWS = 64  # walked at once
 _OCTAL = 8 ** np.arange(10, -1, -1)
 
@@ -161,6 +162,7 @@ def check_tar(
     ends = [*starts[_TAR_ROWS::_TAR_ROWS].tolist(), entry.bytes]
     if starts[0] != 0 or (np.diff(starts) <= table["size"][:-1]).any() or entry.bytes <= starts[-1] + table["size"][-1]:
         raise CorruptionError(f"{path}: its index names places that do not follow one another in {entry.bytes} bytes")
+    sizes: dict[bytes, tuple[int, int]] = {}  # views of one encoder begin alike
     with OnePass(path, entry, full) as data:
         for first, end in zip(range(0, len(index), _TAR_ROWS), ends, strict=True):
             base = entry.bytes - data.left
@@ -172,8 +174,13 @@ def check_tar(
                     raise CorruptionError(f"{path}: row {row}: the picture's crc32c is not its index's")
             if full:
                 _check_members(path, piece, base, group, row0 + first)
-                if size and (odd := [found for p in pictures if (found := view_size(p)) != size]):
-                    raise CorruptionError(f"{path}: rows {row0 + first}+: expected views of {size}; found {odd[0]}")
+                for picture in pictures if size else ():
+                    head = bytes(picture[:_HEAD_BYTES])
+                    if head not in sizes:
+                        sizes = {head: view_size(picture)}
+                    if sizes[head] != size:
+                        found = f"expected views of {size}; found {sizes[head]}"
+                        raise CorruptionError(f"{path}: one of the rows from {row0 + first} on: {found}")
 
 
 def _check_members(path: Path, piece: memoryview, base: int, group: Any, row0: int) -> None:

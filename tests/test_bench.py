@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 COLUMNS = {
-    "verify": ("int8", {"files", "mb", "sha256", "full, 1 thread", "full", "default"}),
+    "verify": ("int8", {"files", "mb", "threads", "full, 1 thread", "full", "default"}),
     "resume_scan": ("scan", {"s", "peak_mib", "floor_mib"}),
 }
 
