@@ -57,7 +57,9 @@ def test_chunks_are_the_rows_that_were_written(tmp_path: Path, dtype: str, compr
     assert seen == 100
     mean, std = unit.channel_stats()
     whole = np.concatenate([unit.chunk(number).features() for number in range(unit.num_chunks)])
-    assert np.allclose(mean, whole.mean((0, 1)), atol=worst / 20) and np.allclose(std, whole.std((0, 1)), atol=worst / 20)
+    assert np.allclose(mean, whole.mean((0, 1)), atol=worst / 20) and np.allclose(
+        std, whole.std((0, 1)), atol=worst / 20
+    )
 
 
 @pytest.mark.parametrize(("dtype", "compress"), [("int8", None), ("int8", "zstd"), ("int4", "blosc")])
