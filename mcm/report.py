@@ -18,7 +18,7 @@ import numpy.typing as npt
 from safetensors.numpy import load_file
 
 from cache_tools.errors import UsageError
-from cache_tools.records import read_record
+from cache_tools.records import read_json, read_record
 from cache_tools.storage import run_folder, write_atomic
 from mcm.probe import ProbeResult
 from mcm.run_folder import last_eval, read_metrics
@@ -122,8 +122,7 @@ def _add_run(table: Table, run: Path, runs: Sequence[Path]) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    payload: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return payload
+    return read_json(path) if path.is_file() else {}
 
 
 def _html_table(table: Table) -> str:

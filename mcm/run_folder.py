@@ -12,7 +12,7 @@ import pydantic
 import torch
 
 from cache_tools.console import describe, exit_code
-from cache_tools.errors import IdentityError, Interrupted, McmError
+from cache_tools.errors import CorruptionError, IdentityError, Interrupted, McmError
 from cache_tools.identity import CacheIdentity
 from cache_tools.records import Record, differences, encode_record, read_json, read_record, write_toml
 from cache_tools.storage import append_line, keep_lines, publish, write_atomic
@@ -156,10 +156,19 @@ def _is_kept(line: str, step: int, evaluated: bool) -> bool:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of RUN/metrics.jsonl; a torn last one, of a run that is being written, is left out."""
+    """Lines of RUN/metrics.jsonl; a torn last one, of a run that is being written, is left out.
+
+    Raises: CorruptionError naming the file and line.
+    """
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found += [json.loads(line)] if line.endswith(b"\n") else []
+        except ValueError as error:
+            raise CorruptionError(f"{path}: line {number}: expected JSON: {error}; remove that line") from error
+    return found
 
 
 def last_eval(run: Path) -> dict[str, float]:

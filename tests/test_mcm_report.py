@@ -9,7 +9,7 @@ from make_cache import make_cache
 from make_run import make_run
 from safetensors.numpy import save_file
 
-from cache_tools.errors import UsageError
+from cache_tools.errors import CorruptionError, UsageError
 from cache_tools.records import encode_record
 from cache_tools.storage import write_atomic
 from mcm.probe import ProbeResult
@@ -93,3 +93,15 @@ def test_pca_colours_lie_in_the_unit_cube_and_share_the_targets_basis():
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UsageError, match="it is neither"):
         report([tmp_path], tmp_path / "r.html")
+
+
+def test_damaged_files_of_a_run_are_named(runs, tmp_path):
+    for name, damage, words in (
+        ("metrics.jsonl", b'{"step": 1\n', r"metrics\.jsonl: line 1: expected JSON"),
+        ("run.json", b"{", r"run\.json: expected a JSON object"),
+    ):
+        good = (runs[0] / name).read_bytes()
+        (runs[0] / name).write_bytes(damage + good)
+        with pytest.raises(CorruptionError, match=words):
+            report(runs, tmp_path / "r.html")
+        (runs[0] / name).write_bytes(good)
