@@ -57,10 +57,10 @@ def test_a_run_that_broke_resumes_to_the_bit(tuned, data, tmp_path, monkeypatch)
     run, top1 = tuned
     original, count = DatasetSource.__call__, iter(range(1000))
 
-    def breaks(self, epoch, chunks, batch):
+    def breaks(self, epoch, chunks, batch, used=None):
         if self.split == "train" and next(count) == 15:  # in the third epoch of 6 micro-batches
             raise OSError(5, "the disk is gone", "disk")
-        return original(self, epoch, chunks, batch)
+        return original(self, epoch, chunks, batch, used)
 
     monkeypatch.setattr(DatasetSource, "__call__", breaks)
     settings = config(train={"checkpoint_steps": 0})

@@ -86,7 +86,8 @@ def _trial(run: Run, place: Path, folder: Path, point: str, longest_s: float, dr
         process.join()
         while (lock := folder / "out.run" / "shard.lock").is_file() and is_locked(lock):
             time.sleep(0.01)  # the watched process ends as soon as it sees that its watcher is gone
-        last, said = not at and after_s is None, Path(f"{folder / 'log'}.out").read_text()
+        last, log = not at and after_s is None, folder / "log.out"
+        said = log.read_text() if log.is_file() else ""  # killed before its first line
         died = process.exitcode == -signal.SIGKILL or (process.exitcode == 7 and "process was killed" in said)
         assert process.exitcode == 0 or (died and not last), (point, at, after_s, process.exitcode, said)
         killed += died
