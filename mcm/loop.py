@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from cache_tools.console import StopFlag, progress
+from cache_tools.console import StopFlag, describe, progress
 from cache_tools.draws import hash_u64
 from cache_tools.errors import Interrupted, McmError, UsageError
 from mcm import checkpoint
@@ -27,6 +27,7 @@ from mcm.stream import Batch, Stream, batches
 
 GO, STOP, ERROR = 0, 1, 2  # what the processes agree on before each step
 SHOWN_SPANS = 32
+FAILED_SAVES = 3  # in a row, before a run that cannot save stops
 TIMEOUT = timedelta(hours=6)  # the others wait while the main process measures k-NN or saves
 
 
@@ -98,7 +99,7 @@ class _Loop:
         self.pending: list[Tensor] = []  # (loss, gradient norm) of steps that are still on the device
         self.window: list[float] = []  # losses since the last line of the log
         self.grad_norm, self.waited_s, self.logged_at = 0.0, 0.0, time.perf_counter()
-        self.logged_step, self.saved_step, self.note = 0, -1, ""
+        self.logged_step, self.saved_step, self.failed_saves, self.note = 0, -1, 0, ""
 
     def run(self) -> None:
         """All steps that are left."""
@@ -131,7 +132,8 @@ class _Loop:
         if epoch_ends and not stopping:
             self._evaluate(step)
         if stopping or step == self.total_steps or (step % every == 0 if every else epoch_ends):
-            self._save(step, evaluated=epoch_ends and not stopping)
+            last = stopping or step == self.total_steps
+            self._save(step, evaluated=epoch_ends and not stopping, must=last)
         if stopping:
             raise Interrupted(f"stopped after step {step} of {self.total_steps}, saved; the same command resumes")
 
@@ -250,13 +252,23 @@ class _Loop:
         if metrics:
             self.log.write(step, {"eval": metrics})
 
-    def _save(self, step: int, evaluated: bool) -> None:
-        """A checkpoint by the main process; the others wait, as a launcher ends them all when one is gone."""
+    def _save(self, step: int, evaluated: bool, must: bool) -> None:
+        """A checkpoint by the main process; the others wait, as a launcher ends them all when one is gone.
+
+        A full disk costs a warning and the checkpoint, not the run, until it `must` be or FAILED_SAVES failed in a row.
+        """
         self._drain(step)
         job, meta = self.job, {"window": self.window, "evaluated": evaluated}
         if self.main:
             optimizer = checkpoint.optimizer_tensors(job.model, self.optimizer.optimizer)
-            checkpoint.save(job.run_dir, step, job.model.state_dict(), optimizer, meta)
-            checkpoint.rotate(job.run_dir, self.saved_step, step, job.settings.keep_last)
-        self.saved_step = step
+            try:
+                checkpoint.save(job.run_dir, step, job.model.state_dict(), optimizer, meta)
+                checkpoint.rotate(job.run_dir, self.saved_step, step, job.settings.keep_last)
+                self.saved_step, self.failed_saves = step, 0
+            except OSError as error:
+                checkpoint.clear_leftovers(job.run_dir)  # half a checkpoint would fill the disk further
+                self.failed_saves += 1
+                if must or self.failed_saves == FAILED_SAVES:
+                    raise
+                print(f"warning: step {step} is not saved: {describe(error)}; training goes on", flush=True)
         self.accelerator.wait_for_everyone()

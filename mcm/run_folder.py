@@ -133,13 +133,17 @@ class Log:
             self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, fields: dict[str, Any]) -> None:
-        """One JSON line, and the same numbers on the board."""
-        if self.main:
-            epoch = round(step / self.steps_per_epoch, 4)
+        """One JSON line, and the same numbers on the board; where they cannot be written, a warning."""
+        if not self.main:
+            return
+        epoch = round(step / self.steps_per_epoch, 4)
+        try:
             append_line(self.path, json.dumps({"step": step, "epoch": epoch} | fields))
             for name, value in fields.get("eval", fields).items():
                 self.board.add_scalar(f"{'eval' if 'eval' in fields else 'train'}/{name}", value, step)
             self.board.flush()
+        except OSError as error:  # a full disk is no reason to lose what was trained
+            print(f"warning: step {step} is not logged: {describe(error)}; training goes on", flush=True)
 
     def close(self) -> None:
         """Close the board's file and its thread."""

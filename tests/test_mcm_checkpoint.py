@@ -143,9 +143,11 @@ for step in range(1, kills + 1):
 """
 
 
-def test_killed_while_saving_leaves_a_whole_checkpoint(tmp_path):
-    command = [sys.executable, "-c", KILLS, str(tmp_path), "24"]
+def test_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, how_many, tally):
+    saves = how_many(24, 300)
+    command = [sys.executable, "-c", KILLS, str(tmp_path), str(saves)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     died, arrived, whole, left = zip(*(map(int, line.split()) for line in lines), strict=True)
-    assert len(lines) == 24 and all(whole) and max(left) <= 3
+    assert len(lines) == saves and all(whole) and max(left) <= 3
     assert sum(died) >= 3 and all(a or d for a, d in zip(arrived, died, strict=True))
+    tally("killed while it saves a checkpoint", kills=sum(died), failures=0)

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -183,3 +184,37 @@ def test_compiled_in_place_keeps_the_names(tmp_path):
     job.model.compile(backend="eager")
     run_job(job)
     assert checkpoint.latest(tmp_path).model.keys() == names
+
+
+def full_disk(monkeypatch, steps):
+    """Saving fails at these steps, as on a disk that others fill."""
+
+    def save(run_dir, step, *rest, real=checkpoint.save):
+        if step in steps:
+            (run_dir / "checkpoints" / f".step_{step}.partial").mkdir(parents=True)
+            raise OSError(errno.ENOSPC, "No space left on device", str(run_dir))
+        return real(run_dir, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, capsys):
+    straight = run_job(make_job(tmp_path / "straight"))
+    full_disk(monkeypatch, {2, 4, 8})
+    assert run_job(make_job(tmp_path / "run")) == straight
+    assert [path.name[-1] for path in checkpoint.complete(tmp_path / "run")] == ["6", "9"]
+    said = capsys.readouterr().out
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    assert all(f"warning: step {step} is not saved: " in said for step in (2, 4, 8)) and "No space left" in said
+
+
+@pytest.mark.parametrize(("steps", "last"), [({4, 6, 8, 9}, "2"), ({9}, "8")])
+def test_a_run_that_cannot_save_stops(tmp_path, monkeypatch, steps, last):
+    """After three failures in a row, or where the end cannot be saved; it resumes from what it saved before."""
+    straight = run_job(make_job(tmp_path / "straight"))
+    with monkeypatch.context() as patch:
+        full_disk(patch, steps)
+        with pytest.raises(OSError, match="No space left"):
+            run_job(make_job(tmp_path / "run"))
+    assert checkpoint.complete(tmp_path / "run")[-1].name.endswith(last)
+    assert run_job(make_job(tmp_path / "run")) == straight
