@@ -51,7 +51,7 @@ def fuzz(how_many, tally) -> Callable[..., None]:
     """fuzz(name, test, strategy, ...): run `test` on as many inputs as are asked for."""
 
     def run(name: str, test: Callable[..., None], *strategies: st.SearchStrategy[Any]) -> None:
-        count, seen = how_many(100, 20_000), [0]
+        count, seen = how_many(100, 5_000), [0]
 
         def counted(drawn: tuple[Any, ...]) -> None:
             seen[0] += 1
