@@ -3,6 +3,7 @@
 B rows, N tokens, C channels. See docs/format.md for every byte.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,9 @@ from .storage import read_at
 from .tars import VIEW_INDEX_DTYPE, checked_picture, encode_npy
 
 _INDEX_HEADER_BYTES = len(encode_npy(np.zeros(0, VIEW_INDEX_DTYPE)))  # numpy pads it, whatever the number of rows
+
+
+_COMMIT, _VIEW = re.compile(r"([0-9]{6,})\.json"), re.compile(r"v(0|[1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,8 @@ class Unit:
         folder = self.path / "commits"
         if not folder.is_dir():
             return []
-        shards = (int(path.stem) for path in folder.iterdir() if path.suffix == ".json" and path.stem.isdigit())
-        return sorted(shard for shard in shards if shard < self.num_shards)
+        found = (_COMMIT.fullmatch(path.name) for path in folder.iterdir())
+        return sorted(shard for name in found if name and (shard := int(name[1])) < self.num_shards)
 
     @property
     def complete(self) -> bool:
@@ -232,8 +236,8 @@ class Cache:
     def units(self, split: str) -> list[Unit]:
         """The units of a split that have begun, by view."""
         folder = self.path / split
-        views = (int(path.name[1:]) for path in folder.glob("v*") if path.name[1:].isdigit())
-        return [Unit(self.path, self.identity, split, view) for view in sorted(views)]
+        found = (_VIEW.fullmatch(path.name) for path in folder.glob("v*"))
+        return [Unit(self.path, self.identity, split, view) for view in sorted(int(name[1]) for name in found if name)]
 
     def all_units(self) -> list[Unit]:
         """The units of every split."""

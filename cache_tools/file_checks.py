@@ -85,6 +85,8 @@ def check_view_index(path: Path, commit: Commit, entry: FileEntry, full: bool) -
     """The index of a shard's views, every 16 records against the commit's crc32c."""
     with OnePass(path, entry, full) as file:
         data = bytes(file.take(entry.bytes))
+    if len(data) <= commit.rows * VIEW_INDEX_DTYPE.itemsize:
+        raise CorruptionError(f"{path}: expected {commit.rows} records and a header; found {len(data)} bytes")
     index = np.frombuffer(data[-commit.rows * VIEW_INDEX_DTYPE.itemsize :], VIEW_INDEX_DTYPE)
     if encode_npy(index) != data or index_crc32cs(index) != commit.chunk_crc32c["index"]:
         raise CorruptionError(f"{path}: expected the {commit.rows} records whose crc32c the commit holds; found others")

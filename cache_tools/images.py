@@ -7,6 +7,7 @@ colour of it is ignored; any other picture with transparency is laid over white;
 """
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -95,7 +96,7 @@ def check_encoding(encoding: str) -> tuple[int, str] | None:
     kind, _, rest = encoding.partition(":")
     quality, _, subsampling = rest.partition(":")
     known = kind == "jpeg" and subsampling in ("444", "422", "420")
-    if not known or not quality.isdigit() or not 1 <= int(quality) <= 100:
+    if not known or not re.fullmatch("[0-9]{1,3}", quality) or not 1 <= int(quality) <= 100:
         raise UsageError(f"view encoding: expected png or jpeg:QUALITY:444|422|420; found {encoding!r}")
     return int(quality), subsampling
 

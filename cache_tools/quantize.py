@@ -2,8 +2,7 @@
 
 B rows, N tokens, C channels, G = C / 64 groups. int8: x = (code * scale_BN) * std_C + mean_C. int4: x = (code *
 scale_BNG + low_BNG) * std_C + mean_C; a byte holds channel i of a group's first half in its low bits, of the second in
-its high ones. Channels are standardised first, because CLIP has outlier channels: with two of them, int8 with a scale
-a token alone loses 3.2e-3 of the ordinary channels' variance, int4 0.77.
+its high ones. Channels are standardised first, because CLIP has outlier channels, which would set the scale of all.
 """
 
 from typing import Any

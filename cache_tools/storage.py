@@ -92,7 +92,8 @@ class AtomicFile:
 
     def __enter__(self) -> "AtomicFile":
         make_dir(self.path.parent)
-        self._file = open(self._temp, "wb")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # a link there would lead a write elsewhere
+        self._file = open(os.open(self._temp, flags, 0o644), "wb")
         return self
 
     def write(self, buffer: Buffer) -> int:
@@ -107,12 +108,17 @@ class AtomicFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with _naming(self.path), self._file:
+        try:
+            with _naming(self.path), self._file:
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
             if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                os.replace(self._temp, self.path)
+        except BaseException:  # a full disk fails again here
+            _unlink(self._temp)
+            raise
         if kind is None:
-            os.replace(self._temp, self.path)
             _sync_dir(self.path.parent)
         else:
             _unlink(self._temp)
@@ -264,11 +270,14 @@ def read_at(path: Path, offset: int, size: int) -> bytes:
     Raises: CorruptionError when the file is missing or shorter.
     """
     with _opened(path) as descriptor:
-        there = min(size, os.fstat(descriptor).st_size - offset)  # or a lie could cost memory
-        data = os.pread(descriptor, there, offset) if there > 0 <= offset else b""
-    if len(data) != size or offset < 0:
-        raise CorruptionError(f"{path}: expected {size} bytes at {offset}; found {len(data)}; run `mcm-cache verify`")
-    return data
+        there = max(0, min(size, os.fstat(descriptor).st_size - offset)) if offset >= 0 else 0
+        if there == size and (data := os.pread(descriptor, size, offset)) and len(data) == size:
+            return data  # in one call and without a copy: all but the largest files of checkpoints
+    if there != size:  # before memory is taken for what a lie says
+        raise CorruptionError(f"{path}: expected {size} bytes at {offset}; found {there}; run `mcm-cache verify`")
+    whole = bytearray(size)
+    read_into(path, offset, memoryview(whole))
+    return bytes(whole)
 
 
 def read_into(path: Path, offset: int, out: memoryview) -> None:
@@ -276,8 +285,10 @@ def read_into(path: Path, offset: int, out: memoryview) -> None:
 
     Raises: CorruptionError when the file is missing or shorter.
     """
-    with _opened(path) as descriptor:
-        found = os.preadv(descriptor, [out], offset)
+    found = 0
+    with _opened(path) as descriptor:  # one call reads 2 GiB at most
+        while found < out.nbytes and (read := os.preadv(descriptor, [out[found:]], offset + found)):
+            found += read
     if found != out.nbytes:
         raise CorruptionError(f"{path}: expected {out.nbytes} bytes at {offset}; found {found}; run `mcm-cache verify`")
 

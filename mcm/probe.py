@@ -4,6 +4,7 @@ Letters: B batch, D width, H W pixels.
 """
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -236,7 +237,7 @@ def _masked(backbone: Backbone) -> Any:
 
 def _check_input(kind: str, backbone: Backbone) -> None:
     name, _, passes = kind.partition(":")
-    if name == "masked" and not (passes.isdigit() and int(passes) > 0) or name not in ("full", "folded", "masked"):
+    if name == "masked" and not re.fullmatch("[1-9][0-9]{0,3}", passes) or name not in ("full", "folded", "masked"):
         raise UsageError(f"--input: expected full, folded or masked:K with K > 0, such as masked:8; found {kind!r}")
     if name != "full" and backbone.masked is None:
         raise UsageError(f"--input {kind}: expected a RUN trained with masks; {backbone.source} is not; use full")

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from cache_tools.errors import UsageError
+from cache_tools.errors import CorruptionError, UsageError
 from cache_tools.records import read_json, read_record
 from cache_tools.storage import run_folder, write_atomic
 from mcm.probe import ProbeResult
@@ -137,8 +138,8 @@ def _run_section(run: Path) -> str:
     parts = [f"<h2>{html.escape(run.name)}</h2>", _curves(read_metrics(run)), _samples(run)]
     for name in ("config.toml", "env.json", "run.json"):
         if (run / name).is_file():
-            text = (run / name).read_text(encoding="utf-8")
-            text = text if name.endswith("toml") else json.dumps(json.loads(text), indent=2)
+            toml = name.endswith("toml")
+            text = (run / name).read_text("utf-8", "replace") if toml else json.dumps(_json(run / name), indent=2)
             parts.append(f"<details><summary>{name}</summary><pre>{html.escape(text)}</pre></details>")
     return "".join(parts)
 
@@ -189,7 +190,10 @@ def _samples(run: Path) -> str:
         return ""
     from matplotlib.figure import Figure
 
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise CorruptionError(f"{path}: expected safetensors: {error}; remove it, or resume the run") from error
     target, prediction = tensors["target"].astype(np.float32), tensors["prediction"].astype(np.float32)
     grid = tuple(_json(run / "run.json")["grid"])
     rows = [pca_colours(features, target).reshape(len(target), *grid, 3) for features in (target, prediction)]

@@ -151,10 +151,18 @@ class Log:
             self.board.close()
 
 
-def _is_kept(line: str, step: int, evaluated: bool) -> bool:
+def _entry(line: str) -> dict[str, Any] | None:
+    """A line of the log; None where it is damaged."""
     try:
         entry = json.loads(line)
-    except ValueError:  # torn when the machine went down
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+
+
+def _is_kept(line: str, step: int, evaluated: bool) -> bool:
+    if (entry := _entry(line)) is None:  # torn when the machine went down
+        print("warning: a line of metrics.jsonl does not read; it is left out", flush=True)
         return False
     return bool(entry["step"] < step or (entry["step"] == step and (evaluated or "eval" not in entry)))
 
@@ -165,14 +173,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     Raises: CorruptionError naming the file and line.
     """
     path = run / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    found = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            found += [json.loads(line)] if line.endswith(b"\n") else []
-        except ValueError as error:
-            raise CorruptionError(f"{path}: line {number}: expected JSON: {error}; remove that line") from error
-    return found
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = [_entry(line) for line in text.split("\n")[:-1]]
+    if None in found:
+        raise CorruptionError(f"{path}: line {found.index(None) + 1}: expected a JSON object with a step; remove it")
+    return [entry for entry in found if entry is not None]
 
 
 def last_eval(run: Path) -> dict[str, float]:

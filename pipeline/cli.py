@@ -1,5 +1,8 @@
 """The programme `mcm-cache`: stage one, pictures in, cache out."""
 
+import math
+import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -116,6 +119,8 @@ def extract_command(
     place = launched(worker, workers, device)
     if crop not in ("rrc", "center"):
         raise UsageError(f"--crop {crop!r}: expected rrc or center")
+    if not all(map(math.isfinite, (*scale, *ratio, flip))):
+        raise UsageError("--scale, --ratio and --flip: expected finite numbers")
     policy = CropPolicy(kind="rrc", scale=scale, ratio=ratio, flip=flip)
     request = Request(
         source=source,
@@ -187,14 +192,16 @@ def verify_command(
     from cache_tools.errors import UsageError
     from cache_tools.verify import verify
 
-    share = subset.removesuffix("%")
-    if not subset.endswith("%") or not share.replace(".", "", 1).isdigit():
+    share = re.fullmatch(r"([0-9]+\.?[0-9]*)%", subset)
+    if not share:
         raise UsageError(f"--subset {subset!r}: expected a share such as 5%")
     if reinfer and not (teacher and weights and (path / "cache.json").is_file()):
         raise UsageError("--reinfer: expected a CACHE, and --teacher and --weights as in its `mcm-cache extract`")
-    report = verify(path, full, quick, float(share) / 100, seed, quiet=json)
+    report = verify(path, full, quick, float(share[1]) / 100, seed, quiet=json)
     again = None
-    if reinfer:
+    if reinfer and report.problems:
+        print("--reinfer: left out until what is damaged below is made again", file=sys.stderr)
+    elif reinfer:
         from .reinfer import reinfer as compute_again
 
         again = compute_again(path, reinfer, teacher, weights, device, precision, seed)
@@ -212,16 +219,18 @@ def _conclude(report: "Report", again: "Reinferred | None", mend: bool, json: bo
 
     # A teacher that is another than its name says proves nothing about the cache.
     doubt = any(problem.what == "teacher" for problem in report.problems)
+    lines = [shard.text for shard in again.shards] if again else []
+    lines += [problem.text for problem in report.problems]
+    if lines and not json:  # before a repair, which may fail
+        print("\n".join(lines), flush=True)
     done = repair(report) if mend and report.problems and not doubt else None
     if json:
         parts = {"reinferred": again and asdict(again)["shards"], "repair": done and asdict(done)}
         print_json(asdict(report) | {name: part for name, part in parts.items() if part is not None})
     else:
-        lines = [shard.text for shard in again.shards] if again else []
-        lines += [problem.text for problem in report.problems] + (done.lines() if done else [])
         share = f", {report.shards} of {report.of} shards" if report.shards < report.of else ""
         what = f"{report.files} files and {report.rows} rows are as committed ({report.level}{share})"
-        print("\n".join([*lines, f"{report.path}: {what}"]))
+        print("\n".join([*(done.lines() if done else []), f"{report.path}: {what}"]))
     if report.problems:
         hint = "" if done else "; `--repair` moves them away, so that they can be made again" if not doubt else ""
         raise CorruptionError(f"{report.path}: {len(report.problems)} problems, each named above{hint}")

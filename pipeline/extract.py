@@ -11,6 +11,7 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from cache_tools.cache import Unit
 from cache_tools.console import StopFlag, progress
@@ -19,6 +20,7 @@ from cache_tools.errors import IdentityError, Interrupted, UsageError
 from cache_tools.identity import CacheIdentity, CropPolicy, Fingerprint
 from cache_tools.images import PICTURE_RULES, check_encoding
 from cache_tools.quantize import GROUP
+from cache_tools.records import read_record
 from cache_tools.storage import locks_work, publish, run_folder, settle, shard_lock, try_lock
 from cache_tools.tars import encode_npy, read_sealed_npy, seal
 from cache_tools.writer import finish_unit, publish_identity
@@ -48,7 +50,7 @@ class Request:
     crop: CropPolicy = CropPolicy(kind="rrc")
     size: int = 224
     patch: int | None = None
-    encoding: str = "jpeg:95:444"  # token cosine to the unrecompressed view 0.985; 0.954 at 92:420 (LOG.md)
+    encoding: str = "jpeg:95:444"  # token cosine to the unrecompressed view 0.983; 0.949 at 92:420
     dtype: str = "int8"
     compress: str | None = None
     max_error: float = math.inf
@@ -165,25 +167,34 @@ def describe(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdent
     unknown = [split for split in request.splits if split not in dataset.record.splits]
     if unknown:
         dataset.split(unknown[0])
-    return CacheIdentity(
-        teacher=teacher.identity,
-        crop=request.crop,
-        seed=request.seed,
-        view_height=request.size,
-        view_width=request.size,
-        view_encoding=request.encoding,
-        picture_rules=PICTURE_RULES,
-        dtype=cast(Literal["int4", "int8", "float16"], request.dtype),
-        compress=cast(Literal["zstd", "blosc"] | None, request.compress),
-        pixels_sha256=pixels_sha256(request.encoding),
-        grid=teacher.grid,
-        channels=teacher.channels,
-        has_cls=teacher.has_cls,
-        rows_per_shard=dataset.record.rows_per_shard,
-        rows={split: entry.rows for split, entry in dataset.record.splits.items()},
-        classes=dataset.classes,
-        dataset_sha256=dataset.sha256,
-    )
+    try:
+        return CacheIdentity(
+            teacher=teacher.identity,
+            crop=request.crop,
+            seed=request.seed,
+            view_height=request.size,
+            view_width=request.size,
+            view_encoding=request.encoding,
+            picture_rules=PICTURE_RULES,
+            dtype=cast(Literal["int4", "int8", "float16"], request.dtype),
+            compress=cast(Literal["zstd", "blosc"] | None, request.compress),
+            pixels_sha256=pixels_sha256(request.encoding) if _tells_pixels(request.cache / "cache.json") else None,
+            grid=teacher.grid,
+            channels=teacher.channels,
+            has_cls=teacher.has_cls,
+            rows_per_shard=dataset.record.rows_per_shard,
+            rows={split: entry.rows for split, entry in dataset.record.splits.items()},
+            classes=dataset.classes,
+            dataset_sha256=dataset.sha256,
+        )
+    except ValidationError as error:
+        said = error.errors()[0]["msg"]
+        raise UsageError(f"{request.cache}: expected a request that a cache can hold: {said}") from error
+
+
+def _tells_pixels(path: Path) -> bool:
+    """Whether a cache that is to be continued holds a digest of pixels; the first ones did not."""
+    return not path.is_file() or read_record(CacheIdentity, path).pixels_sha256 is not None
 
 
 def publish_teacher(cache: Path, teacher: Teacher) -> float:
@@ -204,7 +215,12 @@ def publish_teacher(cache: Path, teacher: Teacher) -> float:
             f"{path}: this teacher's features of the probe pictures differ by {difference:.1e} (relative MSE, at most "
             f"{PROBE_TOLERANCE:.0e}); expected the weights, activation and layer that began this cache"
         )
-    return relative_mse(found, exact)
+    precision_mse = relative_mse(found, exact)
+    if not math.isfinite(precision_mse):
+        raise UsageError(
+            f"--precision {teacher.precision}: expected finite features of the probe pictures; found others; use fp32"
+        )
+    return precision_mse
 
 
 def relative_mse(x: np.ndarray, reference: np.ndarray) -> float:

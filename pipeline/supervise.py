@@ -22,7 +22,7 @@ from typing import Protocol
 from cache_tools.console import guarded
 from cache_tools.errors import Interrupted, McmError, ResourceError
 
-LIMIT_S, POLL_S = 60.0, 0.5  # the largest picture allowed decodes in 3 s on one core of 2026
+LIMIT_S, POLL_S = 60.0, 0.5  # the largest picture allowed decodes in seconds
 SLOTS = 1024  # decoding threads at most
 HUNG = -256  # beside the negative numbers of signals
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)

@@ -78,11 +78,13 @@ def load_teacher(
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=where)
-    except RuntimeError as error:
+        if where.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{where.type} is not served")
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UsageError(
             f"--device {device}: expected a device of this machine: {str(error).splitlines()[0]}"
         ) from error
-    # bf16 autocast costs 28x the error of int8, so that it is never the default.
+    # bf16 autocast costs more than int8 does, so that it is never the default.
     precision = precision or ("fp32" if where.type == "cpu" else "fp16")
     torch.manual_seed(0)  # the weights of "random"
     torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions: fp32 must mean it

@@ -191,3 +191,11 @@ def test_dataset_rows_and_damage(tmp_path: Path) -> None:
         path.write_bytes(good[:600] + bytes([good[600] ^ 4]) + good[601:])
         assert any(str(path) in problem.text for problem in verify(dataset.path, quiet=True).problems)
         path.write_bytes(good)
+
+
+def test_names_that_only_look_like_numbers_are_no_units_or_commits(cache: Path) -> None:
+    (cache / "train" / "v\u00b2").mkdir()
+    (cache / "train" / "v01").mkdir()
+    (cache / "train" / "v0" / "commits" / "\u00b2.json").write_bytes(b"{}")
+    units = Cache(cache).units("train")
+    assert [unit.view for unit in units] == [0, 1] and units[0].committed() == [0, 1]

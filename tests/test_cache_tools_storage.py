@@ -1,5 +1,6 @@
 """Storage: a file is whole or absent, a published one is never replaced, a lock dies with its holder."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from cache_tools.storage import (
     publish,
     publish_folder,
     read_at,
+    read_into,
     temp_folder,
     try_lock,
     write_atomic,
@@ -59,6 +61,8 @@ def test_read_at_names_what_is_short_or_missing(tmp_path: Path) -> None:
     assert read_at(tmp_path / "x", 3, 4) == b"3456"
     with pytest.raises(CorruptionError, match="expected 4 bytes at 8; found 2"):
         read_at(tmp_path / "x", 8, 4)
+    with pytest.raises(CorruptionError, match="expected 4 bytes at 8; found 2"):
+        read_into(tmp_path / "x", 8, memoryview(bytearray(4)))
     with pytest.raises(CorruptionError, match="missing"):
         read_at(tmp_path / "y", 0, 1)
 
@@ -101,3 +105,36 @@ def test_a_folder_is_published_once(tmp_path: Path) -> None:
             with pytest.raises(expected):
                 publish_folder(temp, tmp_path / "final")
     assert (tmp_path / "final" / "x").read_bytes() == b"1"
+
+
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_bytes(b"mine")
+    (tmp_path / ".x.partial").symlink_to("elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        write_atomic(tmp_path / "x", b"data")
+    assert (tmp_path / "elsewhere").read_bytes() == b"mine" and not (tmp_path / "x").exists()
+
+
+def test_a_write_that_fails_on_closing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            with pytest.raises(OSError, match="No space"):
+                write_atomic(tmp_path / "x", b"data")
+        assert not list(tmp_path.iterdir()), name
+
+
+def test_files_beyond_what_one_call_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux reads 2 GiB a call at most: the optimizer of a ViT-L is larger."""
+    data = bytes(range(256)) * 8
+    (tmp_path / "x").write_bytes(data)
+    pread, preadv = os.pread, os.preadv
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: pread(fd, min(size, 1000), offset))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:700]], offset))
+    assert read_at(tmp_path / "x", 3, 2000) == data[3:2003]
+    out = bytearray(2000)
+    read_into(tmp_path / "x", 3, memoryview(out))
+    assert out == data[3:2003]

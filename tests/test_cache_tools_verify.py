@@ -88,12 +88,15 @@ def test_a_subset_is_drawn_by_hash_and_grows(tmp_path: Path) -> None:
             verify(tmp_path / "cache", share=share)
 
 
-def write_codes(path: Path, dtype: str, said: float | None = None, scale: float = 1.0, size: int = 32) -> Path:
+def write_codes(
+    path: Path, dtype: str, said: float | None = None, scale: float = 1.0, size: int = 32, constant: int = 0
+) -> Path:
     """A cache of one shard with its true error, or a commit that says another; scales and views can be wrong."""
     identity = make_identity({"train": 64}, dtype)
     publish_identity(path, identity)
     unit, sides = Unit(path, identity, "train", 0), (size, size, 3)
     x = features(np.stack([view("train", 0, row) for row in range(64)]), identity.channels)
+    x[..., :constant] = 3.0
     mean, std = channel_stats(x)
     arrays = encode(dtype, x, mean, std)
     q = decode(arrays["patch"], arrays.get("scale"), mean, std, arrays.get("low"))
@@ -116,8 +119,10 @@ def write_codes(path: Path, dtype: str, said: float | None = None, scale: float 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_the_scales_must_stand_for_the_error(tmp_path: Path, dtype: str) -> None:
     """Every sum agrees in these: only the formula sees scales or a commit that are not those of the features."""
-    assert not verify(write_codes(tmp_path / "good", dtype), full=True, quiet=True).problems
-    for name, wrong in {"scaled": {"scale": 1.2}, "praised": {"said": 1e-7}}.items():
+    for constant in (0, 5):  # a constant channel has no error at all
+        good = write_codes(tmp_path / f"good{constant}", dtype, constant=constant)
+        assert not verify(good, full=True, quiet=True).problems
+    for name, wrong in {"scaled": {"scale": 0.8}, "blamed": {"said": 0.5}}.items():
         path = write_codes(tmp_path / name, dtype, **wrong)
         assert not verify(path, quiet=True).problems
         (problem,) = verify(path, full=True, quiet=True).problems

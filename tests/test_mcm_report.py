@@ -97,8 +97,10 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 def test_damaged_files_of_a_run_are_named(runs, tmp_path):
     for name, damage, words in (
-        ("metrics.jsonl", b'{"step": 1\n', r"metrics\.jsonl: line 1: expected JSON"),
+        ("metrics.jsonl", b'{"step": 1\n', r"metrics\.jsonl: line 1: expected a JSON object with a step"),
+        ("metrics.jsonl", b'{"ste0": 1}\n', r"metrics\.jsonl: line 1: expected a JSON object with a step"),
         ("run.json", b"{", r"run\.json: expected a JSON object"),
+        ("samples.safetensors", b"{", r"samples\.safetensors: expected safetensors"),
     ):
         good = (runs[0] / name).read_bytes()
         (runs[0] / name).write_bytes(damage + good)
