@@ -78,10 +78,12 @@ def train(job: Job, accelerator: Accelerator) -> None:
 
     Raises: Interrupted once it has saved when asked to stop; McmError on a loss that is not finite; errors of the data.
     """
-    _Loop(job, accelerator).run()
+    Loop(job, accelerator).run()
 
 
-class _Loop:
+class Loop:
+    """A run under way. `step` alone needs no RUN folder, so that a bench times the very step of a run."""
+
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
         assert isinstance(job.stream.order, Order)
         self.job, self.order = job, job.stream.order
@@ -119,7 +121,7 @@ class _Loop:
                 batches(self.job.stream, left.start, left.stop, settings.workers if left else 0, pin) as items,
             ):
                 while step < self.total_steps:
-                    stopping = self._step(step, items, stop)
+                    stopping = self.step(step, items, stop)
                     step += 1
                     if step % settings.log_steps == 0 or step == self.total_steps:
                         self._log(step)
@@ -156,7 +158,7 @@ class _Loop:
         if found.step % self.order.steps_per_epoch == 0 and not found.meta["evaluated"]:
             self._evaluate(found.step)
 
-    def _step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> bool:
+    def step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> bool:
         """One optimizer step; returns whether the processes agreed to stop after it."""
         job, micro_steps = self.job, self.order.accumulation
         for group in self.optimizer.param_groups:

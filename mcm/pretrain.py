@@ -50,30 +50,14 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
     with engine(config.train.precision) as accelerator:
         main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
         order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
-        stats = channel_stats(units) if config.target.norm == "channel" else None
-        model = MaskedChannelModel(config, run.grid, run.patch, run.channels)
+        task = build_task(config, run, units, accelerator)
         claim(out, run)
         with recorded_exit(out, main):
             if main:
                 describe_run(out, config, cache=str(cache_path), processes=world, rows=order.rows)
                 announce(cache, units, val, order, bool(config.train.knn_epochs and dataset is None))
-            targets = Targets(config.target, run.channels, config.student.width, stats, seed).to(accelerator.device)
-            task = Task(config, run, model, targets, accelerator)
             task.hold_out(units, val, order, dataset)
-            train(
-                Job(
-                    run_dir=out,
-                    model=model,
-                    optimizer=build_adamw(model, config.optim),
-                    stream=Stream(order, task.source(units)),
-                    loss=task.loss,
-                    evaluate=task.evaluate,
-                    optim=config.optim,
-                    schedule=config.schedule,
-                    settings=config.train,
-                ),
-                accelerator,
-            )
+            train(task.job(out, units, order), accelerator)
             if main:
                 write_atomic(out / "samples.safetensors", safetensors_bytes(task.samples()))
 
@@ -153,6 +137,14 @@ def channel_stats(units: Sequence[Unit]) -> tuple[Stats, Stats]:
     return mean, np.sqrt((stds**2 + (means - mean) ** 2).mean(0))
 
 
+def build_task(config: PretrainConfig, run: PretrainRun, units: Sequence[Unit], accelerator: Accelerator) -> "Task":
+    """The task with a model that has not trained."""
+    stats, seed = channel_stats(units) if config.target.norm == "channel" else None, config.train.seed
+    model = MaskedChannelModel(config, run.grid, run.patch, run.channels)
+    targets = Targets(config.target, run.channels, config.student.width, stats, seed).to(accelerator.device)
+    return Task(config, run, model, targets, accelerator)
+
+
 class Task:
     """What masked channel modelling does with a batch: inputs, masks, targets, loss and held-out figures."""
 
@@ -166,6 +158,21 @@ class Task:
         tokens, width = run.grid[0] * run.grid[1], config.student.width
         self.positions, self.width = {"patch": (1, tokens), "none": (0, 0)}.get(config.mask.mode, (tokens, width))
         self.pools: dict[int, Tensor] = {}
+
+    def job(self, out: Path, units: Sequence[Unit], order: Order) -> Job:
+        """The training on `units` in `order`, for the loop."""
+        config = self.config
+        return Job(
+            run_dir=out,
+            model=self.model,
+            optimizer=build_adamw(self.model, config.optim),
+            stream=Stream(order, self.source(units)),
+            loss=self.loss,
+            evaluate=self.evaluate,
+            optim=config.optim,
+            schedule=config.schedule,
+            settings=config.train,
+        )
 
     def source(self, units: Sequence[Unit]) -> CacheSource:
         """Batches of these units with this run's mask picks."""
