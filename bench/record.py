@@ -17,6 +17,12 @@ def _processor() -> str:
     return platform.machine()
 
 
+def peak_megabytes() -> float:
+    """Largest resident memory of this process (getrusage's would be that of the process which started it)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def write_results(out: Path | None, table: Any) -> None:
     """Write `table` as JSON to `out`, if one was asked for."""
     if out is None:

@@ -26,65 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import write_results
+from record import peak_megabytes, write_results
 
 BATCH, TOKENS, CHANNELS, SIZE, ROWS_PER_SHARD = 64, 196, 768, 224, 256
 CODES_BYTES = TOKENS * CHANNELS
 OURS = [f"ours {dtype}, {workers} workers" for dtype in ("int8", "float16", "int4") for workers in (0, 1, 2)]
 LIMITS = [f"limit {dtype}" for dtype in ("int8", "float16", "int4")]
 PEERS = ["webdataset views", "webdataset crop", "litdata views", "mosaicml views"]
-
-
-def pictures(photos: Path | None, rows: int) -> Iterator[tuple[bytes, bytes]]:
-    """(source JPEG of 500 x 375 or so, rendered view): photographs over and over, or smooth noise with grain."""
-    from cache_tools.draws import uniform
-    from cache_tools.identity import CropPolicy
-    from cache_tools.images import decode_rgb, encode_view, resize_rgb
-    from pipeline.views import draw_crop, render
-
-    files = [path for path in sorted(photos.rglob("*")) if path.is_file()] if photos else []
-    for row in range(rows):
-        if files:
-            source = files[row % len(files)].read_bytes()
-        else:
-            noise = uniform(row, "bench", np.arange(40 * 54 * 3)).reshape(40, 54, 3)
-            grain = uniform(row, "grain", np.arange(375 * 500 * 3)).reshape(375, 500, 3) - 0.5
-            smooth = resize_rgb((noise * 255).astype(np.uint8), 375, 500)
-            source = encode_view(np.clip(smooth + 30 * grain, 0, 255).astype(np.uint8), "jpeg:92:420")
-        rgb = decode_rgb(source)
-        geometry = draw_crop(CropPolicy(kind="rrc"), 0, "train", row, 0, *rgb.shape[:2])
-        yield source, encode_view(render(rgb, geometry, SIZE, SIZE), "jpeg:95:444")
-
-
-def make_cache(folder: Path, views: list[bytes], dtype: str) -> None:
-    """A CACHE of one view by cache_tools' own writers; codes are random, as their values cost nothing."""
-    from cache_tools.cache import Unit
-    from cache_tools.identity import CacheIdentity, CropPolicy, Fidelity, Fingerprint, TeacherIdentity
-    from cache_tools.writer import UnitShardWriter, finish_unit, publish_identity
-
-    teacher = TeacherIdentity(
-        name="bench", architecture_sha256="", weights_sha256="", activation="", height=SIZE, width=SIZE,
-        mean=(0.0,) * 3, std=(1.0,) * 3,
-    )  # fmt: skip
-    identity = CacheIdentity(
-        teacher=teacher, crop=CropPolicy(kind="rrc"), seed=0, view_height=SIZE, view_width=SIZE,
-        view_encoding="jpeg:95:444", picture_rules=1, dtype=dtype, grid=(14, 14), channels=CHANNELS, has_cls=True,
-        rows_per_shard=ROWS_PER_SHARD, rows={"train": len(views)}, classes=(), dataset_sha256="",
-    )  # fmt: skip
-    publish_identity(folder, identity)
-    unit, draw = Unit(folder, identity, "train", 0), np.random.default_rng(0)
-    for shard in range(unit.num_shards):
-        with UnitShardWriter(unit, shard) as writer:
-            for view in views[shard * ROWS_PER_SHARD :][: unit.shard_rows(shard)]:
-                writer.add_view(view, 0, (0, 0, SIZE, SIZE, 0, SIZE, SIZE))
-            for name, spec in unit.specs.items():
-                rows = 1 if name.startswith("channel_") else unit.shard_rows(shard)
-                for start in range(0, rows, spec.chunk_rows):
-                    shape = (min(spec.chunk_rows, rows - start), *spec.shape[1:])
-                    writer.add(name, draw.integers(0, 100, shape).astype(spec.dtype))
-            nothing, exact = np.zeros(CHANNELS), Fidelity(relative_mse=0, cosine=1, precision_mse=0)
-            writer.commit(nothing, nothing, exact, Fingerprint(device="", precision="fp32", batch=16, versions={}))
-    finish_unit(unit)
 
 
 def make_peers(folder: Path, sources: list[bytes], views: list[bytes]) -> None:
@@ -235,12 +183,6 @@ def open_reader(folder: Path, name: str) -> Callable[[], Iterator[int]]:
     return read_peer(folder, name)
 
 
-def peak_megabytes() -> float:
-    """Largest resident memory of this process (getrusage's would be that of the process which started it)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
-
-
 def drop_from_memory(folder: Path) -> None:
     """Ask the system to forget the files, for a cold pass."""
     for path in folder.rglob("*"):
@@ -288,13 +230,16 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.folder, arguments.measure, arguments.passes)))
         return
+    from synthetic import Shape, make_cache, pictures, rendered_view  # a line that measures a peer imports only that
+
     if arguments.quick:
         arguments.rows, arguments.rounds, arguments.passes = 256, 1, 1
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        sources, views = map(list, zip(*pictures(arguments.photos, arguments.rows), strict=True))
+        sources = list(pictures(arguments.photos, arguments.rows))
+        views = [rendered_view(source, row, SIZE) for row, source in enumerate(sources)]
         for dtype in ("int8", "float16", "int4"):
-            make_cache(folder / dtype, views, dtype)
+            make_cache(folder / dtype, Shape(arguments.rows, ROWS_PER_SHARD, 14, CHANNELS, SIZE), dtype, views)
         make_peers(folder, sources, views)
         write_results(arguments.out, run_table(arguments, folder))
 

@@ -15,59 +15,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 from record import write_results
+from synthetic import Shape, make_cache
 
-from cache_tools.cache import Unit
-from cache_tools.identity import CacheIdentity, CropPolicy, Fidelity, Fingerprint, TeacherIdentity
-from cache_tools.images import PICTURE_RULES, encode_view
-from cache_tools.quantize import channel_stats, decode, encode
 from cache_tools.verify import verify
-from cache_tools.writer import UnitShardWriter, finish_unit, publish_identity
-
-NO_SHA = "0" * 64
-FINGERPRINT = Fingerprint(device="cpu", precision="fp32", batch=64, versions={})
-
-
-def identity(rows: int, rows_per_shard: int, dtype: str, grid: int, channels: int, pixels: int) -> CacheIdentity:
-    """The identity of a cache that no teacher made."""
-    teacher = TeacherIdentity(
-        name="bench:noise", architecture_sha256=NO_SHA, weights_sha256=NO_SHA, activation="none",
-        height=pixels, width=pixels, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-    )  # fmt: skip
-    return CacheIdentity(
-        teacher=teacher, crop=CropPolicy(kind="rrc"), seed=0, view_height=pixels, view_width=pixels,
-        view_encoding="jpeg:95:444", picture_rules=PICTURE_RULES, dtype=dtype, grid=(grid, grid), channels=channels,
-        has_cls=True, rows_per_shard=rows_per_shard, rows={"train": rows}, classes=("none",), dataset_sha256=NO_SHA,
-    )  # fmt: skip
-
-
-def write_unit(unit: Unit) -> None:
-    """Every shard of a unit: 32 views and 64 rows of features, over and over; its checks do not know that."""
-    draw, known = np.random.default_rng(0), unit.identity
-    pixels = (known.view_height, known.view_width, 3)
-    smooth = draw.integers(0, 256, (32, pixels[0] // 8, pixels[1] // 8, 3)).repeat(8, 1).repeat(8, 2)
-    pictures = np.clip(smooth + draw.integers(-9, 10, (32, *pixels)), 0, 255).astype(np.uint8)
-    views = [encode_view(picture, known.view_encoding) for picture in pictures]
-    x_BNC = draw.standard_normal((64, known.tokens, known.channels)).astype(np.float32)
-    mean, std = channel_stats(x_BNC)
-    arrays = encode(known.dtype, x_BNC, mean, std)
-    q_BNC = decode(arrays["patch"], arrays.get("scale"), mean, std, arrays.get("low"))
-    error = float((((q_BNC - x_BNC) / std) ** 2).sum() / (((x_BNC - mean) / std) ** 2).sum())
-    flat = x_BNC.reshape(-1, known.channels).astype(np.float64)
-    for shard in range(unit.num_shards):
-        with UnitShardWriter(unit, shard) as writer:
-            for row in range(unit.shard_rows(shard)):
-                writer.add_view(views[row % 32], row % 10, (0, 0, *pixels[:2], 0, *pixels[:2]))
-            for _ in range(0, unit.shard_rows(shard), 64):
-                for name, rows in (arrays | {"cls": x_BNC[:, 0].astype(np.float16)}).items():
-                    writer.add(name, rows)
-            if known.dtype != "float16":
-                writer.add("channel_mean", mean[None])
-                writer.add("channel_std", std[None])
-            fidelity = Fidelity(relative_mse=error, cosine=1.0, precision_mse=0.0)
-            writer.commit(flat.mean(0), flat.var(0), fidelity, FINGERPRINT)
-    finish_unit(unit)
 
 
 def plain_sha256(files: list[Path]) -> None:
@@ -120,11 +71,10 @@ def main() -> None:
     options = parser.parse_args()
     table = {}
     for dtype in ("int8", "int4", "float16"):
-        shape = (128, 64, dtype, 4, 64, 64) if options.quick else (4096, 1024, dtype, 14, 768, 224)
+        shape = Shape(rows=128, rows_per_shard=64, grid=4, channels=64, pixels=64) if options.quick else Shape(4096)
         with tempfile.TemporaryDirectory() as folder:
-            cache, known = Path(folder) / "cache", identity(*shape)
-            publish_identity(cache, known)
-            write_unit(Unit(cache, known, "train", 0))
+            cache = Path(folder) / "cache"
+            make_cache(cache, shape, dtype)
             table[dtype] = measure(cache, 1 if options.quick else options.repeats)
         for way in ("full, 1 thread", "full", "default"):
             print(f"{dtype}, {table[dtype]['mb']} MB, {way}: {table[dtype][way]}", flush=True)
