@@ -1,0 +1,74 @@
+"""One pre-training step just as a run does it, on a resident batch or fed by the stream, without a RUN folder."""
+
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from clock import seconds
+
+from cache_tools.cache import Cache
+from cache_tools.console import StopFlag
+from cache_tools.dataset import CHUNK_ROWS
+from cache_tools.records import config_file, load_toml
+from mcm.config import PretrainConfig
+from mcm.loop import Loop, to_device
+from mcm.order import Order
+from mcm.pretrain import build_task, choose_units, describe
+from mcm.stream import PREFETCH, Batch, Stream, batches
+
+
+def load_config(name: str, batch: int, overrides: Sequence[str] = ()) -> PretrainConfig:
+    """A shipped configuration at `batch` rows a step; bf16 on a GPU, float32 on a CPU, as the benches measure."""
+    precision = "bf16" if torch.cuda.is_available() else "fp32"
+    engine = [f"train.global_batch={batch}", f"train.micro_batch={batch}", f"train.precision={precision}"]
+    return load_toml(PretrainConfig, config_file(name), [*engine, "train.compile=false", *overrides])
+
+
+def first_batch(stream: Stream, device: torch.device) -> Batch:
+    """The first batch of a stream, on the device for good."""
+    with batches(stream, 0, 1, workers=0) as items:
+        return to_device(next(items), device)
+
+
+class OneStep:
+    """A model, its optimizer and its data in the loop of a run; `resident` is its first batch on the device."""
+
+    def __init__(self, config: PretrainConfig, cache_path: Path, accelerator: Accelerator) -> None:
+        cache, train = Cache(cache_path), config.train
+        units, _ = choose_units(cache, ())
+        order = Order(units[0].rows, CHUNK_ROWS, train.global_batch, train.micro_batch, seed=train.seed)
+        self.task = build_task(config, describe(config, cache, units), units, accelerator)
+        self.job = self.task.job(Path("no run"), units, order)
+        self.loop, self.device, self.done = Loop(self.job, accelerator), accelerator.device, 0
+        self.resident = first_batch(self.job.stream, self.device)
+        self.batch = train.global_batch
+
+    def run(self, items: Iterator[Batch], count: int) -> None:
+        """`count` steps on these batches, to the end of the last on the device."""
+        for _ in range(count):
+            self.loop.step(self.done, items, StopFlag())
+            self.done += 1
+        losses = torch.stack(self.loop.pending)
+        self.loop.pending.clear()
+        assert losses.isfinite().all(), losses
+
+    def resident_s(self, count: int) -> float:
+        """Seconds a step on the resident batch, from `count` steps after one that is not counted."""
+        self.run(repeat(self.resident), 1)
+        return seconds(lambda: self.run(repeat(self.resident), count), self.device) / count
+
+    def streamed_s(self, workers: int, count: int) -> tuple[float, float]:
+        """(seconds a step, share of them spent waiting for the stream) once the batches made ahead are used up.
+
+        All take the masks of epoch 0: the pool is made once an epoch, and an epoch of this cache is a few steps.
+        """
+        warm = PREFETCH * workers + 2
+        end = (warm + count) * self.job.stream.order.accumulation  # type: ignore[union-attr]
+        with batches(self.job.stream, 0, end, workers, self.device.type == "cuda") as items:
+            same_pool = (batch | {"epoch": 0} for batch in items)
+            self.run(same_pool, warm)
+            self.loop.waited_s = 0.0
+            took = seconds(lambda: self.run(same_pool, count), self.device)
+        return took / count, self.loop.waited_s / took

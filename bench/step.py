@@ -1,0 +1,182 @@
+"""What a pre-training step spends beside its matrix products: the stream, masks, target decode, AdamW; and memory.
+
+    python bench/step.py --out bench/results/step.json [--config pretrain/NAME] [--set KEY=VALUE] [--quick]
+
+The step is the loop's own (mcm.loop.Loop.step). Bars: resident over streamed >= 0.97 where compute dominates, masks and
+fills <= 3 % of the step. On a GPU the student is ViT-B/16 in bf16 at 256 rows, on a CPU a ViT-S/16 of 4 blocks in
+float32 at 32. Data are synthetic, 196 x 768 features beside views of 224 px. What is compared takes turns.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from clock import describe, in_turns, peak, reset_peak, seconds
+from one_step import OneStep, first_batch, load_config
+from record import write_results
+from synthetic import Shape, make_cache
+
+from cache_tools.cache import Cache
+from mcm.loop import engine
+from mcm.masking import apply_fill
+from mcm.optim import param_groups
+from mcm.order import EvalOrder
+from mcm.stream import Stream
+
+DTYPES = ("int8", "int4", "float16")
+Row = dict[str, Any]
+
+
+class Bench:
+    """The parts of the table; each is a method that returns its row."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, accelerator: Accelerator) -> None:
+        self.options, self.folder, self.accelerator = options, folder, accelerator
+        self.device = accelerator.device
+        self.own = self.build()
+        self.step_s = self.own.resident_s(options.steps)
+
+    def build(self, *overrides: str) -> OneStep:
+        """A step of the configuration, changed."""
+        config = load_config(self.options.config, self.options.batch, [*self.options.set, *overrides])
+        return OneStep(config, self.folder / "int8", self.accelerator)
+
+    def stream(self) -> Row:
+        """The same step on a resident batch and fed by the stream."""
+        count, workers = self.options.steps, self.options.workers
+        pairs = [(self.own.resident_s(count), *self.own.streamed_s(workers, count)) for _ in range(self.options.rounds)]
+        resident, streamed, waited = (median(column) for column in zip(*pairs, strict=True))
+        ratio = median(one / other for one, other, _ in pairs)
+        row = {"resident_ms": 1e3 * resident, "streamed_ms": 1e3 * streamed, "ratio": ratio, "wait_share": waited}
+        return row | {"images_per_s": self.options.batch / streamed, "workers": workers}
+
+    def masks(self) -> Row:
+        """Masks and both fills: the step against one with mask.mode none, and the operations by themselves."""
+        plain, count = self.build("mask.mode=none"), self.options.steps
+        works = {"masked": partial(self.own.resident_s, count), "none": partial(plain.resident_s, count)}
+        rounds = [{name: work() for name, work in works.items()} for _ in range(self.options.rounds)]
+        masked, none = (median(one[name] for one in rounds) for name in works)
+        ops = in_turns({"ops": self.mask_ops()}, self.device, self.options.rounds, 5)["ops"]
+        shares = {"share": median(1 - one["none"] / one["masked"] for one in rounds), "ops_share": ops / self.step_s}
+        return {"masked_ms": 1e3 * masked, "none_ms": 1e3 * none, "ops_ms": 1e3 * ops} | shares
+
+    def mask_ops(self) -> Callable[[], object]:
+        """What a mask adds to a step, forward and backward: gather from the pool, and two fills."""
+        model, task, batch = self.own.task.model, self.own.task, self.own.resident
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        shape = (self.options.batch, model.encoder.patch_embed.num_patches, model.encoder.embed_dim)
+        x_BND = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
+        fills = [model.encoder_fill, model.decoder_fill]
+
+        def work() -> object:
+            mask = model.mask(task.masks(batch))
+            filled = [apply_fill(x_BND, mask, fill) for fill in fills]
+            return torch.autograd.grad(filled, [x_BND, *fills], [x_BND.detach()] * len(filled))
+
+        return work
+
+    def target(self, dtype: str) -> Row:
+        """Codes to the normalised target, alone, of the whole step."""
+        units = Cache(self.folder / dtype).complete_units("train")
+        source = self.own.task.source(units)
+        batch = first_batch(Stream(EvalOrder(self.options.batch, 16, self.options.batch), source), self.device)
+        took = in_turns({"target": lambda: self.own.task.target(batch)}, self.device, self.options.rounds, 5)["target"]
+        return {"ms": 1e3 * took, "share": took / self.step_s}
+
+    def adamw(self) -> Row:
+        """The update alone: fused, as a run has it, and foreach."""
+        model, optim = self.own.task.model, self.own.job.optim
+        foreach = torch.optim.AdamW(param_groups(model, optim.weight_decay), lr=0.0, foreach=True)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+        works = {"fused": self.own.loop.optimizer.optimizer.step, "foreach": foreach.step}
+        took = in_turns(works, self.device, self.options.rounds, 5)
+        model.zero_grad()
+        return {f"{name}_ms": 1e3 * s for name, s in took.items()} | {"fused_share": took["fused"] / self.step_s}
+
+    def compiled(self) -> Row:
+        """With train.compile, and the first step, in which it compiles."""
+        torch._dynamo.reset()
+        step = self.build("train.compile=true")
+        first = seconds(lambda: step.run(repeat(step.resident), 1), self.device)
+        took = step.resident_s(self.options.steps)
+        row = {"eager_ms": 1e3 * self.step_s, "compiled_ms": 1e3 * took, "speedup": self.step_s / took}
+        return row | {"first_step_s": first, "peak_mb": self.peak_of(step)}
+
+    def memory(self) -> Row:
+        """Peak of a step: allocated on the GPU, resident (with the libraries) on a CPU."""
+        return {"peak_mb": self.peak_of(self.own)}
+
+    def peak_of(self, step: OneStep) -> int:
+        """Megabytes, the largest within two steps."""
+        reset_peak(self.device)
+        step.run(repeat(step.resident), 2)
+        return peak(self.device)
+
+    def attention(self) -> Row:
+        """Which kernels of scaled_dot_product_attention a step calls, and how often."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            self.own.run(repeat(self.own.resident), 1)
+        found = {event.key: event.count for event in profile.key_averages() if "_scaled_dot_product" in event.key}
+        return {"kernels": found}
+
+
+def parse() -> argparse.Namespace:
+    """The command line, with what it leaves out chosen by the device."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--config", default=f"pretrain/imagenet_{'vitb16' if gpu else 'vits16'}_clipb16")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="as in mcm-train")
+    parser.add_argument("--batch", type=int, default=256 if gpu else 32)
+    parser.add_argument("--workers", type=int, default=8 if gpu else 1)
+    parser.add_argument("--steps", type=int, default=20 if gpu else 4, help="of one measurement")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="a tiny student, not compiled: for the tests")
+    options = parser.parse_args()
+    options.set = options.set or ([] if gpu else ["student.depth=4"])
+    if options.quick:
+        options.config, options.set = "pretrain/demo", ["student.depth=1", "student.width=32", "decoder.depth=1"]
+        options.batch, options.workers, options.steps, options.rounds = 32, 0, 2, 1
+        options.no_compile = True  # it takes half a minute of whatever model
+    return options
+
+
+def main() -> None:
+    """Make the caches, measure part by part, print."""
+    options = parse()
+    tiny = {"rows_per_shard": 64, "grid": 4, "channels": 64, "pixels": 32} if options.quick else {}
+    with tempfile.TemporaryDirectory() as place, engine(load_config(options.config, 16).train.precision) as accelerator:
+        folder = Path(place)
+        for dtype in DTYPES:
+            make_cache(folder / dtype, Shape(rows=options.batch * (4 if dtype == "int8" else 1), **tiny), dtype)
+        bench = Bench(options, folder, accelerator)
+        parts: dict[str, Callable[[], Row]] = {
+            "stream": bench.stream,
+            "masks": bench.masks,
+            **{f"target {dtype}": partial(bench.target, dtype) for dtype in DTYPES},
+            "adamw": bench.adamw,
+            "memory": bench.memory,
+            "attention": bench.attention,
+        }
+        if not options.no_compile:
+            parts["compiled"] = bench.compiled
+        settings = {"config": options.config, "set": options.set, "batch": options.batch}
+        table: dict[str, Row] = {"where": describe(bench.device) | settings | {"steps": options.steps}}
+        for name, part in parts.items():
+            found = part()
+            table[name] = {key: round(x, 4) if isinstance(x, float) else x for key, x in found.items()}
+            print(f"{name}: {table[name]}", flush=True)
+            write_results(options.out, table)
+
+
+if __name__ == "__main__":
+    main()
