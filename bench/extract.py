@@ -1,0 +1,182 @@
+"""Extraction by pipeline's own Extractor against what the forward and the rendering alone allow, on the same machine.
+
+    python bench/extract.py --out bench/results/extract.json [--photos FOLDER] [--weights DEIT_TINY] [--quick]
+
+Teachers: DeiT-tiny (--weights FILE, or random) and a random CLIP ViT-B/16 (quickgelu); 1 and 4 views a picture of 500 x
+375 or so, int8. All in views a second, `render` that of one core. The limit is min(forward, cores x render) on a GPU and
+1 / (1 / forward + 1 / (cores x render)) on a CPU, where both want the same cores; bar 0.95 of it. What is compared takes
+turns.
+"""
+
+import argparse
+import math
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from clock import describe, peak, peak_megabytes, reset_peak, seconds
+from record import write_results
+from synthetic import make_dataset, pictures, tiny_clip
+from torch import Tensor
+
+from cache_tools.cache import Unit
+from cache_tools.console import progress
+from cache_tools.dataset import Dataset
+from cache_tools.identity import CacheIdentity, Fingerprint
+from cache_tools.writer import UnitShardWriter, publish_identity
+from pipeline import extract
+from pipeline.shard_features import Extractor, Spent, UnitEncoder, render_views
+from pipeline.teachers import Teacher, load_teacher
+
+BATCH = 64  # `mcm-cache extract`'s own
+CORES = len(os.sched_getaffinity(0))
+Row = dict[str, Any]
+
+
+class Unwritten(UnitEncoder):
+    """Calibrates, encodes and sums on the device; nothing leaves it."""
+
+    def _write(self, arrays: dict[str, Tensor]) -> None:
+        pass
+
+
+class Place:
+    """A dataset and a teacher, and the three rates that are compared."""
+
+    def __init__(self, folder: Path, dataset: Dataset, teacher: Teacher, views: int, size: int) -> None:
+        self.folder, self.dataset, self.teacher, self.runs = folder, dataset, teacher, 0
+        request = extract.Request(str(dataset.path), folder, teacher.identity.name, "", views=views, size=size)
+        self.identity: CacheIdentity = extract.describe(request, dataset, teacher)
+        self.views, device, versions = range(views), teacher.device.type, extract.versions(teacher)
+        self.fingerprint = Fingerprint(device=device, precision=teacher.precision, batch=BATCH, versions=versions)
+
+    def units(self) -> list[Unit]:
+        """Units of a new cache."""
+        self.runs += 1
+        cache = self.folder / f"cache {self.runs}"
+        publish_identity(cache, self.identity)
+        return [Unit(cache, self.identity, "train", view) for view in self.views]
+
+    def whole(self, rows: int) -> tuple[float, Spent]:
+        """(views a second, split of the time) of extraction, from the sources to the commits of the first shards."""
+        units = self.units()
+        shards = range(-(-rows // self.identity.rows_per_shard))
+        with (
+            ThreadPoolExecutor(CORES) as ahead,
+            ThreadPoolExecutor(1) as behind,
+            progress(rows, "bench", "views", quiet=True) as bar,
+        ):
+            own = Extractor(self.dataset, self.identity, self.teacher, self.fingerprint, 0.0, math.inf, ahead, behind)
+            took = seconds(lambda: [own.shard(units, k, bar) for k in shards], self.teacher.device)
+        return sum(units[0].shard_rows(k) for k in shards) * len(units) / took, own.spent
+
+    def forward(self, batches: int) -> float:
+        """Views a second of the teacher alone, from pictures in memory to features on its device."""
+        batch = self.pictures()
+        self.teacher.features(batch)
+        return BATCH / seconds(lambda: self.teacher.features(batch), self.teacher.device, batches)
+
+    def render(self, rows: int) -> float:
+        """Views a second of one core: decode, crop, resize, encode, decode, and the teacher's size."""
+        start = time.perf_counter()
+        for row in range(rows):
+            render_views(self.dataset, self.identity, "train", row, self.views)
+        return rows * len(self.views) / (time.perf_counter() - start)
+
+    def pictures(self) -> Tensor:
+        """A batch of the teacher's inputs, uint8."""
+        rows = range(min(BATCH, self.identity.rows["train"]))
+        inputs = [render_views(self.dataset, self.identity, "train", row, [0])[0].teacher_input for row in rows]
+        return torch.from_numpy(np.stack([inputs[row % len(inputs)] for row in range(BATCH)]))
+
+    def encoding_share(self, batches: int) -> float:
+        """Encoding on the device (codes, loss, statistics) of a batch, of that and its forward."""
+        batch = self.pictures()
+        patch_BNC, cls_BC = self.teacher.features(batch)
+        with ThreadPoolExecutor(1) as behind, UnitShardWriter(self.units()[0], 0) as writer:
+            encoder = Unwritten(writer, behind, Spent())
+            for _ in range(-(-encoder.rows // BATCH) + 1):  # calibrates on the first rows
+                encoder.add(patch_BNC, cls_BC)
+            encode = seconds(lambda: encoder.add(patch_BNC, cls_BC), self.teacher.device, batches)
+        return encode / (encode + BATCH / self.forward(batches))
+
+
+def measure(place: Place, rows: int, rounds: int) -> Row:
+    """The rates in turn, medians of the rounds, and what extraction is of the limit."""
+    found: list[dict[str, float]] = []
+    place.whole(place.identity.rows_per_shard)
+    for _ in range(rounds):
+        rates = {"forward": place.forward(max(1, rows // BATCH)), "render": place.render(min(rows, 64))}
+        rates["extract"], spent = place.whole(rows)
+        cores = CORES * rates["render"]
+        both = 1 / (1 / rates["forward"] + 1 / cores)
+        limit = min(rates["forward"], cores) if place.teacher.device.type == "cuda" else both
+        found.append(rates | {"limit": limit, "of_limit": rates["extract"] / limit})
+    row: Row = {name: round(median(one[name] for one in found), 3) for name in found[0]}
+    total = sum(spent.seconds.values())
+    row["split"] = {what: round(share / total, 3) for what, share in spent.seconds.items()}
+    row["encoding_share"] = round(place.encoding_share(4), 4)
+    return row | peaks(place, (place.identity.rows_per_shard, 2 * place.identity.rows_per_shard))
+
+
+def peaks(place: Place, sizes: Sequence[int]) -> Row:
+    """Peak megabytes of the process, and of the GPU, over one shard and over two."""
+    row: Row = {"peak_rows": list(sizes), "peak_mb": [], "gpu_mb": []}
+    for rows in sizes:
+        for device in (torch.device("cpu"), place.teacher.device):
+            reset_peak(device)
+        place.whole(rows)
+        row["peak_mb"].append(round(peak_megabytes()))
+        row["gpu_mb"].append(peak(place.teacher.device) if place.teacher.device.type == "cuda" else None)
+    return row
+
+
+def teachers(options: argparse.Namespace, folder: Path) -> dict[str, tuple[Teacher, int]]:
+    """Teachers by name, each with its pictures' share of --rows."""
+    if options.quick:
+        return {"tiny CLIP": (load_teacher(tiny_clip(folder / "clip"), "random"), 1)}
+    clip_rows = 1 if torch.cuda.is_available() else 4  # on a CPU it takes ten times as long
+    return {
+        "DeiT-tiny": (load_teacher("timm:deit_tiny_patch16_224", options.weights), 1),
+        "CLIP B/16": (load_teacher("open_clip:ViT-B-16-quickgelu", "random"), clip_rows),
+    }
+
+
+def main() -> None:
+    """Make the datasets, measure each teacher with 1 and 4 views, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="folder of source pictures; synthetic ones where left out")
+    parser.add_argument("--weights", default="random", help="DeiT-tiny's, a file of timm")
+    parser.add_argument("--rows", type=int, default=4096 if torch.cuda.is_available() else 512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--quick", action="store_true", help="32 px, 128 rows, one round, a tiny teacher: for the tests"
+    )
+    options = parser.parse_args()
+    size, per_shard = 32 if options.quick else 224, 256 if torch.cuda.is_available() else 64
+    rows, options.rounds = (128, 1) if options.quick else (options.rows, options.rounds)
+    table: dict[str, Row] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dataset = make_dataset(folder, list(pictures(options.photos, min(rows, 64))), rows, per_shard)
+        for teacher_name, (teacher, part) in teachers(options, folder).items():
+            table["where"] = describe(teacher.device) | {"cores": CORES, "rows": rows, "batch": BATCH}
+            for views in (1, 4):
+                with tempfile.TemporaryDirectory(dir=folder) as cache:
+                    place = Place(Path(cache), dataset, teacher, views, size)
+                    key = f"{teacher_name}, {views} views"
+                    table[key] = measure(place, max(rows // part // views, per_shard), options.rounds)
+                print(f"{key}: {table[key]}", flush=True)
+                write_results(options.out, table)
+
+
+if __name__ == "__main__":
+    main()
