@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from record import write_results
-from verify import identity, write_unit
+from synthetic import Shape, make_identity, noise_views, write_unit
 
 from cache_tools.cache import Unit
 from cache_tools.records import encode_record
@@ -53,11 +53,11 @@ print(json.dumps({"s": seconds, "peak_mib": round(peak()), "floor_mib": round(fl
 
 def make(path: Path, shards: int) -> None:
     """A CACHE whose last shard is missing: one real shard, and its files under every other number."""
-    known = identity(ROWS * shards, ROWS, "float16", 2, 4, 16)
+    known = make_identity(Shape(ROWS * shards, ROWS, grid=2, channels=4, pixels=16), "float16")
     one = known.model_copy(update={"rows": {"train": ROWS}})
     publish_identity(path, known)
     real, unit = Unit(path, one, "train", 0), Unit(path, known, "train", 0)
-    write_unit(real)
+    write_unit(real, noise_views(16))
     commit = real.commit(0)
     real.manifest_file.unlink()
     for file, data in unit.zarr_files().items():
