@@ -3,9 +3,9 @@
     python bench/extract.py --out bench/results/extract.json [--photos FOLDER] [--weights DEIT_TINY] [--quick]
 
 Teachers: DeiT-tiny (--weights FILE, or random) and a random CLIP ViT-B/16 (quickgelu); 1 and 4 views a picture of 500 x
-375 or so, int8. All in views a second, `render` that of one core. The limit is min(forward, cores x render) on a GPU and
-1 / (1 / forward + 1 / (cores x render)) on a CPU, where both want the same cores; bar 0.95 of it. What is compared takes
-turns.
+375 or so, int8. All in views a second, `render` that of one core. The limit is min(forward, cores x render) on a GPU;
+on a CPU, where both want the same cores, 1 / (1 / forward + 1 / (cores x render)). Bar: 0.95 of it. What is compared
+takes turns.
 """
 
 import argparse
@@ -113,7 +113,10 @@ def measure(place: Place, rows: int, rounds: int) -> Row:
     found: list[dict[str, float]] = []
     place.whole(place.identity.rows_per_shard)
     for _ in range(rounds):
-        rates = {"forward": place.forward(max(1, rows // BATCH)), "render": place.render(min(rows, 64))}
+        rates = {
+            "forward": place.forward(max(1, rows * len(place.views) // BATCH)),
+            "render": place.render(min(rows, 64)),
+        }
         rates["extract"], spent = place.whole(rows)
         cores = CORES * rates["render"]
         both = 1 / (1 / rates["forward"] + 1 / cores)
