@@ -1,4 +1,4 @@
-"""The benches of verification run, and their tables have the shape that is reported; no time is asserted."""
+"""The benches run, and their tables have the shape that is reported; no time is asserted."""
 
 import json
 import os
@@ -12,6 +12,16 @@ from conftest import ROOT
 COLUMNS = {
     "verify": ("int8", {"files", "mb", "threads", "full, 1 thread", "full", "default"}),
     "resume_scan": ("scan", {"s", "peak_mib", "floor_mib"}),
+    "step": ("stream", {"resident_ms", "streamed_ms", "ratio", "wait_share", "images_per_s", "workers"}),
+    "extract": (
+        "tiny CLIP, 4 views",
+        {"forward", "render", "extract", "limit", "of_limit", "split", "encoding_share"}
+        | {"peak_rows", "peak_mb", "gpu_mb"},
+    ),
+    "gpu": (
+        "B online",
+        {"teacher_ms", "step_ms", "cached_ms", "online_ms", "gain", "bound", "ratio", "part_s"},
+    ),
 }
 
 
