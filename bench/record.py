@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,13 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(": ")[2]
     return platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a GPU machine needs not all of them
+        return None
 
 
 def peak_megabytes() -> float:
@@ -27,13 +34,13 @@ def write_results(out: Path | None, table: Any) -> None:
     """Write `table` as JSON to `out`, if one was asked for."""
     if out is None:
         return
-    names = ("torch", "zarr", "numcodecs", "numpy", "pillow", "simplejpeg")
+    names = ("torch", "timm", "open_clip_torch", "zarr", "numcodecs", "numpy", "pillow", "simplejpeg")
     result = {
         "date": date.today().isoformat(),
         "command": " ".join(["python", *(word if word.startswith("bench/") else Path(word).name for word in sys.argv)]),
         "hardware": f"{len(os.sched_getaffinity(0))} cores of {_processor()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
+        "versions": {name: _version(name) for name in names},
         "table": table,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
