@@ -43,7 +43,12 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     out = torch.empty(0, dtype=dtype)
     if get_worker_info() is None:
         return out.resize_(shape)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * out.itemsize, device="cpu")  # type: ignore[no-untyped-call]
+    size = math.prod(shape) * out.itemsize
+    try:
+        storage = torch.UntypedStorage._new_shared(size, device="cpu")  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        remedy = "enlarge it, or lower train.workers or train.micro_batch"
+        raise ResourceError(f"/dev/shm: expected room for {size} bytes more: {error}; {remedy}") from error
     return out.set_(storage).resize_(shape)
 
 
