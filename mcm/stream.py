@@ -75,7 +75,7 @@ class CacheSource:
 
         Rows beyond the given chunks are zero, their weight 0 and their row number -1.
         """
-        out = dict(used or self._allocate(batch))
+        out = (used or self._allocate(batch)) | _numbers(batch)
         filled = 0
         for position, number in enumerate(chunks.tolist()):
             filled += self._fill(out, epoch, number, filled, position)
@@ -84,11 +84,7 @@ class CacheSource:
         return out | {"picks": torch.from_numpy(picks), "epoch": epoch}
 
     def _allocate(self, batch: int) -> Batch:
-        out = {
-            "pictures": _empty((batch, *self.size_HW, 3), torch.uint8),
-            "rows": _empty((batch,), torch.int64),
-            "labels": _empty((batch,), torch.int64),
-        }
+        out = {"pictures": _empty((batch, *self.size_HW, 3), torch.uint8)}
         specs = self.units[0].specs
         for array, name in _STORED.items():
             if array in specs:
@@ -137,22 +133,24 @@ class DatasetSource:
 
     def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
         """The batch, in the memory of a `used` one; missing rows are zero, their weight 0 and their row number -1."""
-        out = dict(used or {})
+        out = used and used | _numbers(batch)
         for position, row in enumerate(self.rows[chunks].tolist() or [int(self.rows[0])]):
             data, label = self.dataset.picture(self.split, row)
             picture = self.transform(int(hash_u64(self.seed, "augment", epoch, row)), data)
-            out = out or {
-                "pictures": _empty((batch, *picture.shape), picture.dtype),
-                "rows": _empty((batch,), torch.int64),
-                "labels": _empty((batch,), torch.int64),
-            }
+            out = out or {"pictures": _empty((batch, *picture.shape), picture.dtype)} | _numbers(batch)
             out["pictures"][position], out["rows"][position], out["labels"][position] = picture, row, label
+        assert out is not None
         _pad(out, len(chunks))
         return out | {"epoch": epoch}
 
     def rows_of(self, chunks: Indices) -> Indices:
         """Row numbers of a batch's chunks."""
         return self.rows[chunks]
+
+
+def _numbers(batch: int) -> Batch:
+    """Rows and labels: fresh in every batch, as whoever evaluates keeps them."""
+    return {name: _empty((batch,), torch.int64) for name in ("rows", "labels")}
 
 
 def _pad(out: Batch, filled: int) -> None:
@@ -202,7 +200,7 @@ def _start_forkserver() -> None:
 def batches(stream: Stream, start: int, end: int, workers: int, pin_memory: bool = False) -> Iterator[Iterator[Batch]]:
     """`with batches(stream, start, end, workers) as items:` yields stream[start] ... stream[end - 1] in order.
 
-    A batch is the caller's until the second next one is asked for; then its memory is used again.
+    Pictures and features are the caller's until the second next batch is asked for; then their memory is used again.
 
     Raises: the McmError or OSError that a batch met, in this process; ResourceError when a worker was killed.
     """

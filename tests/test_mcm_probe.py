@@ -101,3 +101,14 @@ def test_unlabelled_pictures_are_refused(tmp_path):
     blind = make_dataset(tmp_path / "blind", 20, 20, unlabelled=True)
     with pytest.raises(UsageError, match="labels for every picture of 'train'"):
         probe(str(make_run(tmp_path / "run")), blind.path)
+
+
+def test_labels_of_many_batches_are_those_of_their_rows(tmp_path, monkeypatch):
+    """A batch's memory is used again; what a probe keeps of it must not be."""
+    monkeypatch.setattr("mcm.probe.BATCH_ROWS", 16)
+    data = make_dataset(tmp_path / "data", rows=96)
+    prober = Prober(load_encoder(str(make_run(tmp_path / "run"))), data, 0, 0, True)
+    rows = np.argsort(data.labels("train"), kind="stable")  # all of one class, then all of the other
+    found = prober.features("train", prober.full(), rows)
+    assert found.y.tolist() == data.labels("train")[rows].tolist()
+    assert torch.equal(found.x[80:], prober.features("train", prober.full(), rows[80:]).x)

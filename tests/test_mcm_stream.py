@@ -177,14 +177,17 @@ def test_workers_give_the_same_batches_and_their_errors_arrive(tmp_path):
 def test_a_batch_is_the_callers_until_the_second_next_one(cache, workers):
     """Memory is used again; a batch that is held while the next one is taken stays what it was."""
     stream = Stream(Order(100, 16, 16, 16), source(cache))
-    held, memory = None, []
+    held, memory, kept = None, [], []
     with batches(stream, 0, 24, workers) as items:
         for index, batch in enumerate(items):
             for number, found in ((index - 1, held), (index, batch)):
                 assert found is None or all(torch.equal(stream[number][k], found[k]) for k in ("pictures", "codes"))
             held = batch
             memory.append(batch["pictures"].data_ptr())
+            kept.append((batch["labels"], batch["rows"]))
     assert index == 23 and len(set(memory)) < 24
+    for number, (labels, rows) in enumerate(kept):  # these are not used again
+        assert torch.equal(labels, stream[number]["labels"]) and torch.equal(rows, stream[number]["rows"])
 
 
 class Killed:
