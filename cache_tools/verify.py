@@ -1,8 +1,9 @@
 """`mcm-cache verify`: a DATASET or CACHE against its records; what is wrong, by file, so that `repair` can move it.
 
 quick: records decode and are bound to each other, files are there with their sizes. default: also the crc32c of every
-picture, index record and chunk. full: also the sha256 of every file from that same single read, the tar's members
-against the index, sizes of views, finiteness, and the error of quantisation, recomputed from the scales.
+picture, index record and chunk. full: also the sha256 of every file from that same read (compressed chunks that are
+looked into are read twice), the tar's members against the index, sizes of views, finiteness, and that the error of
+quantisation is no larger than the scales allow.
 """
 
 import errno

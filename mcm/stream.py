@@ -30,11 +30,8 @@ from mcm.order import EvalOrder, Indices, Order
 PREFETCH = 2  # batches a worker makes ahead
 WORKERS_FROM_ROWS = 4096  # to evaluate fewer takes less time than to start workers
 
-_STORED = {
-    "patch": "codes",
-    "scale": "scale",
-    "low": "low",
-}  # arrays of the cache with a row a picture: their batch names
+# Arrays of the cache with a row a picture, and their names in a batch.
+_STORED = {"patch": "codes", "scale": "scale", "low": "low"}
 Batch = dict[str, Any]  # Tensors with B (or M) first, and ints
 
 
@@ -167,7 +164,7 @@ class Stream(Dataset[Batch | McmError | OSError]):
     """
 
     def __init__(self, order: Order | EvalOrder, source: CacheSource | DatasetSource, reuse: int = 0) -> None:
-        """With `reuse` n, a batch is made in the memory of that n before it: fresh pages cost a fifth of the time."""
+        """With `reuse` n, a batch is made in the memory of that n before it: fresh pages take time (LOG.md)."""
         self.order, self.source = order, source
         self.used: deque[Batch] = deque(maxlen=reuse)
 

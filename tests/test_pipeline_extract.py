@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import command, run, tree_digest
 from make_cache import view
+from make_extract import request
 from make_teacher import make_teacher
 from PIL import Image
 
@@ -21,7 +22,7 @@ from cache_tools.identity import CropPolicy
 from cache_tools.images import decode_rgb, decode_view_into
 from cache_tools.quantize import decode
 from cache_tools.verify import verify
-from pipeline.extract import Request, extract
+from pipeline.extract import extract
 from pipeline.shard import shard
 from pipeline.teachers import load_teacher
 from pipeline.views import draw_crop
@@ -42,14 +43,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shard(str(root / "pictures"), root / "dataset", ROWS_PER_SHARD)
     make_teacher(root / "clip")
     return root
-
-
-def request(place: Path, cache: Path, **changes: object) -> Request:
-    weights = place / "clip" / "open_clip_model.safetensors"
-    known = dict(
-        source=str(place / "dataset"), cache=cache, teacher=f"open_clip:{place / 'clip'}", weights=str(weights)
-    )
-    return Request(**known | dict(views=2, size=32, batch=16, threads=2, device="cpu") | changes)  # type: ignore[arg-type]
 
 
 def options(place: Path) -> list[object]:
