@@ -175,7 +175,7 @@ class Unit:
     def chunk(self, chunk: int, into: Mapping[str, npt.NDArray[Any]] | None = None) -> Chunk:
         """Rows [16 chunk, 16 chunk + 16) of the unit; pictures, codes and their position agree with the commit.
 
-        `into` may name arrays of 16 rows to read `patch`, `scale` and `low` of a whole chunk into.
+        `into` may name arrays of 16 rows for `patch`, `scale` and `low`: a whole chunk is read into them, and no `cls`.
         Raises: CorruptionError naming the file.
         """
         shard, position = divmod(chunk, self.chunks_per_shard)
@@ -191,9 +191,10 @@ class Unit:
             checked_picture(tar, data[offset : offset + size], checksum, row0 + i)
             for i, (offset, size, checksum) in enumerate(spans)
         ]
-        names = ("patch", "scale", "low", "cls")
-        into = into if into and rows == CHUNK_ROWS else {}
-        codes, scale, low, cls = (self._array(name, shard, position, rows, into.get(name)) for name in names)
+        whole = into if into and rows == CHUNK_ROWS else {}
+        names = ("patch", "scale", "low")
+        codes, scale, low = (self._array(name, shard, position, rows, whole.get(name)) for name in names)
+        cls = None if into else self._array("cls", shard, position, rows)
         mean, std = (self._array(name, shard, 0, 1) for name in ("channel_mean", "channel_std"))
         assert codes is not None
         labels = index["label"].astype(np.int32)

@@ -11,9 +11,12 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Finaliser of splitmix64 (Steele, Lea and Flood 2014): a bijection of 64 bits."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)  # in place: fresh memory would take as long as the arithmetic
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def hash_u64(seed: int, purpose: str, *counters: Counter) -> npt.NDArray[np.uint64]:

@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -174,15 +175,14 @@ def test_workers_give_the_same_batches_and_their_errors_arrive(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_a_batch_is_the_callers_until_the_second_next_one(cache, workers):
-    """Memory is used again; a batch that is held while the next one is taken stays what it was."""
+def test_a_batch_is_the_callers_until_the_next_one(cache, workers):
+    """Memory is used again, but not while workers run ahead of who holds a batch."""
     stream = Stream(Order(100, 16, 16, 16), source(cache))
-    held, memory, kept = None, [], []
+    memory, kept = [], []
     with batches(stream, 0, 24, workers) as items:
         for index, batch in enumerate(items):
-            for number, found in ((index - 1, held), (index, batch)):
-                assert found is None or all(torch.equal(stream[number][k], found[k]) for k in ("pictures", "codes"))
-            held = batch
+            time.sleep(0.02 * (workers > 0))  # workers make what they may
+            assert all(torch.equal(stream[index][k], batch[k]) for k in ("pictures", "codes"))
             memory.append(batch["pictures"].data_ptr())
             kept.append((batch["labels"], batch["rows"]))
     assert index == 23 and len(set(memory)) < 24
