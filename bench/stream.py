@@ -3,17 +3,20 @@
     python bench/stream.py --out bench/results/stream.json [--photos FOLDER] [--quick]
 
 Rows are views of 224 px (JPEG 95 4:4:4) and 196 x 768 features. The limit is bare preads and bare JPEG decodes straight
-into the batch, no checks. Peers read rendered views (decoded with simplejpeg) or, "crop", source pictures that Pillow
-decodes and crops. Each line is a process of its own, the lines take turns for three rounds; a figure is the median of
-the rounds. CPU-seconds are those of the process: with workers, which are others, there are none. litdata and
-mosaicml-streaming are left out, with a word, where they are not installed.
+into the batch, no checks; "limit raw" reads uncompressed pixels instead. Peers read rendered views (decoded with
+simplejpeg) or, "crop", source pictures that Pillow decodes and crops; torch's DataLoader makes their batches, or, "in
+place", the cheapest copy there is. Each line is a process of its own, the lines take turns for three rounds; a figure
+is the median of the rounds. CPU-seconds are those of the process: with workers, which are others, there are none.
+litdata and mosaicml-streaming are left out, with a word, where they are not installed.
 """
 
 import argparse
+import cProfile
 import importlib.util
 import io
 import json
 import os
+import pstats
 import statistics
 import subprocess
 import sys
@@ -31,8 +34,36 @@ from record import peak_megabytes, write_results
 BATCH, TOKENS, CHANNELS, SIZE, ROWS_PER_SHARD = 64, 196, 768, 224, 256
 CODES_BYTES = TOKENS * CHANNELS
 OURS = [f"ours {dtype}, {workers} workers" for dtype in ("int8", "float16", "int4") for workers in (0, 1, 2)]
-LIMITS = [f"limit {dtype}" for dtype in ("int8", "float16", "int4")]
+LIMITS = [f"limit {dtype}" for dtype in ("int8", "float16", "int4", "raw")]
 PEERS = ["webdataset views", "webdataset crop", "litdata views", "mosaicml views"]
+PEERS += [f"{name}, in place" for name in PEERS]
+
+
+def make_raw(folder: Path, views: list[bytes]) -> None:
+    """Decoded views and codes in one file, a row behind the other."""
+    import simplejpeg
+
+    folder.mkdir()
+    codes = bytes(CODES_BYTES)
+    with open(folder / "rows.bin", "wb") as file:
+        for jpg in views:
+            file.write(simplejpeg.decode_jpeg(jpg, colorspace="RGB").data)
+            file.write(codes)
+
+
+def read_raw(folder: Path) -> Callable[[], Iterator[int]]:
+    """Bare preads of pixels and codes, 16 rows at a time, into the same memory."""
+    file, row_bytes = os.open(folder / "raw" / "rows.bin", os.O_RDONLY), SIZE * SIZE * 3 + CODES_BYTES
+    chunks, out = os.fstat(file).st_size // (16 * row_bytes), np.empty((BATCH // 16, 16 * row_bytes), np.uint8)
+
+    def epoch() -> Iterator[int]:
+        order = np.random.default_rng(0).permutation(chunks)
+        for first in range(0, len(order), BATCH // 16):
+            for place, chunk in enumerate(order[first : first + BATCH // 16].tolist()):
+                os.preadv(file, [out[place]], chunk * 16 * row_bytes)
+            yield BATCH
+
+    return epoch
 
 
 def make_peers(folder: Path, sources: list[bytes], views: list[bytes]) -> None:
@@ -135,7 +166,18 @@ def collated(samples: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]) -> 
     return epoch
 
 
-def read_peer(folder: Path, name: str) -> Callable[[], Iterator[int]]:
+def loaded(samples: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]) -> Callable[[], Iterator[int]]:
+    """Samples in batches by torch's DataLoader, as the peers' documentation has it."""
+    from torch.utils.data import DataLoader, IterableDataset
+
+    class Samples(IterableDataset):
+        def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            return samples()
+
+    return lambda: (len(pictures) for pictures, _ in DataLoader(Samples(), batch_size=BATCH))
+
+
+def read_peer(folder: Path, name: str, batched: Callable[..., Callable[[], Iterator[int]]]) -> Any:
     """A peer's reader in one process, without its shuffle pool."""
     import simplejpeg
 
@@ -160,7 +202,7 @@ def read_peer(folder: Path, name: str) -> Callable[[], Iterator[int]]:
             for sample in webdataset.WebDataset(tars, shardshuffle=False):
                 yield read(sample["jpg"]), np.load(io.BytesIO(sample["npy"]))
 
-        return collated(samples)
+        return batched(samples)
     if name.startswith("litdata"):
         from litdata import StreamingDataset
 
@@ -169,18 +211,28 @@ def read_peer(folder: Path, name: str) -> Callable[[], Iterator[int]]:
         from streaming import StreamingDataset
 
         dataset = StreamingDataset(local=str(where), shuffle=False, batch_size=BATCH)
-    return collated(lambda: ((decode(item["jpg"]), item["codes"]) for item in iter(dataset)))
+    return batched(lambda: ((decode(item["jpg"]), item["codes"]) for item in iter(dataset)))
 
 
 def open_reader(folder: Path, name: str) -> Callable[[], Iterator[int]]:
     """The reader of a line of the table."""
     kind, _, rest = name.partition(" ")
     if kind == "limit":
-        return read_limit(folder, rest)
+        return read_raw(folder) if rest == "raw" else read_limit(folder, rest)
     if kind == "ours":
         dtype, _, workers = rest.partition(", ")
         return read_ours(folder, dtype, int(workers.split()[0]))
-    return read_peer(folder, name)
+    peer, _, in_place = name.partition(", ")
+    return read_peer(folder, peer, collated if in_place else loaded)
+
+
+def places(epoch: Callable[[], Iterator[int]]) -> list[str]:
+    """Where a pass spends its time, by function: those with at least 1 %."""
+    with cProfile.Profile() as profile:
+        sum(epoch())
+    found = pstats.Stats(profile).get_stats_profile()
+    shares = sorted(((one.tottime / found.total_tt, name) for name, one in found.func_profiles.items()), reverse=True)
+    return [f"{name} {share:.3f}" for share, name in shares if share >= 0.01]
 
 
 def drop_from_memory(folder: Path) -> None:
@@ -193,10 +245,10 @@ def drop_from_memory(folder: Path) -> None:
             os.close(descriptor)
 
 
-def measure(folder: Path, name: str, passes: int) -> dict[str, float]:
+def measure(folder: Path, name: str, passes: int) -> dict[str, Any]:
     """A cold pass, then `passes` warm ones, in this process."""
     epoch = open_reader(folder, name)
-    data = folder / (name.split()[1].rstrip(",") if name.split()[0] in ("limit", "ours") else name)
+    data = folder / (name.split()[1].rstrip(",") if name.split()[0] in ("limit", "ours") else name.partition(",")[0])
     drop_from_memory(data)
     start = time.perf_counter()
     rows = sum(epoch())
@@ -212,6 +264,7 @@ def measure(folder: Path, name: str, passes: int) -> dict[str, float]:
         "cold_per_s": cold,
         "rss_mb": peak_megabytes(),
         "bytes": size,
+        "profile": places(epoch) if name.startswith("ours") and name.endswith("0 workers") else [],
     }
 
 
@@ -240,15 +293,16 @@ def main() -> None:
         views = [rendered_view(source, row, SIZE) for row, source in enumerate(sources)]
         for dtype in ("int8", "float16", "int4"):
             make_cache(folder / dtype, Shape(arguments.rows, ROWS_PER_SHARD, 14, CHANNELS, SIZE), dtype, views)
+        make_raw(folder / "raw", views)
         make_peers(folder, sources, views)
         write_results(arguments.out, run_table(arguments, folder))
 
 
 def run_table(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Every line, in turns; ratios are to the limit of the same dtype in the same round."""
-    lines = [*LIMITS, *OURS, *(name for name in PEERS if (folder / name).is_dir())]
+    lines = [*LIMITS, *OURS, *(name for name in PEERS if (folder / name.partition(",")[0]).is_dir())]
     print("left out, not installed:", ", ".join(name for name in PEERS if name not in lines) or "nothing")
-    rounds: list[dict[str, dict[str, float]]] = []
+    rounds: list[dict[str, dict[str, Any]]] = []
     for _ in range(arguments.rounds):
         rounds.append({})
         for name in lines:
@@ -261,15 +315,21 @@ def run_table(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any
     for name in lines:
         alone = not name.endswith(("1 workers", "2 workers"))
         dtype = name.split()[1].rstrip(",") if name.split()[0] in ("limit", "ours") else "int8"
+        profile = rounds[0][name].pop("profile")
         found = {key: statistics.median(one[name][key] for one in rounds) for key in rounds[0][name]}
-        ratio = statistics.median(one[name]["per_cpu_s"] / one[f"limit {dtype}"]["per_cpu_s"] for one in rounds)
-        row = {"reader": name, **{key: round(value) for key, value in found.items()}, "of_limit": round(ratio, 3)}
-        row |= {} if alone else {"per_cpu_s": None, "of_limit": None}
+        ratio, ours = (
+            statistics.median(one[name]["per_cpu_s"] / one[other]["per_cpu_s"] for one in rounds)
+            for other in (f"limit {dtype}", "ours int8, 0 workers")
+        )
+        row = {"reader": name, **{key: round(value) for key, value in found.items()}}
+        row |= {"of_limit": round(ratio, 3), "ours_over_it": round(1 / ours, 2)}
+        row |= {} if alone else {"per_cpu_s": None, "of_limit": None, "ours_over_it": None}
         row["bytes_a_sample"] = round(row.pop("bytes") / arguments.rows)
+        row |= {"profile": profile} if profile else {}
         table.append(row)
-        cpu = f"{row['per_cpu_s']:>6} a CPU-second, {ratio:5.2f} of the limit" if alone else " " * 39
+        cpu = f"{row['per_cpu_s']:>6} a CPU-second, {ratio:5.2f} of the limit, ours {1 / ours:.2f} x" if alone else ""
         print(
-            f"{name:<26} {row['per_s']:>6}/s warm {row['cold_per_s']:>6}/s cold {cpu}, {row['rss_mb']:>5} MB, "
+            f"{name:<26} {row['per_s']:>6}/s warm {row['cold_per_s']:>6}/s cold {cpu:<56}, {row['rss_mb']:>5} MB, "
             f"{row['bytes_a_sample']:>7} B a sample",
             flush=True,
         )
