@@ -5,7 +5,8 @@
 Teachers: DeiT-tiny (--weights FILE, or random) and a random CLIP ViT-B/16 (quickgelu); 1 and 4 views a picture of 500 x
 375 or so, int8. All in views a second, `render` that of one core. The limit is min(forward, cores x render) on a GPU;
 on a CPU, where both want the same cores, 1 / (1 / forward + 1 / (cores x render)). Bar: 0.95 of it. What is compared
-takes turns.
+takes turns. `memory`: the peak of a whole extraction by a tiny teacher on the CPU, of a dataset and of one four times
+its size, on top of the imports, each in a process of its own; bar 1.1 for their ratio.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from clock import describe, peak, peak_megabytes, reset_peak, seconds
-from record import write_results
+from record import resident_megabytes, write_results
 from synthetic import make_dataset, pictures, tiny_clip
 from torch import Tensor
 
@@ -141,6 +143,24 @@ def peaks(place: Place, sizes: Sequence[int]) -> Row:
     return row
 
 
+def extraction_mb(dataset: Path, teacher: str) -> float:
+    """Most megabytes that a whole extraction takes on top of the imports, one view, into a cache beside the dataset."""
+    reset_peak(torch.device("cpu"))
+    imports_mb = resident_megabytes()
+    cache = dataset.with_name("cache")
+    extract.extract(extract.Request(str(dataset), cache, teacher, "random", size=32, views=1, device="cpu"))
+    return peak_megabytes() - imports_mb
+
+
+def memory(folder: Path, rows: int) -> Row:
+    """Memory of extraction against the dataset's size."""
+    sizes, teacher, sources = (rows, 4 * rows), tiny_clip(folder / "memory"), list(pictures(None, 16, 48, 64))
+    datasets = [make_dataset(folder / f"{size} rows", sources, size, 64).path for size in sizes]
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as alone:
+        found = list(alone.map(extraction_mb, datasets, [teacher] * 2))
+    return {"rows": sizes, "own_mb": [round(own) for own in found], "ratio": round(found[1] / found[0], 3)}
+
+
 def teachers(options: argparse.Namespace, folder: Path) -> dict[str, tuple[Teacher, int]]:
     """Teachers by name, each with its pictures' share of --rows."""
     if options.quick:
@@ -169,6 +189,8 @@ def main() -> None:
     table: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        table["memory"] = memory(folder, rows)
+        print(f"memory: {table['memory']}", flush=True)
         dataset = make_dataset(folder, list(pictures(options.photos, min(rows, 64))), rows, per_shard)
         for teacher_name, (teacher, part) in teachers(options, folder).items():
             table["where"] = describe(teacher.device) | {"cores": CORES, "rows": rows, "batch": BATCH}

@@ -26,8 +26,16 @@ def _version(name: str) -> str | None:
 
 def peak_megabytes() -> float:
     """Largest resident memory of this process (getrusage's would be that of the process which started it)."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    return _status_megabytes("VmHWM:")
+
+
+def resident_megabytes() -> float:
+    """Resident memory of this process now."""
+    return _status_megabytes("VmRSS:")
+
+
+def _status_megabytes(name: str) -> float:
+    return int(Path("/proc/self/status").read_text().partition(name)[2].split()[0]) / 1024
 
 
 def write_results(out: Path | None, table: Any) -> None:

@@ -1,0 +1,116 @@
+"""The stream from 1,024 to 102,400 rows, and what a start and a resume cost with 10,000 shards.
+
+    python bench/scale.py --out bench/results/scale.json
+
+Bars: samples/s and memory of every size within 10 % of the smallest's; a start, from the imports to the first batch,
+within 2 s; a resume in the middle of an epoch as long. Each line is a process without workers that reads the page
+cache; lines take turns, figures are medians of the rounds. Sizes stream as many rows, the smallest a hundred epochs,
+of 56 px and 49 x 192 int8 features: real ones would take 18 GB. Memory is what is resident afterwards, and how much of
+it came after the imports. The 10,000 shards have 16 rows of one token, and commits of the real size. `real rows` are
+those of CLIP B/16; of their CPU time in an epoch, the first reading of the shard's commit takes `commit_share`.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+from statistics import median
+
+from one_step import load_config
+from record import resident_megabytes, write_results
+from synthetic import Shape, make_cache
+
+from cache_tools.cache import Cache
+from cache_tools.dataset import CHUNK_ROWS
+from mcm.order import Order
+from mcm.pretrain import choose_units, describe
+from mcm.stream import CacheSource, Stream, batches
+
+BATCH = 256
+RATIOS = {"per_cpu_s", "per_s", "rss_mb", "own_mb", "s"}
+Row = dict[str, float]
+
+
+def open_stream(folder: Path) -> Stream:
+    """The stream of a run on this cache, opened as `mcm.pretrain` does."""
+    config, cache = load_config("pretrain/imagenet_vits16_clipb16", BATCH), Cache(folder)
+    units, _ = choose_units(cache, ())
+    run = describe(config, cache, units)
+    source = CacheSource(units, run.size, cache.identity.tokens, config.mask.pool, config.train.seed)
+    return Stream(Order(units[0].rows, CHUNK_ROWS, BATCH, BATCH, seed=config.train.seed), source)
+
+
+def stream(folder: Path, rows: float) -> Row:
+    """Rates over `rows` rows, commits read on the way; the memory they leave, and the checksums' part of it."""
+    imports_mb, opened = resident_megabytes(), open_stream(folder)
+    (unit,) = opened.source.units
+    with batches(opened, 0, int(rows) // BATCH, workers=0) as items:
+        wall, cpu = time.perf_counter(), time.process_time()
+        deque(items, maxlen=0)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        row = {"per_cpu_s": rows / cpu, "per_s": rows / wall, "rss_mb": resident_megabytes()}
+    held = [entry for arrays in unit._crc32cs.values() for entry in (arrays, *arrays.values())]
+    checksums = {"checksum_bytes_a_chunk": sum(map(sys.getsizeof, held)) / unit.num_chunks}
+    cpu, commits = time.process_time(), [unit.commit(0) for _ in range(20)]
+    commit_s = (time.process_time() - cpu) / len(commits)
+    share = commit_s * row["per_cpu_s"] / unit.shard_rows(0)
+    return row | {"own_mb": row["rss_mb"] - imports_mb, "commit_ms": 1000 * commit_s, "commit_share": share} | checksums
+
+
+def start(folder: Path, epochs: float) -> Row:
+    """Seconds to open the cache, and to the first batch, which lies `epochs` into the run."""
+    begin, opened = time.perf_counter(), open_stream(folder)
+    open_s, first = time.perf_counter() - begin, int(epochs * opened.order.steps_per_epoch)
+    with batches(opened, first, first + 1, workers=0) as items:
+        next(items)
+    return {"open_s": open_s, "s": time.perf_counter() - begin}
+
+
+def measure(lines: dict[str, tuple[str, str, Path, float]], rounds: int) -> dict[str, Row]:
+    """Medians of each line (the line its ratios are to, work, folder, number), in processes of their own."""
+    found: list[dict[str, Row]] = [{} for _ in range(rounds)]
+    for one in found:
+        for name, (_, *words) in lines.items():
+            line = [sys.executable, __file__, "--measure", *map(str, words)]
+            one[name] = json.loads(subprocess.run(line, stdout=subprocess.PIPE, check=True).stdout)
+    table = {}
+    for name, (base, *_) in lines.items():
+        row = {key: median(one[name][key] for one in found) for key in found[0][name]}
+        ratios = {
+            f"{key}_ratio": median(one[name][key] / one[base][key] for one in found) for key in row if key in RATIOS
+        }
+        table[name] = {key: round(value, 4) for key, value in (row | ratios).items()}
+        print(f"{name}: {table[name]}", flush=True)
+    return table
+
+
+def main() -> None:
+    """Make, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="1,024 rows at most, 32 shards, one round: for the tests")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        work, path, number = options.measure
+        print(json.dumps({"stream": stream, "start": start}[work](Path(path), float(number))))
+        return
+    sizes, shards = ([256, 1024], 32) if options.quick else ([1024, 10_240, 102_400], 10_000)
+    shapes = {f"{rows} rows": Shape(rows, sizes[0], 7, 192, 56) for rows in sizes}
+    with tempfile.TemporaryDirectory() as name:
+        lines = {line: (f"{sizes[0]} rows", "stream", Path(name) / line, sizes[-1]) for line in shapes}
+        lines["real rows"] = ("real rows", "stream", Path(name) / "real rows", 4 * sizes[0])
+        lines |= {line: ("start", "start", Path(name) / "start", at) for line, at in (("start", 0), ("resume", 90.5))}
+        shapes |= {"real rows": Shape(sizes[0], sizes[0]), "start": Shape(16 * shards, 16, 1, 768, 16)}
+        for line, shape in shapes.items():
+            make_cache(Path(name) / line, shape, "int8")
+        write_results(options.out, measure(lines, 1 if options.quick else options.rounds))
+
+
+if __name__ == "__main__":
+    main()
