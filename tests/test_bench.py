@@ -14,7 +14,7 @@ COLUMNS = {
     "resume_scan": ("scan", {"s", "peak_mib", "floor_mib"}),
     "scale": (
         "1024 rows",
-        {"per_cpu_s", "per_s", "rss_mb", "own_mb", "commit_ms", "commit_share", "checksum_bytes_a_chunk"}
+        {"per_cpu_s", "per_s", "rss_mb", "own_mb", "commit_ms", "commit_share", "checksum_bytes"}
         | {"per_cpu_s_ratio", "per_s_ratio", "rss_mb_ratio", "own_mb_ratio"},
     ),
     "step": ("stream", {"resident_ms", "streamed_ms", "ratio", "wait_share", "images_per_s", "workers"}),
