@@ -4,10 +4,11 @@
 
 Bars: samples/s and memory of every size within 10 % of the smallest's; a start, from the imports to the first batch,
 within 2 s; a resume in the middle of an epoch as long. Each line is a process without workers that reads the page
-cache; lines take turns, figures are medians of the rounds. Sizes stream as many rows, the smallest a hundred epochs,
-of 56 px and 49 x 192 int8 features: real ones would take 18 GB. Memory is what is resident afterwards, what came after
-the imports of it (`own_mb`), and checksums, in bytes a chunk. The 10,000 shards have 16 rows of one token, and commits
-of the real size. `real rows` are CLIP B/16's: a commit's first reading takes `commit_share` of its shard's first epoch.
+cache; lines take turns, figures are medians of the rounds. Sizes stream as many rows, the smallest a hundred epochs, of
+112 px and 196 x 192 int8 features: real ones would take 18 GB, smaller ones lie in a processor's cache. Memory is what
+is resident afterwards, what came after the imports of it (`own_mb`), and checksums, in bytes a chunk. The 10,000 shards
+have 16 rows of one token, and commits of the real size. `real rows` are CLIP B/16's: a commit's first reading takes
+`commit_share` of its shard's first epoch.
 """
 
 import argparse
@@ -98,7 +99,7 @@ def main() -> None:
         work, path, number = options.measure
         return print(json.dumps({"stream": stream, "start": start}[work](Path(path), float(number))))
     sizes, shards = ([256, 1024], 32) if options.quick else ([1024, 10_240, 102_400], 10_000)
-    shapes = {f"{rows} rows": Shape(rows, sizes[0], 7, 192, 56) for rows in sizes}
+    shapes = {f"{rows} rows": Shape(rows, sizes[0], 14, 192, 112) for rows in sizes}
     with tempfile.TemporaryDirectory() as name:  # the 10,000 shards take minutes: each file is fsynced
         lines = {line: (f"{sizes[0]} rows", "stream", Path(name) / line, sizes[-1]) for line in shapes}
         lines["real rows"] = ("real rows", "stream", Path(name) / "real rows", 4 * sizes[0])
