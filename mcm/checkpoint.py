@@ -16,6 +16,7 @@ from cache_tools.errors import CorruptionError, IdentityError
 from cache_tools.identity import FileEntry
 from cache_tools.records import Record, encode_record, read_record, sha256_hex
 from cache_tools.storage import AtomicFile, publish_folder, read_at, remove, remove_tree, temp_folder, write_atomic
+from mcm.fsdp import split_as
 
 _NAME = re.compile(r"step_(\d{9})")
 Tensors = dict[str, Tensor]
@@ -53,21 +54,22 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ten
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors into the unwrapped model and its optimizer, on the devices of the parameters.
+    """Put a checkpoint's tensors into the unwrapped model and its optimizer, where and split as the parameters are.
 
     Raises: IdentityError when the names differ from the model's.
     """
-    parameters = dict(model.named_parameters())
+    parameters, state = dict(model.named_parameters()), model.state_dict()
     slots = {name.rpartition("/")[0] for name in checkpoint.optimizer}
-    odd = sorted(model.state_dict().keys() ^ checkpoint.model.keys()) + sorted(slots - parameters.keys())
+    odd = sorted(state.keys() ^ checkpoint.model.keys()) + sorted(slots - parameters.keys())
     if odd:
         raise IdentityError(f"{checkpoint.path}: expected the tensors of this model; {odd[0]} differs; use another RUN")
-    model.load_state_dict(checkpoint.model)
+    model.load_state_dict({name: split_as(value, state[name]) for name, value in checkpoint.model.items()})
     optimizer.state.clear()
     for name, value in checkpoint.optimizer.items():
-        parameter, _, slot = name.rpartition("/")
-        device = torch.device("cpu") if slot == "step" else parameters[parameter].device  # Adam keeps step on the host
-        optimizer.state[parameters[parameter]][slot] = value.to(device)
+        owner, _, slot = name.rpartition("/")
+        parameter = parameters[owner]
+        # Fused Adam keeps its step beside the parameter, whole.
+        optimizer.state[parameter][slot] = split_as(value, parameter) if value.ndim else value.to(parameter.device)
 
 
 def folder(run_dir: Path, step: int) -> Path:

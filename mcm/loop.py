@@ -1,5 +1,6 @@
 """One loop for pre-training and fine-tuning: clip, step, log, evaluate, save, stop; resumes to the bit on a CPU."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 from cache_tools.console import StopFlag, describe, progress
 from cache_tools.draws import hash_u64
 from cache_tools.errors import Interrupted, McmError, UsageError
-from mcm import checkpoint
+from mcm import checkpoint, fsdp
 from mcm.config import Optim, Schedule, Train
 from mcm.order import Order
 from mcm.run_folder import Log, OtherStopped
 from mcm.schedule import learning_rate, peak_lr
 from mcm.stream import Batch, Stream, batches
 
+FSDP = DistributedType.FSDP
 GO, STOP, ERROR = 0, 1, 2  # what the processes agree on before each step
 SHOWN_SPANS = 32
 FAILED_SAVES = 3  # in a row, before a run that cannot save stops
@@ -54,13 +56,16 @@ class Job:
 def engine(precision: str) -> Iterator[Accelerator]:
     """Accelerate, on the CPU where there is no GPU; its process group ends with the block.
 
-    Raises: UsageError for a launcher's mode that this software does not serve.
+    Raises: UsageError for a launcher's mode that this software does not serve, and where another one runs than asked.
     """
     mixed, handlers = "bf16" if precision == "bf16" else "no", [InitProcessGroupKwargs(timeout=TIMEOUT)]
-    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
+    cpu, plugin = not torch.cuda.is_available(), fsdp.requested(precision)
+    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=handlers, fsdp_plugin=plugin)
     try:
         kind = accelerator.distributed_type
-        if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        if plugin and kind != FSDP:  # on a CPU Accelerate would run DDP and not say so
+            raise UsageError(f"{fsdp.LAUNCH}: expected FSDP2, which needs GPUs; found {kind}; leave --use_fsdp out")
+        if not plugin and kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
             raise UsageError(f"accelerate launch: expected one process or DDP; found {kind}")
         yield accelerator
     finally:
@@ -91,9 +96,14 @@ class Loop:
         self.total_steps = job.schedule.epochs * self.order.steps_per_epoch
         self.warmup_steps = job.schedule.warmup_epochs * self.order.steps_per_epoch
         self.peak_lr = peak_lr(job.optim, self.order.global_batch)
+        self.inner, optimizer, self.sharded = job.model, job.optimizer, accelerator.distributed_type == FSDP
+        if self.sharded:  # all processes must call a split model, but some of what evaluates runs on the main one alone
+            self.inner, optimizer = copy.deepcopy((job.model, job.optimizer))
         if job.settings.compile:
-            job.model.compile()  # in place: names of the state stay
-        self.model, self.optimizer = accelerator.prepare(job.model, job.optimizer)
+            self.inner.compile()  # in place: names of the state stay
+        self.model, self.optimizer = accelerator.prepare(self.inner, optimizer)
+        if self.sharded:
+            fsdp.check(self.inner)
         self.model.train()
         # What the processes agree on at each step must not wait for the GPU: it goes through the hosts.
         several = accelerator.num_processes > 1
@@ -150,7 +160,8 @@ class Loop:
         return found
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        checkpoint.restore(found, self.job.model, self.optimizer.optimizer)
+        checkpoint.restore(found, self.inner, self.optimizer.optimizer)
+        self._share()
         self.window = list(found.meta["window"])
         self.logged_step = self.saved_step = found.step
         if self.main:
@@ -179,7 +190,7 @@ class Loop:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), job.optim.clip_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.pending.append(torch.stack([total, norm.to(total)]))
+        self.pending.append(torch.stack([total, fsdp.whole(norm).to(total)]))
         return verdict == STOP
 
     def _lr(self, step: int) -> float:
@@ -247,12 +258,19 @@ class Loop:
     def _evaluate(self, step: int) -> None:
         self._drain(step)
         start = time.perf_counter()
+        self._share()
         self.model.eval()
         metrics = self.job.evaluate(step // self.order.steps_per_epoch)
         self.model.train()
         self.logged_at += time.perf_counter() - start  # images_per_s is the speed of training
         if metrics:
             self.log.write(step, {"eval": metrics})
+
+    def _share(self) -> None:
+        """Where a split copy trains, give its weights to the job's own model, which evaluates, whole and in float32."""
+        if self.sharded:
+            self.job.model.load_state_dict(fsdp.on_host(self.inner.state_dict()))
+            self.job.model.to(self.accelerator.device).eval()
 
     def _save(self, step: int, evaluated: bool, must: bool) -> None:
         """A checkpoint by the main process; the others wait, as a launcher ends them all when one is gone.
@@ -261,10 +279,11 @@ class Loop:
         """
         self._drain(step)
         job, meta = self.job, {"window": self.window, "evaluated": evaluated}
+        state = self.inner.state_dict(), checkpoint.optimizer_tensors(self.inner, self.optimizer.optimizer)
+        model, optimizer = map(fsdp.on_host, state)
         if self.main:
-            optimizer = checkpoint.optimizer_tensors(job.model, self.optimizer.optimizer)
             try:
-                checkpoint.save(job.run_dir, step, job.model.state_dict(), optimizer, meta)
+                checkpoint.save(job.run_dir, step, model, optimizer, meta)
                 checkpoint.rotate(job.run_dir, self.saved_step, step, job.settings.keep_last)
                 self.saved_step, self.failed_saves = step, 0
             except OSError as error:
