@@ -63,11 +63,12 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     odd = sorted(state.keys() ^ checkpoint.model.keys()) + sorted(slots - parameters.keys())
     if odd:
         raise IdentityError(f"{checkpoint.path}: expected the tensors of this model; {odd[0]} differs; use another RUN")
-    model.load_state_dict({name: split_as(value, state[name]) for name, value in checkpoint.model.items()})
+    # In one order for all processes, which split together: what safetensors reads has another one in each.
+    model.load_state_dict({name: split_as(checkpoint.model[name], like) for name, like in state.items()})
     optimizer.state.clear()
-    for name, value in checkpoint.optimizer.items():
+    for name in sorted(checkpoint.optimizer):
         owner, _, slot = name.rpartition("/")
-        parameter = parameters[owner]
+        parameter, value = parameters[owner], checkpoint.optimizer[name]
         # Fused Adam keeps its step beside the parameter, whole.
         optimizer.state[parameter][slot] = split_as(value, parameter) if value.ndim else value.to(parameter.device)
 
