@@ -25,8 +25,8 @@ def requested(precision: str) -> Any:
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise UsageError(f"{LAUNCH}: expected --fsdp_version 2; found {version}")
     for name in REFUSED:
-        if os.environ.get(f"FSDP_{name}", "").lower() == "true":
-            raise UsageError(f"{LAUNCH}: --fsdp_{name.lower()} true is not served; leave it out")
+        if (value := os.environ.get(f"FSDP_{name}", "false")).lower() != "false":
+            raise UsageError(f"{LAUNCH}: expected --fsdp_{name.lower()} false; found {value}; leave it out")
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 

@@ -164,8 +164,8 @@ def test_a_launch_on_a_cpu_does_not_become_ddp(legs, tmp_path):
     [
         ("VERSION", "1", "expected --fsdp_version 2; found 1"),
         ("VERSION", "2", "expected FSDP2, which needs GPUs; found"),
-        ("ACTIVATION_CHECKPOINTING", "true", "--fsdp_activation_checkpointing true is not served"),
-        ("OFFLOAD_PARAMS", "true", "--fsdp_offload_params true is not served"),
+        ("ACTIVATION_CHECKPOINTING", "true", "expected --fsdp_activation_checkpointing false; found true"),
+        ("OFFLOAD_PARAMS", "yes", "expected --fsdp_offload_params false; found yes"),
     ],
 )
 def test_what_is_not_served_is_refused(monkeypatch, name, value, message):
