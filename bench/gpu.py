@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from clock import describe, in_turns, peak, reset_peak, seconds, synchronize
+from clock import describe, in_turns, peak, reset_peak, seconds
 from one_step import OneStep, load_config
 from record import write_results
 from synthetic import Shape, make_cache, tiny_clip
@@ -31,7 +31,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache_tools.errors import ResourceError
-from mcm import checkpoint
 from mcm.loop import engine
 from mcm.stream import Batch
 from mcm.targets import loss_fn
@@ -134,7 +133,7 @@ class Bench:
             self.part(f"{name} stream, {workers} workers", lambda w=workers: self.stream(student, step, w))
         if name != "S":
             self.part(f"{name} online", lambda: self.online(student, step))
-        self.part(f"{name} checkpoint", lambda: self.checkpoint(step))
+        self.part(f"{name} checkpoint", lambda: step.saving(self.folder / "run"))
 
     def resident(self, student: Student, config: Any, cache: Path, kept: dict[str, OneStep]) -> Row:
         """A step on a resident batch."""
@@ -183,17 +182,6 @@ class Bench:
             "bound": bound,
             "ratio": online / cached / bound,
         }
-
-    def checkpoint(self, step: OneStep) -> Row:
-        """Saving the full state, as the loop does: to the host, hashed, to disk."""
-        model, optimizer = step.job.model, step.loop.optimizer.optimizer
-        synchronize(self.device)
-        start = time.perf_counter()
-        tensors = checkpoint.optimizer_tensors(model, optimizer)
-        folder = checkpoint.save(self.folder / "run", step.done, model.state_dict(), tensors, {})
-        took = time.perf_counter() - start
-        size = sum(path.stat().st_size for path in folder.iterdir())
-        return {"s": took, "gb": size / 1e9, "gb_per_s": size / 1e9 / took}
 
 
 def forward_flops(step: OneStep) -> int:

@@ -1,17 +1,19 @@
 """One pre-training step just as a run does it, on a resident batch or fed by the stream, without a RUN folder."""
 
+import time
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from clock import seconds
+from clock import seconds, synchronize
 
 from cache_tools.cache import Cache
 from cache_tools.console import StopFlag
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.records import config_file, load_toml
+from mcm import checkpoint
 from mcm.config import PretrainConfig
 from mcm.loop import Loop, to_device
 from mcm.order import Order
@@ -72,3 +74,15 @@ class OneStep:
             self.loop.waited_s = 0.0
             took = seconds(lambda: self.run(same_pool, count), self.device)
         return took / count, self.loop.waited_s / took
+
+    def saving(self, run_dir: Path) -> dict[str, float]:
+        """A checkpoint, as the loop makes it: to the host, hashed, to disk; and its share of a run, by frequency."""
+        model, optimizer = self.job.model, self.loop.optimizer.optimizer
+        synchronize(self.device)
+        start = time.perf_counter()
+        tensors = checkpoint.optimizer_tensors(model, optimizer)
+        folder = checkpoint.save(run_dir, self.done, model.state_dict(), tensors, {})
+        took = time.perf_counter() - start
+        gb = sum(path.stat().st_size for path in folder.iterdir()) / 1e9
+        between_s = self.job.settings.checkpoint_steps * self.resident_s(2)
+        return {"s": took, "gb": gb, "gb_per_s": gb / took, "share": took / (took + between_s)}

@@ -1,10 +1,11 @@
-"""What a pre-training step spends beside its matrix products: the stream, masks, target decode, AdamW; and memory.
+"""What a pre-training step spends beside its matrix products: stream, masks, target decode, AdamW, saving; memory.
 
     python bench/step.py --out bench/results/step.json [--config pretrain/NAME] [--set KEY=VALUE] [--quick]
 
 The step is the loop's own (mcm.loop.Loop.step). Bars: resident over streamed >= 0.97 where compute dominates, masks and
-fills <= 3 % of the step. On a GPU the student is ViT-B/16 in bf16 at 256 rows, on a CPU a ViT-S/16 of 4 blocks in
-float32 at 32. Data are synthetic, 196 x 768 features beside views of 224 px. What is compared takes turns.
+fills <= 3 % of the step, saving <= 2 % of a run. On a GPU the student is ViT-B/16 in bf16 at 256 rows, on a CPU a
+ViT-S/16 of 4 blocks in float32 at 32. Data are synthetic, 196 x 768 features beside views of 224 px. What is compared
+takes turns.
 """
 
 import argparse
@@ -166,6 +167,7 @@ def main() -> None:
             "adamw": bench.adamw,
             "memory": bench.memory,
             "attention": bench.attention,
+            "saving": lambda: bench.own.saving(folder / "run"),
         }
         if not options.no_compile:
             parts["compiled"] = bench.compiled
