@@ -20,6 +20,7 @@ from cache_tools.errors import UsageError
 from mcm.augment import Mixer, eval_transform, train_transform
 from mcm.backbones import Backbone, FinetuneRun, load_encoder, model_args
 from mcm.config import FinetuneConfig
+from mcm.heartbeat import Heartbeat
 from mcm.loop import Job, engine, to_device, train
 from mcm.optim import build_adamw
 from mcm.order import EvalOrder, Order
@@ -37,7 +38,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
     """
     dataset, seed = labelled(Dataset(data)), config.train.seed
     rows = training_rows(dataset, config.data.shots, seed)
-    with engine(config.train.precision) as accelerator:
+    with engine(config.train.precision) as accelerator, Heartbeat(accelerator) as peers:
         world, rank = accelerator.num_processes, accelerator.process_index
         order = Order(len(rows), 1, config.train.global_batch, config.train.micro_batch, world, rank, seed)
         backbone = load_encoder(init, weights, config.student, seed)
@@ -58,7 +59,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
                 return {}
             return accuracy(model, held, held_order, config.train.workers, accelerator)
 
-        with recorded_exit(out, accelerator.is_main_process):
+        with recorded_exit(out, accelerator.is_main_process, peers):
             if accelerator.is_main_process:
                 describe_run(out, config, dataset=str(data), init=init, processes=world, rows=len(rows))
             train(

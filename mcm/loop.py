@@ -22,12 +22,11 @@ from cache_tools.errors import Interrupted, McmError, UsageError
 from mcm import checkpoint, fsdp
 from mcm.config import Optim, Schedule, Train
 from mcm.order import Order
-from mcm.run_folder import Log, OtherStopped
+from mcm.run_folder import Log
 from mcm.schedule import learning_rate, peak_lr
 from mcm.stream import Batch, Stream, batches
 
 FSDP = DistributedType.FSDP
-GO, STOP, ERROR = 0, 1, 2  # what the processes agree on before each step
 SHOWN_SPANS = 32
 FAILED_SAVES = 3  # in a row, before a run that cannot save stops
 TIMEOUT = timedelta(hours=6)  # the others wait while the main process measures k-NN or saves
@@ -179,9 +178,7 @@ class Loop:
         total = torch.zeros((), device=self.accelerator.device)
         for left in reversed(range(micro_steps)):
             batch = self._next(items)
-            verdict = GO if left else self._agree(STOP if stop.requested else GO)
-            if verdict == ERROR:
-                raise OtherStopped("another process of this run has stopped with an error; see its line and exit.json")
+            stopping = not left and self._agree(int(stop.requested)) > 0
             with self.accelerator.no_sync(self.model) if left else nullcontext():
                 loss = job.loss(self.model, to_device(batch, self.accelerator.device)) / micro_steps
                 # Not accelerator.backward: it divides by the launcher's own accumulation; bf16 needs no scaler.
@@ -191,19 +188,15 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.pending.append(torch.stack([total, fsdp.whole(norm).to(total)]))
-        return verdict == STOP
+        return stopping
 
     def _lr(self, step: int) -> float:
         return learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.job.schedule.min_lr)
 
     def _next(self, items: Iterator[Batch]) -> Batch:
-        """The next batch; the others learn of an error before they wait for this process in the gradients' sum."""
         start = time.perf_counter()
         try:
             return next(items)
-        except (McmError, OSError):
-            self._agree(ERROR)
-            raise
         finally:
             self.waited_s += time.perf_counter() - start
 

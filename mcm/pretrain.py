@@ -23,6 +23,7 @@ from cache_tools.storage import write_atomic
 from mcm.backbones import CROP_PCT, Backbone
 from mcm.classify import knn_accuracy
 from mcm.config import PretrainConfig
+from mcm.heartbeat import Heartbeat
 from mcm.loop import Job, engine, to_device, train
 from mcm.masking import mask_pool
 from mcm.model import MaskedChannelModel, Masks
@@ -47,12 +48,12 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
     cache = Cache(cache_path)
     units, val = choose_units(cache, recorded_units(out))
     run, seed = describe(config, cache, [*units, *val], dataset), config.train.seed
-    with engine(config.train.precision) as accelerator:
+    with engine(config.train.precision) as accelerator, Heartbeat(accelerator) as peers:
         main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
         order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
         task = build_task(config, run, units, accelerator)
         claim(out, run)
-        with recorded_exit(out, main):
+        with recorded_exit(out, main, peers):
             if main:
                 describe_run(out, config, cache=str(cache_path), processes=world, rows=order.rows)
                 announce(cache, units, val, order, bool(config.train.knn_epochs and dataset is None))

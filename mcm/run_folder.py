@@ -11,11 +11,12 @@ from typing import Any, Literal
 import pydantic
 import torch
 
-from cache_tools.console import describe, exit_code
-from cache_tools.errors import CorruptionError, IdentityError, Interrupted, McmError
+from cache_tools.console import describe
+from cache_tools.errors import CorruptionError, IdentityError, Interrupted
 from cache_tools.identity import CacheIdentity
 from cache_tools.records import Record, differences, encode_record, read_json, read_record, write_toml
 from cache_tools.storage import append_line, keep_lines, publish, write_atomic
+from mcm.heartbeat import Heartbeat
 
 # What may change between two commands on one run: no picture, mask or learning rate depends on it.
 ENGINE_FIELDS = {"micro_batch", "compile", "workers", "log_steps", "checkpoint_steps", "keep_last"}
@@ -44,10 +45,6 @@ class PretrainRun(Record):
     interpolation: str
     cache: CacheIdentity | None = pydantic.Field(None, exclude_if=lambda value: value is None)
     data_sha256: str | None = pydantic.Field(None, exclude_if=lambda value: value is None)
-
-
-class OtherStopped(McmError):
-    """Another process of this run has stopped with an error, which that one records."""
 
 
 class ExitRecord(Record):
@@ -105,17 +102,22 @@ def describe_run(run_dir: Path, config: Record, **facts: Any) -> None:
 
 
 @contextmanager
-def recorded_exit(run_dir: Path, main: bool) -> Iterator[None]:
-    """Write exit.json whatever happens inside; an error of any process is written, success by the main one."""
+def recorded_exit(run_dir: Path, main: bool, peers: Heartbeat | None = None) -> Iterator[None]:
+    """Write exit.json whatever happens inside: of all processes' errors the first, success by the main one."""
+
+    def write(code: int, message: str) -> None:
+        write_atomic(run_dir / "exit.json", encode_record(ExitRecord(code=code, message=message)))
+
+    peers = peers or Heartbeat()
+    peers.record = write
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, OtherStopped) and (main or not isinstance(error, Interrupted)):
-            record = ExitRecord(code=exit_code(error), message=f"{type(error).__name__}: {describe(error)}")
-            write_atomic(run_dir / "exit.json", encode_record(record))
+        if main or not isinstance(error, Interrupted):
+            peers.fail(error)
         raise
     if main:
-        write_atomic(run_dir / "exit.json", encode_record(ExitRecord(code=0, message="complete")))
+        write(0, "complete")
 
 
 class Log:
