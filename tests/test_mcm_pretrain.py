@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -44,19 +45,54 @@ def metrics(run):
     return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
 
 
-def command(config, cache, run, *launcher):
-    """The real command in a process of its own."""
+def command(config, cache, run, world=0, before=""):
+    """The real command in a process of its own, or in `world` ones that `accelerate launch` starts.
+
+    These run `before` first, and leave their process ids in RUN.pids.
+    """
     toml = run.with_name(f"{run.name}.toml")
     toml.write_text(write_toml(config))
-    program = [sys.executable, "-c", "from mcm.cli import app; app()"]
-    if launcher:  # accelerate launch wants a file
-        program = [*launcher, str(run.with_name("train.py"))]
-        run.with_name("train.py").write_text("if __name__ == '__main__':\n    from mcm.cli import app\n    app()\n")
-    return [*program, "pretrain", str(toml), "--cache", str(cache.path), "--out", str(run)]
+    arguments = ["pretrain", str(toml), "--cache", str(cache.path), "--out", str(run)]
+    if not world:
+        return [sys.executable, "-c", "from mcm.cli import app; app()", *arguments]
+    run.with_suffix(".pids").mkdir(exist_ok=True)
+    script = run.with_suffix(".py")  # accelerate launch wants a file
+    script.write_text(SCRIPT.format(pids=str(run.with_suffix(".pids")), before=before))
+    launch = ["launch", *["--multi_gpu"] * (world > 1), f"--num_processes={world}", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(script)]
+    return [os.path.join(os.path.dirname(sys.executable), "accelerate"), *launch, *arguments]
+
+
+SCRIPT = """
+import os
+if __name__ == "__main__":
+    open(f"{pids}/{{os.environ.get('RANK', 0)}}", "w").write(str(os.getpid()))
+    from mcm.cli import app
+    {before}
+    app()
+"""
 
 
 def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(arguments):
+    """A process in a session of its own."""
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(arguments, env=environment(), start_new_session=True, **pipes)
+
+
+def wait_for(lines, process, run):
+    """Until the run has logged so many lines, or has ended."""
+    log = run / "metrics.jsonl"
+    while not (log.is_file() and log.read_bytes().count(b"\n") >= lines) and process.poll() is None:
+        time.sleep(0.01)
+
+
+def process_ids(run):
+    """Those of the ranks that `command` launched."""
+    return [int(path.read_text()) for path in sorted(run.with_suffix(".pids").iterdir())]
 
 
 @pytest.fixture(scope="module")
@@ -92,42 +128,74 @@ def test_it_learns_and_leaves_a_whole_run(straight, cache):
     assert {path.name for path in straight.iterdir()} >= {"config.toml", "env.json", "tensorboard", "checkpoints"}
 
 
-def test_killed_at_random_moments_it_ends_the_same(straight, cache, tmp_path):
-    run = tmp_path / "killed"
-    arguments = command(make_config(train={"workers": 1}), cache, run)
-    log = run / "metrics.jsonl"
-    for lines, number in ((3, signal.SIGKILL), (8, signal.SIGTERM), (11, signal.SIGKILL)):
-        process = subprocess.Popen(arguments, env=environment(), start_new_session=True, stderr=subprocess.PIPE)
-        while not (log.is_file() and log.read_bytes().count(b"\n") >= lines) and process.poll() is None:
-            try:
-                process.wait(timeout=0.01)
-            except subprocess.TimeoutExpired:
-                continue
-        os.killpg(process.pid, number)  # as a launcher does: the workers and their server, too
-        stderr = process.communicate()[1].decode()
-        if number == signal.SIGTERM:
-            assert process.returncode == 75 and "saved; the same command resumes" in stderr, stderr
-            assert stderr.count("\n") == 1 and read_record(ExitRecord, run / "exit.json").code == 75
-    subprocess.run(arguments, env=environment(), check=True, capture_output=True)
-    assert metrics(run) == metrics(straight)
-    one, other = (checkpoint.latest(path) for path in (straight, run))
-    assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
-    assert (run / "samples.safetensors").read_bytes() == (straight / "samples.safetensors").read_bytes()
+def test_killed_at_random_steps_it_ends_the_same(straight, cache, tmp_path, how_many, tally):
+    for number in range(runs := how_many(1, 7)):
+        run = tmp_path / f"killed{number}"
+        arguments = command(make_config(train={"workers": 1}), cache, run)
+        moments = sorted(np.random.default_rng(number).choice(range(1, 12), 3, replace=False))
+        for lines, kind in zip(moments, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL), strict=True):
+            wait_for(lines, process := start(arguments), run)
+            os.killpg(process.pid, kind)  # as a launcher does: the workers and their server, too
+            stderr = process.communicate()[1].decode()
+            if kind == signal.SIGTERM:
+                assert process.returncode == 75 and "saved; the same command resumes" in stderr, stderr
+                assert stderr.count("\n") == 1 and read_record(ExitRecord, run / "exit.json").code == 75
+        subprocess.run(arguments, env=environment(), check=True, capture_output=True)
+        assert metrics(run) == metrics(straight)
+        one, other = (checkpoint.latest(path) for path in (straight, run))
+        assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
+        assert (run / "samples.safetensors").read_bytes() == (straight / "samples.safetensors").read_bytes()
+    tally("killed while it trains, resumed to the bit", kills=3 * runs, failures=0)
 
 
-def test_two_ranks_equal_one(straight, cache, tmp_path):
+# Masks and rows are the same for every world; which paths are dropped is not.
+ANY_WORLD = make_config(
+    student={"drop_path": 0.0}, train={"global_batch": 64, "checkpoint_steps": 1}, schedule={"epochs": 8}
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """One step an epoch, two incomplete chunks, and fewer chunks of val than four ranks."""
+    return make_cache(tmp_path_factory.mktemp("tiny") / "cache", rows=70, val_rows=20)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """A run of one process."""
+    pretrain(ANY_WORLD, tiny.path, run := tmp_path_factory.mktemp("alone") / "run")
+    return run
+
+
+def assert_same_losses(run, other):
+    """Equal within the rounding of float32."""
+    for ours, theirs in zip(metrics(run), metrics(other), strict=True):
+        numbers = [line | line.pop("eval", {}) for line in (ours, theirs)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_world_has_the_same_losses_on_a_tiny_dataset(alone, tiny, tmp_path, world):
     run = tmp_path / "ranks"
-    accelerate = os.path.join(os.path.dirname(sys.executable), "accelerate")
-    flags = ["launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
-    arguments = command(make_config(student={"drop_path": 0.0}), cache, run, accelerate, *flags, "--dynamo_backend=no")
-    subprocess.run(arguments, env=environment(), check=True, capture_output=True)
-    assert json.loads((run / "env.json").read_text())["processes"] == 2
-    pretrain(make_config(student={"drop_path": 0.0}), cache.path, tmp_path / "one")
-    for ours, theirs in zip(metrics(run), metrics(tmp_path / "one"), strict=True):
-        for one, other in ((ours, theirs), (ours.get("eval", {}), theirs.get("eval", {}))):
-            assert {k: v for k, v in one.items() if k != "eval"} == pytest.approx(
-                {k: v for k, v in other.items() if k != "eval"}, rel=1e-4, abs=1e-4
-            )
+    arguments = command(ANY_WORLD, tiny, run, world)
+    subprocess.run(arguments, env=environment(), check=True, capture_output=True, timeout=120)
+    assert json.loads((run / "env.json").read_text())["processes"] == world
+    assert_same_losses(run, alone)
+
+
+def test_killed_and_resumed_in_another_world(alone, tiny, tmp_path):
+    run = tmp_path / "run"
+    two, one = command(ANY_WORLD, tiny, run, world=2), command(ANY_WORLD, tiny, run)
+    wait_for(5, process := start(two), run)
+    for pid in (*process_ids(run), process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    wait_for(9, process := start(one), run)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert 4 <= checkpoint.latest(run).step < 8
+    subprocess.run(two, env=environment(), check=True, capture_output=True, timeout=120)
+    assert_same_losses(run, alone)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

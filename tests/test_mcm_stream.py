@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,35 @@ def test_one_sequence_for_every_world_and_batch_split():
     assert len(expected) == 40 * 12
     for world, micro_batch in ((1, 16), (1, 100), (2, 96), (2, 48), (4, 192), (4, 16), (12, 16)):
         assert np.array_equal(sequence(world, micro_batch), expected), (world, micro_batch)
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """Enough rows for two global batches of 384, which worlds of 1, 2, 3, 4 and 8 divide, and a remainder."""
+    return make_cache(tmp_path_factory.mktemp("worlds") / "cache", rows=840, val_rows=0)
+
+
+def given(cache, world, micro_batch, workers):
+    """Every row of three epochs with digests of its view, features and mask, put together from what every rank gets."""
+    parts = {}
+    for rank in range(world):
+        order = Order(840, 16, 384, micro_batch, world, rank, seed=3)
+        with batches(Stream(order, source(cache)), 0, 6 * order.accumulation, workers) as items:
+            for index, batch in enumerate(items):
+                digests = ([zlib.crc32(row) for row in batch[name].numpy()] for name in ("pictures", "codes", "picks"))
+                numbers = (batch[name].tolist() for name in ("rows", "labels"))
+                parts[index, rank] = list(zip(*numbers, *digests, [batch["epoch"]] * order.batch, strict=True))
+    return [row for key in sorted(parts) for row in parts[key]]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+@pytest.mark.parametrize(("workers", "splits"), [(0, (16, 48, 100, 384)), (1, (48,)), (3, (16,))])
+def test_one_sequence_of_rows_views_and_masks_for_every_world(two_steps, workers, splits):
+    expected = given(two_steps, 1, 384, 0)
+    assert len(expected) == 6 * 384 and len({(row, picture) for row, _, picture, *_ in expected}) > 840
+    for world in (1, 2, 3, 4, 8):
+        for micro_batch in splits:
+            assert given(two_steps, world, micro_batch, workers) == expected, (world, micro_batch)
 
 
 @pytest.mark.parametrize(("micro_batch", "batch"), [(16, 16), (31, 16), (100, 96), (5000, 192)])
