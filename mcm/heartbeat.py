@@ -104,8 +104,8 @@ class Heartbeat:
             try:
                 self.store.add(self.keys[self.rank], 1)
                 *beats, cause = self.store.multi_get([*self.keys, CAUSE])
-            except DistError as error:
-                return self._lost(f"the launcher or rank 0 is gone: {describe(error)}")
+            except DistError:
+                return self._lost("the launcher or rank 0 is gone")
             if cause.decode() not in (NONE, self.cause):
                 time.sleep(GRACE)
                 _end(cause.decode())

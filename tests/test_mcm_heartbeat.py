@@ -47,7 +47,10 @@ def launched(tmp_path_factory):
         wait_for(4, process, run)
         if signalled := FAILURES[name][0]:
             os.kill(process_ids(run)[signalled[0]], signalled[1])
-    return found
+    yield found
+    for process, run in found.values():
+        for pid in process_ids(run) if process.poll() is None else ():  # only where a test has failed
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("name", FAILURES)
