@@ -29,7 +29,7 @@ from mcm.stream import Batch, Stream, batches
 FSDP = DistributedType.FSDP
 SHOWN_SPANS = 32
 FAILED_SAVES = 3  # in a row, before a run that cannot save stops
-TIMEOUT = timedelta(hours=6)  # others wait while the main process measures k-NN or saves; who is gone mcm/heartbeat.py finds
+TIMEOUT = timedelta(hours=6)  # others wait while the main one measures k-NN or saves; who is gone, the heartbeat tells
 
 
 @dataclass(frozen=True)
