@@ -5,9 +5,9 @@
 Rows are views of 224 px (JPEG 95 4:4:4) and 196 x 768 features. The limit is bare preads and bare JPEG decodes straight
 into the batch, no checks; "limit raw" reads uncompressed pixels instead. Peers read rendered views (decoded with
 simplejpeg) or, "crop", source pictures that Pillow decodes and crops; torch's DataLoader makes their batches, or, "in
-place", the cheapest copy there is. Each line is a process of its own, the lines take turns for three rounds; a figure
-is the median of the rounds. CPU-seconds are those of the process: with workers, which are others, there are none.
-litdata and mosaicml-streaming are left out, with a word, where they are not installed.
+place", the cheapest copy there is. Each line is a process of its own, in three rounds; figures are medians. Ratios are
+of CPU-seconds, ours to the limit and peers to ours, from passes that take turns within one process; with workers, which
+are other processes, there are none. litdata and mosaicml-streaming are left out, with a word, where they are missing.
 """
 
 import argparse
@@ -245,27 +245,39 @@ def drop_from_memory(folder: Path) -> None:
             os.close(descriptor)
 
 
-def measure(folder: Path, name: str, passes: int) -> dict[str, Any]:
-    """A cold pass, then `passes` warm ones, in this process."""
-    epoch = open_reader(folder, name)
-    data = folder / (name.split()[1].rstrip(",") if name.split()[0] in ("limit", "ours") else name.partition(",")[0])
-    drop_from_memory(data)
-    start = time.perf_counter()
+def reference(name: str) -> str | None:
+    """What a line is compared with: ours with the limit of its dtype, a peer with ours, with workers nothing."""
+    if name in LIMITS or name.endswith((" 1 workers", " 2 workers")):
+        return None
+    return f"limit {name.split()[1].rstrip(',')}" if name in OURS else OURS[0]
+
+
+def timed(epoch: Callable[[], Iterator[int]]) -> tuple[float, float]:
+    """(rows a second, rows a CPU-second) of a pass."""
+    wall, spent = time.perf_counter(), time.process_time()
     rows = sum(epoch())
-    cold = rows / (time.perf_counter() - start)
-    start, spent, rows = time.perf_counter(), time.process_time(), 0
-    for _ in range(passes):
-        rows += sum(epoch())
-    wall, spent = time.perf_counter() - start, time.process_time() - spent
-    size = sum(path.stat().st_size for path in data.rglob("*") if path.is_file() and path.name != "cache.json")
-    return {
-        "per_s": rows / wall,
-        "per_cpu_s": rows / spent,
-        "cold_per_s": cold,
-        "rss_mb": peak_megabytes(),
-        "bytes": size,
-        "profile": places(epoch) if name.startswith("ours") and name.endswith("0 workers") else [],
-    }
+    return rows / (time.perf_counter() - wall), rows / (time.process_time() - spent)
+
+
+def measure(folder: Path, name: str, seconds: float) -> dict[str, Any]:
+    """A cold pass, then warm ones, in turns with those of the line's reference."""
+    epoch, other = open_reader(folder, name), reference(name)
+    data = folder / (name.split()[1].rstrip(",") if name in LIMITS + OURS else name.partition(",")[0])
+    drop_from_memory(data)
+    found: dict[str, Any] = {"cold_per_s": timed(epoch)[0], "rss_mb": peak_megabytes()}
+    beside = open_reader(folder, other) if other else None
+    passes, pairs, end = [], [], time.perf_counter() + seconds
+    for work in filter(None, (beside, epoch)):
+        timed(work)
+    while not passes or time.perf_counter() < end:
+        passes.append(timed(epoch))
+        if beside:
+            pairs.append(passes[-1][1] / timed(beside)[1])
+    found["per_s"], found["per_cpu_s"] = map(statistics.median, zip(*passes, strict=True))
+    found["ratio"] = statistics.median(pairs) if pairs else None
+    found["bytes"] = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
+    found["profile"] = places(epoch) if name in OURS and other else None
+    return found
 
 
 def main() -> None:
@@ -274,19 +286,19 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="folder of source pictures; synthetic ones where left out")
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--passes", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each line in a round, warm")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="256 rows, one pass, one round: for the tests")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.folder, arguments.measure, arguments.passes)))
+        print(json.dumps(measure(arguments.folder, arguments.measure, arguments.seconds)))
         return
     from synthetic import Shape, make_cache, pictures, rendered_view  # a line that measures a peer imports only that
 
     if arguments.quick:
-        arguments.rows, arguments.rounds, arguments.passes = 256, 1, 1
+        arguments.rows, arguments.rounds, arguments.seconds = 256, 1, 0.0
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         sources = list(pictures(arguments.photos, arguments.rows))
@@ -299,41 +311,38 @@ def main() -> None:
 
 
 def run_table(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Every line, in turns; ratios are to the limit of the same dtype in the same round."""
+    """Every line, in turns; figures are medians of the rounds."""
     lines = [*LIMITS, *OURS, *(name for name in PEERS if (folder / name.partition(",")[0]).is_dir())]
     print("left out, not installed:", ", ".join(name for name in PEERS if name not in lines) or "nothing")
     rounds: list[dict[str, dict[str, Any]]] = []
     for _ in range(arguments.rounds):
         rounds.append({})
         for name in lines:
-            line = [sys.executable, __file__, "--measure", name, "--folder", folder, "--passes", arguments.passes]
+            line = [sys.executable, __file__, "--measure", name, "--folder", folder, "--seconds", arguments.seconds]
             done = subprocess.run([str(word) for word in line], capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{name}: {done.stderr}")
             rounds[-1][name] = json.loads(done.stdout.splitlines()[-1])
-    table = []
-    for name in lines:
-        alone = not name.endswith(("1 workers", "2 workers"))
-        dtype = name.split()[1].rstrip(",") if name.split()[0] in ("limit", "ours") else "int8"
-        profile = rounds[0][name].pop("profile")
-        found = {key: statistics.median(one[name][key] for one in rounds) for key in rounds[0][name]}
-        ratio, ours = (
-            statistics.median(one[name]["per_cpu_s"] / one[other]["per_cpu_s"] for one in rounds)
-            for other in (f"limit {dtype}", "ours int8, 0 workers")
-        )
-        row = {"reader": name, **{key: round(value) for key, value in found.items()}}
-        row |= {"of_limit": round(ratio, 3), "ours_over_it": round(1 / ours, 2)}
-        row |= {} if alone else {"per_cpu_s": None, "of_limit": None, "ours_over_it": None}
-        row["bytes_a_sample"] = round(row.pop("bytes") / arguments.rows)
-        row |= {"profile": profile} if profile else {}
-        table.append(row)
-        cpu = f"{row['per_cpu_s']:>6} a CPU-second, {ratio:5.2f} of the limit, ours {1 / ours:.2f} x" if alone else ""
-        print(
-            f"{name:<26} {row['per_s']:>6}/s warm {row['cold_per_s']:>6}/s cold {cpu:<56}, {row['rss_mb']:>5} MB, "
-            f"{row['bytes_a_sample']:>7} B a sample",
-            flush=True,
-        )
-    return table
+    return [show(name, [one[name] for one in rounds], arguments.rows) for name in lines]
+
+
+def show(name: str, rounds: list[dict[str, Any]], rows: int) -> dict[str, Any]:
+    """Print a line of the table, and return it."""
+    numbers = ("per_s", "per_cpu_s", "cold_per_s", "rss_mb")
+    row: dict[str, Any] = {"reader": name} | {
+        key: round(statistics.median(one[key] for one in rounds)) for key in numbers
+    }
+    row["bytes_a_sample"] = round(rounds[0]["bytes"] / rows)
+    text = f"{name:<26} {row['per_s']:>6}/s warm {row['cold_per_s']:>6}/s cold {row['rss_mb']:>5} MB"
+    text += f" {row['bytes_a_sample']:>7} B a sample"
+    if reference(name):
+        ratio = statistics.median(one["ratio"] for one in rounds)
+        row |= {"of_limit": round(ratio, 3)} if name in OURS else {"ours_over_it": round(1 / ratio, 2)}
+        text += f" {row['per_cpu_s']:>6} a CPU-second, " + str(row).rpartition(", ")[2].strip("}")
+    elif name in OURS:
+        del row["per_cpu_s"]  # of this process, which only waits for others
+    print(text, flush=True)
+    return row | ({"profile": rounds[0]["profile"]} if rounds[0]["profile"] else {})
 
 
 if __name__ == "__main__":
