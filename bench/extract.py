@@ -14,7 +14,6 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -82,7 +81,6 @@ class Place:
     def forward(self, batches: int) -> float:
         """Views a second of the teacher alone, from pictures in memory to features on its device."""
         batch = self.pictures()
-        self.teacher.features(batch)
         return BATCH / seconds(lambda: self.teacher.features(batch), self.teacher.device, batches)
 
     def render(self, rows: int) -> float:
@@ -98,25 +96,26 @@ class Place:
         inputs = [render_views(self.dataset, self.identity, "train", row, [0])[0].teacher_input for row in rows]
         return torch.from_numpy(np.stack([inputs[row % len(inputs)] for row in range(BATCH)]))
 
-    def encoding_share(self, batches: int) -> float:
-        """Encoding on the device (codes, loss, statistics) of a batch, of that and its forward."""
-        batch = self.pictures()
-        patch_BNC, cls_BC = self.teacher.features(batch)
+    def encoding_share(self, forward: float) -> float:
+        """Encoding on the device (codes, loss, statistics) of a batch, of that and its forward at that rate."""
+        patch_BNC, cls_BC = self.teacher.features(self.pictures())
         with ThreadPoolExecutor(1) as behind, UnitShardWriter(self.units()[0], 0) as writer:
             encoder = Unwritten(writer, behind, Spent())
             for _ in range(-(-encoder.rows // BATCH) + 1):  # calibrates on the first rows
                 encoder.add(patch_BNC, cls_BC)
-            encode = seconds(lambda: encoder.add(patch_BNC, cls_BC), self.teacher.device, batches)
-        return encode / (encode + BATCH / self.forward(batches))
+            encode = seconds(lambda: encoder.add(patch_BNC, cls_BC), self.teacher.device, 4)
+        return encode / (encode + BATCH / forward)
 
 
 def measure(place: Place, rows: int, rounds: int) -> Row:
     """The rates in turn, medians of the rounds, and what extraction is of the limit."""
     found: list[dict[str, float]] = []
-    place.whole(place.identity.rows_per_shard)
+    place.forward(1)
+    for device in (torch.device("cpu"), place.teacher.device):
+        reset_peak(device)
     for _ in range(rounds):
         rates = {
-            "forward": place.forward(max(1, rows * len(place.views) // BATCH)),
+            "forward": place.forward(min(8, max(1, rows * len(place.views) // BATCH))),
             "render": place.render(min(rows, 64)),
         }
         rates["extract"], spent = place.whole(rows)
@@ -127,20 +126,9 @@ def measure(place: Place, rows: int, rounds: int) -> Row:
     row: Row = {name: round(median(one[name] for one in found), 3) for name in found[0]}
     total = sum(spent.seconds.values())
     row["split"] = {what: round(share / total, 3) for what, share in spent.seconds.items()}
-    row["encoding_share"] = round(place.encoding_share(4), 4)
-    return row | peaks(place, (place.identity.rows_per_shard, 2 * place.identity.rows_per_shard))
-
-
-def peaks(place: Place, sizes: Sequence[int]) -> Row:
-    """Peak megabytes of the process, and of the GPU, over one shard and over two."""
-    row: Row = {"peak_rows": list(sizes), "peak_mb": [], "gpu_mb": []}
-    for rows in sizes:
-        for device in (torch.device("cpu"), place.teacher.device):
-            reset_peak(device)
-        place.whole(rows)
-        row["peak_mb"].append(round(peak_megabytes()))
-        row["gpu_mb"].append(peak(place.teacher.device) if place.teacher.device.type == "cuda" else None)
-    return row
+    row["encoding_share"] = round(place.encoding_share(row["forward"]), 4)
+    gpu_mb = peak(place.teacher.device) if place.teacher.device.type == "cuda" else None
+    return row | {"peak_mb": round(peak_megabytes()), "gpu_mb": gpu_mb}
 
 
 def extraction_mb(dataset: Path, teacher: str) -> float:
@@ -165,7 +153,7 @@ def teachers(options: argparse.Namespace, folder: Path) -> dict[str, tuple[Teach
     """Teachers by name, each with its pictures' share of --rows."""
     if options.quick:
         return {"tiny CLIP": (load_teacher(tiny_clip(folder / "clip"), "random"), 1)}
-    clip_rows = 1 if torch.cuda.is_available() else 4  # on a CPU it takes ten times as long
+    clip_rows = 1 if torch.cuda.is_available() else 8  # on a CPU it takes fifteen times as long
     return {
         "DeiT-tiny": (load_teacher("timm:deit_tiny_patch16_224", options.weights), 1),
         "CLIP B/16": (load_teacher("open_clip:ViT-B-16-quickgelu", "random"), clip_rows),

@@ -17,12 +17,11 @@ from cache_tools.console import describe, exit_code
 from cache_tools.errors import Interrupted, ResourceError
 
 # In beats, one a second, and not in seconds: processes that were suspended together wake up together. A launcher kills
-# 30 s after it has asked to stop: who is gone must be named before. And what holds the GIL is silent: safetensors takes
-# 1 to 6 s a GB that it serialises.
+# 30 s after it has asked to stop: who is gone must be named before. And what holds the GIL is silent: GILTEXT
 SILENT, SUSPECT = 25, 10  # until a process is gone; the same where something failed that needs the others
 GRACE = 3  # the first to fail records and says it before the others do
 LEFT = -(2**40)  # added to the beats of a process that needs the others no more
-CAUSE, NONE = "mcm/cause", "none"
+CAUSE, NONE, SUSPECTS = "mcm/cause", "none", "mcm/suspects"
 
 
 class Heartbeat:
@@ -32,15 +31,16 @@ class Heartbeat:
         self.rank: int = accelerator.process_index if accelerator else 0
         self.world: int = accelerator.num_processes if accelerator else 1
         self.record: Callable[[int, str], None] | None = None  # writes exit.json, once the folder is this run's
-        self.cause, self.patience, self.left = "", SILENT, Event()  # `cause` is what this process failed of
+        self.cause, self.left = "", Event()  # `cause` is what this process failed of
 
     def __enter__(self) -> "Heartbeat":
         if self.world > 1:
             # A connection of its own: on the process group's, the main thread waits for keys.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self.store = TCPStore(address, port, is_master=False, wait_for_workers=False)
-            self.keys = [f"mcm/beats/{rank}" for rank in range(self.world)]
-            for key in self.keys:
+            self.next = (self.rank + 1) % self.world  # each looks after one, so that the store serves many
+            self.own, self.watched = (f"mcm/beats/{rank}" for rank in (self.rank, self.next))
+            for key in (self.own, self.watched, SUSPECTS):
                 self.store.add(key, 0)  # whoever reads a key that is missing waits for it
             self.store.compare_set(CAUSE, "", NONE)
             self.store.set(f"mcm/process/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
@@ -59,7 +59,7 @@ class Heartbeat:
             self.left.set()
             self.thread.join()
             with suppress(DistError):
-                self.store.add(self.keys[self.rank], LEFT)
+                self.store.add(self.own, LEFT)
 
     def fail(self, error: BaseException) -> None:
         """Record `error` if it is the first cause of the run's end; else end this process, saying the one that is."""
@@ -89,8 +89,9 @@ class Heartbeat:
                 self.record(int(code), message)
 
     def _suspect(self) -> None:
-        """Let the thread find whose loss may be the reason, and end this process."""
-        self.patience = SUSPECT
+        """Let the threads find whose loss may be the reason, and end the processes."""
+        with suppress(DistError):
+            self.store.add(SUSPECTS, 1)
         time.sleep(SUSPECT + GRACE + 2)
 
     def _terminated(self, number: int, frame: FrameType | None) -> None:
@@ -98,22 +99,21 @@ class Heartbeat:
         raise Interrupted("stopped before the first step or behind the last; the same command goes on")
 
     def _watch(self) -> None:
-        """The thread: show that this process lives, and see whether the others do."""
-        silent, last = [0] * self.world, [b""] * self.world
+        """The thread: show that this process lives, and see whether the next one does and all are well."""
+        silent, last = 0, b""
         while not self.left.wait(1.0):
             try:
-                self.store.add(self.keys[self.rank], 1)
-                *beats, cause = self.store.multi_get([*self.keys, CAUSE])
+                self.store.add(self.own, 1)
+                beat, cause, suspects = self.store.multi_get([self.watched, CAUSE, SUSPECTS])
             except DistError:
                 return self._lost("the launcher or rank 0 is gone")
             if cause.decode() not in (NONE, self.cause):
                 time.sleep(GRACE)
                 _end(cause.decode())
-            silent = [n + 1 if a == b and int(b) >= 0 else 0 for n, a, b in zip(silent, last, beats, strict=True)]
-            last = beats
-            if (longest := max(silent)) > self.patience:
-                self._wake(silent.index(longest))
-                self._lost(f"rank {silent.index(longest)} is gone: silent for {longest} s, so killed or stopped")
+            silent, last = (silent + 1 if beat == last and int(beat) >= 0 else 0), beat
+            if silent > (SUSPECT if int(suspects) else SILENT):
+                self._wake(self.next)
+                self._lost(f"rank {self.next} is gone: silent for {silent} s, so killed or stopped")
 
     def _wake(self, rank: int) -> None:
         """Let a stopped process of this machine go on, so that it ends as well; a launcher kills it 30 s later."""

@@ -20,8 +20,7 @@ COLUMNS = {
     "step": ("stream", {"resident_ms", "streamed_ms", "ratio", "wait_share", "images_per_s", "workers"}),
     "extract": (
         "tiny CLIP, 4 views",
-        {"forward", "render", "extract", "limit", "of_limit", "split", "encoding_share"}
-        | {"peak_rows", "peak_mb", "gpu_mb"},
+        {"forward", "render", "extract", "limit", "of_limit", "split", "encoding_share"} | {"peak_mb", "gpu_mb"},
     ),
     "gpu": (
         "B online",
