@@ -17,7 +17,8 @@ from cache_tools.console import describe, exit_code
 from cache_tools.errors import Interrupted, ResourceError
 
 # In beats, one a second, and not in seconds: processes that were suspended together wake up together. A launcher kills
-# 30 s after it has asked to stop: who is gone must be named before. And what holds the GIL is silent: GILTEXT
+# 30 s after it has asked to stop: who is gone must be named before. And what holds Python's lock is
+# silent: safetensors, as it parses a checkpoint, for 0.6 s a GB.
 SILENT, SUSPECT = 25, 10  # until a process is gone; the same where something failed that needs the others
 GRACE = 3  # the first to fail records and says it before the others do
 LEFT = -(2**40)  # added to the beats of a process that needs the others no more
