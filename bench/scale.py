@@ -2,12 +2,12 @@
 
     python bench/scale.py --out bench/results/scale.json
 
-Bars: samples/s and memory of every size within 10 % of the smallest's; a start, from the imports to the first batch,
-within 2 s; a resume in the middle of an epoch as long. Each line is a process without workers that reads the page
-cache; lines take turns, figures are medians of the rounds. Sizes stream as many rows, the smallest a hundred epochs, of
-112 px and 196 x 192 int8 features: real ones would take 18 GB, smaller ones lie in a processor's cache. Memory is what
-is resident afterwards, what came after the imports of it (`own_mb`), and checksums, in bytes a chunk. The 10,000 shards
-have 16 rows of one token, and commits of the real size. `real rows` are CLIP B/16's: a commit's first reading takes
+Bars: samples a CPU-second and memory of every size within 10 % of the smallest's; from after the imports to the first
+batch of a start within 2 s, of a resume inside an epoch as long. Each line is a process without workers; lines
+take turns, figures are medians of the rounds. Sizes stream as many rows, the smallest a hundred epochs, of 112 px and
+196 x 192 int8 features: real ones would take 18 GB, smaller ones lie in a processor's cache. Memory is what is resident
+afterwards, of that what the imports had not taken (`own_mb`), and checksums, in bytes a chunk. The 10,000 shards have
+16 rows of one token, and commits of the real size. `real rows` are CLIP B/16's: a commit's first reading takes
 `commit_share` of its shard's first epoch.
 """
 

@@ -158,7 +158,7 @@ class Unit:
         return {self.group / "zarr.json": group_json(), **arrays}
 
     def _checksums(self, shard: int) -> dict[str, npt.NDArray[np.uint32]]:
-        """crc32c of each chunk of a shard: about 16 bytes a chunk stay in memory, the commit (20 KB) does not."""
+        """crc32c of each chunk of a shard: 31 bytes a chunk (16 of them data) stay in memory, the commit does not."""
         if shard not in self._crc32cs:
             crc32cs = self.commit(shard).chunk_crc32c
             self._crc32cs[shard] = {name: np.array(values, np.uint32) for name, values in crc32cs.items()}

@@ -20,8 +20,8 @@ from mcm.fsdp import split_as
 
 _NAME = re.compile(r"step_(\d{9})")
 # What safetensors calls them; tensors of the last stand first in its files.
-_DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
-_DTYPES |= {torch.float64: "F64", torch.int64: "I64"}
+_DTYPES = {torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.float16: "F16"}
+_DTYPES |= {torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 Tensors = dict[str, Tensor]
 
 
@@ -71,9 +71,10 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     optimizer.state.clear()
     for name in sorted(checkpoint.optimizer):
         owner, _, slot = name.rpartition("/")
-        parameter, value = parameters[owner], checkpoint.optimizer[name]
+        parameter = parameters[owner]
+        value = checkpoint.optimizer[name].to(parameter.device)
         # Fused Adam keeps its step beside the parameter, whole.
-        optimizer.state[parameter][slot] = split_as(value, parameter) if value.ndim else value.to(parameter.device)
+        optimizer.state[parameter][slot] = split_as(value, parameter) if value.ndim else value
 
 
 def folder(run_dir: Path, step: int) -> Path:

@@ -52,13 +52,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, split ones whole and on the host: together they could be too much for a GPU."""
-    return {name: whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
+def on_host(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """The tensors, split ones whole and on the host: together they could be too much for a GPU.
+
+    With FSDP2 every process must call it; those that do not `keep` them get none.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor)
+        if keep:
+            found[name] = gathered.cpu() if isinstance(tensor, DTensor) else tensor
+    return found
 
 
 def split_as(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device of `like`, and split as it is; with FSDP2 every process must call it."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(value, like.device_mesh, like.placements)
-    return value.to(like.device)
+    """A whole tensor split as `like` is; with FSDP2 every process must call it. Itself where `like` is not split."""
+    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value

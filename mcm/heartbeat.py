@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 from threading import Event, Thread
 from types import FrameType, TracebackType
 
 from accelerate import Accelerator
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from cache_tools.console import describe, exit_code
 from cache_tools.errors import Interrupted, ResourceError
@@ -19,14 +20,18 @@ from cache_tools.errors import Interrupted, ResourceError
 # In beats, one a second, and not in seconds: processes that were suspended together wake up together. A launcher kills
 # 30 s after it has asked to stop: who is gone must be named before. And what holds Python's lock is
 # silent: safetensors, as it parses a checkpoint, for 0.6 s a GB.
-SILENT, SUSPECT = 25, 10  # until a process is gone; the same where something failed that needs the others
+SILENT, SUSPECTED = 25, 10  # until a process is gone; the same where something failed that needs the others
 GRACE = 3  # the first to fail records and says it before the others do
-LEFT = -(2**40)  # added to the beats of a process that needs the others no more
-CAUSE, NONE, SUSPECTS = "mcm/cause", "none", "mcm/suspects"
+LEFT = -(2**40)  # added to the beats of a process that needs the others no more: they are negative then
+CAUSE, NONE, SUSPECTS = "cause", "none", "suspects"  # keys, and no cause
 
 
 class Heartbeat:
     """`with Heartbeat(accelerator) as peers:` around all that needs the other processes; idle where there are none."""
+
+    number = (
+        count()
+    )  # of those in this process: keys of an earlier one, or of an attempt before a restart, are not ours
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
         self.rank: int = accelerator.process_index if accelerator else 0
@@ -38,14 +43,16 @@ class Heartbeat:
         if self.world > 1:
             # A connection of its own: on the process group's, the main thread waits for keys.
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self.store = TCPStore(address, port, is_master=False, wait_for_workers=False)
-            self.next = (self.rank + 1) % self.world  # each looks after one, so that the store serves many
-            self.own, self.watched = (f"mcm/beats/{rank}" for rank in (self.rank, self.next))
+            store = TCPStore(address, port, is_master=False, wait_for_workers=False)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self.store = PrefixStore(f"mcm/{attempt}/{next(self.number)}", store)
+            self.neighbour = (self.rank + 1) % self.world  # each looks after one, so that the store serves many
+            self.own, self.watched = (f"beats/{rank}" for rank in (self.rank, self.neighbour))
             for key in (self.own, self.watched, SUSPECTS):
                 self.store.add(key, 0)  # whoever reads a key that is missing waits for it
             self.store.compare_set(CAUSE, "", NONE)
-            self.store.set(f"mcm/process/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
-            signal.signal(signal.SIGTERM, self._terminated)  # the loop has its own
+            self.store.set(f"process/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
+            self.previous = signal.signal(signal.SIGTERM, self._terminated)  # the loop has its own
             self.thread = Thread(target=self._watch, daemon=True)
             self.thread.start()
         return self
@@ -56,7 +63,7 @@ class Heartbeat:
         if error is not None and not isinstance(error, Interrupted):
             self.fail(error)
         if self.world > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN if error else signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if error else self.previous)
             self.left.set()
             self.thread.join()
             with suppress(DistError):
@@ -73,9 +80,10 @@ class Heartbeat:
             if isinstance(error, DistError) or "gloo" in str(error):
                 self._suspect()
         self.cause = f"{code} {message}"
-        if self.world > 1 and not self._is_first(self.cause):
+        if self.world == 1 or self._is_first(self.cause):
+            self._record(self.cause)
+        else:
             self.thread.join()
-        self._record(self.cause)
 
     def _is_first(self, cause: str) -> bool:
         try:
@@ -93,7 +101,7 @@ class Heartbeat:
         """Let the threads find whose loss may be the reason, and end the processes."""
         with suppress(DistError):
             self.store.add(SUSPECTS, 1)
-        time.sleep(SUSPECT + GRACE + 2)
+        time.sleep(SUSPECTED + GRACE + 2)
 
     def _terminated(self, number: int, frame: FrameType | None) -> None:
         self._suspect()
@@ -112,13 +120,13 @@ class Heartbeat:
                 time.sleep(GRACE)
                 _end(cause.decode())
             silent, last = (silent + 1 if beat == last and int(beat) >= 0 else 0), beat
-            if silent > (SUSPECT if int(suspects) else SILENT):
-                self._wake(self.next)
-                self._lost(f"rank {self.next} is gone: silent for {silent} s, so killed or stopped")
+            if silent > (SUSPECTED if int(suspects) else SILENT):
+                self._wake(self.neighbour)
+                self._lost(f"rank {self.neighbour} is gone: silent for {silent} s, so killed or stopped")
 
     def _wake(self, rank: int) -> None:
         """Let a stopped process of this machine go on, so that it ends as well; a launcher kills it 30 s later."""
-        if self.store.check([key := f"mcm/process/{rank}"]):
+        if self.store.check([key := f"process/{rank}"]):
             host, _, pid = self.store.get(key).decode().rpartition(" ")
             if host == socket.gethostname():
                 with suppress(OSError):

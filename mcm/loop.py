@@ -273,7 +273,7 @@ class Loop:
         self._drain(step)
         job, meta = self.job, {"window": self.window, "evaluated": evaluated}
         state = self.inner.state_dict(), checkpoint.optimizer_tensors(self.inner, self.optimizer.optimizer)
-        model, optimizer = map(fsdp.on_host, state)
+        model, optimizer = (fsdp.on_host(tensors, self.main) for tensors in state)
         if self.main:
             try:
                 checkpoint.save(job.run_dir, step, model, optimizer, meta)

@@ -79,7 +79,7 @@ class Prober:
             for batch in items:
                 kept = int(batch["weight"].sum())
                 x.append(encode(batch["pictures"].to(device()), batch["rows"].numpy()).float().cpu()[:kept])
-                y.append(batch["labels"][:kept])
+                y.append(batch["labels"][:kept].clone())  # each tensor of a worker holds a file descriptor
                 bar.update(kept)
         return Features(torch.cat(x), torch.cat(y))
 

@@ -348,7 +348,7 @@ GUARDS = [
     Guard(
         "a process that is silent is gone",
         "mcm/heartbeat.py",
-        "            if silent > (SUSPECT if int(suspects) else SILENT):",
+        "            if silent > (SUSPECTED if int(suspects) else SILENT):",
         "            if False:",
         HEARTBEAT + "[stopped]",
     ),

@@ -17,6 +17,10 @@ COLUMNS = {
         {"per_cpu_s", "per_s", "rss_mb", "own_mb", "commit_ms", "commit_share", "checksum_bytes"}
         | {"per_cpu_s_ratio", "per_s_ratio", "rss_mb_ratio", "own_mb_ratio"},
     ),
+    "stream": (
+        "ours int8, 0 workers",
+        {"per_s", "per_cpu_s", "cold_per_s", "rss_mb", "bytes_a_sample", "of_limit", "profile"},
+    ),
     "step": ("stream", {"resident_ms", "streamed_ms", "ratio", "wait_share", "images_per_s", "workers"}),
     "extract": (
         "tiny CLIP, 4 views",

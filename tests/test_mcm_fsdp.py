@@ -7,11 +7,9 @@ then on Accelerate's own FSDP2 splits the model, switches the optimizer's parame
 import os
 import socket
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from functools import partialmethod
-from pathlib import Path
 
 import pytest
 import torch
@@ -150,9 +148,8 @@ def test_fine_tuning(legs, tmp_path):
 
 
 def test_a_launch_on_a_cpu_does_not_become_ddp(legs, tmp_path):
-    flags = "launch --use_fsdp --fsdp_version 2 --num_processes 1 --num_machines 1 --mixed_precision no"
-    launcher = [Path(sys.executable).with_name("accelerate"), *flags.split(), "--dynamo_backend=no"]
-    arguments = list(map(str, command(configs()["run"], Cache(legs / "cache"), tmp_path / "run", *launcher)))
+    flags = ["--use_fsdp", "--fsdp_version=2"]
+    arguments = command(configs()["run"], Cache(legs / "cache"), tmp_path / "run", world=1, flags=flags)
     done = subprocess.run(arguments, env=environment(), timeout=TIMEOUT_S, capture_output=True, text=True)
     said = "error: accelerate launch --use_fsdp: expected FSDP2, which needs GPUs; found"
     assert done.returncode and said in done.stderr, done.stderr

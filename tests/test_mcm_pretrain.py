@@ -45,7 +45,7 @@ def metrics(run):
     return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
 
 
-def command(config, cache, run, world=0, before=""):
+def command(config, cache, run, world=0, before="", flags=()):
     """The real command in a process of its own, or in `world` ones that `accelerate launch` starts.
 
     These run `before` first, and leave their process ids in RUN.pids.
@@ -58,7 +58,7 @@ def command(config, cache, run, world=0, before=""):
     run.with_suffix(".pids").mkdir(exist_ok=True)
     script = run.with_suffix(".py")  # accelerate launch wants a file
     script.write_text(SCRIPT.format(pids=str(run.with_suffix(".pids")), before=before))
-    launch = ["launch", *["--multi_gpu"] * (world > 1), f"--num_processes={world}", "--num_machines=1"]
+    launch = ["launch", *flags, *["--multi_gpu"] * (world > 1), f"--num_processes={world}", "--num_machines=1"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(script)]
     return [os.path.join(os.path.dirname(sys.executable), "accelerate"), *launch, *arguments]
 
