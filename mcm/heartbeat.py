@@ -18,8 +18,8 @@ from cache_tools.console import describe, exit_code
 from cache_tools.errors import Interrupted, ResourceError
 
 # In beats, one a second, and not in seconds: processes that were suspended together wake up together. A launcher kills
-# 30 s after it has asked to stop: who is gone must be named before. And what holds Python's lock is
-# silent: safetensors, as it parses a checkpoint, for 0.6 s a GB.
+# 30 s after it has asked to stop: who is gone must be named before. And what holds Python's lock is silent: safetensors,
+# as it parses a checkpoint, for 0.6 s a GB.
 SILENT, SUSPECTED = 25, 10  # until a process is gone; the same where something failed that needs the others
 GRACE = 3  # the first to fail records and says it before the others do
 LEFT = -(2**40)  # added to the beats of a process that needs the others no more: they are negative then
@@ -29,9 +29,8 @@ CAUSE, NONE, SUSPECTS = "cause", "none", "suspects"  # keys, and no cause
 class Heartbeat:
     """`with Heartbeat(accelerator) as peers:` around all that needs the other processes; idle where there are none."""
 
-    number = (
-        count()
-    )  # of those in this process: keys of an earlier one, or of an attempt before a restart, are not ours
+    # Of those in this process: keys of an earlier one, or of an attempt before a restart, are not ours.
+    number = count()
 
     def __init__(self, accelerator: Accelerator | None = None) -> None:
         self.rank: int = accelerator.process_index if accelerator else 0
