@@ -18,7 +18,7 @@ from cache_tools.console import describe, exit_code
 from cache_tools.errors import Interrupted, ResourceError
 
 # In beats, one a second, and not in seconds: processes that were suspended together wake up together. A launcher kills
-# 30 s after it has asked to stop: who is gone must be named before. And what holds Python's lock is silent: safetensors,
+# 30 s after it has asked to stop: who is gone must be named before. What holds Python's lock is silent: safetensors,
 # as it parses a checkpoint, for 0.6 s a GB.
 SILENT, SUSPECTED = 25, 10  # until a process is gone; the same where something failed that needs the others
 GRACE = 3  # the first to fail records and says it before the others do
