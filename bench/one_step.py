@@ -41,7 +41,7 @@ class OneStep:
         cache, train = Cache(cache_path), config.train
         units, _ = choose_units(cache, ())
         order = Order(units[0].rows, CHUNK_ROWS, train.global_batch, train.micro_batch, seed=train.seed)
-        self.task = build_task(config, describe(config, cache, units), units, accelerator)
+        self.task = build_task(config, describe(config, cache, units), cache, units, accelerator)
         self.job = self.task.job(Path("no run"), units, order)
         self.loop, self.device, self.done = Loop(self.job, accelerator), accelerator.device, 0
         self.resident = first_batch(self.job.stream, self.device)

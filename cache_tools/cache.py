@@ -19,9 +19,9 @@ from .dataset import CHUNK_ROWS, shard_name
 from .errors import CorruptionError, IdentityError, UsageError
 from .identity import CacheIdentity, Commit, Manifest
 from .quantize import decode
-from .records import read_record, record_sha256
+from .records import read_record, record_sha256, sha256_hex
 from .storage import read_at
-from .tars import VIEW_INDEX_DTYPE, checked_picture, encode_npy
+from .tars import VIEW_INDEX_DTYPE, checked_picture, encode_npy, read_npy
 
 _INDEX_HEADER_BYTES = len(encode_npy(np.zeros(0, VIEW_INDEX_DTYPE)))  # numpy pads it, whatever the number of rows
 
@@ -175,7 +175,8 @@ class Unit:
     def chunk(self, chunk: int, into: Mapping[str, npt.NDArray[Any]] | None = None) -> Chunk:
         """Rows [16 chunk, 16 chunk + 16) of the unit; pictures, codes and their position agree with the commit.
 
-        `into` may name arrays of 16 rows for `patch`, `scale` and `low`: a whole chunk is read into them, and no `cls`.
+        `into` may name arrays of 16 rows for `patch`, `scale`, `low` and `cls`: a whole chunk is read into them, and
+        `cls` only if it is named.
         Raises: CorruptionError naming the file.
         """
         shard, position = divmod(chunk, self.chunks_per_shard)
@@ -194,7 +195,8 @@ class Unit:
         whole = into if into and rows == CHUNK_ROWS else {}
         names = ("patch", "scale", "low")
         codes, scale, low = (self._array(name, shard, position, rows, whole.get(name)) for name in names)
-        cls = None if into else self._array("cls", shard, position, rows)
+        unnamed = into and "cls" not in into
+        cls = None if unnamed else self._array("cls", shard, position, rows, whole.get("cls"))
         mean, std = (self._array(name, shard, 0, 1) for name in ("channel_mean", "channel_std"))
         assert codes is not None
         labels = index["label"].astype(np.int32)
@@ -242,6 +244,22 @@ class Cache:
     def all_units(self) -> list[Unit]:
         """The units of every split."""
         return [unit for split in self.identity.rows for unit in self.units(split)]
+
+    def projection(self) -> npt.NDArray[np.float32]:
+        """The teacher's own matrix from its C channels to the space it shares with text, float32 [C, E].
+
+        Raises: UsageError for a teacher without one; CorruptionError.
+        """
+        path, expected = self.path / "projection.npy", self.identity.teacher.projection_sha256
+        if expected is None:
+            name = self.identity.teacher.name
+            raise UsageError(f"{self.path}: expected a teacher with a projection to its joint space; {name} has none")
+        matrix = read_npy(path)
+        # The digest is of the values: another byte order, or bytes behind them, would pass it.
+        canonical = encode_npy(matrix.astype("<f4")) == path.read_bytes()
+        if not canonical or sha256_hex(matrix.tobytes()) != expected:
+            raise CorruptionError(f"{path}: its sha256 is not what cache.json says")
+        return np.asarray(matrix, np.float32)
 
     def complete_units(self, split: str) -> list[Unit]:
         """The units of a split that can be trained on: those with a manifest."""

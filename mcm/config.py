@@ -48,19 +48,42 @@ class Decoder(Record):
 
 
 class Mask(Record):
-    """What is hidden: `ratio` of the channels of every patch, or of the patches; `pool` masks are made an epoch."""
+    """What is hidden: `ratio` of the channels of every patch, or of the patches; `pool` masks are made an epoch.
+
+    Departures from the paper: from epoch to epoch the ratio moves linearly to `final_ratio`, and `unmasked_fraction` of
+    the rows is shown whole. `fill` "scalar" ties each of the two fills to one number.
+    """
 
     mode: Literal["channel", "dropout", "patch", "none"] = "channel"
     ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
+    final_ratio: BelowOne | None = None
+    unmasked_fraction: BelowOne = 0.0
+    fill: Literal["vector", "scalar"] = "vector"
     second_fill: bool = True
     pool: PositiveInt = 4096
 
 
 class Target(Record):
-    """Teacher features after decoding: how they are normalised, and which side carries the linear layer."""
+    """What is predicted, how it is normalised, and which side carries the linear layer.
 
-    projection: Literal["prediction", "orthogonal"] = "prediction"
+    `features`: the teacher's patch tokens, the same in its joint space with text, or the view's own pixels.
+    """
+
+    features: Literal["patch", "joint", "pixels"] = "patch"
+    projection: Literal["prediction", "orthogonal", "learned"] = "prediction"
     norm: Literal["layer_norm", "channel", "none"] = "layer_norm"
+
+    @model_validator(mode="after")
+    def _has_statistics(self) -> Self:
+        if self.norm == "channel" and self.features != "patch":
+            raise ValueError(f'target.norm = "channel" needs target.features = "patch"; found {self.features!r}')
+        return self
+
+
+class Loss(Record):
+    """What is added to the mean squared error of the patches: with `cls` that of the teacher's CLS token."""
+
+    cls: bool = False
 
 
 class Optim(Record):
@@ -118,6 +141,12 @@ class Train(Record):
     knn_epochs: NonNegativeInt = 0
 
 
+class PretrainData(Record):
+    """Which units of the cache: the first `views` of the complete ones, 0 for all."""
+
+    views: NonNegativeInt = 0
+
+
 class PretrainConfig(Record):
     """One pre-training run."""
 
@@ -125,6 +154,8 @@ class PretrainConfig(Record):
     decoder: Decoder = Decoder()
     mask: Mask = Mask()
     target: Target = Target()
+    loss: Loss = Loss()
+    data: PretrainData = PretrainData()
     optim: Optim
     schedule: Schedule
     train: Train
@@ -134,6 +165,14 @@ class PretrainConfig(Record):
         hidden, width = round(self.mask.ratio * self.student.width), self.student.width
         if self.mask.mode in ("channel", "dropout") and not 0 < hidden < width:
             raise ValueError(f"mask.ratio = {self.mask.ratio} hides {hidden} of student.width = {width} channels")
+        target = self.target
+        if self.loss.cls and (
+            target.features == "pixels" or target.projection == "learned" or target.norm == "channel"
+        ):
+            raise ValueError(
+                'loss.cls = true has no CLS target for target.features = "pixels", target.projection = "learned" and'
+                ' target.norm = "channel"'
+            )
         return self
 
 

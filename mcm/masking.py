@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cache_tools.draws import hash_u64
+from cache_tools.draws import hash_u64, uniform
 
 
 def hidden_channels(width: int, ratio: float) -> int:
@@ -23,6 +23,8 @@ def mask_pool(seed: int, epoch: int, pool_rows: int, width: int, ratio: float) -
     """
     hashes_KD = hash_u64(seed, "mask_pool", epoch, np.arange(pool_rows)[:, None], np.arange(width)[None, :])
     hidden = hidden_channels(width, ratio)
+    if not hidden:  # the end of a schedule to zero
+        return np.zeros((pool_rows, width), dtype=np.bool_)
     chosen = np.argpartition(hashes_KD, hidden - 1, axis=1)[:, :hidden]
     pool_KD = np.zeros((pool_rows, width), dtype=np.bool_)
     np.put_along_axis(pool_KD, chosen, True, axis=1)
@@ -30,14 +32,18 @@ def mask_pool(seed: int, epoch: int, pool_rows: int, width: int, ratio: float) -
 
 
 def mask_picks(
-    seed: int, epoch: int, rows_B: npt.NDArray[np.int64], positions: int, pool_rows: int
+    seed: int, epoch: int, rows_B: npt.NDArray[np.int64], positions: int, pool_rows: int, unmasked_fraction: float = 0.0
 ) -> npt.NDArray[np.int32]:
     """Return picks [B, positions] in [0, pool_rows): a function of the row's number and the position alone.
 
-    So they are the same whatever batch, rank or worker a row falls to. `positions` is N, or 1 in patch mode.
+    So they are the same whatever batch, rank or worker a row falls to. `positions` is N, or 1 in patch mode. A row of
+    the unmasked ones picks `pool_rows`: the mask behind the pool, which hides nothing.
     """
     hashes = hash_u64(seed, "mask_pick", epoch, np.asarray(rows_B)[:, None], np.arange(positions)[None, :])
-    return (hashes % np.uint64(pool_rows)).astype(np.int32)
+    picks = (hashes % np.uint64(pool_rows)).astype(np.int32)
+    if unmasked_fraction:
+        picks[uniform(seed, "unmasked", epoch, np.asarray(rows_B)) < unmasked_fraction] = pool_rows
+    return picks
 
 
 def mask_from_pool(pool: Tensor, picks: Tensor, patchwise: bool) -> Tensor:

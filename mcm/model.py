@@ -86,8 +86,8 @@ def encode_tokens(encoder: VisionTransformer, pictures_B3HW: Tensor, hide: Hide 
 class Decoder(nn.Module):
     """Adapter where widths differ, positions, blocks, norm, and the linear layer to the target's channels."""
 
-    def __init__(self, width: int, depth: int, grid: tuple[int, int], out: int) -> None:
-        """Build it for tokens [B, 1 + N, width]; `depth` 0 is the linear layer alone."""
+    def __init__(self, width: int, depth: int, grid: tuple[int, int], out: int, cls: bool = False) -> None:
+        """Build it for tokens [B, 1 + N, width]; `depth` 0 is the linear layer alone, `cls` adds a head for CLS."""
         super().__init__()
         inner = min(MAX_DECODER_WIDTH, width) if depth else width
         self.depth = depth
@@ -99,22 +99,23 @@ class Decoder(nn.Module):
             self.blocks = nn.Sequential(*(Block(inner, heads, qkv_bias=True) for _ in range(depth)))
             self.norm = nn.LayerNorm(inner, eps=1e-6)
         self.linear = nn.Linear(inner, out)
+        self.cls_linear = nn.Linear(inner, out) if cls else None
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return predictions [B, N, out] of tokens [B, 1 + N, width]; CLS takes part in attention and has no output."""
-        if not self.depth:
-            return cast(Tensor, self.linear(h[:, 1:]))
-        h = self.norm(self.blocks(self.adapter(h) + self.pos_embed))
-        return cast(Tensor, self.linear(h[:, 1:]))
+        """Return predictions [B, N, out] of tokens [B, 1 + N, width], before them that of CLS where there is a head."""
+        if self.depth:
+            h = self.norm(self.blocks(self.adapter(h) + self.pos_embed))
+        y: Tensor = self.linear(h[:, 1:])
+        return y if self.cls_linear is None else torch.cat([self.cls_linear(h[:, :1]), y], dim=1)
 
 
 class MaskedChannelModel(nn.Module):
     """Pictures and a mask in, a prediction of every patch's teacher features out."""
 
     def __init__(self, cfg: PretrainConfig, grid: tuple[int, int], patch: int, channels: int) -> None:
-        """Build it for pictures of grid * patch pixels and C teacher channels.
+        """Build it for pictures of grid * patch pixels and C channels of the target.
 
-        Only the fills that the mode uses exist: DDP stops at a parameter without a gradient.
+        Only the parameters that the mode uses exist: DDP stops at one without a gradient.
         Raises UsageError where the ratio hides none or all of the patches.
         """
         super().__init__()
@@ -125,16 +126,21 @@ class MaskedChannelModel(nn.Module):
             raise UsageError(f"mask.ratio = {self.ratio} hides {hidden} of {num_patches} patches; choose another ratio")
         self.encoder = build_encoder((grid[0] * patch, grid[1] * patch), patch, cfg.student, cfg.train.seed)
         out = channels if cfg.target.projection == "prediction" else width
-        self.decoder = Decoder(width, cfg.decoder.depth, grid, out)
-        self.encoder_fill = nn.Parameter(torch.empty(width)) if self.mode in ("channel", "patch") else None
+        self.decoder = Decoder(width, cfg.decoder.depth, grid, out, cfg.loss.cls)
+        fill = width if cfg.mask.fill == "vector" else 1
+        self.encoder_fill = nn.Parameter(torch.empty(fill)) if self.mode in ("channel", "patch") else None
         second_fill = cfg.mask.second_fill and self.mode != "none"
-        self.decoder_fill = nn.Parameter(torch.empty(width)) if second_fill else None
+        self.decoder_fill = nn.Parameter(torch.empty(fill)) if second_fill else None
+        learned = cfg.target.projection == "learned"
+        self.target_projection = nn.Linear(channels, width, bias=False) if learned else None
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(cfg.train.seed + 1)  # the encoder has used the seed itself
             self.decoder.apply(init_mae)
-            for fill in (self.encoder_fill, self.decoder_fill):
-                if fill is not None:
-                    nn.init.normal_(fill, std=0.02)
+            for parameter in (self.encoder_fill, self.decoder_fill):
+                if parameter is not None:
+                    nn.init.normal_(parameter, std=0.02)
+            if self.target_projection is not None:
+                nn.init.orthogonal_(self.target_projection.weight)
 
     def mask(self, masks: Masks | None) -> Tensor | None:
         """Return mask_BND (in patch mode mask_BN1) of a pool and its picks, or None for full inputs."""
@@ -145,7 +151,7 @@ class MaskedChannelModel(nn.Module):
     def hide(self, x_BND: Tensor, mask: Tensor) -> Tensor:
         """Hide content: the encoder fill, or for the dropout control zeros and the kept values scaled up."""
         if self.encoder_fill is None:
-            return x_BND.masked_fill(mask, 0.0) / (1.0 - self.ratio)
+            return x_BND.masked_fill(mask, 0.0) / (1.0 - mask.float().mean(-1, keepdim=True)).to(x_BND.dtype)
         return apply_fill(x_BND, mask, self.encoder_fill)
 
     def tokens(self, pictures_B3HW: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -163,10 +169,24 @@ class MaskedChannelModel(nn.Module):
             h = torch.cat([h[:, :1], apply_fill(h[:, 1:], mask, self.decoder_fill)], dim=1)
         return cast(Tensor, self.decoder(h))
 
-    def forward(self, pictures_B3HW: Tensor, masks: Masks | None = None) -> Tensor:
-        """Return predictions y_BNC (y_BND where the target is projected to D) of normalised float pictures."""
+    def project(self, target_BNC: Tensor) -> Tensor:
+        """Return target_BND of target.projection = "learned" in float32; any other target as it is."""
+        if self.target_projection is None:
+            return target_BNC
+        with torch.autocast(target_BNC.device.type, enabled=False):
+            return cast(Tensor, self.target_projection(target_BNC))
+
+    def forward(
+        self, pictures_B3HW: Tensor, masks: Masks | None = None, target_BNC: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return predictions y_BNC (y_BND where the target is projected to D) of normalised float pictures.
+
+        With loss.cls that of CLS comes first, [B, 1 + N, C]. A target comes back beside them, projected if that is
+        learned: here, as DDP looks for parameters only inside.
+        """
         mask = self.mask(masks)
-        return self.decode(self.tokens(pictures_B3HW, mask), mask)
+        y = self.decode(self.tokens(pictures_B3HW, mask), mask)
+        return y if target_BNC is None else (y, self.project(target_BNC))
 
 
 def folded_state(encoder: VisionTransformer, encoder_fill: Tensor | None, s: float) -> dict[str, Tensor]:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from cache_tools.cache import Cache, Unit
 from cache_tools.dataset import CHUNK_ROWS, Dataset
-from cache_tools.errors import UsageError
+from cache_tools.errors import McmError, UsageError
 from cache_tools.identity import CacheIdentity
 from cache_tools.records import record_sha256
 from cache_tools.storage import write_atomic
 from mcm.backbones import CROP_PCT, Backbone
 from mcm.classify import knn_accuracy
 from mcm.config import PretrainConfig
+from mcm.diagnostics import COLLAPSED, HeldOut, collapse
 from mcm.heartbeat import Heartbeat
 from mcm.loop import Job, engine, to_device, train
 from mcm.masking import mask_pool
@@ -32,7 +33,7 @@ from mcm.order import EvalOrder, Order
 from mcm.probe import Prober, labelled
 from mcm.run_folder import PretrainRun, claim, describe_run, identity_config, recorded_exit, recorded_units
 from mcm.stream import Batch, CacheSource, Stream, batches
-from mcm.targets import Fit, Targets, loss_fn
+from mcm.targets import Targets, loss_fn, patch_pixels
 
 SAMPLES = 8
 
@@ -46,35 +47,38 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
     """
     dataset = labelled(Dataset(data)) if data is not None else None
     cache = Cache(cache_path)
-    units, val = choose_units(cache, recorded_units(out))
+    units, val = choose_units(cache, recorded_units(out), config.data.views)
     run, seed = describe(config, cache, [*units, *val], dataset), config.train.seed
     with engine(config.train.precision) as accelerator, Heartbeat(accelerator) as peers:
         main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
         order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
-        task = build_task(config, run, units, accelerator)
+        task = build_task(config, run, cache, units, accelerator)
         claim(out, run)
         with recorded_exit(out, main, peers):
             if main:
                 describe_run(out, config, cache=str(cache_path), processes=world, rows=order.rows)
                 announce(cache, units, val, order, bool(config.train.knn_epochs and dataset is None))
-            task.hold_out(units, val, order, dataset)
+            task.hold_out(out, units, val, order, dataset)
             train(task.job(out, units, order), accelerator)
             if main:
                 write_atomic(out / "samples.safetensors", safetensors_bytes(task.samples()))
 
 
-def choose_units(cache: Cache, recorded: Sequence[str]) -> tuple[list[Unit], list[Unit]]:
-    """The complete units of "train", and one of "val" or none; a run that has begun keeps the `recorded` ones.
+def choose_units(cache: Cache, recorded: Sequence[str], views: int = 0) -> tuple[list[Unit], list[Unit]]:
+    """The complete units of "train", or the first `views`, and one of "val" or none; a run that has begun keeps the
+    `recorded` ones.
 
-    Raises: UsageError when none is complete; CorruptionError when an array is not the one of this cache.
+    Raises: UsageError when too few are complete; CorruptionError when an array is not the one of this cache.
     """
     complete = cache.complete_units("train")
-    units = [unit for unit in complete if str(unit) in recorded] or complete
+    units = [unit for unit in complete if str(unit) in recorded] or complete[: views or None]
     if not units:
         begun = len(cache.units("train"))
         raise UsageError(
             f"{cache.path}: expected a complete unit of 'train'; found {begun} begun; finish `mcm-cache extract`"
         )
+    if len(units) < views:
+        raise UsageError(f"{cache.path}: expected data.views = {views} complete units of 'train'; found {len(units)}")
     val = [unit for unit in cache.complete_units("val") if not recorded or str(unit) in recorded][:1]
     for unit in (*units, *val):
         unit.check_arrays()
@@ -95,11 +99,24 @@ def student_patch(identity: CacheIdentity) -> int:
     return patch
 
 
+def target_channels(config: PretrainConfig, cache: Cache) -> int:
+    """C of the target: the teacher's channels, those of its joint space, or the values of a patch of pixels."""
+    features = config.target.features
+    if features == "pixels":
+        return 3 * student_patch(cache.identity) ** 2
+    return cache.projection().shape[1] if features == "joint" else cache.identity.channels
+
+
 def describe(
     config: PretrainConfig, cache: Cache, units: Sequence[Unit], dataset: Dataset | None = None
 ) -> PretrainRun:
-    """The run's identity. The student sees its pictures normalised as the teacher does."""
+    """The run's identity. The student sees its pictures normalised as the teacher does.
+
+    Raises: UsageError for a target that the cache has not.
+    """
     identity = cache.identity
+    if config.loss.cls and not identity.has_cls:
+        raise UsageError(f"loss.cls = true: expected a teacher with a CLS token; {identity.teacher.name} has none")
     return PretrainRun(
         config=identity_config(config),
         cache_sha256=cache.sha256,
@@ -108,7 +125,7 @@ def describe(
         size=(identity.view_height, identity.view_width),
         patch=student_patch(identity),
         grid=identity.grid,
-        channels=identity.channels,
+        channels=target_channels(config, cache),
         mean=identity.teacher.mean,
         std=identity.teacher.std,
         interpolation=identity.teacher.kernel,
@@ -138,11 +155,14 @@ def channel_stats(units: Sequence[Unit]) -> tuple[Stats, Stats]:
     return mean, np.sqrt((stds**2 + (means - mean) ** 2).mean(0))
 
 
-def build_task(config: PretrainConfig, run: PretrainRun, units: Sequence[Unit], accelerator: Accelerator) -> "Task":
+def build_task(
+    config: PretrainConfig, run: PretrainRun, cache: Cache, units: Sequence[Unit], accelerator: Accelerator
+) -> "Task":
     """The task with a model that has not trained."""
     stats, seed = channel_stats(units) if config.target.norm == "channel" else None, config.train.seed
     model = MaskedChannelModel(config, run.grid, run.patch, run.channels)
-    targets = Targets(config.target, run.channels, config.student.width, stats, seed).to(accelerator.device)
+    joint = cache.projection() if config.target.features == "joint" else None
+    targets = Targets(config.target, run.channels, config.student.width, stats, seed, joint).to(accelerator.device)
     return Task(config, run, model, targets, accelerator)
 
 
@@ -159,6 +179,8 @@ class Task:
         tokens, width = run.grid[0] * run.grid[1], config.student.width
         self.positions, self.width = {"patch": (1, tokens), "none": (0, 0)}.get(config.mask.mode, (tokens, width))
         self.pools: dict[int, Tensor] = {}
+        learned = model.target_projection
+        self.first_DC = None if learned is None else learned.weight.detach().clone().to(device)
 
     def job(self, out: Path, units: Sequence[Unit], order: Order) -> Job:
         """The training on `units` in `order`, for the loop."""
@@ -167,7 +189,7 @@ class Task:
             run_dir=out,
             model=self.model,
             optimizer=build_adamw(self.model, config.optim),
-            stream=Stream(order, self.source(units)),
+            stream=Stream(order, self.source(units, config.mask.unmasked_fraction)),
             loss=self.loss,
             evaluate=self.evaluate,
             optim=config.optim,
@@ -175,12 +197,16 @@ class Task:
             settings=config.train,
         )
 
-    def source(self, units: Sequence[Unit]) -> CacheSource:
+    def source(self, units: Sequence[Unit], unmasked_fraction: float = 0.0) -> CacheSource:
         """Batches of these units with this run's mask picks."""
-        return CacheSource(units, self.run.size, self.positions, self.config.mask.pool, self.config.train.seed)
+        pool, seed, cls = self.config.mask.pool, self.config.train.seed, self.config.loss.cls
+        return CacheSource(units, self.run.size, self.positions, pool, seed, unmasked_fraction, cls)
 
-    def hold_out(self, units: Sequence[Unit], val: Sequence[Unit], order: Order, dataset: Dataset | None) -> None:
+    def hold_out(
+        self, out: Path, units: Sequence[Unit], val: Sequence[Unit], order: Order, dataset: Dataset | None
+    ) -> None:
         """Set what is evaluated: the val unit (samples come from training where there is none) and a dataset."""
+        self.run_dir = out
         held = self.source(val or units[:1])
         self.held = Stream(EvalOrder(held.units[0].rows, CHUNK_ROWS, order.batch, order.world, order.rank), held)
         self.shown = Stream(EvalOrder(held.units[0].rows, CHUNK_ROWS, CHUNK_ROWS), held)
@@ -197,18 +223,31 @@ class Task:
             return None
         epoch = batch["epoch"]
         if epoch not in self.pools:
-            mask = self.config.mask
-            pool = mask_pool(self.config.train.seed, epoch, mask.pool, self.width, mask.ratio)
+            pool = mask_pool(self.config.train.seed, epoch, self.config.mask.pool, self.width, self.ratio(epoch))
+            pool = np.concatenate([pool, np.zeros_like(pool[:1])])  # the last one is for unmasked rows
             self.pools = {epoch: torch.from_numpy(pool).to(self.accelerator.device)}
         return self.pools[epoch], batch["picks"]
 
+    def ratio(self, epoch: int) -> float:
+        """The share of an epoch's masks that is hidden; held-out rows have epoch 0's."""
+        mask, last = self.config.mask, max(1, self.config.schedule.epochs - 1)
+        return mask.ratio if mask.final_ratio is None else mask.ratio + (mask.final_ratio - mask.ratio) * epoch / last
+
     def target(self, batch: Batch) -> Tensor:
-        """The normalised target of a batch, float32."""
+        """The normalised target of a batch, float32; a learned projection is the model's."""
+        if self.config.target.features == "pixels":
+            return self.targets.normalise(patch_pixels(self.inputs(batch), self.run.patch))
         return cast(Tensor, self.targets(*(batch.get(name) for name in ("codes", "scale", "mean", "std", "low"))))
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
-        """Mean squared error over all channels, outside the wrapped module and in float32."""
-        return loss_fn(wrapped(self.inputs(batch), self.masks(batch)), self.target(batch))
+        """Mean squared error over all channels, outside the wrapped module and in float32; with loss.cls CLS's too."""
+        target = self.target(batch)
+        if self.model.target_projection is not None:
+            y, target = wrapped(self.inputs(batch), self.masks(batch), target)
+        else:
+            y = wrapped(self.inputs(batch), self.masks(batch))
+        loss = loss_fn(y[:, -target.shape[1] :], target)
+        return loss + loss_fn(y[:, 0], self.targets.normalise(batch["cls"])) if self.config.loss.cls else loss
 
     def evaluate(self, epochs_done: int) -> dict[str, float]:
         """Held-out figures of this epoch; the last epoch has them all, whatever `train` says."""
@@ -217,7 +256,9 @@ class Task:
         def due(every: int) -> bool:
             return epochs_done == self.config.schedule.epochs or bool(every and epochs_done % every == 0)
 
-        metrics = self.held_out() if self.has_val and due(settings.eval_epochs) else {}
+        metrics = {} if self.first_DC is None else self.check_collapse(self.first_DC)
+        if self.has_val and due(settings.eval_epochs):
+            metrics |= self.held_out()
         if self.dataset is not None and due(settings.knn_epochs):
             if self.accelerator.is_main_process:
                 metrics["knn_full"] = self.knn(self.dataset)
@@ -226,22 +267,41 @@ class Task:
 
     @torch.inference_mode()
     def held_out(self) -> dict[str, float]:
-        """Loss and R^2 on the val unit at the mask ratio, with fixed masks, and unmasked."""
+        """Figures of the val unit at the mask ratio, with fixed masks, and unmasked; those a channel go to a file."""
         kinds = ["full"] if self.config.mask.mode == "none" else ["masked", "full"]
-        fits: dict[str, Fit] = {}
+        channels = self.model.decoder.linear.out_features
+        held = HeldOut(kinds, channels, self.config.student.width, self.accelerator.device)
         order = self.held.order
         assert isinstance(order, EvalOrder)
-        with batches(self.held, 0, len(order), self.config.train.workers) as items:
+        with batches(self.held, 0, len(order), self.config.train.workers) as items, self.accelerator.autocast():
             for batch in items:
                 batch = to_device(batch, self.accelerator.device)
-                target = self.target(batch)
+                target = self.model.project(self.target(batch))
                 for kind in kinds:
-                    prediction = self.model(self.inputs(batch), self.masks(batch) if kind == "masked" else None)
-                    fit = fits.setdefault(kind, Fit(target.shape[-1], target.device))
-                    fit.update(prediction, target, batch["weight"])
-        for fit in fits.values():
-            fit.sums = self.accelerator.reduce(fit.sums, "sum")
-        return {f"{name}_{kind}": getattr(fit, name)() for kind, fit in fits.items() for name in ("loss", "r2")}
+                    mask = self.model.mask(self.masks(batch)) if kind == "masked" else None
+                    tokens = self.model.tokens(self.inputs(batch), mask)
+                    y = self.model.decode(tokens, mask)[:, -target.shape[1] :]
+                    held.update(kind, tokens[:, 1:], y, target, mask, batch["weight"])
+        held.reduce(lambda sums: cast(Tensor, self.accelerator.reduce(sums, "sum")))
+        if self.accelerator.is_main_process:
+            write_atomic(self.run_dir / "channels.safetensors", safetensors_bytes(held.channels()))
+        return held.metrics()
+
+    @torch.inference_mode()
+    def check_collapse(self, first_DC: Tensor) -> dict[str, float]:
+        """How much a learned target still varies on sixteen fixed rows.
+
+        Raises: McmError once it is all but constant: the loss then falls without teaching anything.
+        """
+        with batches(self.shown, 0, 1, workers=0) as items:
+            target = self.target(to_device(next(items), self.accelerator.device))
+        std, rank = collapse(self.model.project(target), target @ first_DC.T)
+        if min(std, rank) < COLLAPSED:
+            raise McmError(
+                f'target.projection = "learned" has collapsed: expected channels that keep {COLLAPSED} of their first'
+                f' std and effective rank; found {std:.3g} and {rank:.3g}; use "prediction" or "orthogonal"'
+            )
+        return {"target_std": std, "target_rank": rank}
 
     def knn(self, dataset: Dataset) -> float:
         """k-NN accuracy of the encoder's features of full pictures."""
@@ -258,7 +318,9 @@ class Task:
         with batches(self.shown, 0, 1, workers=0) as items:
             batch = to_device(next(items), self.accelerator.device)
         self.model.eval()
-        prediction = self.model.forward(self.inputs(batch), self.masks(batch))
-        shown = {"views": batch["pictures"], "target": self.target(batch).half(), "prediction": prediction.half()}
+        target, mask = self.model.project(self.target(batch)), self.model.mask(self.masks(batch))
+        with self.accelerator.autocast():
+            y = self.model.decode(self.model.tokens(self.inputs(batch), mask), mask)[:, -target.shape[1] :]
+        shown = {"views": batch["pictures"], "target": target.half(), "prediction": y.half()}
         count = min(SAMPLES, int(batch["weight"].sum()))
         return {name: tensor[:count].cpu().contiguous() for name, tensor in shown.items()}

@@ -54,15 +54,18 @@ class CacheSource:
     """Batches of a cache's chunks: epoch e shows chunk c in view (e + hash(seed, c)) mod V.
 
     pictures uint8 [B, H, W, 3], codes as stored [B, N, ...], picks int32 [B, positions], rows and labels [B]; for int8
-    and int4 also scale [B, N, ...], mean and std [M, C], for int4 low. Every picture's and chunk's crc32c is checked by
-    `Unit.chunk`.
+    and int4 also scale [B, N, ...], mean and std [M, C], for int4 low; with `cls` cls [B, C]. Every picture's and
+    chunk's crc32c is checked by `Unit.chunk`.
     """
 
     def __init__(
-        self, units: Sequence[Unit], size_HW: tuple[int, int], positions: int, pool_rows: int, seed: int
-    ) -> None:
+        self, units: Sequence[Unit], size_HW: tuple[int, int], positions: int, pool_rows: int, seed: int,
+        unmasked_fraction: float = 0.0, cls: bool = False,
+    ) -> None:  # fmt: skip
         self.units, self.size_HW, self.seed = list(units), size_HW, seed
         self.positions, self.pool_rows = positions, pool_rows  # positions 0: no mask
+        self.unmasked_fraction = unmasked_fraction
+        self.stored = _STORED | ({"cls": "cls"} if cls else {})
 
     def view(self, epoch: int, number: int) -> Unit:
         """The unit whose view of a chunk `epoch` shows."""
@@ -77,18 +80,19 @@ class CacheSource:
         arrays, filled = {name: tensor.numpy() for name, tensor in out.items() if isinstance(tensor, Tensor)}, 0
         for position, number in enumerate(chunks.tolist()):
             span = slice(filled, filled + CHUNK_ROWS)
-            into = {array: arrays[name][span] for array, name in _STORED.items() if name in arrays}
+            into = {array: arrays[name][span] for array, name in self.stored.items() if name in arrays}
             chunk = self.view(epoch, number).chunk(number, into)
             _fill(arrays, chunk, filled, position)
             filled += chunk.rows
         _pad(out, filled)
-        picks = mask_picks(self.seed, epoch, out["rows"].numpy(), self.positions, self.pool_rows)
+        rows = out["rows"].numpy()
+        picks = mask_picks(self.seed, epoch, rows, self.positions, self.pool_rows, self.unmasked_fraction)
         return out | {"picks": torch.from_numpy(picks), "epoch": epoch}
 
     def _allocate(self, batch: int) -> Batch:
         out = {"pictures": _empty((batch, *self.size_HW, 3), torch.uint8)}
         specs = self.units[0].specs
-        for array, name in _STORED.items():
+        for array, name in self.stored.items():
             if array in specs:
                 out[name] = _empty((batch, *specs[array].shape[1:]), getattr(torch, specs[array].dtype))
         if "channel_mean" in specs:
@@ -136,8 +140,9 @@ def _fill(arrays: dict[str, npt.NDArray[Any]], chunk: Chunk, start: int, positio
     """Put a chunk into its place in the batch; the codes of a whole one were read into theirs."""
     span = slice(start, start + chunk.rows)
     if chunk.rows < CHUNK_ROWS:
-        for name, found in (("codes", chunk.codes), ("scale", chunk.scale), ("low", chunk.low)):
-            if found is not None:
+        stored = {"codes": chunk.codes, "scale": chunk.scale, "low": chunk.low, "cls": chunk.cls}
+        for name, found in stored.items():
+            if found is not None and name in arrays:
                 arrays[name][span] = found
     for data, picture in zip(chunk.pictures, arrays["pictures"][span], strict=True):
         decode_view_into(data, picture)
@@ -156,7 +161,7 @@ def _pad(out: Batch, filled: int) -> None:
     """Zero what lies beyond `filled` rows and give every row its weight."""
     out["weight"] = torch.ones(len(out["rows"]))
     if filled < len(out["rows"]):
-        for name in out.keys() & {"pictures", "rows", "labels", "weight", *_STORED.values()}:
+        for name in out.keys() & {"pictures", "rows", "labels", "weight", "cls", *_STORED.values()}:
             out[name][filled:] = -1 if name == "rows" else 0
 
 

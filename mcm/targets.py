@@ -31,6 +31,7 @@ class Targets(nn.Module):
     mean_C: Tensor
     std_C: Tensor
     projection_CD: Tensor
+    joint: Tensor | None
 
     def __init__(
         self,
@@ -39,10 +40,14 @@ class Targets(nn.Module):
         width: int,
         channel_stats: tuple[Stats, Stats] | None = None,
         seed: int = 0,
+        joint: npt.NDArray[np.float32] | None = None,
     ) -> None:
-        """Hold the dataset's (mean_C, std_C) for target.norm = "channel" and the frozen matrix for "orthogonal"."""
+        """Hold what the target needs: the dataset's (mean_C, std_C) for norm "channel", the frozen matrix for
+        "orthogonal", and for "joint" the teacher's own matrix from its C channels to the joint space.
+        """
         super().__init__()
         self.cfg = cfg
+        self.register_buffer("joint", None if joint is None else torch.from_numpy(joint))
         if cfg.norm == "channel":
             assert channel_stats is not None, 'target.norm = "channel" needs the statistics of the cache'
             mean, std = (torch.as_tensor(stat).float() for stat in channel_stats)
@@ -72,11 +77,26 @@ class Targets(nn.Module):
                 chunks = [None if x is None else x.view(len(mean), -1, *x.shape[1:]) for x in (codes, scale, low)]
                 stats = mean[:, None, None], std[:, None, None]
                 target = decode(chunks[0], chunks[1], *stats, chunks[2], torch).flatten(0, 1)
+            return self.normalise(target if self.joint is None else target @ self.joint)
+
+    @torch.no_grad()
+    def normalise(self, target: Tensor) -> Tensor:
+        """Normalise and project what is predicted [B, ..., C]: decoded features, the CLS token, or pixels."""
+        with torch.autocast(target.device.type, enabled=False):
+            target = target.float()
             if self.cfg.norm == "layer_norm":
                 target = F.layer_norm(target, target.shape[-1:], eps=NORM_EPS)
             elif self.cfg.norm == "channel":
                 target = (target - self.mean_C) / self.std_C
             return target @ self.projection_CD if self.cfg.projection == "orthogonal" else target
+
+
+def patch_pixels(pictures_B3HW: Tensor, patch: int) -> Tensor:
+    """Return the pixels of every patch [B, N, patch * patch * 3], rows of patches first (MAE, patchify)."""
+    B, _, H, W = pictures_B3HW.shape
+    x = pictures_B3HW.reshape(B, 3, H // patch, patch, W // patch, patch)
+    pixels_BNC: Tensor = x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // patch) * (W // patch), patch * patch * 3)
+    return pixels_BNC
 
 
 def loss_fn(prediction_BNC: Tensor, target_BNC: Tensor) -> Tensor:
@@ -105,5 +125,20 @@ class Fit:
 
     def r2(self) -> float:
         """Return 1 - sum (y - t)^2 / sum (t - mean_c)^2."""
-        count, total, square, error = self.sums
-        return float(1.0 - error.sum() / (square - total.square() / count).sum())
+        return float(1.0 - self.sums[3].sum() / self._spread().sum())
+
+    def r2_channels(self) -> Tensor:
+        """Return r2_C, each channel against its own mean; 0 where the target does not vary."""
+        spread_C = self._spread()
+        r2_C: Tensor = torch.where(spread_C > 0, 1.0 - self.sums[3] / spread_C, 0.0)
+        return r2_C
+
+    def std(self) -> Tensor:
+        """Return std_C of the target."""
+        return (self._spread() / self.sums[0]).sqrt()
+
+    def _spread(self) -> Tensor:
+        """Return sum (t - mean_c)^2 [C]."""
+        count, total, square, _ = self.sums
+        spread_C: Tensor = (square - total.square() / count).clamp_min(0.0)
+        return spread_C

@@ -20,6 +20,7 @@ from mcm.config import PretrainConfig
 from mcm.pretrain import channel_stats, pretrain
 from mcm.run_folder import ExitRecord, PretrainRun
 
+FIGURES = {"loss_masked", "r2_masked", "loss_full", "r2_full", "rank_features", "rank_target"}
 TIMED = {"images_per_s", "wait_share"}
 
 
@@ -112,7 +113,7 @@ def test_it_learns_and_leaves_a_whole_run(straight, cache):
     lines = metrics(straight)
     losses, evals = ([line[key] for line in lines if key in line] for key in ("loss", "eval"))
     assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
-    assert len(evals) == 4 and evals[-1].keys() == {"loss_masked", "r2_masked", "loss_full", "r2_full"}
+    assert len(evals) == 4 and evals[-1].keys() == FIGURES
     assert evals[-1]["r2_masked"] > evals[0]["r2_masked"]
     assert read_record(ExitRecord, straight / "exit.json").code == 0
     run = read_record(PretrainRun, straight / "run.json")
@@ -171,7 +172,7 @@ def assert_same_losses(run, other):
     """Equal within the rounding of float32."""
     for ours, theirs in zip(metrics(run), metrics(other), strict=True):
         numbers = [line | line.pop("eval", {}) for line in (ours, theirs)]
-        assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-4)
+        assert numbers[0] == pytest.approx(numbers[1], rel=2e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
