@@ -3,7 +3,6 @@
 Letters: B batch, N patches, D width, H W pixels.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.errors import IdentityError, UsageError
 from cache_tools.records import Record, nearest, read_json, read_record
 from cache_tools.storage import file_sha256
@@ -28,7 +26,7 @@ from cache_tools.weights import is_torchscript
 from mcm import checkpoint
 from mcm.config import PretrainConfig, SizedStudent
 from mcm.model import MaskedChannelModel, build_encoder, encode_tokens
-from mcm.run_folder import PretrainRun, recorded
+from mcm.run_folder import PretrainRun, recorded, recorded_config
 
 SHOWN_NAMES = 4  # tensors named in a message
 CROP_PCT = 1.0  # a student of ours is evaluated on the whole centre square, as the held-out views are cut
@@ -168,9 +166,7 @@ def _from_timm(spec: str, weights: Path | None) -> Backbone:
 def _from_pretraining(folder: Path, untrained: bool) -> Backbone:
     run = read_record(PretrainRun, folder / "run.json")
     with _arguments_of(folder / "run.json"):
-        # The identity has no engine fields; micro_batch alone has no default, and moves no weight.
-        payload = run.config | {"train": run.config["train"] | {"micro_batch": CHUNK_ROWS}}
-        config = PretrainConfig.model_validate_json(json.dumps(payload))
+        config = recorded_config(PretrainConfig, run.config)
         masked = MaskedChannelModel(config, run.grid, run.patch, run.channels)
     weights = "untrained" if untrained else _load_newest(masked, folder)
     model = masked.encoder

@@ -104,6 +104,29 @@ def probe(
 
 @app.command()
 @guarded
+def ablate(
+    plan: Annotated[str, typer.Argument(metavar="PLAN|NAME", help="A TOML file, or a shipped one: ablate/demo.")],
+    cache: Annotated[Path, typer.Option(metavar="CACHE", help="Of every row that names no other beside it.")],
+    data: Annotated[Path, typer.Option(metavar="DATASET", help="Labelled pictures to probe and fine-tune on.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of all runs; the same command resumes.")],
+    weights: Weights = None,
+    workers: Workers = 4,
+) -> None:
+    """Compare the rows of a plan over seeds. On several GPUs start it once a GPU: processes share the plan by locks."""
+    from cache_tools.errors import UsageError
+    from cache_tools.records import config_file, load_toml
+    from mcm.ablate import Plan
+    from mcm.ablate import ablate as run
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("mcm-train ablate: expected one process; found a launcher's; start it once a GPU instead")
+    table = run(load_toml(Plan, config_file(plan)), cache, data, out, weights, workers)
+    print(table.read_text(encoding="utf-8"), end="")
+    print(f"{table}, {out / 'report.html'}")
+
+
+@app.command()
+@guarded
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
     out: Annotated[Path, typer.Argument(metavar="OUT")],

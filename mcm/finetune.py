@@ -43,7 +43,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
         order = Order(len(rows), 1, config.train.global_batch, config.train.micro_batch, world, rank, seed)
         backbone = load_encoder(init, weights, config.student, seed)
         model = make_classifier(backbone.model, len(dataset.classes), config.pool, config.drop_path, seed)
-        claim(out, describe(config, dataset, init, backbone))
+        claim(out, describe(config, dataset, init, backbone), FinetuneConfig)
         mixer = Mixer(config.augment, len(dataset.classes), seed)
         source = DatasetSource(dataset, "train", train_transform(config.augment, backbone), seed, rows)
         held = DatasetSource(dataset, "val", eval_transform(backbone), seed)

@@ -114,13 +114,14 @@ class Prober:
     def choose_scale(self) -> float:
         """The s of {1, sqrt(1 - r), 1 - r} with the best k-NN on held-out training rows; the first wins ties."""
         ratio: float = _masked(self.backbone).ratio
+
+        return max((1.0, float((1 - ratio) ** 0.5), 1 - ratio), key=lambda s: self.held_out_knn(self.folded(s)))
+
+    def held_out_knn(self, encode: Encode) -> float:
+        """k-NN accuracy on a fifth of some training rows; the rest is the bank. What choices are made by."""
         rows = choice_rows(self.data.rows("train"), self.seed)
-
-        def score(s: float) -> float:
-            bank, held = (self.features("train", self.folded(s), part) for part in rows)
-            return knn_accuracy(bank.x, bank.y, held.x, held.y)
-
-        return max((1.0, float((1 - ratio) ** 0.5), 1 - ratio), key=score)
+        bank, held = (self.features("train", encode, part) for part in rows)
+        return knn_accuracy(bank.x, bank.y, held.x, held.y)
 
     def encoder(self, kind: str) -> tuple[Encode, float | None]:
         """(encode, s) of an input called full, folded or masked:K."""

@@ -12,9 +12,10 @@ import pydantic
 import torch
 
 from cache_tools.console import describe
+from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.errors import CorruptionError, IdentityError, Interrupted
 from cache_tools.identity import CacheIdentity
-from cache_tools.records import Record, differences, encode_record, read_json, read_record, write_toml
+from cache_tools.records import R, Record, differences, encode_record, read_json, read_record, write_toml
 from cache_tools.storage import append_line, keep_lines, publish, write_atomic
 from mcm.heartbeat import Heartbeat
 
@@ -59,7 +60,36 @@ def identity_config(config: Record) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"train": ENGINE_FIELDS})
 
 
-def claim(run_dir: Path, run: Record) -> None:
+def recorded_config(cls: type[R], config: dict[str, Any]) -> R:
+    """A config of run.json, perhaps of an older version: what came later has its default, as it did not exist.
+
+    Raises: ValueError or LookupError when it is no such config.
+    """
+    # The identity has no engine fields; micro_batch alone has no default, and moves no weight.
+    payload = config | {"train": config["train"] | {"micro_batch": CHUNK_ROWS}}
+    return cls.model_validate_json(json.dumps(payload))
+
+
+def _filled(cls: type[Record], config: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return identity_config(recorded_config(cls, config))
+    except (ValueError, LookupError, TypeError):
+        return config  # it differs, and is shown as it is
+
+
+def is_complete(run_dir: Path, config: Record) -> bool:
+    """Whether the last command on this folder trained this configuration to its end.
+
+    Raises: IdentityError when the folder holds another configuration.
+    """
+    if not (run_dir / "exit.json").is_file():
+        return False
+    if _filled(type(config), recorded(run_dir).get("config", {})) != identity_config(config):
+        raise IdentityError(f"{run_dir} holds a run of another configuration; use another --out, or remove it")
+    return read_record(ExitRecord, run_dir / "exit.json").code == 0
+
+
+def claim(run_dir: Path, run: Any, config: type[Record]) -> None:
     """Publish run.json, or find that it is this very run.
 
     Raises: IdentityError with every field that differs when the folder holds another run.
@@ -72,6 +102,7 @@ def claim(run_dir: Path, run: Record) -> None:
             there = read_record(type(run), path)
             unknown = {k: v for k, v in there if k in ("cache", "data_sha256") and None in (v, getattr(run, k))}
             run = run.model_copy(update=unknown)  # unknown is not different
+            there = there.model_copy(update={"config": _filled(config, there.config)})
             found = differences(run, there)
         if found:
             raise IdentityError(f"{run_dir} holds another run (asked != found): {'; '.join(found)}; use another --out")
