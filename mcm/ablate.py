@@ -21,7 +21,7 @@ from mcm.backbones import load_encoder
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.finetune import finetune
 from mcm.pretrain import pretrain
-from mcm.probe import Prober, ProbeResult, labelled, probe
+from mcm.probe import Prober, ProbeResult, check_kind, labelled, probe
 from mcm.report import FIT, ablation_markdown, report
 from mcm.run_folder import is_complete, last_eval, read_metrics
 
@@ -101,6 +101,8 @@ class Ablation:
         self.trained = [name for name, row in plan.rows.items() if not row.init]
         if not self.trained:
             raise UsageError("the plan: expected a row to pre-train; every row has an init")
+        for kind in plan.inputs:
+            check_kind(kind)
         for name, row in plan.rows.items():
             Cache(self._cache_of(row))
             for lr in plan.lr or (None,):

@@ -236,9 +236,14 @@ def _masked(backbone: Backbone) -> Any:
     return backbone.masked
 
 
-def _check_input(kind: str, backbone: Backbone) -> None:
+def check_kind(kind: str) -> None:
+    """Raises: UsageError for the name of no input."""
     name, _, passes = kind.partition(":")
     if name == "masked" and not re.fullmatch("[1-9][0-9]{0,3}", passes) or name not in ("full", "folded", "masked"):
         raise UsageError(f"--input: expected full, folded or masked:K with K > 0, such as masked:8; found {kind!r}")
-    if name != "full" and backbone.masked is None:
+
+
+def _check_input(kind: str, backbone: Backbone) -> None:
+    check_kind(kind)
+    if kind != "full" and backbone.masked is None:
         raise UsageError(f"--input {kind}: expected a RUN trained with masks; {backbone.source} is not; use full")

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from cache_tools.errors import UsageError
-from cache_tools.records import load_toml, write_toml
+from cache_tools.records import config_file, load_toml, write_toml
+from mcm.ablate import Plan
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.model import MaskedChannelModel, build_encoder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PRETRAIN, FINETUNE = (sorted((CONFIGS / kind).glob("*.toml")) for kind in ("pretrain", "finetune"))
+KINDS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "ablate": Plan}
+PRETRAIN, FINETUNE, PLANS = (sorted((CONFIGS / kind).glob("*.toml")) for kind in KINDS)
 DEMO = CONFIGS / "pretrain/demo.toml"
 
 
@@ -35,14 +37,27 @@ def test_finetune_config_builds_on_meta(path):
             build_encoder((cfg.student.size, cfg.student.size), cfg.student.patch, cfg.student)
 
 
-@pytest.mark.parametrize("path", PRETRAIN + FINETUNE, ids=lambda path: f"{path.parent.stem}/{path.stem}")
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_row_of_a_plan_is_a_configuration(path):
+    plan = load_toml(Plan, path)
+    for row in plan.rows.values():
+        if not row.init:
+            load_toml(PretrainConfig, config_file(plan.base), [*plan.set, *row.set])
+        if name := row.finetune or plan.finetune:
+            config = load_toml(FinetuneConfig, config_file(name))
+            assert row.init != "random" or config.student is not None
+
+
+@pytest.mark.parametrize("path", PRETRAIN + FINETUNE + PLANS, ids=lambda path: f"{path.parent.stem}/{path.stem}")
 def test_header_says_how_to_run_it_and_the_resolved_config_reads_back(path, tmp_path):
     header, kind = path.read_text(encoding="ascii").partition("\n\n")[0], path.parent.stem
     assert all(line.startswith("#") for line in header.splitlines())
     for words in (f"mcm-train {kind} {kind}/{path.stem} ", "Command:", "Hardware:", "Hours:", "Expect:"):
         assert words in header, words
-    cls = PretrainConfig if kind == "pretrain" else FinetuneConfig
+    cls = KINDS[kind]
     cfg = load_toml(cls, path)
+    if kind == "ablate":
+        return  # rows are tables in a table, which write_toml does not write
     (tmp_path / "config.toml").write_text(write_toml(cfg))
     assert load_toml(cls, tmp_path / "config.toml") == cfg
 
@@ -59,6 +74,9 @@ def test_header_says_how_to_run_it_and_the_resolved_config_reads_back(path, tmp_
         ("mask.mode=channels", "'channel', 'dropout', 'patch' or 'none'"),
         ("schedule.warmup_epochs=45", "schedule.warmup_epochs = 45"),
         ("train.workers=-1", "train.workers"),
+        ("mask.final_ratio=1.0", "mask.final_ratio"),
+        ("target.features=pixel", "'patch', 'joint' or 'pixels'"),
+        ("target={features='pixels', norm='channel'}", 'target.norm = "channel" needs target.features = "patch"'),
     ],
 )
 def test_wrong_setting_is_named(override, named):

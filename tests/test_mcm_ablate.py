@@ -1,0 +1,153 @@
+"""An ablation: every row and seed once, whoever does it and however often it is stopped."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from make_cache import make_cache
+from make_dataset import make_dataset
+from test_mcm_pretrain import environment, make_config, start
+
+from cache_tools.errors import IdentityError, UsageError
+from cache_tools.records import load_toml, write_toml
+from mcm import checkpoint
+from mcm.ablate import Plan, ablate
+
+FINETUNE = """
+[student]
+width = 32
+depth = 2
+heads = 2
+size = 32
+patch = 8
+[optim]
+lr = 1e-3
+[schedule]
+epochs = 1
+[train]
+global_batch = 32
+micro_batch = 16
+precision = "fp32"
+workers = 0
+"""
+PLAN = """
+base = "{base}"
+finetune = "{finetune}"
+set = ["schedule.epochs=2"]
+seeds = [0, 1]
+lr = [1e-3, 4e-3]
+inputs = ["full", "masked:2"]
+[rows]
+"channel .75" = {{}}
+"none" = {{ set = ["mask.mode=none"] }}
+"float16" = {{ cache = "float16", set = ["data.views=1"] }}
+"random init" = {{ init = "random" }}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Two caches, a dataset and a plan."""
+    folder = tmp_path_factory.mktemp("ablate")
+    make_cache(folder / "cache")
+    make_cache(folder / "float16", dtype="float16")
+    make_dataset(folder / "data")
+    (folder / "base.toml").write_text(write_toml(make_config()))
+    (folder / "finetune.toml").write_text(FINETUNE)
+    (folder / "plan.toml").write_text(PLAN.format(base=folder / "base.toml", finetune=folder / "finetune.toml"))
+    return folder
+
+
+def command(place, out):
+    arguments = [str(place / "plan.toml"), "--cache", str(place / "cache"), "--data", str(place / "data")]
+    program = "from mcm.cli import app; app()"
+    return [sys.executable, "-c", program, "ablate", *arguments, "--out", str(out), "--workers", "0"]
+
+
+def results(out):
+    """The table without the one column that a clock makes."""
+    found = json.loads((out / "results.json").read_text())
+    for row in found["rows"]:
+        row["values"].pop("minutes", None)
+    return found
+
+
+def steps(out):
+    """Lines of every log: work done twice would show."""
+    return {path.parent.name: path.read_text().count("\n") for path in sorted(out.glob("*/*/metrics.jsonl"))}
+
+
+@pytest.fixture(scope="module")
+def straight(place):
+    subprocess.run(command(place, place / "straight"), env=environment(), check=True, capture_output=True)
+    return place / "straight"
+
+
+def test_the_table_holds_every_row_seed_and_column(straight, place):
+    rows = {row["name"]: row for row in results(straight)["rows"]}
+    assert list(rows) == ["teacher's features", "channel .75", "none", "float16", "random init"]
+    measured = {"k-NN full", "linear full", "k-NN masked:2", "linear masked:2", "fine-tuned"}
+    assert rows["channel .75"]["values"].keys() == measured | {"R^2 masked", "R^2 full"}
+    assert rows["none"]["values"].keys() == {"k-NN full", "linear full", "fine-tuned", "R^2 full"}
+    assert rows["random init"]["values"].keys() == measured
+    assert all(
+        len(values) == 2 for name in rows if name != "teacher's features" for values in rows[name]["values"].values()
+    )
+    assert {row["lr"] for row in rows.values() if row["lr"]} <= {1e-3, 4e-3}
+    # Six epochs' worth of steps teach a linear teacher's features next to nothing.
+    assert rows["channel .75"]["underfitted"] == (sum(rows["channel .75"]["values"]["R^2 masked"]) / 2 < 0.2)
+    # Three rows at two rates and a second seed at one of them; one fine-tuning a row and seed.
+    assert len(list(straight.glob("runs/*"))) == 9 and len(list(straight.glob("finetune/*"))) == 8
+    units = json.loads(next(straight.glob("runs/float16-*/run.json")).read_text())["units"]
+    assert sorted(units) == ["train/v0", "val/v0"]
+
+
+def test_two_processes_share_it_and_neither_does_anything_twice(straight, place):
+    out = place / "shared"
+    both = [start(command(place, out)) for _ in range(2)]
+    for process in both:
+        assert process.wait(300) == 0, process.stderr.read()
+    assert steps(out) == steps(straight)
+    assert results(out) == results(straight)
+
+
+def test_stopped_and_started_again_it_ends_with_the_same_table(straight, place):
+    out = place / "stopped"
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = start(command(place, out))
+        while process.poll() is None and sum(steps(out).values()) < 12:
+            pass
+        process.send_signal(number)
+        process.wait(60)
+    ablate(load_toml(Plan, place / "plan.toml"), place / "cache", place / "data", out, workers=0)
+    assert results(out) == results(straight)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*/checkpoints/*")}
+    ablate(load_toml(Plan, place / "plan.toml"), place / "cache", place / "data", out, workers=0)
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("*/*/checkpoints/*")}  # nothing was left to do
+
+
+def test_a_changed_plan_does_not_take_the_runs_of_the_old_one(straight, place):
+    plan = load_toml(Plan, place / "plan.toml", ["set=['schedule.epochs=3']"])
+    step = checkpoint.latest(next(straight.glob("runs/*"))).step
+    with pytest.raises(IdentityError, match="another configuration"):
+        ablate(plan, place / "cache", place / "data", straight, workers=0)
+    assert checkpoint.latest(next(straight.glob("runs/*"))).step == step
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("rows.x.set=['mask.raito=0.5']", "mask.ratio"),
+        ("rows.x.cache=nowhere", "expected a CACHE"),
+        ("rows={x={init='random'}}", "expected a row to pre-train"),
+        ("seeds=[]", "seeds"),
+        ("inputs=['folded', 'sideways']", "sideways"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_is_trained(place, tmp_path, override, named):
+    with pytest.raises(UsageError, match=named):
+        plan = load_toml(Plan, place / "plan.toml", [override])
+        ablate(plan, place / "cache", place / "data", tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
