@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cache_tools.errors import CorruptionError, UsageError
+from cache_tools.preview import pca_colours
 from cache_tools.records import read_json, read_record
 from cache_tools.storage import run_folder, write_atomic
 from mcm.probe import ProbeResult
@@ -171,16 +171,6 @@ def _curves(metrics: Sequence[dict[str, Any]]) -> str:
     for axis in axes[len(series) :]:
         axis.remove()
     return _image(figure)
-
-
-def pca_colours(features: npt.NDArray[np.float32], basis: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Three principal components of `features` [S, N, C], found on `basis` of that shape, as colours in [0, 1]."""
-    flat = basis.reshape(-1, basis.shape[-1])
-    mean = flat.mean(0)
-    axes = np.linalg.svd(flat - mean, full_matrices=False)[2][:3].T
-    low, high = np.percentile((flat - mean) @ axes, [1, 99], axis=0)
-    colours: npt.NDArray[np.float32] = np.clip(((features - mean) @ axes - low) / np.maximum(high - low, 1e-6), 0, 1)
-    return colours
 
 
 def _samples(run: Path) -> str:

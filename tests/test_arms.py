@@ -42,7 +42,9 @@ def test_pretrain_without_pipeline_and_open_clip(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 
-@pytest.mark.parametrize("package", ["arrays", "cache", "dataset", "info", "quantize", "tars", "verify", "writer"])
+@pytest.mark.parametrize(
+    "package", ["arrays", "cache", "dataset", "info", "preview", "quantize", "tars", "verify", "writer"]
+)
 def test_the_waist_without_torch(package: str) -> None:
     python({"torch", "open_clip", "timm", "accelerate", "webdataset"}, f"import cache_tools.{package}")
 
@@ -53,7 +55,7 @@ def test_help_of_every_command_imports_no_torch(program: str) -> None:
 from typer.testing import CliRunner
 from {program}.cli import app
 commands = [c.name or c.callback.__name__ for c in app.registered_commands]
-assert len(commands) == 5
+assert len(commands) == 6
 for words in ([], *([name] for name in commands)):
     result = CliRunner().invoke(app, [*words, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output, result.output
