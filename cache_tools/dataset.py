@@ -130,6 +130,28 @@ class Dataset:
         shards = range(len(self.split(split).shards))
         return np.concatenate([self.index(split, shard)["label"] for shard in shards])
 
+    def copies(self, split: str, of: str) -> npt.NDArray[np.int64]:
+        """Rows of `split` whose pictures are also in `of`, byte for byte.
+
+        Only those are read whose size and crc32c are also in the indexes of `of`.
+        """
+        keys, there = self._keys(split), self._keys(of)
+        order = np.argsort(there)
+        first, last = np.searchsorted(there[order], keys, "left"), np.searchsorted(there[order], keys, "right")
+        found = [
+            row
+            for row in np.flatnonzero(first < last).tolist()
+            if any(
+                self.picture(of, i)[0] == self.picture(split, row)[0] for i in order[first[row] : last[row]].tolist()
+            )
+        ]
+        return np.array(found, np.int64)
+
+    def _keys(self, split: str) -> npt.NDArray[np.uint64]:
+        """Size and crc32c of every picture, as one number."""
+        indexes = (self.index(split, shard) for shard in range(len(self.split(split).shards)))
+        return np.concatenate([index["size"].astype(np.uint64) << 32 | index["crc32c"] for index in indexes])
+
     def picture(self, split: str, row: int) -> tuple[bytes, int]:
         """(source bytes, label) of a row, its crc32c checked."""
         shard, position = divmod(row, self.record.rows_per_shard)

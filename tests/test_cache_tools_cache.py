@@ -199,3 +199,17 @@ def test_names_that_only_look_like_numbers_are_no_units_or_commits(cache: Path) 
     (cache / "train" / "v0" / "commits" / "\u00b2.json").write_bytes(b"{}")
     units = Cache(cache).units("train")
     assert [unit.view for unit in units] == [0, 1] and units[0].committed() == [0, 1]
+
+
+def test_pictures_of_two_splits_are_compared_by_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make_dataset(tmp_path / "apart").copies("val", "train").size == 0
+    dataset = make_dataset(tmp_path / "copied", rows=64, copies=3)
+    assert dataset.copies("val", "train").tolist() == [0, 1, 2] and dataset.copies("train", "val").tolist() == [
+        61,
+        62,
+        63,
+    ]
+    read: list[tuple[str, int]] = []
+    monkeypatch.setattr(dataset, "picture", lambda split, row: (read.append((split, row)), (split.encode(), 0))[1])
+    assert dataset.copies("val", "train").size == 0, "a size and a crc32c that agree by chance"
+    assert {row for split, row in read if split == "val"} == {0, 1, 2} and len(read) == 6
