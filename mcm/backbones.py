@@ -97,11 +97,19 @@ def load_encoder(
     )
 
 
+def pooled(model: VisionTransformer, tokens_BND: Tensor, features: str = "mean") -> Tensor:
+    """Features [B, D] of tokens after the final norm (behind the pool in some timm models); of "both" [B, 2 D].
+
+    "mean" is the mean of the patch tokens, "cls" the class token, "both" one beside the other.
+    """
+    parts = {"mean": tokens_BND[:, model.num_prefix_tokens :].mean(1), "cls": tokens_BND[:, 0]}
+    chosen = parts if features == "both" else [features]
+    return torch.cat([model.fc_norm(parts[name]) for name in chosen], dim=1)
+
+
 def patch_mean(model: VisionTransformer, pictures_B3HW: Tensor) -> Tensor:
-    """Features [B, D]: the mean of the patch tokens after the final norm (behind the pool in some timm models)."""
-    tokens_BND = encode_tokens(model, pictures_B3HW)[:, model.num_prefix_tokens :]
-    features_BD: Tensor = model.fc_norm(tokens_BND.mean(1))
-    return features_BD
+    """Features [B, D]: the mean of the patch tokens of unmasked pictures."""
+    return pooled(model, encode_tokens(model, pictures_B3HW))
 
 
 def load_whole(model: nn.Module, state: dict[str, Tensor], where: str) -> None:

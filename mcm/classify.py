@@ -4,6 +4,7 @@ Letters: B batch, D width, R rows of the training split, K neighbours.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cache_tools.draws import permutation
+from cache_tools.errors import UsageError
 
 C_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse strengths of the L2 penalty of the linear probe
 CHOICE_ROWS = 6000  # training rows that choose C and s, a fifth of them held out
@@ -79,3 +81,20 @@ def choice_rows(rows: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArra
     order = permutation(rows, seed, "probe_choice")[:CHOICE_ROWS]
     held = max(1, len(order) // 5)
     return order[held:], order[:held]
+
+
+def training_rows(
+    labels: npt.NDArray[np.int32], classes: Sequence[str], shots: int, seed: int
+) -> npt.NDArray[np.int64]:
+    """All rows of "train", or `shots` of each class, drawn by the seed.
+
+    Raises: UsageError where a class has fewer pictures than shots.
+    """
+    if not shots:
+        return np.arange(len(labels))
+    order = permutation(len(labels), seed, "shots")
+    rows = [order[labels[order] == label][:shots] for label in range(len(classes))]
+    for name, chosen in zip(classes, rows, strict=True):
+        if len(chosen) < shots:
+            raise UsageError(f"shots: expected {shots} labels a class; class {name!r} has {len(chosen)}")
+    return np.sort(np.concatenate(rows))

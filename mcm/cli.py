@@ -83,6 +83,11 @@ def probe(
         list[str] | None,
         typer.Option("--input", metavar="full|folded|masked:K", help="full is always printed; may be repeated."),
     ] = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(metavar="mean|cls|both", help="Of the patch tokens, the class token; all of a CACHE by default."),
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Labels a class; 0 for all.")] = 0,
     weights: Weights = None,
     untrained: Annotated[bool, typer.Option("--untrained", help="RUN's model with the weights it began with.")] = False,
     seed: Seed = 0,
@@ -92,14 +97,18 @@ def probe(
     """Measure frozen features by k-NN and by a linear classifier (LBFGS)."""
     from mcm.probe import probe as run
 
-    results = run(subject, data, method or (), input_ or (), weights, untrained, seed, workers, quiet=json)
+    results = run(
+        subject, data, method or (), input_ or (), weights, untrained, seed, workers, json, features or (), shots
+    )
     if json:
         return print_json([result.model_dump(mode="json") for result in results])
     for result in results:
         scale = "" if result.fold_scale is None else f" (s = {result.fold_scale:.3g})"
         knn = "" if result.knn is None else f"  k-NN {100 * result.knn:.1f} %"
         linear = "" if result.linear is None else f"  linear (LBFGS) {100 * result.linear:.1f} %"
-        print(f"{result.subject} {result.weights}: {result.input}{scale}:{knn}{linear}")
+        print(f"{result.subject} {result.weights}: {result.label}{scale}:{knn}{linear}")
+    if results[-1].teacher is not None:
+        print(f"{subject}, patch features of the teacher:\n{results[-1].teacher.text()}")
 
 
 @app.command()

@@ -5,8 +5,6 @@ Letters: B batch, K classes, H W pixels.
 
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from timm.layers import DropPath
@@ -15,16 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cache_tools.dataset import Dataset
-from cache_tools.draws import permutation
-from cache_tools.errors import UsageError
 from mcm.augment import Mixer, eval_transform, train_transform
 from mcm.backbones import Backbone, FinetuneRun, load_encoder, model_args
+from mcm.classify import training_rows
 from mcm.config import FinetuneConfig
 from mcm.heartbeat import Heartbeat
 from mcm.loop import Job, engine, to_device, train
 from mcm.optim import build_adamw
 from mcm.order import EvalOrder, Order
-from mcm.probe import labelled
+from mcm.probe import labelled, warn_of_copies
 from mcm.run_folder import claim, describe_run, identity_config, last_eval, recorded_exit
 from mcm.stream import Batch, DatasetSource, Stream, batches
 
@@ -37,7 +34,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
     Raises: UsageError or IdentityError before the first step; what `loop.train` raises.
     """
     dataset, seed = labelled(Dataset(data)), config.train.seed
-    rows = training_rows(dataset, config.data.shots, seed)
+    rows = training_rows(dataset.labels("train"), dataset.classes, config.data.shots, seed)
     with engine(config.train.precision) as accelerator, Heartbeat(accelerator) as peers:
         world, rank = accelerator.num_processes, accelerator.process_index
         order = Order(len(rows), 1, config.train.global_batch, config.train.micro_batch, world, rank, seed)
@@ -61,6 +58,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
 
         with recorded_exit(out, accelerator.is_main_process, peers):
             if accelerator.is_main_process:
+                warn_of_copies(dataset, quiet=False)
                 describe_run(out, config, dataset=str(data), init=init, processes=world, rows=len(rows))
             train(
                 Job(
@@ -99,22 +97,6 @@ def describe(config: FinetuneConfig, dataset: Dataset, init: str, backbone: Back
         interpolation=backbone.interpolation,
         crop_pct=backbone.crop_pct,
     )
-
-
-def training_rows(dataset: Dataset, shots: int, seed: int) -> npt.NDArray[np.int64]:
-    """All rows of "train", or `shots` of each class, drawn by the seed.
-
-    Raises: UsageError where a class has fewer pictures than shots.
-    """
-    labels = dataset.labels("train")
-    if not shots:
-        return np.arange(len(labels))
-    order = permutation(len(labels), seed, "shots")
-    rows = [order[labels[order] == label][:shots] for label in range(len(dataset.classes))]
-    for name, chosen in zip(dataset.classes, rows, strict=True):
-        if len(chosen) < shots:
-            raise UsageError(f"data.shots: expected {shots} labels a class; class {name!r} has {len(chosen)}")
-    return np.sort(np.concatenate(rows))
 
 
 def make_classifier(

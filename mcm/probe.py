@@ -1,11 +1,11 @@
-"""Probes of frozen features: k-NN and a linear classifier on mean patch tokens, each naming the input it saw.
+"""Probes of frozen features: k-NN and a linear classifier, each naming the input and the tokens it saw.
 
 Letters: B batch, D width, H W pixels.
 """
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pydantic
 import torch
 from torch import Tensor
 
@@ -21,24 +22,37 @@ from cache_tools.console import progress
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.records import Record, encode_record, nearest, read_record
-from cache_tools.storage import run_folder, write_atomic
+from cache_tools.storage import file_sha256, run_folder, write_atomic
 from mcm.augment import eval_transform
-from mcm.backbones import Backbone, load_encoder, patch_mean
-from mcm.classify import Features, choice_rows, knn_accuracy, linear_probe
+from mcm.backbones import Backbone, load_encoder, pooled
+from mcm.classify import Features, choice_rows, knn_accuracy, linear_probe, training_rows
+from mcm.diagnostics import Gram
 from mcm.masking import mask_picks, mask_pool
-from mcm.model import folded_state
+from mcm.model import encode_tokens, folded_state
 from mcm.order import EvalOrder
+from mcm.run_folder import recorded, software
+from mcm.scorecard import Teacher, stored_features, teacher_facts
 from mcm.stream import DatasetSource, Stream, batches
 
 METHODS = ("knn", "linear")
+FEATURES = ("mean", "cls", "both")  # of the patch tokens, the class token, one beside the other
+LEAST_SHOTS = 5  # of the linear probe: a fifth of the labels chooses C
 BATCH_ROWS = 128
 POOL_ROWS = 4096  # masks to pick from for masked:K
 
 Encode = Callable[[Tensor, npt.NDArray[np.int64]], Tensor]  # pictures [B, 3, H, W] and their rows to features [B, D]
 
 
+def _later() -> Any:
+    """A field that the probes of before have not: None, and left out."""
+    return pydantic.Field(None, exclude_if=lambda value: value is None)
+
+
 class ProbeResult(Record):
-    """One input's accuracies as fractions of 1, and what they were measured with."""
+    """One input's accuracies as fractions of 1, and what they were measured with.
+
+    `val_in_train`: pictures of "val" that are also in "train". A RUN has the sha256 of its run.json, and of its cache.
+    """
 
     subject: str
     weights: str
@@ -53,17 +67,36 @@ class ProbeResult(Record):
     seed: int
     data_sha256: str
     versions: dict[str, str]
+    features: str | None = _later()
+    shots: int | None = _later()
+    val_in_train: int | None = _later()
+    software: str | None = _later()
+    run_sha256: str | None = _later()
+    cache_sha256: str | None = _later()
+    teacher: Teacher | None = _later()
+
+    @property
+    def label(self) -> str:
+        """The input, and what is not as usual: other features than the mean patch token, few labels."""
+        features = "" if self.features in (None, "mean") else f" {self.features}"
+        return f"{self.input}{features}" + (f" {self.shots} shots" if self.shots else "")
 
 
 @dataclass(frozen=True)
 class Prober:
-    """A backbone, the pictures to probe it with, and where it runs."""
+    """A backbone, the pictures to probe it with, and where it runs; `tokens` of FEATURES, `shots` labels a class."""
 
     backbone: Backbone
     data: Dataset
     seed: int
     workers: int
     quiet: bool
+    tokens: str = "mean"
+    shots: int = 0
+
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Rows of "train" whose labels are used."""
+        return training_rows(self.data.labels("train"), self.data.classes, self.shots, self.seed)
 
     def features(self, split: str, encode: Encode, rows: npt.NDArray[np.int64] | None = None) -> Features:
         """Features of a split's centre crops, or of some of its rows, in order."""
@@ -84,19 +117,19 @@ class Prober:
         return Features(torch.cat(x), torch.cat(y))
 
     def full(self, model: Any = None) -> Encode:
-        """Mean patch tokens of unmasked pictures."""
+        """Features of unmasked pictures."""
         module = (model or self.backbone.model).to(device()).eval()
-        return lambda pictures, rows: patch_mean(module, pictures)
+        return lambda pictures, rows: pooled(module, encode_tokens(module, pictures), self.tokens)
 
     def folded(self, s: float) -> Encode:
-        """Mean patch tokens of the encoder with x~ = e + s (x - e)."""
+        """Features of the encoder with x~ = e + s (x - e)."""
         masked = _masked(self.backbone)
         model = copy.deepcopy(masked.encoder)
         model.load_state_dict(folded_state(masked.encoder, masked.encoder_fill, s))
         return self.full(model)
 
     def masked(self, passes: int) -> Encode:
-        """Mean over `passes` fixed random masks a row, of the mean patch tokens."""
+        """Mean over `passes` fixed random masks a row, of the features."""
         model = _masked(self.backbone).to(device()).eval()
         patches = model.encoder.patch_embed.num_patches
         width, positions = (patches, 1) if model.mode == "patch" else (model.encoder.embed_dim, patches)
@@ -106,7 +139,8 @@ class Prober:
             total = torch.zeros(())
             for epoch in range(passes):
                 picks = torch.from_numpy(mask_picks(self.seed, epoch, rows, positions, len(pool)))
-                total = total.to(device()) + model.encode(pictures, (pool, picks.to(device()))).mean(1)
+                tokens_BND = model.tokens(pictures, model.mask((pool, picks.to(device()))))
+                total = total.to(device()) + pooled(model.encoder, tokens_BND, self.tokens)
             return total / passes
 
         return encode
@@ -119,8 +153,8 @@ class Prober:
 
     def held_out_knn(self, encode: Encode) -> float:
         """k-NN accuracy on a fifth of some training rows; the rest is the bank. What choices are made by."""
-        rows = choice_rows(self.data.rows("train"), self.seed)
-        bank, held = (self.features("train", encode, part) for part in rows)
+        rows = self.rows()
+        bank, held = (self.features("train", encode, rows[part]) for part in choice_rows(len(rows), self.seed))
         return knn_accuracy(bank.x, bank.y, held.x, held.y)
 
     def encoder(self, kind: str) -> tuple[Encode, float | None]:
@@ -138,19 +172,23 @@ def device() -> torch.device:
 
 def probe(
     spec: str, data: Path | None, methods: Sequence[str] = (), inputs: Sequence[str] = (), weights: Path | None = None,
-    untrained: bool = False, seed: int = 0, workers: int = 4, quiet: bool = False,
+    untrained: bool = False, seed: int = 0, workers: int = 4, quiet: bool = False, features: Sequence[str] = (),
+    shots: int = 0,
 ) -> list[ProbeResult]:  # fmt: skip
     """Probe a RUN, an exported folder, timm:NAME (features of `data`'s pictures) or a CACHE (its teacher's features).
 
-    Results of a RUN are written to RUN/probe/, those of a CACHE to CACHE.run/probe.json.
+    Results of a RUN are written to RUN/probe/, those of a CACHE to CACHE.run/probe*.json.
     Raises: UsageError before any picture is read.
     """
     chosen = tuple(methods) or METHODS
-    for method in chosen:
-        if method not in METHODS:
-            raise UsageError(f"--method: expected knn or linear; found {method!r}{nearest(method, METHODS)}")
+    for option, names, allowed in (("--method", chosen, METHODS), ("--features", features, FEATURES)):
+        for name in names:
+            if name not in allowed:
+                raise UsageError(f"{option}: expected {' or '.join(allowed)}; found {name!r}{nearest(name, allowed)}")
+    if 0 < shots < LEAST_SHOTS and "linear" in chosen:
+        raise UsageError(f"--shots {shots}: expected {LEAST_SHOTS} or more for the linear probe; use --method knn")
     if (Path(spec) / "cache.json").is_file():
-        return [_probe_teacher(Path(spec), chosen, seed, quiet)]
+        return _probe_teacher(Path(spec), chosen, features, shots, seed, quiet)
     if data is None:
         raise UsageError(f"{spec}: expected --data DATASET with the pictures to probe on; it is missing")
     dataset = labelled(Dataset(data))
@@ -158,52 +196,68 @@ def probe(
     kinds = tuple(inputs) or (("full", "folded") if backbone.masked is not None else ("full",))
     for kind in kinds:
         _check_input(kind, backbone)
-    prober = Prober(backbone, dataset, seed, workers, quiet)
+    wanted = dict.fromkeys(features or FEATURES[:1])
+    _check_features(wanted, backbone.model.has_class_token, spec)
+    run, is_run = Path(spec), (Path(spec) / "run.json").is_file()
+    facts: dict[str, Any] = {
+        "val_in_train": warn_of_copies(dataset, quiet),
+        "data_sha256": dataset.sha256,
+        "seed": seed,
+    }
+    if is_run:
+        facts |= {"run_sha256": file_sha256(run / "run.json"), "cache_sha256": recorded(run).get("cache_sha256")}
     results = []
-    for kind in dict.fromkeys(("full", *kinds)):  # full is always printed
-        encode, s = prober.encoder(kind)
-        train, val = prober.features("train", encode), prober.features("val", encode)
-        results.append(_score(train, val, chosen, spec, backbone.weights, kind, s, seed, dataset.sha256))
-        if (Path(spec) / "run.json").is_file():
-            name = ("untrained-" if untrained else "") + kind.replace(":", "-")
-            results[-1] = _store(Path(spec) / "probe" / f"{name}.json", results[-1])
+    for tokens in wanted:
+        prober = Prober(backbone, dataset, seed, workers, quiet, tokens, shots)
+        rows = prober.rows() if shots else None
+        for kind in dict.fromkeys(("full", *kinds)):  # full is always printed
+            encode, s = prober.encoder(kind)
+            train, val = prober.features("train", encode, rows), prober.features("val", encode)
+            named = {"subject": spec, "weights": backbone.weights, "input": kind, "fold_scale": s}
+            results.append(_score(train, val, chosen, features=tokens, shots=shots, **named, **facts))
+            if is_run:
+                name = ("untrained-" if untrained else "") + kind.replace(":", "-") + _suffix(tokens, shots)
+                results[-1] = _store(run / "probe" / f"{name}.json", results[-1])
     return results
 
 
-def _probe_teacher(path: Path, methods: Sequence[str], seed: int, quiet: bool) -> ProbeResult:
+def _probe_teacher(
+    path: Path, methods: Sequence[str], features: Sequence[str], shots: int, seed: int, quiet: bool
+) -> list[ProbeResult]:
     cache = Cache(path)
-    split_features = []
-    for split in ("train", "val"):
-        units = cache.complete_units(split)
-        if not units:
+    identity, units = cache.identity, [cache.complete_units(split)[:1] for split in ("train", "val")]
+    wanted = dict.fromkeys(features or (FEATURES if identity.has_cls else FEATURES[:1]))
+    _check_features(wanted, identity.has_cls, str(path))
+    for split, unit in zip(("train", "val"), units, strict=True):
+        if not unit:
             raise UsageError(f"{path}: expected a complete unit of {split!r} to probe; finish `mcm-cache extract`")
-        x, y = [], []
-        with progress(units[0].num_chunks, f"teacher's features of {split}", "chunks", quiet=quiet) as bar:
-            for number in range(units[0].num_chunks):
-                chunk = units[0].chunk(number)
-                x.append(torch.from_numpy(chunk.features().mean(1)))
-                y.append(torch.from_numpy(chunk.labels.astype(np.int64)))
-                bar.update(1)
-        split_features.append(Features(torch.cat(x), torch.cat(y)))
-    train, val = split_features
-    teacher = cache.identity.teacher
-    weights = f"sha256:{teacher.weights_sha256}"
-    result = _score(train, val, methods, teacher.name, weights, "full", None, seed, cache.sha256)
-    return _store(run_folder(path) / "probe.json", result)
+    (train_unit,), (val_unit,), gram = *units, Gram(identity.channels, device())
+    train, val = stored_features(train_unit, quiet), stored_features(val_unit, quiet, gram)
+    train = train.rows(training_rows(train.y.numpy(), identity.classes, shots, seed)) if shots else train
+    facts: dict[str, Any] = {"teacher": teacher_facts(train_unit, gram), "data_sha256": cache.sha256, "seed": seed}
+    facts |= {"subject": identity.teacher.name, "weights": f"sha256:{identity.teacher.weights_sha256}"}
+    results = []
+    for tokens in wanted:
+        columns = {"mean": slice(identity.channels), "cls": slice(identity.channels, None)}.get(tokens, slice(None))
+        bank, held = (Features(split.x[:, columns], split.y) for split in (train, val))
+        result = _score(bank, held, methods, features=tokens, shots=shots, input="full", **facts)
+        results.append(_store(run_folder(path) / f"probe{_suffix(tokens, shots)}.json", result))
+    return results
 
 
-def _score(
-    train: Features, val: Features, methods: Sequence[str], subject: str, weights: str, kind: str, s: float | None,
-    seed: int, data_sha256: str,
-) -> ProbeResult:  # fmt: skip
+def _suffix(features: str, shots: int) -> str:
+    return ("" if features == "mean" else f"-{features}") + (f"-shots-{shots}" if shots else "")
+
+
+def _score(train: Features, val: Features, methods: Sequence[str], **facts: Any) -> ProbeResult:
     bank_x, bank_y, x, y = (part.to(device()) for part in (train.x, train.y, val.x, val.y))
-    linear, c, converged = linear_probe(train, val, seed) if "linear" in methods else (None, None, None)
+    linear, c, converged = linear_probe(train, val, facts["seed"]) if "linear" in methods else (None, None, None)
     return ProbeResult(
-        subject=subject, weights=weights, input=kind, fold_scale=s, seed=seed, data_sha256=data_sha256,
         knn=knn_accuracy(bank_x, bank_y, x, y) if "knn" in methods else None,
         linear=linear, linear_c=c, linear_converged=converged,
-        train_rows=len(train.y), val_rows=len(val.y),
+        train_rows=len(train.y), val_rows=len(val.y), software=software(),
         versions={name: version(name) for name in ("torch", "timm", "scikit-learn", "numpy")},
+        **facts,
     )  # fmt: skip
 
 
@@ -231,6 +285,15 @@ def labelled(dataset: Dataset) -> Dataset:
     return dataset
 
 
+def warn_of_copies(dataset: Dataset, quiet: bool) -> int:
+    """How many pictures of "val" are also in "train"; says so unless `quiet`."""
+    rows = dataset.copies("val", "train")
+    if len(rows) and not quiet:
+        found = f"{len(rows)} of {dataset.rows('val')} pictures of 'val' are also in 'train', byte for byte"
+        print(f"warning: {dataset.path}: {found}, such as row {rows[0]}", flush=True)
+    return len(rows)
+
+
 def _masked(backbone: Backbone) -> Any:
     assert backbone.masked is not None, "checked by _check_input"
     return backbone.masked
@@ -247,3 +310,8 @@ def _check_input(kind: str, backbone: Backbone) -> None:
     check_kind(kind)
     if kind != "full" and backbone.masked is None:
         raise UsageError(f"--input {kind}: expected a RUN trained with masks; {backbone.source} is not; use full")
+
+
+def _check_features(wanted: Iterable[str], has_cls: bool, where: str) -> None:
+    if not has_cls and (needing := [name for name in wanted if name != "mean"]):
+        raise UsageError(f"--features {needing[0]}: expected a class token; {where} has none; use mean")

@@ -103,8 +103,8 @@ def _add_probes(table: Table, row: str, files: Sequence[Path], run: str) -> None
     for file in files:
         if file.is_file():
             result = read_record(ProbeResult, file)
-            table.put(row, f"k-NN {result.input}", result.knn, run)
-            table.put(row, f"linear {result.input}", result.linear, run)
+            table.put(row, f"k-NN {result.label}", result.knn, run)
+            table.put(row, f"linear {result.label}", result.linear, run)
 
 
 def _add_run(table: Table, run: Path, runs: Sequence[Path]) -> None:

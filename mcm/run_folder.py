@@ -2,6 +2,8 @@
 
 import json
 import platform
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -121,6 +123,16 @@ def recorded(run_dir: Path) -> dict[str, Any]:
 def recorded_units(run_dir: Path) -> list[str]:
     """The units that the run in this folder began with; none where there is no run yet."""
     return list(recorded(run_dir).get("units", ()))
+
+
+def software() -> str:
+    """The version of this package, and the commit where it lies in a git checkout."""
+    found, root = version("masked-channel-modeling"), Path(__file__).parents[1]
+    if not (root / ".git").exists() or not (git := shutil.which("git")):
+        return found
+    command = [git, "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return f"{found} git {commit}" if commit else found
 
 
 def describe_run(run_dir: Path, config: Record, **facts: Any) -> None:

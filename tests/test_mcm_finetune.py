@@ -10,8 +10,9 @@ from torch import nn
 
 from cache_tools.errors import IdentityError, UsageError
 from mcm.backbones import load_encoder
+from mcm.classify import training_rows
 from mcm.config import FinetuneConfig
-from mcm.finetune import finetune, make_classifier, training_rows
+from mcm.finetune import finetune, make_classifier
 from mcm.stream import DatasetSource
 
 
@@ -80,11 +81,20 @@ def test_another_run_in_the_folder_is_refused_with_the_difference(tuned, data):
 
 def test_shots_are_a_number_of_labels_a_class(data):
     labels = data.labels("train")
-    rows = training_rows(data, 10, seed=0)
+    rows = training_rows(labels, data.classes, 10, seed=0)
     assert np.bincount(labels[rows]).tolist() == [10, 10]
-    assert rows.tolist() != training_rows(data, 10, seed=1).tolist()
+    assert rows.tolist() != training_rows(labels, data.classes, 10, seed=1).tolist()
     with pytest.raises(UsageError, match="class 'even' has 48"):
-        training_rows(data, 49, seed=0)
+        training_rows(labels, data.classes, 49, seed=0)
+
+
+def test_copies_between_the_splits_are_told(tmp_path, capsys):
+    copied = make_dataset(tmp_path / "copied", 64, 16, copies=2)
+    with pytest.raises(StopIteration):  # at the first step
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mcm.finetune.train", lambda *_: next(iter(())))
+            finetune(config(), copied.path, "random", None, tmp_path / "run")
+    assert "2 of 16 pictures of 'val' are also in 'train', byte for byte, such as row 0" in capsys.readouterr().out
 
 
 def test_bad_requests_stop_before_the_first_step(data, tmp_path):

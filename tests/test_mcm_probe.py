@@ -1,18 +1,25 @@
 """Probes: k-NN and linear agree with plain references, every input is named, results are stored."""
 
+from dataclasses import replace
+from importlib.metadata import version
+
 import numpy as np
 import pytest
 import torch
 from make_cache import make_cache
 from make_dataset import make_dataset
 from make_run import make_run
+from timm.models.vision_transformer import VisionTransformer
 
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
-from cache_tools.records import read_record
+from cache_tools.records import encode_record, read_record
+from cache_tools.storage import file_sha256, write_atomic
 from mcm.backbones import load_encoder, patch_mean
+from mcm.classify import training_rows
 from mcm.masking import mask_picks, mask_pool
 from mcm.probe import Prober, ProbeResult, probe
+from mcm.scorecard import odd_channels
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +84,76 @@ def test_a_patch_run_can_be_probed_masked_and_one_without_masks_cannot(data, tmp
 
 def test_a_caches_teacher_is_probed_on_its_own_features(tmp_path):
     cache = make_cache(tmp_path / "cache")
-    result = probe(str(cache.path), None, quiet=True)[0]
+    results = probe(str(cache.path), None, quiet=True)
+    result = results[0]
     assert (result.subject, result.train_rows, result.val_rows) == ("test:linear", 100, 40)
     assert result.data_sha256 == cache.sha256 and result.knn > 0.7  # the tint tells the classes apart
     assert read_record(ProbeResult, tmp_path / "cache.run" / "probe.json") == result
+    assert [one.label for one in results] == ["full", "full cls", "full both"]
+    assert results[1].knn == pytest.approx(result.knn, abs=0.05)  # its CLS is the mean patch token, in float16
+    files = [tmp_path / "cache.run" / name for name in ("probe-cls.json", "probe-both.json")]
+    assert [read_record(ProbeResult, file) for file in files] == results[1:]
+    facts = result.teacher
+    assert (facts.dead, facts.outliers, facts.relative_mse, facts.cosine) == ((), (), 0.0, 1.0)
+    flat = np.concatenate([chunk.features() for chunk in chunks(cache)]).reshape(-1, 16)
+    share = np.linalg.svd(flat, compute_uv=False)
+    share /= share.sum()
+    assert facts.effective_rank == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
+
+
+def chunks(cache):
+    (unit,) = cache.complete_units("val")
+    return [unit.chunk(number) for number in range(unit.num_chunks)]
+
+
+def test_odd_channels_are_named_by_number():
+    std, mean = np.ones(8), np.zeros(8)
+    std[1], std[2], std[3], mean[4], mean[5] = 5e-4, 2e-3, 11.0, -10.5, 9.0
+    assert odd_channels(mean, std) == ((1,), (3, 4))
+
+
+def test_features_are_the_tokens_they_name(data, tmp_path):
+    backbone = load_encoder(str(make_run(tmp_path / "run")))
+    pictures, rows = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), np.array([5, 9])
+    probers = {tokens: Prober(backbone, Dataset(data), 0, 0, True, tokens) for tokens in ("mean", "cls", "both")}
+    with torch.inference_mode():
+        full = {tokens: prober.full()(pictures, rows) for tokens, prober in probers.items()}
+        masked = {tokens: prober.masked(3)(pictures, rows) for tokens, prober in probers.items()}
+        assert torch.allclose(full["cls"], backbone.model.forward_features(pictures)[:, 0], atol=1e-6)
+        pool = torch.from_numpy(mask_pool(0, 0, 4096, 32, 0.75))
+        picks = [torch.from_numpy(mask_picks(0, k, rows, 16, 4096)) for k in range(3)]
+        expected = sum(backbone.masked.tokens(pictures, backbone.masked.mask((pool, pick)))[:, 0] for pick in picks)
+        assert torch.allclose(masked["cls"], expected / 3, atol=1e-6)
+    for found in (full, masked):
+        assert torch.equal(found["both"], torch.cat([found["mean"], found["cls"]], dim=1))
+
+
+def test_few_labels_and_other_features_have_files_of_their_own(data, tmp_path):
+    run = make_run(tmp_path / "run")
+    results = probe(str(run), data, inputs=["full"], quiet=True, features=["mean", "both"], shots=6)
+    assert [(one.label, one.train_rows) for one in results] == [("full 6 shots", 12), ("full both 6 shots", 12)]
+    assert sorted(path.name for path in (run / "probe").iterdir()) == ["full-both-shots-6.json", "full-shots-6.json"]
+    dataset, prober = Dataset(data), Prober(load_encoder(str(run)), Dataset(data), 0, 0, True, shots=6)
+    rows = training_rows(dataset.labels("train"), dataset.classes, 6, 0)
+    assert prober.rows().tolist() == rows.tolist()
+    cache = make_cache(tmp_path / "cache")
+    assert probe(str(cache.path), None, ["knn"], quiet=True, features=["cls"], shots=3)[0].train_rows == 6
+    assert [file.name for file in (tmp_path / "cache.run").glob("*.json")] == ["probe-cls-shots-3.json"]
+
+
+def test_a_result_says_what_made_it_and_results_of_before_are_still_read(tmp_path, capsys):
+    run, data = make_run(tmp_path / "run"), make_dataset(tmp_path / "data", 32, 16, copies=2).path
+    result = probe(str(run), data, ["knn"], ["full"])[0]
+    assert (result.val_in_train, result.features, result.shots) == (2, "mean", 0)
+    assert "2 of 16 pictures of 'val' are also in 'train', byte for byte, such as row 0" in capsys.readouterr().out
+    assert result.run_sha256 == file_sha256(run / "run.json") and result.cache_sha256 == "0" * 64
+    assert result.software.startswith(version("masked-channel-modeling"))
+    assert probe(str(run), data, ["knn"], ["full"], quiet=True)[0].val_in_train == 2 and not capsys.readouterr().out
+    later = ("val_in_train", "features", "shots", "run_sha256", "cache_sha256", "software")
+    before = result.model_copy(update=dict.fromkeys(later))
+    write_atomic(tmp_path / "before.json", encode_record(before))
+    assert not any(name in (tmp_path / "before.json").read_text() for name in later)
+    assert read_record(ProbeResult, tmp_path / "before.json") == before and before.label == "full"
 
 
 @pytest.mark.parametrize(
@@ -90,11 +163,24 @@ def test_a_caches_teacher_is_probed_on_its_own_features(tmp_path):
         ({"inputs": ["masked:0"]}, "masked:K with K > 0"),
         ({"inputs": ["half"]}, "expected full, folded or masked:K"),
         ({"data": None}, "expected --data DATASET"),
+        ({"features": ["clss"]}, "did you mean 'cls'"),
+        ({"shots": 2}, "--shots 2: expected 5 or more for the linear probe"),
+        ({"shots": 90, "methods": ["knn"]}, "expected 90 labels a class; class 'even' has 48"),
     ],
 )
 def test_bad_requests(arguments, message, data, tmp_path):
     with pytest.raises(UsageError, match=message):
         probe(str(make_run(tmp_path / "run")), **({"data": data} | arguments))
+
+
+def test_what_has_no_class_token_has_no_features_of_it(data, tmp_path, monkeypatch):
+    model = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, class_token=False, global_pool="avg"
+    )
+    backbone = replace(load_encoder(str(make_run(tmp_path / "run"))), model=model, masked=None)
+    monkeypatch.setattr("mcm.probe.load_encoder", lambda *_, **__: backbone)
+    with pytest.raises(UsageError, match="--features both: expected a class token; timm:x has none; use mean"):
+        probe("timm:x", data, features=["both"])
 
 
 def test_unlabelled_pictures_are_refused(tmp_path):
