@@ -3,9 +3,7 @@
 Letters: S samples, N patches, C channels, H W pixels.
 """
 
-import base64
 import html
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -18,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cache_tools.errors import CorruptionError, UsageError
-from cache_tools.preview import pca_colours
 from cache_tools.records import read_json, read_record
 from cache_tools.storage import run_folder, write_atomic
+from mcm.figures import Array, curves, samples
 from mcm.probe import ProbeResult
 from mcm.run_folder import last_eval, read_metrics
 
@@ -135,7 +133,7 @@ def _html_table(table: Table) -> str:
 
 
 def _run_section(run: Path) -> str:
-    parts = [f"<h2>{html.escape(run.name)}</h2>", _curves(read_metrics(run)), _samples(run)]
+    parts = [f"<h2>{html.escape(run.name)}</h2>", curves(_series(read_metrics(run))), _samples(run)]
     for name in ("config.toml", "env.json", "run.json"):
         if (run / name).is_file():
             toml = name.endswith("toml")
@@ -144,55 +142,26 @@ def _run_section(run: Path) -> str:
     return "".join(parts)
 
 
-def _image(figure: Any) -> str:
-    """A matplotlib figure as an <img> that holds its own PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def _curves(metrics: Sequence[dict[str, Any]]) -> str:
-    from matplotlib.figure import Figure
-
+def _series(metrics: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Points (step, value) of every number in the log; those of evaluations are called "eval NAME"."""
     series: dict[str, list[tuple[int, float]]] = {}
     for line in metrics:
         for name, value in {**line, **{f"eval {k}": v for k, v in line.get("eval", {}).items()}}.items():
             if isinstance(value, int | float) and name not in ("step", "epoch", "time"):
                 series.setdefault(name, []).append((line["step"], value))
-    if not series:
-        return "<p>no metrics yet</p>"
-    columns = 3
-    height = -(-len(series) // columns)
-    figure = Figure(figsize=(12, 2.6 * height), layout="constrained")
-    axes = figure.subplots(height, columns, squeeze=False).ravel()
-    for axis, (name, points) in zip(axes, series.items(), strict=False):
-        axis.plot(*zip(*points, strict=True), linewidth=1, marker="." if len(points) < 20 else None)
-        axis.set(title=name, xlabel="step")
-    for axis in axes[len(series) :]:
-        axis.remove()
-    return _image(figure)
+    return series
 
 
 def _samples(run: Path) -> str:
-    """Views beside the PCA colours of target and prediction, in one basis: the target's."""
-    path = run / "samples.safetensors"
-    if not path.is_file():
-        return ""
-    from matplotlib.figure import Figure
+    tensors = _tensors(run / "samples.safetensors")
+    return samples(tensors, _json(run / "run.json")["grid"]) if tensors else ""
 
+
+def _tensors(path: Path) -> dict[str, Array]:
+    """The arrays of a file, float32 where they are float16; none where there is no file."""
+    if not path.is_file():
+        return {}
     try:
-        tensors = load_file(path)
+        return {k: x.astype(np.float32) if x.dtype == np.float16 else x for k, x in load_file(path).items()}
     except SafetensorError as error:
         raise CorruptionError(f"{path}: expected safetensors: {error}; remove it, or resume the run") from error
-    target, prediction = tensors["target"].astype(np.float32), tensors["prediction"].astype(np.float32)
-    grid = tuple(_json(run / "run.json")["grid"])
-    rows = [pca_colours(features, target).reshape(len(target), *grid, 3) for features in (target, prediction)]
-    count = len(target)
-    figure = Figure(figsize=(1.4 * count, 4.4), layout="constrained")
-    axes = figure.subplots(3, count, squeeze=False)
-    for label, pictures, row in zip(("view", "target", "prediction"), (tensors["views"], *rows), axes, strict=True):
-        for axis, picture in zip(row, pictures, strict=True):
-            axis.imshow(picture)
-            axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(label)
-    return _image(figure)

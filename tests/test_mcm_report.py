@@ -10,10 +10,11 @@ from make_run import make_run
 from safetensors.numpy import save_file
 
 from cache_tools.errors import CorruptionError, UsageError
+from cache_tools.preview import pca_colours
 from cache_tools.records import encode_record
 from cache_tools.storage import write_atomic
 from mcm.probe import ProbeResult
-from mcm.report import Table, pca_colours, report
+from mcm.report import Table, report
 
 
 def result(kind, knn, linear):
