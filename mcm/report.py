@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from cache_tools.errors import CorruptionError, UsageError
 from cache_tools.records import read_json, read_record
 from cache_tools.storage import run_folder, write_atomic
-from mcm.figures import Array, curves, samples
+from mcm.figures import Array, channel_figures, channel_maps, curves, samples
 from mcm.probe import ProbeResult
 from mcm.run_folder import last_eval, read_metrics
 
@@ -133,7 +133,7 @@ def _html_table(table: Table) -> str:
 
 
 def _run_section(run: Path) -> str:
-    parts = [f"<h2>{html.escape(run.name)}</h2>", curves(_series(read_metrics(run))), _samples(run)]
+    parts = [f"<h2>{html.escape(run.name)}</h2>", curves(_series(read_metrics(run))), _pictures(run)]
     for name in ("config.toml", "env.json", "run.json"):
         if (run / name).is_file():
             toml = name.endswith("toml")
@@ -152,9 +152,14 @@ def _series(metrics: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, floa
     return series
 
 
-def _samples(run: Path) -> str:
-    tensors = _tensors(run / "samples.safetensors")
-    return samples(tensors, _json(run / "run.json")["grid"]) if tensors else ""
+def _pictures(run: Path) -> str:
+    """Samples and channels, as far as the run has them."""
+    shown, channels = _tensors(run / "samples.safetensors"), _tensors(run / "channels.safetensors")
+    parts = [samples(shown, _json(run / "run.json")["grid"])] if shown else []
+    if channels:
+        parts += ["<h3>channels</h3>", channel_figures(channels, last_eval(run))]
+        parts += [channel_maps(shown, channels, _json(run / "run.json")["grid"])] if shown else []
+    return "".join(parts)
 
 
 def _tensors(path: Path) -> dict[str, Array]:

@@ -13,6 +13,7 @@ from cache_tools.errors import CorruptionError, UsageError
 from cache_tools.preview import pca_colours
 from cache_tools.records import encode_record
 from cache_tools.storage import write_atomic
+from mcm import figures
 from mcm.probe import ProbeResult
 from mcm.report import Table, report
 
@@ -36,6 +37,24 @@ def tuned_run(path, init, top1):
     return path
 
 
+def channels(count):
+    """The first one is constant; full inputs are far out of the distribution."""
+    r2 = np.linspace(0.0, 0.9, count, dtype=np.float32)
+    return {"r2_masked": r2, "r2_full": -5 * r2, "target_std": np.sign(r2)}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures themselves, as they are drawn."""
+    found = []
+    monkeypatch.setattr(figures, "_image", lambda figure: found.append(figure) or "<img>")
+    return found
+
+
+def titles(figure):
+    return [axis.get_title() for axis in figure.axes]
+
+
 @pytest.fixture
 def runs(tmp_path):
     run, cache = make_run(tmp_path / "mcm"), make_cache(tmp_path / "cache", 20, 16, 1).path
@@ -47,6 +66,7 @@ def runs(tmp_path):
     tokens = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float16)
     samples = {"views": np.zeros((2, 32, 32, 3), np.uint8), "target": tokens, "prediction": tokens + 1}
     save_file(samples, run / "samples.safetensors")
+    save_file(channels(8), run / "channels.safetensors")
     lines = [{"step": s, "epoch": s / 5, "loss": 1 / s, "lr": 0.1} for s in (1, 2, 3)]
     lines += [{"step": 3, "epoch": 0.6, "eval": {"r2_masked": 0.668, "r2_full": -0.25}}]
     write_atomic(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
@@ -69,7 +89,7 @@ def test_the_file_stands_alone_and_holds_everything(runs, tmp_path):
     table = report(runs, tmp_path / "r.html", note="the teacher <saw> the labels")
     page = (tmp_path / "r.html").read_text()
     assert "the teacher &lt;saw&gt; the labels" in page
-    assert page.count("data:image/png;base64,") == 4  # curves of three runs, samples of one
+    assert page.count("data:image/png;base64,") == 7  # curves of three runs, four figures of one
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "global_batch" in page and "cache_sha256" in page
     assert all(f"<td>{cell}</td>" in page for line in table.lines()[1:] for cell in line)
@@ -102,9 +122,61 @@ def test_damaged_files_of_a_run_are_named(runs, tmp_path):
         ("metrics.jsonl", b'{"ste0": 1}\n', r"metrics\.jsonl: line 1: expected a JSON object with a step"),
         ("run.json", b"{", r"run\.json: expected a JSON object"),
         ("samples.safetensors", b"{", r"samples\.safetensors: expected safetensors"),
+        ("channels.safetensors", b"{", r"channels\.safetensors: expected safetensors"),
     ):
         good = (runs[0] / name).read_bytes()
         (runs[0] / name).write_bytes(damage + good)
         with pytest.raises(CorruptionError, match=words):
             report(runs, tmp_path / "r.html")
         (runs[0] / name).write_bytes(good)
+
+
+def test_curves_that_belong_together_share_an_axis(drawn):
+    names = ["loss", "eval loss_masked", "eval loss_full", "eval r2_full", "eval r2_masked", "lr", "new", "eval newer"]
+    figures.curves({name: [(1, 0.5), (9, -7.0 if name == "eval r2_full" else 1.0)] for name in names})
+    axes = {axis.get_title(): axis for axis in drawn[0].axes}
+    assert list(axes) == ["loss", "held-out R^2 (clipped at -1, lowest -7)", "learning rate", "new", "eval newer"]
+    loss, r2, *_ = axes.values()
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == [
+        "train", "held out, masked", "held out, full",
+    ]  # fmt: skip
+    assert r2.get_ylim()[0] >= -1.1 and r2.get_ylim()[1] > 1 and axes["new"].get_legend() is None
+
+
+def test_channels_show_every_channel_and_the_overall_r2(drawn):
+    figures.channel_figures(channels(30), {"r2_masked": 0.5, "r2_full": -2.0})
+    counts, against = drawn[0].axes
+    assert sum(patch.get_height() for patch in counts.patches) == 60
+    labels = [text.get_text() for text in counts.get_legend().get_texts()]
+    assert {"masked", "full", "masked, all channels: 0.500", "full, all channels: -2.000"} == set(labels)
+    assert "clipped at -1, lowest -4.5" in counts.get_title() and "1 constant" in against.get_xlabel()
+    points = np.concatenate([part.get_offsets() for part in against.collections])
+    assert len(points) == 60 and points[:, 0].min() > 0 and points[:, 1].min() >= -1
+
+
+@pytest.mark.parametrize("kind", ["masked", "full"])
+def test_maps_are_of_the_best_and_the_worst_channels_that_vary(drawn, kind):
+    known = channels(30)
+    known = known if kind == "masked" else {"r2_full": known["r2_masked"], "target_std": known["target_std"]}
+    tokens = np.random.default_rng(0).standard_normal((2, 16, 30))
+    shown = {"views": np.zeros((2, 32, 32, 3), np.uint8), "target": tokens, "prediction": -tokens}
+    figures.channel_maps(shown, known, (4, 4))
+    best, worst = ([int(title.split()[1][:-1]) for title in titles(figure) if title] for figure in drawn)
+    assert best == [29, 28, 27, 26] and worst == [4, 3, 2, 1]
+    assert all(kind in figure.get_suptitle() for figure in drawn)
+    pair = drawn[0].axes[1].images[0].get_array()
+    assert pair.shape == (4, 9) and np.allclose(pair[:, :4], -pair[:, 5:])
+    assert np.allclose(pair[:, :4], tokens[0, :, 29].reshape(4, 4))
+
+
+def test_few_channels_and_constant_ones_are_drawn_too(drawn):
+    shown = {
+        "views": np.zeros((1, 32, 32, 3), np.uint8),
+        "target": np.ones((1, 16, 3)),
+        "prediction": np.ones((1, 16, 3)),
+    }
+    constant = {"r2_full": np.zeros(3, np.float32), "target_std": np.zeros(3, np.float32)}
+    assert figures.channel_maps(shown, channels(3), (4, 4)) == "<img>"
+    assert figures.channel_maps(shown, constant, (4, 4)) == ""
+    assert figures.channel_figures(constant, {}) == "<img>"
+    assert figures._panels(1, 3, 2.0)[1].shape == (1,)
