@@ -154,12 +154,12 @@ def export(
 @app.command()
 @guarded
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN|CACHE...")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN|CACHE|ABLATIONS...")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The HTML file.")] = Path("report.html"),
     note: Annotated[str, typer.Option(metavar="TEXT", help="Shown above the table.")] = "",
     json: Json = False,
 ) -> None:
-    """One static HTML file on all of RUNs, and their table on stdout; a CACHE adds its teacher."""
+    """One static HTML file on all RUNs, and their table on stdout; a CACHE adds its teacher, ABLATIONS a section."""
     from mcm.report import report as write
 
     table = write(runs, out, note)

@@ -134,6 +134,20 @@ def samples(tensors: Mapping[str, Array], grid: Sequence[int]) -> str:
     return _image(figure)
 
 
+def dots(columns: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str]) -> str:
+    """An axis a column: in percent a dot a seed and a bar for their mean, the rows from top to bottom."""
+    figure, axes = _panels(len(columns), 3, 0.9 + 0.24 * len(rows))
+    for i, (axis, (title, cells)) in enumerate(zip(axes, columns.items(), strict=True)):
+        for y, values in enumerate(cells):
+            percent = 100 * np.array(values)
+            axis.plot(percent, np.full(len(values), y), "o", color="C0", alpha=0.55, markersize=5, markeredgewidth=0)
+            if len(values):
+                axis.plot(percent.mean(), y, "|", color="C3", markersize=13, markeredgewidth=2)
+        axis.set(title=title, xlabel="%", yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5))
+        axis.set_yticklabels([] if i % 3 else rows)
+    return _image(figure)
+
+
 def _panels(count: int, columns: int, height: float) -> tuple[Figure, Array]:
     """A figure of `count` axes."""
     rows = -(-count // columns)

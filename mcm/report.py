@@ -1,11 +1,9 @@
-"""One static HTML file on some runs: the table of accuracies, curves, pictures, configuration and provenance.
-
-Letters: S samples, N patches, C channels, H W pixels.
-"""
+"""One static HTML file on some runs: tables of accuracies and ablations, figures, configuration and provenance."""
 
 import html
 import json
 import os
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +16,16 @@ from safetensors.numpy import load_file
 from cache_tools.errors import CorruptionError, UsageError
 from cache_tools.records import read_json, read_record
 from cache_tools.storage import run_folder, write_atomic
-from mcm.figures import Array, channel_figures, channel_maps, curves, samples
+from mcm.figures import Array, channel_figures, channel_maps, curves, dots, samples
 from mcm.probe import ProbeResult
 from mcm.run_folder import last_eval, read_metrics
 
 COLUMNS = ("k-NN full", "k-NN folded", "linear full", "linear folded", "fine-tuned top-1")
 FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full"}  # held out; masked at the run's ratio, and full
+ABLATIONS = {"plan", "note", "columns", "rows"}  # of a results.json
+MINUTES = "minutes"  # of an ablation's row
 RANDOM = "random init"
+CAPTION = "accuracy in percent; the linear probe is fitted by LBFGS"
 STYLE = "body{font:15px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse}td,th{padding:.3em .8em;\
 border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#f4f4f4;\
 padding:1em;overflow:auto}img{max-width:100%}"
@@ -60,38 +61,46 @@ class Table:
 
     def text(self) -> str:
         """Aligned columns for a terminal."""
-        lines = self.lines()
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        return "\n".join(
-            "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))])
-            for first, *cells in lines
-        )
+        return aligned(self.lines())
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Header and rows as aligned columns for a terminal."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))])
+        for first, *cells in lines
+    )
 
 
 def _shown(column: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.3f}" if column in FIT.values() else f"{100 * value:.1f}"
+    if column in FIT.values():
+        return f"{value:.3f}"
+    return f"{value if column == MINUTES else 100 * value:.1f}"
 
 
 def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
     """Write the HTML file and return its table.
 
-    Raises: UsageError for a folder that is neither a RUN nor a CACHE.
+    Raises: UsageError for a folder that is no RUN, no CACHE and holds no ablations.
     """
     table = Table()
     sections = []
     for path in runs:
         if (path / "cache.json").is_file():
-            results = [run_folder(path) / "probe.json"]
-            _add_probes(table, f"teacher {path.name}", results, path.name)
+            _add_probes(table, f"teacher {path.name}", [run_folder(path) / "probe.json"], path.name)
         elif (path / "run.json").is_file():
             _add_run(table, path, runs)
             sections.append(_run_section(path))
+        elif ABLATIONS <= (results := _json(path / "results.json")).keys():
+            sections.append(ablation_html(results))
         else:
-            raise UsageError(f"{path}: expected a RUN (run.json) or a CACHE (cache.json); it is neither")
+            raise UsageError(f"{path}: expected a RUN (run.json), CACHE (cache.json) or ablations (results.json)")
     header = f"<p>{html.escape(note)}</p>" if note else ""
-    body = f"<h1>Masked Channel Modeling</h1>{header}{_html_table(table)}{''.join(sections)}"
+    overview = _html_table(table.lines(), CAPTION) if table.cells else ""
+    body = f"<h1>Masked Channel Modeling</h1>{header}{overview}{''.join(sections)}"
     page = f"<!doctype html><meta charset=utf-8><title>Masked Channel Modeling</title><style>{STYLE}</style>{body}\n"
     write_atomic(out, page.encode())
     return table
@@ -124,12 +133,44 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _html_table(table: Table) -> str:
-    rows = [[html.escape(cell) for cell in line] for line in table.lines()]
+def _html_table(lines: Sequence[Sequence[str]], caption: str) -> str:
+    rows = [[html.escape(cell) for cell in line] for line in lines]
     head = "".join(f"<th>{cell}</th>" for cell in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    caption = "<caption>accuracy in percent; the linear probe is fitted by LBFGS</caption>"
-    return f"<table>{caption}<tr>{head}</tr>{body}</table>"
+    return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+
+
+def ablation_lines(results: dict[str, Any]) -> list[list[str]]:
+    """Header and rows as text: mean and sample std over the seeds that are done, accuracies in percent."""
+
+    def cell(column: str, values: Sequence[float]) -> str:
+        shown = _shown(column, statistics.mean(values) if values else None)
+        return f"{shown} ± {_shown(column, statistics.stdev(values))}" if len(values) > 1 else shown
+
+    columns = results["columns"]
+    rows = [[_row_name(row), *(cell(c, row["values"].get(c, ())) for c in columns)] for row in results["rows"]]
+    return [["variant", *columns], *rows]
+
+
+def ablation_markdown(results: dict[str, Any]) -> str:
+    """The table in GitHub's Markdown."""
+    head, *rows = [[cell.replace("|", "\\|") for cell in line] for line in ablation_lines(results)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---", *["---:"] * (len(head) - 1)], *rows))
+
+
+def ablation_html(results: dict[str, Any]) -> str:
+    """The table, and every accuracy of every seed in a figure."""
+    rows, others = results["rows"], {*FIT.values(), MINUTES}
+    cells = {c: [row["values"].get(c, []) for row in rows] for c in results["columns"] if c not in others}
+    measured = {column: values for column, values in cells.items() if any(values)}
+    figure = dots(measured, [_row_name(row) for row in rows]) if measured else ""
+    title, note = html.escape(results["plan"]), html.escape(results["note"])
+    caption = "mean ± sample std over the seeds; accuracies in percent"
+    return f"<h2>{title}</h2><p>{note}</p>{_html_table(ablation_lines(results), caption)}{figure}"
+
+
+def _row_name(row: dict[str, Any]) -> str:
+    return f"{row['name']} (underfitted)" if row["underfitted"] else str(row["name"])
 
 
 def _run_section(run: Path) -> str:

@@ -15,7 +15,7 @@ from cache_tools.records import encode_record
 from cache_tools.storage import write_atomic
 from mcm import figures
 from mcm.probe import ProbeResult
-from mcm.report import Table, report
+from mcm.report import Table, ablation_html, ablation_lines, ablation_markdown, report
 
 
 def result(kind, knn, linear):
@@ -41,6 +41,23 @@ def channels(count):
     """The first one is constant; full inputs are far out of the distribution."""
     r2 = np.linspace(0.0, 0.9, count, dtype=np.float32)
     return {"r2_masked": r2, "r2_full": -5 * r2, "target_std": np.sign(r2)}
+
+
+ABLATION = {
+    "plan": "masks", "note": "3 <hours>", "columns": ["k-NN full", "linear full", "R^2 masked", "minutes"],
+    "rows": [
+        {
+            "name": "channel|75", "lr": 1e-3, "seeds": [0, 1], "underfitted": False,
+            "values": {
+                "k-NN full": [0.41, 0.43], "linear full": [0.5, 0.5], "R^2 masked": [0.1, 0.2], "minutes": [4, 5],
+            },
+        },
+        {
+            "name": "none", "lr": 1e-3, "seeds": [0], "underfitted": True,
+            "values": {"k-NN full": [0.5], "minutes": [4.25]},
+        },
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -112,7 +129,10 @@ def test_pca_colours_lie_in_the_unit_cube_and_share_the_targets_basis():
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="it is neither"):
+    with pytest.raises(UsageError, match="expected a RUN"):
+        report([tmp_path], tmp_path / "r.html")
+    write_atomic(tmp_path / "results.json", b'{"mine": 1}')
+    with pytest.raises(UsageError, match="expected a RUN"):
         report([tmp_path], tmp_path / "r.html")
 
 
@@ -180,3 +200,26 @@ def test_few_channels_and_constant_ones_are_drawn_too(drawn):
     assert figures.channel_maps(shown, constant, (4, 4)) == ""
     assert figures.channel_figures(constant, {}) == "<img>"
     assert figures._panels(1, 3, 2.0)[1].shape == (1,)
+
+
+def test_ablations_as_text_and_as_markdown():
+    assert ablation_lines(ABLATION) == [
+        ["variant", "k-NN full", "linear full", "R^2 masked", "minutes"],
+        ["channel|75", "42.0 ± 1.4", "50.0 ± 0.0", "0.150 ± 0.071", "4.5 ± 0.7"],
+        ["none (underfitted)", "50.0", "-", "-", "4.2"],
+    ]
+    lines = ablation_markdown(ABLATION).splitlines()
+    assert lines[1] == "| --- | ---: | ---: | ---: | ---: |" and lines[2].startswith("| channel\\|75 | 42.0 ± 1.4 |")
+    assert lines[3] == "| none (underfitted) | 50.0 | - | - | 4.2 |" and len(lines) == 4
+
+
+def test_ablations_are_a_section_with_a_dot_a_seed(drawn, tmp_path):
+    write_atomic(tmp_path / "a" / "results.json", json.dumps(ABLATION).encode())
+    assert report([tmp_path / "a"], tmp_path / "r.html").rows() == []
+    page = (tmp_path / "r.html").read_text()
+    assert ablation_html(ABLATION) in page and "3 &lt;hours&gt;" in page and page.count("<table>") == 1
+    assert titles(drawn[0]) == ["k-NN full", "linear full"]
+    dots, mean, *_ = drawn[0].axes[0].lines
+    assert np.allclose(dots.get_xdata(), [41, 43]) and np.allclose(mean.get_xdata(), 42)
+    nothing = ABLATION | {"rows": [row | {"values": {}} for row in ABLATION["rows"]]}
+    assert "<img>" not in ablation_html(nothing)
