@@ -22,7 +22,7 @@ from mcm.run_folder import last_eval, read_metrics
 
 COLUMNS = ("k-NN full", "k-NN folded", "linear full", "linear folded", "fine-tuned top-1")
 FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full"}  # held out; masked at the run's ratio, and full
-ABLATIONS = {"plan", "note", "columns", "rows"}  # of a results.json
+ABLATIONS = {"columns", "rows"}  # of a results.json
 MINUTES = "minutes"  # of an ablation's row
 RANDOM = "random init"
 CAPTION = "accuracy in percent; the linear probe is fitted by LBFGS"
@@ -164,9 +164,9 @@ def ablation_html(results: dict[str, Any]) -> str:
     cells = {c: [row["values"].get(c, []) for row in rows] for c in results["columns"] if c not in others}
     measured = {column: values for column, values in cells.items() if any(values)}
     figure = dots(measured, [_row_name(row) for row in rows]) if measured else ""
-    title, note = html.escape(results["plan"]), html.escape(results["note"])
+    title, note = (html.escape(results.get(name, "")) for name in ("plan", "note"))
     caption = "mean ± sample std over the seeds; accuracies in percent"
-    return f"<h2>{title}</h2><p>{note}</p>{_html_table(ablation_lines(results), caption)}{figure}"
+    return f"<h2>ablations {title}</h2><p>{note}</p>{_html_table(ablation_lines(results), caption)}{figure}"
 
 
 def _row_name(row: dict[str, Any]) -> str:
