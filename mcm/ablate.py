@@ -6,7 +6,7 @@ Processes share a plan by locks, one a GPU: start the same command as often as t
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +111,14 @@ class Ablation:
                 self.finetune_config(name, None, self.first_seed)
 
     def run(self) -> None:
-        """Every row in the plan's order; what another process works on is waited for at the end."""
-        while not all([self._row(name) for name in self.plan.rows]):
+        """Every row with the first seed, then with the next; what another process works on is waited for at the end."""
+        parts = [self.plan.seeds[: count + 1] for count in range(len(self.plan.seeds))]
+        while not all([self._row(name, seeds) for seeds in parts for name in self.plan.rows]):
             time.sleep(WAIT_S)
 
-    def _row(self, name: str) -> bool:
+    def _row(self, name: str, seeds: Sequence[int]) -> bool:
         """Do what can be done of a row now; tells whether all of it is done."""
-        init, seeds = self.plan.rows[name].init, self.plan.seeds
+        init = self.plan.rows[name].init
         if not init:
             first = [self._pretrained(name, lr, self.first_seed) for lr in self.plan.lr or (None,)]
             if not all(first):

@@ -108,7 +108,8 @@ def test_two_processes_share_it_and_neither_does_anything_twice(straight, place)
     out = place / "shared"
     both = [start(command(place, out)) for _ in range(2)]
     for process in both:
-        assert process.wait(300) == 0, process.stderr.read()
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
     assert steps(out) == steps(straight)
     assert results(out) == results(straight)
 
@@ -120,7 +121,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_table(straight, place):
         while process.poll() is None and sum(steps(out).values()) < 12:
             pass
         process.send_signal(number)
-        process.wait(60)
+        process.communicate(timeout=60)
     ablate(load_toml(Plan, place / "plan.toml"), place / "cache", place / "data", out, workers=0)
     assert results(out) == results(straight)
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/*/checkpoints/*")}
