@@ -89,14 +89,8 @@ class Ablation:
 
         Raises: UsageError.
         """
-        self.plan, self.cache, self.data, self.out, self.weights, self.workers = (
-            plan,
-            cache,
-            data,
-            out,
-            weights,
-            workers,
-        )
+        self.plan, self.cache, self.data, self.out = plan, cache, data, out
+        self.weights, self.workers = weights, workers
         self.dataset, self.first_seed = labelled(Dataset(data)), plan.seeds[0]
         self.trained = [name for name, row in plan.rows.items() if not row.init]
         if not self.trained:
@@ -107,7 +101,7 @@ class Ablation:
             Cache(self._cache_of(row))
             for lr in plan.lr or (None,):
                 self.config(name, lr, self.first_seed)
-            if row.init or plan.finetune:
+            if self._tunes(name):
                 self.finetune_config(name, None, self.first_seed)
 
     def run(self) -> None:
@@ -128,7 +122,7 @@ class Ablation:
                 return False
         elif init == "random" and not all([self._probed(name, seed) for seed in seeds]):
             return False
-        if not init and not self.plan.finetune:
+        if not self._tunes(name):
             return True
         first = [self._finetuned(name, lr, self.first_seed) for lr in self.plan.finetune_lr or (None,)]
         return all(first) and all([self._finetuned(name, self.chosen_finetune_lr(name), seed) for seed in seeds])
@@ -143,11 +137,8 @@ class Ablation:
         return ours
 
     def _pretrained(self, name: str, lr: float | None, seed: int) -> bool:
-        run, config, cache = (
-            self.path(name, lr, seed),
-            self.config(name, lr, seed),
-            self._cache_of(self.plan.rows[name]),
-        )
+        run, config = self.path(name, lr, seed), self.config(name, lr, seed)
+        cache = self._cache_of(self.plan.rows[name])
         if not self._done(run, lambda: is_complete(run, config), lambda: pretrain(config, cache, run)):
             return False
         needed, choice = len(self.plan.lr) > 1 and seed == self.first_seed, run / "choice.json"
@@ -176,6 +167,9 @@ class Ablation:
         return self._done(
             run, lambda: is_complete(run, config), lambda: finetune(config, self.data, init, weights, run)
         )
+
+    def _tunes(self, name: str) -> bool:
+        return bool(self.plan.rows[name].finetune or self.plan.finetune)
 
     def _cache_of(self, row: Row) -> Path:
         return self.cache.parent / row.cache if row.cache else self.cache
@@ -253,7 +247,7 @@ class Ablation:
         if row.init in ("", "random"):
             for file in self.probe_files(name, seed).values():
                 found |= _columns(read_record(ProbeResult, file))
-        if row.init or self.plan.finetune:
+        if self._tunes(name):
             found["fine-tuned"] = last_eval(self.finetune_path(name, self.chosen_finetune_lr(name), seed))["top1"]
         if not row.init:
             run = self.path(name, self.chosen_lr(name), seed)
