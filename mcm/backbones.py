@@ -29,6 +29,7 @@ from mcm.model import MaskedChannelModel, build_encoder, encode_tokens
 from mcm.run_folder import PretrainRun, recorded, recorded_config
 
 SHOWN_NAMES = 4  # tensors named in a message
+BATCHNORM_EPS = 1e-6  # of a frozen run's head, as MAE
 CROP_PCT = 1.0  # a student of ours is evaluated on the whole centre square, as the held-out views are cut
 # What timm and torch were seen to raise on arguments that make no model.
 NOT_A_CONFIG = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
@@ -198,8 +199,19 @@ def _load_newest(model: nn.Module, folder: Path) -> str:
     found = checkpoint.latest(folder, optimizer=False)
     if found is None:
         raise UsageError(f"{folder}: expected a checkpoint; it has none yet; let it train until it saves one")
-    load_whole(model, found.model, str(found.path))
+    load_whole(model, _plain_head(found.model), str(found.path))
     return f"{found.path.name} sha256:{found.model_sha256[:12]}"
+
+
+def _plain_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with the BatchNorm of a frozen run's head folded into its linear layer: timm's head holds it."""
+    if "head.0.running_mean" not in state:
+        return state
+    names = ("0.running_mean", "0.running_var", "1.weight", "1.bias")
+    mean_D, var_D, weight_KD, bias_K = (state[f"head.{name}"] for name in names)
+    weight_KD = weight_KD / (var_D + BATCHNORM_EPS).sqrt()
+    encoder = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    return encoder | {"head.weight": weight_KD, "head.bias": bias_K - weight_KD @ mean_D}
 
 
 def _from_export(folder: Path) -> Backbone:

@@ -104,11 +104,18 @@ class Optim(Record):
 
 
 class FinetuneOptim(Optim):
-    """AdamW with the learning rate of block i scaled by layer_decay ** (blocks above it + 1); 1 is off."""
+    """The learning rate of block i is scaled by layer_decay ** (blocks above it + 1); 1 is off.
+
+    LARS has beta1 for its momentum. With `ema`, an average of the weights that keeps this share of itself a step is
+    what is evaluated and exported; 0 is off.
+    """
+
+    name: Literal["adamw", "lars"] = "adamw"
 
     beta2: BelowOne = 0.999
     clip_norm: NonNegativeFloat = 0.0
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    ema: BelowOne = 0.0
 
 
 class Schedule(Record):
@@ -195,8 +202,12 @@ class Data(Record):
 
 
 class FinetuneConfig(Record):
-    """One fine-tuning run; `student` is for `--init random` only, any other init brings its architecture."""
+    """One fine-tuning run; `student` is for `--init random` only, any other init brings its architecture.
 
+    `frozen`: only the head trains, behind a BatchNorm of each micro-batch, as in MAE's linear probe.
+    """
+
+    frozen: bool = False
     pool: Literal["avg", "token"] = "avg"
     drop_path: BelowOne = 0.0
     student: SizedStudent | None = None

@@ -1,4 +1,4 @@
-"""Fine-tuning: an encoder with a new linear head, all layers trained, on the same loop as pre-training.
+"""Fine-tuning: an encoder with a new linear head, all layers trained or the head alone, on the loop of pre-training.
 
 Letters: B batch, K classes, H W pixels.
 """
@@ -7,25 +7,28 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cache_tools.dataset import Dataset
+from cache_tools.errors import UsageError
 from mcm.augment import Mixer, eval_transform, train_transform
-from mcm.backbones import Backbone, FinetuneRun, load_encoder, model_args
+from mcm.backbones import BATCHNORM_EPS, Backbone, FinetuneRun, load_encoder, model_args
 from mcm.classify import training_rows
 from mcm.config import FinetuneConfig
+from mcm.fsdp import LAUNCH
 from mcm.heartbeat import Heartbeat
-from mcm.loop import Job, engine, to_device, train
-from mcm.optim import build_adamw
+from mcm.loop import FSDP, Job, engine, to_device, train
+from mcm.optim import build_optimizer
 from mcm.order import EvalOrder, Order
 from mcm.probe import labelled, warn_of_copies
 from mcm.run_folder import claim, describe_run, identity_config, last_eval, recorded_exit
 from mcm.stream import Batch, DatasetSource, Stream, batches
 
-HEAD_STD = 2e-5  # as MAE: the first predictions are uniform
+HEAD_STD, PROBE_STD = 2e-5, 0.01  # as MAE: fine-tuning starts from predictions that are uniform, a linear probe not
 
 
 def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None, out: Path) -> float:
@@ -36,10 +39,14 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
     dataset, seed = labelled(Dataset(data)), config.train.seed
     rows = training_rows(dataset.labels("train"), dataset.classes, config.data.shots, seed)
     with engine(config.train.precision) as accelerator, Heartbeat(accelerator) as peers:
+        if accelerator.distributed_type == FSDP and (config.frozen or config.optim.ema or config.optim.name == "lars"):
+            raise UsageError(f"{LAUNCH}: frozen, optim.ema and LARS expect DDP or one process; leave --use_fsdp out")
         world, rank = accelerator.num_processes, accelerator.process_index
         order = Order(len(rows), 1, config.train.global_batch, config.train.micro_batch, world, rank, seed)
         backbone = load_encoder(init, weights, config.student, seed)
-        model = make_classifier(backbone.model, len(dataset.classes), config.pool, config.drop_path, seed)
+        model = make_classifier(
+            backbone.model, len(dataset.classes), config.pool, config.drop_path, seed, config.frozen
+        )
         claim(out, describe(config, dataset, init, backbone), FinetuneConfig)
         mixer = Mixer(config.augment, len(dataset.classes), seed)
         source = DatasetSource(dataset, "train", train_transform(config.augment, backbone), seed, rows)
@@ -54,6 +61,8 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
             every, last = config.train.eval_epochs, config.schedule.epochs
             if epochs_done != last and (not every or epochs_done % every):
                 return {}
+            for buffer in model.buffers():  # of BatchNorm: each process has its own; the main one's are saved
+                broadcast(buffer)
             return accuracy(model, held, held_order, config.train.workers, accelerator)
 
         with recorded_exit(out, accelerator.is_main_process, peers):
@@ -64,7 +73,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
                 Job(
                     run_dir=out,
                     model=model,
-                    optimizer=build_adamw(model, config.optim),
+                    optimizer=build_optimizer(model, config.optim),
                     stream=Stream(order, source),
                     loss=loss,
                     evaluate=evaluate,
@@ -100,19 +109,38 @@ def describe(config: FinetuneConfig, dataset: Dataset, init: str, backbone: Back
 
 
 def make_classifier(
-    model: VisionTransformer, num_classes: int, pool: str, drop_path: float, seed: int
+    model: VisionTransformer, num_classes: int, pool: str, drop_path: float, seed: int, frozen: bool = False
 ) -> VisionTransformer:
-    """The encoder with a new linear head; with pool "avg" its final norm moves behind the pool, weights kept."""
+    """The encoder with a new linear head; with pool "avg" its final norm moves behind the pool, weights kept.
+
+    A `frozen` encoder stays as it is, also in training; before its head stands a BatchNorm without parameters.
+    """
     model.reset_classifier(num_classes, pool)
+    if frozen:
+        return _freeze(model, seed)
     norm = model.norm if isinstance(model.fc_norm, nn.Identity) else model.fc_norm
     model.norm, model.fc_norm = (nn.Identity(), norm) if pool == "avg" else (norm, nn.Identity())
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        nn.init.trunc_normal_(model.head.weight, std=HEAD_STD)
-    nn.init.zeros_(model.head.bias)
+    _init_head(model.head, HEAD_STD, seed)
     for block, rate in zip(model.blocks, torch.linspace(0, drop_path, len(model.blocks)).tolist(), strict=True):
         block.drop_path1, block.drop_path2 = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
     return model.requires_grad_(True)
+
+
+def _freeze(model: VisionTransformer, seed: int) -> VisionTransformer:
+    model.requires_grad_(False).eval()
+    for child in model.children():
+        child.train = lambda mode=True, child=child: child  # the loop's model.train() must not wake its drop paths
+    _init_head(model.head, PROBE_STD, seed)
+    head = model.head.requires_grad_(True)
+    model.head = nn.Sequential(nn.BatchNorm1d(head.in_features, eps=BATCHNORM_EPS, affine=False), head)
+    return model
+
+
+def _init_head(head: nn.Linear, std: float, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        nn.init.trunc_normal_(head.weight, std=std)
+    nn.init.zeros_(head.bias)
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from cache_tools.draws import hash_u64
 from cache_tools.errors import Interrupted, McmError, UsageError
 from mcm import checkpoint, fsdp
 from mcm.config import Optim, Schedule, Train
+from mcm.optim import swap_average
 from mcm.order import Order
 from mcm.run_folder import Log
 from mcm.schedule import learning_rate, peak_lr
@@ -160,6 +161,7 @@ class Loop:
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         checkpoint.restore(found, self.inner, self.optimizer.optimizer)
+        swap_average(self.optimizer.optimizer)
         self._share()
         self.window = list(found.meta["window"])
         self.logged_step = self.saved_step = found.step
@@ -253,7 +255,9 @@ class Loop:
         start = time.perf_counter()
         self._share()
         self.model.eval()
+        swap_average(self.optimizer.optimizer)
         metrics = self.job.evaluate(step // self.order.steps_per_epoch)
+        swap_average(self.optimizer.optimizer)
         self.model.train()
         self.logged_at += time.perf_counter() - start  # images_per_s is the speed of training
         if metrics:
@@ -268,10 +272,12 @@ class Loop:
     def _save(self, step: int, evaluated: bool, must: bool) -> None:
         """A checkpoint by the main process; the others wait, as a launcher ends them all when one is gone.
 
+        Averages stand in the place of the weights, for whoever loads the run, and the weights in theirs.
         A full disk costs a warning and the checkpoint, not the run, until it `must` be or FAILED_SAVES failed in a row.
         """
         self._drain(step)
         job, meta = self.job, {"window": self.window, "evaluated": evaluated}
+        swap_average(self.optimizer.optimizer)
         state = self.inner.state_dict(), checkpoint.optimizer_tensors(self.inner, self.optimizer.optimizer)
         model, optimizer = (fsdp.on_host(tensors, self.main) for tensors in state)
         if self.main:
@@ -285,4 +291,5 @@ class Loop:
                 if must or self.failed_saves == FAILED_SAVES:
                     raise
                 print(f"warning: step {step} is not saved: {describe(error)}; training goes on", flush=True)
+        swap_average(self.optimizer.optimizer)
         self.accelerator.wait_for_everyone()

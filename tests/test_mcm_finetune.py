@@ -6,13 +6,20 @@ import numpy as np
 import pytest
 import torch
 from make_dataset import make_dataset
+from timm.layers import DropPath
 from torch import nn
 
-from cache_tools.errors import IdentityError, UsageError
+from cache_tools.errors import IdentityError, Interrupted, UsageError
+from mcm import checkpoint
+from mcm.augment import eval_transform
 from mcm.backbones import load_encoder
 from mcm.classify import training_rows
 from mcm.config import FinetuneConfig
-from mcm.finetune import finetune, make_classifier
+from mcm.export import export
+from mcm.finetune import accuracy, finetune, make_classifier
+from mcm.loop import Loop, engine
+from mcm.order import EvalOrder
+from mcm.run_folder import last_eval
 from mcm.stream import DatasetSource
 
 
@@ -71,6 +78,70 @@ def test_a_run_that_broke_resumes_to_the_bit(tuned, data, tmp_path, monkeypatch)
     monkeypatch.undo()
     assert finetune(settings, data.path, "random", None, tmp_path / "broken") == top1
     assert losses(tmp_path / "broken") == losses(run)
+
+
+LINEAR = {"frozen": True, "optim": {"lr": 10.0, "name": "lars", "weight_decay": 0.0, "layer_decay": 1.0}}
+AVERAGED = {"optim": {"lr": 3e-3, "ema": 0.8}, "drop_path": 0.2}
+
+
+@pytest.mark.parametrize("changes", [LINEAR, AVERAGED], ids=["frozen", "averaged"])
+def test_a_stopped_run_goes_on_to_the_bit_and_what_is_saved_is_what_was_evaluated(changes, data, tmp_path, monkeypatch):
+    settings = config(**changes, train={"checkpoint_steps": 2})
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    top1 = finetune(settings, data.path, "random", None, straight)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "step", lambda loop, step, *rest, real=Loop.step: real(loop, step, *rest) or step == 6)
+        with pytest.raises(Interrupted):
+            finetune(settings, data.path, "random", None, stopped)
+    assert finetune(settings, data.path, "random", None, stopped) == top1 and losses(stopped) == losses(straight)
+    ends = [checkpoint.latest(run) for run in (straight, stopped)]
+    for tensors in ("model", "optimizer"):
+        one, other = (getattr(end, tensors) for end in ends)
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    tuned = load_encoder(str(straight), head=True)
+    held = DatasetSource(data, "val", eval_transform(tuned), 0)
+    with engine("fp32") as accelerator:
+        found = accuracy(tuned.model.eval(), held, EvalOrder(len(held.rows), 1, 16), 0, accelerator)
+    assert found == pytest.approx(last_eval(straight), rel=1e-5)
+
+
+def test_the_average_leaves_training_alone(data, tmp_path):
+    changes = {"train": {"checkpoint_steps": 2}, "drop_path": 0.2}
+    finetune(config(**changes, optim={"ema": 0.8}), data.path, "random", None, tmp_path / "averaged")
+    finetune(config(**changes), data.path, "random", None, tmp_path / "plain")
+    averaged, plain = losses(tmp_path / "averaged"), losses(tmp_path / "plain")
+    assert [line[:2] for line in averaged] == [line[:2] for line in plain] and averaged != plain
+
+
+def test_a_frozen_encoder_does_not_move_and_its_head_learns(data, tmp_path):
+    settings = config(**LINEAR, schedule={"epochs": 20}, pool="token")
+    begin = load_encoder("random", student=settings.student).model.state_dict()
+    run = tmp_path / "run"
+    assert finetune(settings, data.path, "random", None, run) > 0.7
+    found = checkpoint.latest(run)
+    assert all(torch.equal(found.model[name], tensor) for name, tensor in begin.items())
+    assert {name.partition("/")[0] for name in found.optimizer} == {"head.1.weight", "head.1.bias"}
+    assert all(torch.equal(load_encoder(str(run)).model.state_dict()[name], tensor) for name, tensor in begin.items())
+    assert export(run, tmp_path / "out")["num_classes"] == 2  # it compares timm's outputs with the run's
+
+
+def test_a_frozen_encoder_stays_in_evaluation_when_the_loop_trains():
+    model = load_encoder("random", student=config().student).model
+    for block in model.blocks:
+        block.drop_path1 = DropPath(0.9)
+    model = make_classifier(model, 7, "avg", 0.0, seed=0, frozen=True).train()
+    assert model.head[0].training and not any(module.training for module in model.blocks.modules())
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
+        "head.1.weight",
+        "head.1.bias",
+    ]
+    assert 0.005 < model.head[1].weight.std() < 0.015
+
+
+def test_fsdp2_is_refused_where_it_was_never_tried(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("mcm.finetune.FSDP", "NO")
+    with pytest.raises(UsageError, match="frozen, optim.ema and LARS expect DDP or one process"):
+        finetune(config(**LINEAR), data.path, "random", None, tmp_path / "run")
 
 
 def test_another_run_in_the_folder_is_refused_with_the_difference(tuned, data):

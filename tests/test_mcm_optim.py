@@ -1,11 +1,13 @@
 """Which parameters decay, how fast each layer learns, and the learning rate at every step."""
 
+import numpy as np
 import pytest
+import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from mcm.config import Decoder, FinetuneOptim, Mask, Optim, PretrainConfig, Schedule, Student, Train
 from mcm.model import MaskedChannelModel
-from mcm.optim import build_adamw, param_groups
+from mcm.optim import build_adamw, build_optimizer, param_groups, swap_average
 from mcm.schedule import learning_rate, peak_lr
 
 
@@ -66,6 +68,38 @@ def test_adamw_takes_the_settings_and_knows_names():
     vit = VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3)
     scales = {g["lr_scale"] for g in build_adamw(vit, FinetuneOptim(lr=1e-3, layer_decay=0.5)).param_groups}
     assert scales == {0.125, 0.25, 0.5, 1.0}
+
+
+def steps_by_hand(weight, bias, gradients, lr):
+    """MAE's LARS without decay: the matrix by its trust ratio, the bias by plain momentum."""
+    seen, momenta = [], [np.zeros_like(weight), np.zeros_like(bias)]
+    for gradient_w, gradient_b in gradients:
+        ratio = 0.001 * np.linalg.norm(weight) / np.linalg.norm(gradient_w)
+        momenta = [0.9 * momenta[0] + ratio * gradient_w, 0.9 * momenta[1] + gradient_b]
+        weight, bias = weight - lr * momenta[0], bias - lr * momenta[1]
+        seen.append((weight, bias))
+    return seen
+
+
+def test_lars_is_maes_and_the_average_is_what_it_says():
+    draw = np.random.default_rng(0)
+    layer = torch.nn.Linear(5, 3)
+    begin = [parameter.detach().numpy().copy() for parameter in (layer.weight, layer.bias)]
+    gradients = [(draw.standard_normal((3, 5)), draw.standard_normal(3)) for _ in range(4)]
+    optimizer = build_optimizer(layer, FinetuneOptim(lr=1.0, name="lars", weight_decay=0.0, ema=0.75))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    for gradient_w, gradient_b in gradients:
+        layer.weight.grad, layer.bias.grad = (torch.tensor(x, dtype=torch.float32) for x in (gradient_w, gradient_b))
+        optimizer.step()
+    seen = steps_by_hand(*begin, gradients, 0.5)
+    average = seen[0]
+    for after in seen[1:]:
+        average = [0.75 * old + 0.25 * new for old, new in zip(average, after, strict=True)]
+    for expected in (seen[-1], average, seen[-1]):
+        for parameter, value in zip((layer.weight, layer.bias), expected, strict=True):
+            assert np.allclose(parameter.detach().numpy(), value, atol=1e-6)
+        swap_average(optimizer)
 
 
 def test_peak_is_lr_or_blr_scaled_from_256():
