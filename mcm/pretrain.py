@@ -30,7 +30,8 @@ from mcm.masking import mask_pool
 from mcm.model import MaskedChannelModel, Masks
 from mcm.optim import build_adamw
 from mcm.order import EvalOrder, Order
-from mcm.probe import Prober, labelled
+from mcm.probe import labelled
+from mcm.prober import Prober
 from mcm.run_folder import PretrainRun, claim, describe_run, identity_config, recorded_exit, recorded_units
 from mcm.stream import Batch, CacheSource, Stream, batches
 from mcm.targets import Targets, loss_fn, patch_pixels

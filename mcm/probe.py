@@ -1,46 +1,28 @@
-"""Probes of frozen features: k-NN and a linear classifier, each naming the input and the tokens it saw.
+"""Probes of frozen features: k-NN and a linear classifier, each naming the input and the tokens it saw."""
 
-Letters: B batch, D width, H W pixels.
-"""
-
-import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pydantic
-import torch
-from torch import Tensor
 
 from cache_tools.cache import Cache
-from cache_tools.console import progress
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.records import Record, encode_record, nearest, read_record
 from cache_tools.storage import file_sha256, run_folder, write_atomic
-from mcm.augment import eval_transform
-from mcm.backbones import Backbone, load_encoder, pooled
-from mcm.classify import Features, choice_rows, knn_accuracy, linear_probe, training_rows
+from mcm.backbones import Backbone, load_encoder
+from mcm.classify import Features, knn_accuracy, linear_probe, training_rows
 from mcm.diagnostics import Gram
-from mcm.masking import mask_picks, mask_pool
-from mcm.model import encode_tokens, folded_state
-from mcm.order import EvalOrder
+from mcm.prober import Prober, device
 from mcm.run_folder import recorded, software
 from mcm.scorecard import Teacher, stored_features, teacher_facts
-from mcm.stream import DatasetSource, Stream, batches
 
 METHODS = ("knn", "linear")
 FEATURES = ("mean", "cls", "both")  # of the patch tokens, the class token, one beside the other
 LEAST_SHOTS = 5  # of the linear probe: a fifth of the labels chooses C
-BATCH_ROWS = 128
-POOL_ROWS = 4096  # masks to pick from for masked:K
-
-Encode = Callable[[Tensor, npt.NDArray[np.int64]], Tensor]  # pictures [B, 3, H, W] and their rows to features [B, D]
 
 
 def _later() -> Any:
@@ -80,94 +62,6 @@ class ProbeResult(Record):
         """The input, and what is not as usual: other features than the mean patch token, few labels."""
         features = "" if self.features in (None, "mean") else f" {self.features}"
         return f"{self.input}{features}" + (f" {self.shots} shots" if self.shots else "")
-
-
-@dataclass(frozen=True)
-class Prober:
-    """A backbone, the pictures to probe it with, and where it runs; `tokens` of FEATURES, `shots` labels a class."""
-
-    backbone: Backbone
-    data: Dataset
-    seed: int
-    workers: int
-    quiet: bool
-    tokens: str = "mean"
-    shots: int = 0
-
-    def rows(self) -> npt.NDArray[np.int64]:
-        """Rows of "train" whose labels are used."""
-        return training_rows(self.data.labels("train"), self.data.classes, self.shots, self.seed)
-
-    def features(self, split: str, encode: Encode, rows: npt.NDArray[np.int64] | None = None) -> Features:
-        """Features of a split's centre crops, or of some of its rows, in order."""
-        quiet = self.quiet or rows is not None  # the many short passes that choose s
-        source = DatasetSource(self.data, split, eval_transform(self.backbone), self.seed, rows)
-        order = EvalOrder(len(source.rows), 1, BATCH_ROWS)
-        x, y = [], []
-        with (
-            torch.inference_mode(),
-            batches(Stream(order, source), 0, len(order), self.workers) as items,
-            progress(order.rows, f"features of {split}", "pictures", quiet=quiet) as bar,
-        ):
-            for batch in items:
-                kept = int(batch["weight"].sum())
-                x.append(encode(batch["pictures"].to(device()), batch["rows"].numpy()).float().cpu()[:kept])
-                y.append(batch["labels"][:kept].clone())  # each tensor of a worker holds a file descriptor
-                bar.update(kept)
-        return Features(torch.cat(x), torch.cat(y))
-
-    def full(self, model: Any = None) -> Encode:
-        """Features of unmasked pictures."""
-        module = (model or self.backbone.model).to(device()).eval()
-        return lambda pictures, rows: pooled(module, encode_tokens(module, pictures), self.tokens)
-
-    def folded(self, s: float) -> Encode:
-        """Features of the encoder with x~ = e + s (x - e)."""
-        masked = _masked(self.backbone)
-        model = copy.deepcopy(masked.encoder)
-        model.load_state_dict(folded_state(masked.encoder, masked.encoder_fill, s))
-        return self.full(model)
-
-    def masked(self, passes: int) -> Encode:
-        """Mean over `passes` fixed random masks a row, of the features."""
-        model = _masked(self.backbone).to(device()).eval()
-        patches = model.encoder.patch_embed.num_patches
-        width, positions = (patches, 1) if model.mode == "patch" else (model.encoder.embed_dim, patches)
-        pool = torch.from_numpy(mask_pool(self.seed, 0, POOL_ROWS, width, model.ratio)).to(device())
-
-        def encode(pictures: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
-            total = torch.zeros(())
-            for epoch in range(passes):
-                picks = torch.from_numpy(mask_picks(self.seed, epoch, rows, positions, len(pool)))
-                tokens_BND = model.tokens(pictures, model.mask((pool, picks.to(device()))))
-                total = total.to(device()) + pooled(model.encoder, tokens_BND, self.tokens)
-            return total / passes
-
-        return encode
-
-    def choose_scale(self) -> float:
-        """The s of {1, sqrt(1 - r), 1 - r} with the best k-NN on held-out training rows; the first wins ties."""
-        ratio: float = _masked(self.backbone).ratio
-
-        return max((1.0, float((1 - ratio) ** 0.5), 1 - ratio), key=lambda s: self.held_out_knn(self.folded(s)))
-
-    def held_out_knn(self, encode: Encode) -> float:
-        """k-NN accuracy on a fifth of some training rows; the rest is the bank. What choices are made by."""
-        rows = self.rows()
-        bank, held = (self.features("train", encode, rows[part]) for part in choice_rows(len(rows), self.seed))
-        return knn_accuracy(bank.x, bank.y, held.x, held.y)
-
-    def encoder(self, kind: str) -> tuple[Encode, float | None]:
-        """(encode, s) of an input called full, folded or masked:K."""
-        if kind == "folded":
-            s = self.choose_scale()
-            return self.folded(s), s
-        return (self.full() if kind == "full" else self.masked(int(kind.partition(":")[2]))), None
-
-
-def device() -> torch.device:
-    """The accelerator, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def probe(
@@ -292,11 +186,6 @@ def warn_of_copies(dataset: Dataset, quiet: bool) -> int:
         found = f"{len(rows)} of {dataset.rows('val')} pictures of 'val' are also in 'train', byte for byte"
         print(f"warning: {dataset.path}: {found}, such as row {rows[0]}", flush=True)
     return len(rows)
-
-
-def _masked(backbone: Backbone) -> Any:
-    assert backbone.masked is not None, "checked by _check_input"
-    return backbone.masked
 
 
 def check_kind(kind: str) -> None:

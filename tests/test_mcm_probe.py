@@ -18,7 +18,8 @@ from cache_tools.storage import file_sha256, write_atomic
 from mcm.backbones import load_encoder, patch_mean
 from mcm.classify import training_rows
 from mcm.masking import mask_picks, mask_pool
-from mcm.probe import Prober, ProbeResult, probe
+from mcm.probe import ProbeResult, probe
+from mcm.prober import Prober
 from mcm.scorecard import odd_channels
 
 
@@ -191,7 +192,7 @@ def test_unlabelled_pictures_are_refused(tmp_path):
 
 def test_labels_of_many_batches_are_those_of_their_rows(tmp_path, monkeypatch):
     """A batch's memory is used again; what a probe keeps of it must not be."""
-    monkeypatch.setattr("mcm.probe.BATCH_ROWS", 16)
+    monkeypatch.setattr("mcm.prober.BATCH_ROWS", 16)
     data = make_dataset(tmp_path / "data", rows=96)
     prober = Prober(load_encoder(str(make_run(tmp_path / "run"))), data, 0, 0, True)
     rows = np.argsort(data.labels("train"), kind="stable")  # all of one class, then all of the other

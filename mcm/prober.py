@@ -1,0 +1,126 @@
+"""Features of pictures to probe: of full, folded or masked inputs, from the patch tokens, the class token or both.
+
+Letters: B batch, N patches, D width, H W pixels.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cache_tools.console import progress
+from cache_tools.dataset import Dataset
+from mcm.augment import eval_transform
+from mcm.backbones import Backbone, pooled
+from mcm.classify import Features, choice_rows, knn_accuracy, training_rows
+from mcm.masking import mask_picks, mask_pool
+from mcm.model import encode_tokens, folded_state
+from mcm.order import EvalOrder
+from mcm.stream import DatasetSource, Stream, batches
+
+BATCH_ROWS = 128
+POOL_ROWS = 4096  # masks to pick from for masked:K
+
+Encode = Callable[[Tensor, npt.NDArray[np.int64]], Tensor]  # pictures [B, 3, H, W] and their rows to features [B, D]
+
+
+@dataclass(frozen=True)
+class Prober:
+    """A backbone, the pictures to probe it with, and where it runs.
+
+    `tokens` is "mean" (of the patch tokens), "cls" or "both"; `shots` is labels a class, 0 for all.
+    """
+
+    backbone: Backbone
+    data: Dataset
+    seed: int
+    workers: int
+    quiet: bool
+    tokens: str = "mean"
+    shots: int = 0
+
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Rows of "train" whose labels are used."""
+        return training_rows(self.data.labels("train"), self.data.classes, self.shots, self.seed)
+
+    def features(self, split: str, encode: Encode, rows: npt.NDArray[np.int64] | None = None) -> Features:
+        """Features of a split's centre crops, or of some of its rows, in order."""
+        quiet = self.quiet or rows is not None  # the many short passes that choose s
+        source = DatasetSource(self.data, split, eval_transform(self.backbone), self.seed, rows)
+        order = EvalOrder(len(source.rows), 1, BATCH_ROWS)
+        x, y = [], []
+        with (
+            torch.inference_mode(),
+            batches(Stream(order, source), 0, len(order), self.workers) as items,
+            progress(order.rows, f"features of {split}", "pictures", quiet=quiet) as bar,
+        ):
+            for batch in items:
+                kept = int(batch["weight"].sum())
+                x.append(encode(batch["pictures"].to(device()), batch["rows"].numpy()).float().cpu()[:kept])
+                y.append(batch["labels"][:kept].clone())  # each tensor of a worker holds a file descriptor
+                bar.update(kept)
+        return Features(torch.cat(x), torch.cat(y))
+
+    def full(self, model: Any = None) -> Encode:
+        """Features of unmasked pictures."""
+        module = (model or self.backbone.model).to(device()).eval()
+        return lambda pictures, rows: pooled(module, encode_tokens(module, pictures), self.tokens)
+
+    def folded(self, s: float) -> Encode:
+        """Features of the encoder with x~ = e + s (x - e)."""
+        masked = masked_of(self.backbone)
+        model = copy.deepcopy(masked.encoder)
+        model.load_state_dict(folded_state(masked.encoder, masked.encoder_fill, s))
+        return self.full(model)
+
+    def masked(self, passes: int) -> Encode:
+        """Mean over `passes` fixed random masks a row, of the features."""
+        model = masked_of(self.backbone).to(device()).eval()
+        patches = model.encoder.patch_embed.num_patches
+        width, positions = (patches, 1) if model.mode == "patch" else (model.encoder.embed_dim, patches)
+        pool = torch.from_numpy(mask_pool(self.seed, 0, POOL_ROWS, width, model.ratio)).to(device())
+
+        def encode(pictures: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
+            total = torch.zeros(())
+            for epoch in range(passes):
+                picks = torch.from_numpy(mask_picks(self.seed, epoch, rows, positions, len(pool)))
+                tokens_BND = model.tokens(pictures, model.mask((pool, picks.to(device()))))
+                total = total.to(device()) + pooled(model.encoder, tokens_BND, self.tokens)
+            return total / passes
+
+        return encode
+
+    def choose_scale(self) -> float:
+        """The s of {1, sqrt(1 - r), 1 - r} with the best k-NN on held-out training rows; the first wins ties."""
+        ratio: float = masked_of(self.backbone).ratio
+
+        return max((1.0, float((1 - ratio) ** 0.5), 1 - ratio), key=lambda s: self.held_out_knn(self.folded(s)))
+
+    def held_out_knn(self, encode: Encode) -> float:
+        """k-NN accuracy on a fifth of some training rows; the rest is the bank. What choices are made by."""
+        rows = self.rows()
+        bank, held = (self.features("train", encode, rows[part]) for part in choice_rows(len(rows), self.seed))
+        return knn_accuracy(bank.x, bank.y, held.x, held.y)
+
+    def encoder(self, kind: str) -> tuple[Encode, float | None]:
+        """(encode, s) of an input called full, folded or masked:K."""
+        if kind == "folded":
+            s = self.choose_scale()
+            return self.folded(s), s
+        return (self.full() if kind == "full" else self.masked(int(kind.partition(":")[2]))), None
+
+
+def device() -> torch.device:
+    """The accelerator, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def masked_of(backbone: Backbone) -> Any:
+    """The whole model of a RUN that was trained with masks."""
+    assert backbone.masked is not None, "checked by _check_input"
+    return backbone.masked
