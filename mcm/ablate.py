@@ -21,7 +21,8 @@ from mcm.backbones import load_encoder
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.finetune import finetune
 from mcm.pretrain import pretrain
-from mcm.probe import Prober, ProbeResult, check_kind, labelled, probe
+from mcm.probe import ProbeResult, check_kind, labelled, probe
+from mcm.prober import Prober
 from mcm.report import FIT, ablation_markdown, report
 from mcm.run_folder import is_complete, last_eval, read_metrics
 
@@ -238,7 +239,7 @@ class Ablation:
                 "data_sha256": self.dataset.sha256}  # fmt: skip
 
     def _teacher(self) -> dict[str, Any]:
-        result = probe(str(self.cache), None, quiet=True)[0]
+        result = probe(str(self.cache), None, quiet=True, features=["mean"])[0]
         values = {column: [value] for column, value in _columns(result).items()}
         return {"name": "teacher's features", "lr": None, "seeds": [], "values": values, "underfitted": False}
 
