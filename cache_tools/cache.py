@@ -259,7 +259,7 @@ class Cache:
         canonical = encode_npy(matrix.astype("<f4")) == path.read_bytes()
         if not canonical or sha256_hex(matrix.tobytes()) != expected:
             raise CorruptionError(f"{path}: its sha256 is not what cache.json says")
-        return np.asarray(matrix, np.float32)
+        return np.array(matrix, np.float32)
 
     def complete_units(self, split: str) -> list[Unit]:
         """The units of a split that can be trained on: those with a manifest."""

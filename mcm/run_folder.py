@@ -108,6 +108,7 @@ def claim(run_dir: Path, run: Any, config: type[Record]) -> None:
             found = differences(run, there)
         if found:
             raise IdentityError(f"{run_dir} holds another run (asked != found): {'; '.join(found)}; use another --out")
+        return
     publish(path, encode_record(run))
 
 

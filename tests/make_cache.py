@@ -10,6 +10,8 @@ from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.identity import CacheIdentity, CropPolicy, Fidelity, Fingerprint, TeacherIdentity
 from cache_tools.images import PICTURE_RULES, decode_view_into, encode_view
 from cache_tools.quantize import channel_stats, encode
+from cache_tools.storage import publish
+from cache_tools.tars import encode_npy
 from cache_tools.writer import UnitShardWriter, finish_unit, publish_identity
 
 SIZE, GRID, CHANNELS = 32, 4, 16
@@ -23,8 +25,9 @@ def digest(text: str) -> str:
 
 
 def make_identity(
-    rows: dict[str, int], dtype: str = "int8", seed: int = 0, rows_per_shard: int = 64, compress: str | None = None
-) -> CacheIdentity:
+    rows: dict[str, int], dtype: str = "int8", seed: int = 0, rows_per_shard: int = 64, compress: str | None = None,
+    projection: np.ndarray | None = None,
+) -> CacheIdentity:  # fmt: skip
     teacher = TeacherIdentity(
         name="test:linear",
         architecture_sha256=digest("linear"),
@@ -34,6 +37,7 @@ def make_identity(
         width=SIZE,
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
+        projection_sha256=None if projection is None else hashlib.sha256(projection.tobytes()).hexdigest(),
     )
     return CacheIdentity(
         teacher=teacher,
@@ -106,11 +110,18 @@ def make_cache(
     dtype: str = "int8",
     seed: int = 0,
     compress: str | None = None,
+    projection: np.ndarray | None = None,
 ) -> Cache:
-    """Write CACHE with `views` complete units of train and one of val (val_rows 0: no val split)."""
+    """Write CACHE with `views` complete units of train and one of val (val_rows 0: no val split).
+
+    `projection` float32 [C, E] is the teacher's matrix to its joint space.
+    """
     assert rows > CHUNK_ROWS
-    identity = make_identity({"train": rows} | ({"val": val_rows} if val_rows else {}), dtype, seed, compress=compress)
+    splits = {"train": rows} | ({"val": val_rows} if val_rows else {})
+    identity = make_identity(splits, dtype, seed, compress=compress, projection=projection)
     publish_identity(path, identity)
+    if projection is not None:
+        publish(path / "projection.npy", encode_npy(projection))
     for split in identity.rows:
         for number in range(views if split == "train" else 1):
             add_unit(path, identity, split, number)

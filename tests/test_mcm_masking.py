@@ -71,3 +71,13 @@ def test_true_is_hidden_and_passes_nothing_either_way():
     out_BND.sum().backward()
     assert x_BND.grad.tolist() == [[[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]]
     assert fill_D.grad.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_ratio_of_zero_hides_nothing_and_unmasked_rows_pick_the_mask_behind_the_pool():
+    assert not mask_pool(0, 0, 10, 64, 0.0).any()
+    rows = np.arange(10_000)
+    picks = mask_picks(0, 3, rows, 4, 64, unmasked_fraction=0.25)
+    whole_B = (picks == 64).all(1)
+    assert abs(whole_B.mean() - 0.25) < 0.02 and (picks[~whole_B] < 64).all()
+    assert (picks[~whole_B] == mask_picks(0, 3, rows, 4, 64)[~whole_B]).all()  # the others are what they were
+    assert (whole_B != (mask_picks(0, 4, rows, 4, 64, 0.25) == 64).all(1)).any()  # other rows in another epoch

@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from cache_tools.errors import UsageError
-from mcm.config import Decoder, Mask, Optim, PretrainConfig, Schedule, Student, Target, Train
+from mcm.config import Decoder, Loss, Mask, Optim, PretrainConfig, Schedule, Student, Target, Train
 from mcm.masking import mask_picks, mask_pool
 from mcm.model import MaskedChannelModel, build_encoder, encode_tokens, folded_state, sincos_positions
 from mcm.targets import loss_fn
@@ -51,6 +51,47 @@ def first_block_input(model, masks):
         model(pictures(), masks)
     handle.remove()
     return seen[0]
+
+
+def test_dropout_scales_each_token_by_what_it_keeps():
+    model = model_of(mode="dropout", ratio=0.75)
+    x_BND, mask = torch.ones(1, 3, WIDTH), torch.zeros(1, 3, WIDTH, dtype=torch.bool)
+    mask[0, 0, : WIDTH // 2], mask[0, 1, :8] = True, True
+    kept = model.hide(x_BND, mask).sum(-1)
+    torch.testing.assert_close(kept, torch.full((1, 3), float(WIDTH)))  # a whole token stays as it is
+
+
+def test_a_scalar_fill_is_one_number_in_every_hidden_channel():
+    cfg = config()
+    model = MaskedChannelModel(
+        cfg.model_copy(update={"mask": cfg.mask.model_copy(update={"fill": "scalar"})}), GRID, PATCH, CHANNELS
+    )
+    assert model.encoder_fill.shape == model.decoder_fill.shape == (1,)
+    mask = model.mask(masks_of(model))
+    hidden = model.hide(torch.zeros(BATCH, GRID[0] * GRID[1], WIDTH), mask)[mask]
+    assert torch.equal(hidden, model.encoder_fill.expand_as(hidden))
+    folded = folded_state(model.encoder, model.encoder_fill, 0.5)
+    bias = 0.5 * model.encoder.patch_embed.proj.bias + 0.5 * model.encoder_fill
+    torch.testing.assert_close(folded["patch_embed.proj.bias"], bias)
+
+
+def test_cls_has_a_head_of_its_own_and_a_gradient():
+    cfg = config().model_copy(update={"loss": Loss(cls=True)})
+    model = MaskedChannelModel(cfg, GRID, PATCH, CHANNELS)
+    y = model(pictures(), masks_of(model))
+    assert y.shape == (BATCH, 1 + GRID[0] * GRID[1], CHANNELS)
+    y[:, 0].sum().backward()
+    assert model.decoder.cls_linear.weight.grad.any() and not model.decoder.linear.weight.grad.any()
+
+
+def test_a_learned_projection_is_trained_by_the_target_that_comes_back():
+    model = model_of(projection="learned")
+    target = torch.randn(BATCH, GRID[0] * GRID[1], CHANNELS, generator=torch.Generator().manual_seed(2))
+    y, z = model(pictures(), masks_of(model), target)
+    assert y.shape == z.shape == (BATCH, GRID[0] * GRID[1], WIDTH)
+    torch.testing.assert_close(z.norm(dim=-1), target.norm(dim=-1))  # it begins orthogonal
+    loss_fn(y, z).backward()
+    assert model.target_projection.weight.grad.any()
 
 
 def test_positions_are_those_of_mae():

@@ -13,9 +13,10 @@ from make_cache import GRID, add_unit, make_cache
 from make_dataset import make_dataset
 from safetensors.torch import load_file
 
-from cache_tools.errors import CorruptionError, IdentityError, UsageError
-from cache_tools.records import read_record, write_toml
+from cache_tools.errors import CorruptionError, IdentityError, McmError, UsageError
+from cache_tools.records import encode_record, read_record, write_toml
 from mcm import checkpoint
+from mcm.backbones import load_encoder
 from mcm.config import PretrainConfig
 from mcm.pretrain import channel_stats, pretrain
 from mcm.run_folder import ExitRecord, PretrainRun
@@ -272,6 +273,59 @@ def test_every_control_runs_from_every_cache(tmp_path, mode, dtype, capsys):
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     said = capsys.readouterr().out
     assert losses[-1] < losses[0] and "no complete unit of 'val'" in said and "there is no --data DATASET" in said
+
+
+@pytest.mark.parametrize("target", [{"features": "joint"}, {"features": "pixels"}, {}])
+@pytest.mark.parametrize("loss", [{"cls": True}, {"cls": False}])
+def test_every_target_runs_and_is_read_back(tmp_path, target, loss):
+    cache = make_cache(tmp_path / "cache", projection=np.eye(16, 12, dtype=np.float32))
+    if loss["cls"] and target.get("features") == "pixels":
+        with pytest.raises(ValueError, match="no CLS target"):
+            make_config(target=target, loss=loss)
+        return
+    mask = {"final_ratio": 0.0, "unmasked_fraction": 0.25, "fill": "scalar"}
+    config = make_config(target=target, loss=loss, mask=mask, data={"views": 1})
+    pretrain(config, cache.path, tmp_path / "run")
+    channels = {"joint": 12, "pixels": 192}.get(target.get("features"), 16)
+    run = read_record(PretrainRun, tmp_path / "run" / "run.json")
+    assert (run.channels, sorted(run.units)) == (channels, ["train/v0", "val/v0"])
+    assert {len(x) for x in load_file(tmp_path / "run" / "channels.safetensors").values()} == {channels}
+    lines = metrics(tmp_path / "run")
+    assert [line["loss"] for line in lines if "loss" in line][-1] < lines[0]["loss"]
+    load_encoder(str(tmp_path / "run"))
+
+
+def test_a_target_that_the_cache_has_not_is_refused(cache, tmp_path):
+    with pytest.raises(UsageError, match="expected a teacher with a projection"):
+        pretrain(make_config(target={"features": "joint"}), cache.path, tmp_path / "run")
+    with pytest.raises(UsageError, match="expected data.views = 3 complete units of 'train'; found 2"):
+        pretrain(make_config(data={"views": 3}), cache.path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_learned_projection_collapses_and_is_stopped(cache, tmp_path):
+    config = make_config(target={"projection": "learned", "norm": "none"}, optim={"lr": 1e-2}, schedule={"epochs": 60})
+    with pytest.raises(McmError, match='target.projection = "learned" has collapsed') as caught:
+        pretrain(config, cache.path, tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    stds = [line["eval"]["target_std"] for line in lines if "eval" in line]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert stds[-1] < 0.5 * stds[0] and losses[-1] < 0.1 * losses[0]  # a beautiful loss
+    assert caught.value.exit_code == read_record(ExitRecord, tmp_path / "run" / "exit.json").code
+
+
+def test_a_run_of_an_older_version_goes_on(cache, tmp_path):
+    config = make_config()
+    pretrain(config, cache.path, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    run = read_record(PretrainRun, path)
+    for section, key in (("mask", "fill"), ("target", "features"), ("mask", "unmasked_fraction")):
+        del run.config[section][key]
+    del run.config["loss"], run.config["data"]
+    path.write_bytes(encode_record(run))
+    pretrain(config, cache.path, tmp_path / "run")
+    with pytest.raises(IdentityError, match=r"mask\.unmasked_fraction: 0\.5 != 0\.0"):
+        pretrain(make_config(mask={"unmasked_fraction": 0.5}), cache.path, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("knn_epochs", "steps"), [(3, [9, 12]), (0, [12])])

@@ -135,6 +135,16 @@ def test_a_batch_equals_direct_reads(cache):
         assert batch["weight"].tolist() == [1.0] * 32
 
 
+def test_cls_is_read_where_it_is_asked_for_and_bound_to_its_row(cache):
+    units = cache.complete_units("train")
+    plain, asked = (CacheSource(units[:1], (32, 32), 16, 64, 0, cls=cls) for cls in (False, True))
+    for chunks in (np.array([2, 0]), np.array([6])):  # the last chunk has four rows
+        batch = asked(0, chunks, 32)
+        assert "cls" not in plain(0, chunks, 32)
+        direct = np.concatenate([units[0].chunk(int(number)).cls for number in chunks])
+        assert np.array_equal(batch["cls"][: len(direct)].numpy(), direct) and not batch["cls"][len(direct) :].any()
+
+
 def test_epochs_mix_views(cache):
     chunks = source(cache)
     first, second = ([chunks.view(epoch, number).chunk(number).pictures for number in range(6)] for epoch in (0, 1))

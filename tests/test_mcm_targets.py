@@ -6,7 +6,7 @@ import torch
 
 from cache_tools.quantize import channel_stats, decode, encode
 from mcm.config import Target
-from mcm.targets import Fit, Targets, loss_fn, orthogonal_matrix
+from mcm.targets import Fit, Targets, loss_fn, orthogonal_matrix, patch_pixels
 
 ROWS, N, C, D = 32, 4, 24, 40
 
@@ -46,6 +46,38 @@ def test_normalisations():
     mean_C, std_C = x_BNC.mean((0, 1), dtype=np.float64), x_BNC.std((0, 1), dtype=np.float64)
     channel = targets("channel", stats=(mean_C, std_C))(codes).numpy()
     np.testing.assert_allclose(channel, (x_BNC - mean_C) / std_C, atol=1e-5)
+
+
+def test_joint_features_are_one_matmul_of_the_decoded_ones():
+    x_BNC, matrix_CE = features(), np.random.default_rng(1).standard_normal((C, 7)).astype(np.float32)
+    plain = Targets(Target(features="joint", norm="none"), 7, D, joint=matrix_CE)
+    np.testing.assert_allclose(plain(torch.from_numpy(x_BNC)), x_BNC @ matrix_CE, rtol=1e-4, atol=1e-3)
+    assert (
+        Targets(Target(features="joint"), 7, D, joint=matrix_CE)(torch.from_numpy(x_BNC)).std(-1).sub(1).abs().max()
+        < 0.1
+    )
+
+
+def test_pixels_of_a_patch_are_those_at_its_place():
+    pictures = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
+    pixels_BNC = patch_pixels(pictures, 2)
+    assert pixels_BNC.shape == (2, 6, 12)
+    for n, (row, column) in enumerate((r, c) for r in range(2) for c in range(3)):
+        there = pictures[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].permute(0, 2, 3, 1)  # as patchify
+        assert torch.equal(pixels_BNC[:, n], there.reshape(2, 12))
+
+
+def test_r2_a_channel_is_that_channel_alone():
+    target = torch.from_numpy(features())
+    target[..., 3] = 2.0  # dead
+    prediction = target + torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
+    fit = Fit(C)
+    fit.update(prediction, target)
+    spread_C = (target - target.mean((0, 1))).square().sum((0, 1))
+    expected_C = 1 - (prediction - target).square().sum((0, 1)) / spread_C
+    expected_C[3] = 0
+    np.testing.assert_allclose(fit.r2_channels(), expected_C, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(fit.std(), target.flatten(0, 1).std(0, correction=0), atol=1e-4)
 
 
 @pytest.mark.parametrize("width", [C, D])

@@ -1,0 +1,61 @@
+"""Ranks, hidden against visible, and the guard of a learned projection, against formulas written by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from mcm.diagnostics import Gram, HeldOut, collapse
+
+
+def test_rank_is_that_of_the_singular_values_and_leaves_padding_out():
+    x_BND = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9)
+    gram, weight_B = Gram(8), torch.tensor([1.0, 1, 1, 1, 1, 0])
+    for rows in (slice(0, 2), slice(2, 6)):
+        gram.update(x_BND[rows], weight_B[rows])
+    singular = np.linalg.svd(x_BND[:5].reshape(-1, 8).numpy(), compute_uv=False)
+    share = singular / singular.sum()
+    assert gram.rank() == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, 0.0), (1, 1.0), (8, 8.0)])
+def test_rank_of_plain_cases(rank, expected):
+    gram = Gram(8)
+    gram.update((torch.eye(8) * (torch.arange(8) < rank))[None], torch.ones(1))
+    assert gram.rank() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("patchwise", [False, True])
+def test_hidden_and_visible_are_told_apart_by_the_mask(patchwise):
+    draw = torch.Generator().manual_seed(1)
+    target = torch.randn(3, 4, 6, generator=draw)
+    mask = torch.rand(3, 4, 1 if patchwise else 6, generator=draw) < 0.5
+    prediction = target + torch.where(mask, 2.0, 0.5)
+    held = HeldOut(["masked", "full"], 6, 6, torch.device("cpu"))
+    weight_B = torch.tensor([1.0, 1.0, 0.0])
+    prediction[2] = 1e6  # a padded row
+    for kind in ("masked", "full"):
+        held.update(kind, target, prediction, target, mask if kind == "masked" else None, weight_B)
+    metrics = held.metrics()
+    assert metrics["loss_hidden"] == pytest.approx(4.0, rel=1e-5)
+    assert metrics["loss_visible"] == pytest.approx(0.25, rel=1e-5)
+    assert metrics["loss_masked"] == pytest.approx(metrics["loss_full"])
+    assert {name: tuple(x.shape) for name, x in held.channels().items()} == dict.fromkeys(
+        ("r2_masked", "r2_full", "target_std"), (6,)
+    )
+
+
+def test_a_mask_of_other_channels_than_the_target_tells_nothing():
+    held = HeldOut(["masked", "full"], 6, 8, torch.device("cpu"))
+    target, h_BND = torch.randn(2, 4, 6), torch.randn(2, 4, 8)
+    held.update("masked", h_BND, target, target, torch.ones(2, 4, 8, dtype=torch.bool), torch.ones(2))
+    held.update("full", h_BND, target, target, None, torch.ones(2))
+    assert "loss_hidden" not in held.metrics()
+
+
+def test_collapse_is_seen_in_the_spread_and_in_the_rank():
+    first = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0))
+    assert collapse(first, first) == (1.0, 1.0)
+    std, rank = collapse(first * 0.01 + 5, first)
+    assert std == pytest.approx(0.01, rel=1e-3) and rank == pytest.approx(1.0, rel=1e-3)
+    std, rank = collapse(first[..., :1].expand_as(first), first)
+    assert std > 0.5 and rank < 0.2  # channels that vary, all alike
