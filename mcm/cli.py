@@ -124,8 +124,8 @@ def ablate(
     """Compare the rows of a plan over seeds. On several GPUs start it once a GPU: processes share the plan by locks."""
     from cache_tools.errors import UsageError
     from cache_tools.records import config_file, load_toml
-    from mcm.ablate import Plan
     from mcm.ablate import ablate as run
+    from mcm.plan import Plan
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("mcm-train ablate: expected one process; found a launcher's; start it once a GPU instead")

@@ -8,9 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cache_tools.errors import McmError
 from mcm.targets import Fit
 
+COLLAPSE = 'target.projection = "learned" has collapsed'
 COLLAPSED = 0.1  # of what it was before the first step: a learned projection has its optimum at 0
+
+
+class Collapse(McmError):
+    """A learned target has become all but constant: the loss then falls without teaching anything."""
 
 
 class Gram:

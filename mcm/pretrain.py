@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from cache_tools.cache import Cache, Unit
 from cache_tools.dataset import CHUNK_ROWS, Dataset
-from cache_tools.errors import McmError, UsageError
+from cache_tools.errors import UsageError
 from cache_tools.identity import CacheIdentity
 from cache_tools.records import record_sha256
 from cache_tools.storage import write_atomic
 from mcm.backbones import CROP_PCT, Backbone
 from mcm.classify import knn_accuracy
 from mcm.config import PretrainConfig
-from mcm.diagnostics import COLLAPSED, HeldOut, collapse
+from mcm.diagnostics import COLLAPSE, COLLAPSED, Collapse, HeldOut, collapse
 from mcm.heartbeat import Heartbeat
 from mcm.loop import Job, engine, to_device, train
 from mcm.masking import mask_pool
@@ -292,14 +292,14 @@ class Task:
     def check_collapse(self, first_DC: Tensor) -> dict[str, float]:
         """How much a learned target still varies on sixteen fixed rows.
 
-        Raises: McmError once it is all but constant: the loss then falls without teaching anything.
+        Raises: Collapse once it is all but constant.
         """
         with batches(self.shown, 0, 1, workers=0) as items:
             target = self.target(to_device(next(items), self.accelerator.device))
         std, rank = collapse(self.model.project(target), target @ first_DC.T)
         if min(std, rank) < COLLAPSED:
-            raise McmError(
-                f'target.projection = "learned" has collapsed: expected channels that keep {COLLAPSED} of their first'
+            raise Collapse(
+                f"{COLLAPSE}: expected channels that keep {COLLAPSED} of their first"
                 f' std and effective rank; found {std:.3g} and {rank:.3g}; use "prediction" or "orthogonal"'
             )
         return {"target_std": std, "target_rank": rank}

@@ -170,7 +170,7 @@ def ablation_html(results: dict[str, Any]) -> str:
 
 
 def _row_name(row: dict[str, Any]) -> str:
-    return f"{row['name']} (underfitted)" if row["underfitted"] else str(row["name"])
+    return f"{row['name']} ({row['mark']})" if row["mark"] else str(row["name"])
 
 
 def _run_section(run: Path) -> str:

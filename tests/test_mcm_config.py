@@ -7,9 +7,9 @@ import torch
 
 from cache_tools.errors import UsageError
 from cache_tools.records import config_file, load_toml, write_toml
-from mcm.ablate import Plan
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.model import MaskedChannelModel, build_encoder
+from mcm.plan import Plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 KINDS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "ablate": Plan}

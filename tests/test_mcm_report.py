@@ -47,13 +47,13 @@ ABLATION = {
     "plan": "masks", "note": "3 <hours>", "columns": ["k-NN full", "linear full", "R^2 masked", "minutes"],
     "rows": [
         {
-            "name": "channel|75", "lr": 1e-3, "seeds": [0, 1], "underfitted": False,
+            "name": "channel|75", "lr": 1e-3, "seeds": [0, 1], "mark": "",
             "values": {
                 "k-NN full": [0.41, 0.43], "linear full": [0.5, 0.5], "R^2 masked": [0.1, 0.2], "minutes": [4, 5],
             },
         },
         {
-            "name": "none", "lr": 1e-3, "seeds": [0], "underfitted": True,
+            "name": "none", "lr": 1e-3, "seeds": [0], "mark": "underfitted",
             "values": {"k-NN full": [0.5], "minutes": [4.25]},
         },
     ],
