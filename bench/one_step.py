@@ -17,8 +17,9 @@ from mcm import checkpoint
 from mcm.config import PretrainConfig
 from mcm.loop import Loop, to_device
 from mcm.order import Order
-from mcm.pretrain import build_task, choose_units, describe
+from mcm.pretrain import choose_units, describe
 from mcm.stream import PREFETCH, Batch, Stream, batches
+from mcm.task import build_task
 
 
 def load_config(name: str, batch: int, overrides: Sequence[str] = ()) -> PretrainConfig:

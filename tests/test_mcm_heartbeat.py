@@ -10,7 +10,7 @@ from mcm.run_folder import ExitRecord
 
 LONG = make_config(schedule={"epochs": 10_000})
 BUG = """
-    from mcm.pretrain import Task
+    from mcm.task import Task
     def loss(self, wrapped, batch, real=Task.loss):
         assert os.environ["RANK"] == "0" or batch["epoch"] < 2, "a bug of rank 1"
         return real(self, wrapped, batch)

@@ -18,8 +18,9 @@ from cache_tools.records import encode_record, read_record, write_toml
 from mcm import checkpoint
 from mcm.backbones import load_encoder
 from mcm.config import PretrainConfig
-from mcm.pretrain import channel_stats, pretrain
+from mcm.pretrain import pretrain
 from mcm.run_folder import ExitRecord, PretrainRun
+from mcm.task import channel_stats
 
 FIGURES = {"loss_masked", "r2_masked", "loss_full", "r2_full", "rank_features", "rank_target"}
 TIMED = {"images_per_s", "wait_share"}

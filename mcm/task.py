@@ -1,0 +1,214 @@
+"""What masked channel modelling does with a batch: inputs, masks, target, loss, and figures of held-out rows.
+
+B batch, N patches, D student width, C channels of the target, H W pixels, K pool rows, S samples.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from cache_tools.cache import Cache, Unit
+from cache_tools.dataset import CHUNK_ROWS, Dataset
+from cache_tools.storage import write_atomic
+from mcm.backbones import CROP_PCT, Backbone
+from mcm.classify import knn_accuracy
+from mcm.config import PretrainConfig
+from mcm.diagnostics import COLLAPSE, COLLAPSED, Collapse, HeldOut, collapse
+from mcm.loop import Job, to_device
+from mcm.masking import mask_pool
+from mcm.model import MaskedChannelModel, Masks
+from mcm.optim import build_adamw
+from mcm.order import EvalOrder, Order
+from mcm.prober import Prober
+from mcm.run_folder import PretrainRun
+from mcm.stream import Batch, CacheSource, Stream, batches
+from mcm.targets import Targets, loss_fn, patch_pixels
+
+SAMPLES = 8
+
+Stats = npt.NDArray[np.float64]
+
+
+def channel_stats(units: Sequence[Unit]) -> tuple[Stats, Stats]:
+    """Mean and std [C] of the features over all units, which have equally many rows."""
+    means, stds = map(np.array, zip(*(unit.channel_stats() for unit in units), strict=True))
+    mean = means.mean(0)
+    return mean, np.sqrt((stds**2 + (means - mean) ** 2).mean(0))
+
+
+def build_task(
+    config: PretrainConfig, run: PretrainRun, cache: Cache, units: Sequence[Unit], accelerator: Accelerator
+) -> "Task":
+    """The task with a model that has not trained."""
+    stats, seed = channel_stats(units) if config.target.norm == "channel" else None, config.train.seed
+    model = MaskedChannelModel(config, run.grid, run.patch, run.channels)
+    joint = cache.projection() if config.target.features == "joint" else None
+    targets = Targets(config.target, run.channels, config.student.width, stats, seed, joint).to(accelerator.device)
+    return Task(config, run, model, targets, accelerator)
+
+
+class Task:
+    """What masked channel modelling does with a batch: inputs, masks, targets, loss and held-out figures."""
+
+    def __init__(
+        self, config: PretrainConfig, run: PretrainRun, model: MaskedChannelModel, targets: Targets,
+        accelerator: Accelerator,
+    ) -> None:  # fmt: skip
+        self.config, self.run, self.model, self.targets, self.accelerator = config, run, model, targets, accelerator
+        device = accelerator.device
+        self.mean, self.std = (torch.tensor(values, device=device) * 255 for values in (run.mean, run.std))
+        tokens, width = run.grid[0] * run.grid[1], config.student.width
+        self.positions, self.width = {"patch": (1, tokens), "none": (0, 0)}.get(config.mask.mode, (tokens, width))
+        self.pools: dict[int, Tensor] = {}
+        learned = model.target_projection
+        self.first_DC = None if learned is None else learned.weight.detach().clone().to(device)
+
+    def job(self, out: Path, units: Sequence[Unit], order: Order) -> Job:
+        """The training on `units` in `order`, for the loop."""
+        config = self.config
+        return Job(
+            run_dir=out,
+            model=self.model,
+            optimizer=build_adamw(self.model, config.optim),
+            stream=Stream(order, self.source(units, config.mask.unmasked_fraction)),
+            loss=self.loss,
+            evaluate=self.evaluate,
+            optim=config.optim,
+            schedule=config.schedule,
+            settings=config.train,
+        )
+
+    def source(self, units: Sequence[Unit], unmasked_fraction: float = 0.0) -> CacheSource:
+        """Batches of these units with this run's mask picks."""
+        pool, seed, cls = self.config.mask.pool, self.config.train.seed, self.config.loss.cls
+        return CacheSource(units, self.run.size, self.positions, pool, seed, unmasked_fraction, cls)
+
+    def hold_out(
+        self, out: Path, units: Sequence[Unit], val: Sequence[Unit], order: Order, dataset: Dataset | None
+    ) -> None:
+        """Set what is evaluated: the val unit (samples come from training where there is none) and a dataset."""
+        self.run_dir = out
+        held = self.source(val or units[:1])
+        self.held = Stream(EvalOrder(held.units[0].rows, CHUNK_ROWS, order.batch, order.world, order.rank), held)
+        self.shown = Stream(EvalOrder(held.units[0].rows, CHUNK_ROWS, CHUNK_ROWS), held)
+        self.has_val, self.dataset = bool(val), dataset
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """Normalised pictures [B, 3, H, W] of uint8 [B, H, W, 3]."""
+        pictures_BHW3: Tensor = batch["pictures"]
+        return ((pictures_BHW3.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+
+    def masks(self, batch: Batch) -> Masks | None:
+        """The epoch's pool and the batch's picks."""
+        if self.config.mask.mode == "none":
+            return None
+        epoch = batch["epoch"]
+        if epoch not in self.pools:
+            pool = mask_pool(self.config.train.seed, epoch, self.config.mask.pool, self.width, self.ratio(epoch))
+            pool = np.concatenate([pool, np.zeros_like(pool[:1])])  # the last one is for unmasked rows
+            self.pools = {epoch: torch.from_numpy(pool).to(self.accelerator.device)}
+        return self.pools[epoch], batch["picks"]
+
+    def ratio(self, epoch: int) -> float:
+        """The share of an epoch's masks that is hidden; held-out rows have epoch 0's."""
+        mask, last = self.config.mask, max(1, self.config.schedule.epochs - 1)
+        return mask.ratio if mask.final_ratio is None else mask.ratio + (mask.final_ratio - mask.ratio) * epoch / last
+
+    def target(self, batch: Batch) -> Tensor:
+        """The normalised target of a batch, float32; a learned projection is the model's."""
+        if self.config.target.features == "pixels":
+            return self.targets.normalise(patch_pixels(self.inputs(batch), self.run.patch))
+        return cast(Tensor, self.targets(*(batch.get(name) for name in ("codes", "scale", "mean", "std", "low"))))
+
+    def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
+        """Mean squared error over all channels, outside the wrapped module and in float32; with loss.cls CLS's too."""
+        target = self.target(batch)
+        if self.model.target_projection is not None:
+            y, target = wrapped(self.inputs(batch), self.masks(batch), target)
+        else:
+            y = wrapped(self.inputs(batch), self.masks(batch))
+        loss = loss_fn(y[:, -target.shape[1] :], target)
+        return loss + loss_fn(y[:, 0], self.targets.normalise(batch["cls"])) if self.config.loss.cls else loss
+
+    def evaluate(self, epochs_done: int) -> dict[str, float]:
+        """Held-out figures of this epoch; the last epoch has them all, whatever `train` says."""
+        settings = self.config.train
+
+        def due(every: int) -> bool:
+            return epochs_done == self.config.schedule.epochs or bool(every and epochs_done % every == 0)
+
+        metrics = {} if self.first_DC is None else self.check_collapse(self.first_DC)
+        if self.has_val and due(settings.eval_epochs):
+            metrics |= self.held_out()
+        if self.dataset is not None and due(settings.knn_epochs):
+            if self.accelerator.is_main_process:
+                metrics["knn_full"] = self.knn(self.dataset)
+            self.accelerator.wait_for_everyone()
+        return metrics
+
+    @torch.inference_mode()
+    def held_out(self) -> dict[str, float]:
+        """Figures of the val unit at the mask ratio, with fixed masks, and unmasked; those a channel go to a file."""
+        kinds = ["full"] if self.config.mask.mode == "none" else ["masked", "full"]
+        channels = self.model.decoder.linear.out_features
+        held = HeldOut(kinds, channels, self.config.student.width, self.accelerator.device)
+        order = self.held.order
+        assert isinstance(order, EvalOrder)
+        with batches(self.held, 0, len(order), self.config.train.workers) as items, self.accelerator.autocast():
+            for batch in items:
+                batch = to_device(batch, self.accelerator.device)
+                target = self.model.project(self.target(batch))
+                for kind in kinds:
+                    mask = self.model.mask(self.masks(batch)) if kind == "masked" else None
+                    tokens = self.model.tokens(self.inputs(batch), mask)
+                    y = self.model.decode(tokens, mask)[:, -target.shape[1] :]
+                    held.update(kind, tokens[:, 1:], y, target, mask, batch["weight"])
+        held.reduce(lambda sums: cast(Tensor, self.accelerator.reduce(sums, "sum")))
+        if self.accelerator.is_main_process:
+            write_atomic(self.run_dir / "channels.safetensors", safetensors_bytes(held.channels()))
+        return held.metrics()
+
+    @torch.inference_mode()
+    def check_collapse(self, first_DC: Tensor) -> dict[str, float]:
+        """How much a learned target still varies on sixteen fixed rows.
+
+        Raises: Collapse once it is all but constant.
+        """
+        with batches(self.shown, 0, 1, workers=0) as items:
+            target = self.target(to_device(next(items), self.accelerator.device))
+        std, rank = collapse(self.model.project(target), target @ first_DC.T)
+        if min(std, rank) < COLLAPSED:
+            raise Collapse(
+                f"{COLLAPSE}: expected channels that keep {COLLAPSED} of their first"
+                f' std and effective rank; found {std:.3g} and {rank:.3g}; use "prediction" or "orthogonal"'
+            )
+        return {"target_std": std, "target_rank": rank}
+
+    def knn(self, dataset: Dataset) -> float:
+        """k-NN accuracy of the encoder's features of full pictures."""
+        run, encoder = self.run, self.model.encoder
+        backbone = Backbone(encoder, "", "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
+        prober = Prober(backbone, dataset, self.config.train.seed, self.config.train.workers, quiet=True)
+        bank, val = (prober.features(split, prober.full()) for split in ("train", "val"))
+        bank_x, bank_y, x, y = (part.to(self.accelerator.device) for part in (bank.x, bank.y, val.x, val.y))
+        return knn_accuracy(bank_x, bank_y, x, y)
+
+    @torch.inference_mode()
+    def samples(self) -> dict[str, Tensor]:
+        """Eight fixed rows for the report: views uint8 [S, H, W, 3], target and masked prediction float16 [S, N, C]."""
+        with batches(self.shown, 0, 1, workers=0) as items:
+            batch = to_device(next(items), self.accelerator.device)
+        self.model.eval()
+        target, mask = self.model.project(self.target(batch)), self.model.mask(self.masks(batch))
+        with self.accelerator.autocast():
+            y = self.model.decode(self.model.tokens(self.inputs(batch), mask), mask)[:, -target.shape[1] :]
+        shown = {"views": batch["pictures"], "target": target.half(), "prediction": y.half()}
+        count = min(SAMPLES, int(batch["weight"].sum()))
+        return {name: tensor[:count].cpu().contiguous() for name, tensor in shown.items()}
