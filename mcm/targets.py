@@ -77,13 +77,13 @@ class Targets(nn.Module):
                 chunks = [None if x is None else x.view(len(mean), -1, *x.shape[1:]) for x in (codes, scale, low)]
                 stats = mean[:, None, None], std[:, None, None]
                 target = decode(chunks[0], chunks[1], *stats, chunks[2], torch).flatten(0, 1)
-            return self.normalise(target if self.joint is None else target @ self.joint)
+            return self.normalise(target)
 
     @torch.no_grad()
     def normalise(self, target: Tensor) -> Tensor:
         """Normalise and project what is predicted [B, ..., C]: decoded features, the CLS token, or pixels."""
         with torch.autocast(target.device.type, enabled=False):
-            target = target.float()
+            target = target.float() if self.joint is None else target.float() @ self.joint
             if self.cfg.norm == "layer_norm":
                 target = F.layer_norm(target, target.shape[-1:], eps=NORM_EPS)
             elif self.cfg.norm == "channel":

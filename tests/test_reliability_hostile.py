@@ -437,7 +437,8 @@ WRONG = re.compile(
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_file_of_ours_loads_code(path):
-    assert not WRONG.findall(path.read_text())
+    # One other program is started, git, for the name of our own commit: a list of arguments, no shell.
+    assert WRONG.findall(path.read_text()) == ["subprocess"] * (2 if path.name == "run_folder.py" else 0)
     scripts = path.read_text().count("torch.jit.load(")
     assert scripts == path.read_text().count("if is_torchscript(path):")  # the one guard before the one door
 
