@@ -1,6 +1,7 @@
 """The errors a user can meet, and the exit code of each.
 
 McmError 1
++-- Diverged 1         a configuration cannot be trained further
 +-- UsageError 2       the request or its configuration is wrong
 +-- TooManyRefused 3   more refused pictures than the budget
 +-- CorruptionError 4  bytes on disk are not what was committed
@@ -14,6 +15,10 @@ class McmError(Exception):
     """Base of all errors of this software; the message is one line for the user."""
 
     exit_code = 1
+
+
+class Diverged(McmError):
+    """This configuration cannot be trained further: the loss is not finite, or falls without teaching anything."""
 
 
 class UsageError(McmError):

@@ -8,14 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cache_tools.errors import McmError
+from cache_tools.errors import Diverged
 from mcm.targets import Fit
 
-COLLAPSE = 'target.projection = "learned" has collapsed'
 COLLAPSED = 0.1  # of what it was before the first step: a learned projection has its optimum at 0
 
 
-class Collapse(McmError):
+class Collapsed(Diverged):
     """A learned target has become all but constant: the loss then falls without teaching anything."""
 
 
@@ -29,7 +28,8 @@ class Gram:
     def update(self, x_BND: Tensor, weight_B: Tensor) -> None:
         """Add a batch; weight 0 leaves a padded row out."""
         flat = (x_BND.float() * weight_B[:, None, None]).flatten(0, 1)
-        self.sums += (flat.T @ flat).double()
+        with torch.autocast(flat.device.type, enabled=False):  # in bf16 nine directions read as 22
+            self.sums += (flat.T @ flat).double()
 
     def rank(self) -> float:
         """Return a number in [1, D]; 0 where every token is zero."""

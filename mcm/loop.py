@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cache_tools.console import StopFlag, describe, progress
 from cache_tools.draws import hash_u64
-from cache_tools.errors import Interrupted, McmError, UsageError
+from cache_tools.errors import Diverged, Interrupted, UsageError
 from mcm import checkpoint, fsdp
 from mcm.config import Optim, Schedule, Train
 from mcm.optim import swap_average
@@ -81,7 +81,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def train(job: Job, accelerator: Accelerator) -> None:
     """Train from the newest checkpoint, or from the start, to the last step.
 
-    Raises: Interrupted once it has saved when asked to stop; McmError on a loss that is not finite; errors of the data.
+    Raises: Interrupted once it has saved when asked to stop; Diverged on a loss that is not finite; errors of the data.
     """
     Loop(job, accelerator).run()
 
@@ -213,7 +213,7 @@ class Loop:
     def _drain(self, step: int) -> None:
         """Bring the losses of the steps up to `step` to the host, averaged over the processes.
 
-        Raises: McmError naming step and rows when one is not finite; nothing was saved since.
+        Raises: Diverged naming step and rows when one is not finite; nothing was saved since.
         """
         if not self.pending:
             return
@@ -225,12 +225,12 @@ class Loop:
         self.window += [loss for loss, _ in values]
         self.grad_norm = values[-1][1]
 
-    def _poisoned(self, step: int, loss: float, norm: float) -> McmError:
+    def _poisoned(self, step: int, loss: float, norm: float) -> Diverged:
         rows = self.job.stream.source.rows_of(self.order.step_chunks(step)[1])
         spans = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
         shown = ", ".join(f"{span[0]}-{span[-1]}" for span in spans[:SHOWN_SPANS]) + " ..." * (len(spans) > SHOWN_SPANS)
         good = checkpoint.complete(self.job.run_dir)[-1:]
-        return McmError(
+        return Diverged(
             f"step {step + 1}: expected a finite loss and gradient norm; found {loss} and {norm} on rows {shown};"
             f" last checkpoint: {good[0] if good else 'none'}; lower optim.lr, or check the rows"
         )

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
@@ -9,20 +10,20 @@ from cache_tools.cache import Cache
 from cache_tools.errors import UsageError
 from cache_tools.records import Record, config_file, load_toml, read_record
 from mcm.config import FinetuneConfig, PretrainConfig
-from mcm.diagnostics import COLLAPSE
+from mcm.pretrain import choose_units, describe
 from mcm.probe import check_kind
-from mcm.run_folder import ExitRecord, last_eval
+from mcm.run_folder import is_complete, last_eval
 
 
 class Row(Record):
     """A line of the table: `set` changes the base; `cache` names another cache beside CACHE.
 
-    `init` is fine-tuned without pre-training: "random", or timm:NAME with a `finetune` configuration of its own.
+    `init` is fine-tuned without pre-training: "random", or timm:NAME; `set` then changes its fine-tuning.
     """
 
     set: tuple[str, ...] = ()
     cache: str = ""
-    init: str = ""
+    init: Annotated[str, Field(pattern="^(random|timm:.+)?$")] = ""
     finetune: str = ""
 
 
@@ -30,7 +31,8 @@ class Plan(Record):
     """What is compared, alike for all rows; `set` changes the base of every one.
 
     With several `lr`, the first seed runs at each, the others at the one whose encoder has the best k-NN on training
-    rows held out of the bank. With several `finetune_lr`, the best top-1 of the first seed decides.
+    rows held out of the bank. With several `finetune_lr`, the first seed's top-1 on val decides, as in published
+    sweeps: its figure is the best of them.
     """
 
     note: str = ""
@@ -44,10 +46,11 @@ class Plan(Record):
     rows: dict[str, Row]
 
 
-class Choice(Record):
-    """What a learning rate is chosen by: choice.json of a run."""
+class Outcome(Record):
+    """How a pre-training ended: outcome.json of a run that was given up, or that a learning rate is chosen by."""
 
-    knn_held_out: float
+    mark: Literal["", "collapsed", "diverged"] = ""
+    knn_held_out: float = 0.0
 
 
 class Places:
@@ -60,17 +63,30 @@ class Places:
         """
         self.plan, self.cache, self.out = plan, cache, out
         self.rates, self.finetune_rates = plan.lr or (None,), plan.finetune_lr or (None,)
-        self.first_seed = plan.seeds[0]
+        self.first_seed, self.teacher = plan.seeds[0], out / "teacher.json"
         self.trained = [name for name, row in plan.rows.items() if not row.init]
         if not self.trained:
-            raise UsageError("the plan: expected a row to pre-train; every row has an init")
+            raise UsageError("the plan: expected a row to pre-train; every row has an init; add one without")
         for kind in plan.inputs:
             check_kind(kind)
-        for name in plan.rows:
-            Cache(self.cache_of(name))
-            self.config(name, self.rates[0], self.first_seed)
-            if self.tunes(name):
-                self.finetune_config(name, self.finetune_rates[0], self.first_seed)
+        precisions = {self._check(name) for name in plan.rows} | {self._check_finetuning(name) for name in plan.rows}
+        if len(precisions - {None}) > 1:
+            raise UsageError("the plan: expected one train.precision, as a process has but one; found bf16 and fp32")
+
+    def _check(self, name: str) -> str | None:
+        if self.plan.rows[name].init:
+            return None
+        config, cache = self.config(name, self.rates[0], self.first_seed), Cache(self.cache_of(name))
+        describe(config, cache, choose_units(cache, (), config.data.views)[0])
+        return config.train.precision
+
+    def _check_finetuning(self, name: str) -> str | None:
+        if not self.tunes(name):
+            if self.plan.rows[name].init.startswith("timm:"):
+                raise UsageError(f"the plan: expected a `finetune` for rows.{name}, which has an init; found none")
+            return None
+        config = self.finetune_config(name, self.finetune_rates[0], self.first_seed)
+        return config.train.precision
 
     def cache_of(self, name: str) -> Path:
         """The cache that a row trains on."""
@@ -88,8 +104,9 @@ class Places:
 
     def finetune_config(self, name: str, lr: float | None, seed: int) -> FinetuneConfig:
         """The row's own fine-tuning configuration, or the plan's."""
-        file = config_file(self.plan.rows[name].finetune or self.plan.finetune)
-        return load_toml(FinetuneConfig, file, [*_rate(lr), f"train.seed={seed}"])
+        row = self.plan.rows[name]
+        overrides = [*(row.set if row.init else ()), *_rate(lr), f"train.seed={seed}"]
+        return load_toml(FinetuneConfig, config_file(row.finetune or self.plan.finetune), overrides)
 
     def path(self, name: str, lr: float | None, seed: int) -> Path:
         """The folder of a pre-training."""
@@ -99,48 +116,63 @@ class Places:
         """The folder of a fine-tuning."""
         return self.out / "finetune" / _folder(name, lr, seed)
 
+    def owner(self, name: str) -> str:
+        """The row whose runs are probed: random weights are those that the first trained row began with."""
+        return self.trained[0] if self.plan.rows[name].init else name
+
     def probed_run(self, name: str, seed: int) -> Path:
-        """The run whose encoder is measured; random weights are those that the first row's runs began with."""
-        name = self.trained[0] if self.plan.rows[name].init else name
-        return self.path(name, self.chosen_lr(name), seed)
+        """The run whose encoder is measured."""
+        owner = self.owner(name)
+        return self.path(owner, self.chosen_lr(owner), seed)
 
     def probe_files(self, name: str, seed: int) -> dict[str, Path]:
-        """Where the probes of a row lie, by input; without masks there is but the full one."""
-        untrained, folder = bool(self.plan.rows[name].init), self.probed_run(name, seed) / "probe"
-        config = self.config(self.trained[0] if untrained else name, None, seed)
+        """Where the probes of a row lie, by input; without masks there is but the full one, of a timm model none."""
+        init = self.plan.rows[name].init
+        if init.startswith("timm:"):
+            return {}
+        untrained, folder = bool(init), self.probed_run(name, seed) / "probe"
+        config = self.config(self.owner(name), None, seed)
         kinds, begin = self.plan.inputs if config.mask.mode != "none" else ("full",), "untrained-" if untrained else ""
         return {kind: folder / f"{begin}{kind.replace(':', '-')}.json" for kind in kinds}
 
+    def outcome(self, name: str, lr: float | None, seed: int) -> Outcome | None:
+        """How a row's pre-training ended, where that is recorded."""
+        path = self.path(name, lr, seed) / "outcome.json"
+        return read_record(Outcome, path) if path.is_file() else None
+
+    def is_decided(self, name: str) -> bool:
+        """Whether it is known at which learning rate a row goes on."""
+        owner = self.owner(name)
+        return len(self.rates) == 1 or all(self.outcome(owner, lr, self.first_seed) for lr in self.rates)
+
     def chosen_lr(self, name: str) -> float | None:
-        """The learning rate of a row's other seeds; the first wins ties."""
-        if len(self.rates) == 1:
-            return self.rates[0]
-        files = {lr: self.path(name, lr, self.first_seed) / "choice.json" for lr in self.plan.lr}
-        return max(files, key=lambda lr: read_record(Choice, files[lr]).knn_held_out)
+        """The learning rate of a row's other seeds, once it is decided; the first wins ties."""
+        found = {lr: self.outcome(name, lr, self.first_seed) or Outcome() for lr in self.rates}
+        return max(found, key=lambda lr: (not found[lr].mark, found[lr].knn_held_out))
 
     def chosen_finetune_lr(self, name: str) -> float | None:
         """The same for fine-tuning, by top-1."""
         runs = {lr: self.finetune_path(name, lr, self.first_seed) for lr in self.finetune_rates}
         return max(runs, key=lambda lr: last_eval(runs[lr])["top1"])
 
-    def collapsed(self, name: str) -> bool:
-        """Whether a learned target became constant with the first seed, at some learning rate."""
-        exits = [self.path(name, lr, self.first_seed) / "exit.json" for lr in self.rates]
-        return any(path.is_file() and COLLAPSE in read_record(ExitRecord, path).message for path in exits)
+    def mark(self, name: str) -> str:
+        """Why a row was given up: at every learning rate, or at the chosen one with some seed."""
+        outcomes = [self.outcome(name, self.chosen_lr(name), seed) for seed in self.plan.seeds]
+        return next((outcome.mark for outcome in outcomes if outcome and outcome.mark), "")
+
+    def is_tuned(self, name: str, lr: float | None, seed: int) -> bool:
+        """Whether a fine-tuning is finished."""
+        return is_complete(self.finetune_path(name, lr, seed), self.finetune_config(name, lr, seed))
 
     def measured(self, name: str, seed: int) -> bool:
         """Whether all of a row's figures are there."""
-        owner = self.trained[0] if self.plan.rows[name].init == "random" else name
-        runs = [] if self.plan.rows[owner].init else [self.path(owner, lr, self.first_seed) for lr in self.rates]
-        if not all((run / "choice.json").is_file() or len(runs) == 1 for run in runs) or self.collapsed(name):
+        if not self.is_decided(name) or self.mark(name):
             return False
-        files = self.probe_files(name, seed).values() if runs else ()
-        if not all(file.is_file() for file in files):
+        if not all(file.is_file() for file in self.probe_files(name, seed).values()):
             return False
-        tuned = [self.finetune_path(name, lr, self.first_seed) for lr in self.finetune_rates]
         return not self.tunes(name) or (
-            all(last_eval(run) for run in tuned)
-            and bool(last_eval(self.finetune_path(name, self.chosen_finetune_lr(name), seed)))
+            all(self.is_tuned(name, lr, self.first_seed) for lr in self.finetune_rates)
+            and self.is_tuned(name, self.chosen_finetune_lr(name), seed)
         )
 
 

@@ -140,7 +140,8 @@ def describe_run(run_dir: Path, config: Record, **facts: Any) -> None:
     """Write config.toml, the resolved configuration, and env.json: versions, device and `facts`."""
     packages = ("torch", "timm", "accelerate", "numpy", "zarr")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    env = {"python": platform.python_version(), **{name: version(name) for name in packages}, "device": device, **facts}
+    ours = {"software": software(), "python": platform.python_version(), "device": device}
+    env = {**ours, **{name: version(name) for name in packages}, **facts}
     write_atomic(run_dir / "config.toml", write_toml(config).encode())
     write_atomic(run_dir / "env.json", json.dumps(env, indent=2, sort_keys=True).encode())
 

@@ -20,7 +20,7 @@ from cache_tools.storage import write_atomic
 from mcm.backbones import CROP_PCT, Backbone
 from mcm.classify import knn_accuracy
 from mcm.config import PretrainConfig
-from mcm.diagnostics import COLLAPSE, COLLAPSED, Collapse, HeldOut, collapse
+from mcm.diagnostics import COLLAPSED, Collapsed, HeldOut, collapse
 from mcm.loop import Job, to_device
 from mcm.masking import mask_pool
 from mcm.model import MaskedChannelModel, Masks
@@ -179,14 +179,15 @@ class Task:
     def check_collapse(self, first_DC: Tensor) -> dict[str, float]:
         """How much a learned target still varies on sixteen fixed rows.
 
-        Raises: Collapse once it is all but constant.
+        Raises: Collapsed once it is all but constant.
         """
         with batches(self.shown, 0, 1, workers=0) as items:
             target = self.target(to_device(next(items), self.accelerator.device))
         std, rank = collapse(self.model.project(target), target @ first_DC.T)
         if min(std, rank) < COLLAPSED:
-            raise Collapse(
-                f"{COLLAPSE}: expected channels that keep {COLLAPSED} of their first"
+            raise Collapsed(
+                'target.projection = "learned" has collapsed:'
+                f" expected channels that keep {COLLAPSED} of their first"
                 f' std and effective rank; found {std:.3g} and {rank:.3g}; use "prediction" or "orthogonal"'
             )
         return {"target_std": std, "target_rank": rank}

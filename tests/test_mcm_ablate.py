@@ -1,6 +1,7 @@
 """An ablation: every row and seed once, whoever does it and however often it is stopped."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from make_dataset import make_dataset
 from test_mcm_pretrain import environment, make_config, start
 
 from cache_tools.errors import IdentityError, UsageError
-from cache_tools.records import load_toml, write_toml
+from cache_tools.records import encode_record, load_toml, write_toml
 from mcm import checkpoint
-from mcm.ablate import ablate
+from mcm.ablate import Ablation, ablate
 from mcm.plan import Plan
+from mcm.run_folder import ExitRecord
 
 FINETUNE = """
 [student]
@@ -140,6 +142,34 @@ def test_a_target_that_collapses_is_a_row_that_says_so(place, tmp_path):
     assert plain["seeds"] == [0] and "| learned (collapsed) | -" in table
 
 
+def test_a_rate_that_diverges_is_not_chosen_and_a_row_of_such_rates_says_so(place, tmp_path):
+    overrides = ["lr=[1e30, 1e-3]", "seeds=[0]", "rows={plain={}, 'random init'={init='random'}}", "inputs=['full']"]
+    plan = load_toml(Plan, place / "plan.toml", [*overrides, "set=['optim.clip_norm=0.0']", "finetune=''"])
+    ablate(plan, place / "cache", place / "data", tmp_path / "out", workers=0)
+    _, plain, random = results(tmp_path / "out")["rows"]
+    assert (plain["lr"], plain["seeds"], plain["mark"], random["seeds"]) == (1e-3, [0], plain["mark"], [0])
+    alone = plan.model_copy(update={"lr": (1e30,)})
+    ablate(alone, place / "cache", place / "data", tmp_path / "out", workers=0)
+    assert [row["mark"] for row in results(tmp_path / "out")["rows"]] == ["", "diverged", ""]
+
+
+def test_a_fine_tuning_half_done_is_not_in_the_table(straight, place, tmp_path):
+    shutil.copytree(straight, tmp_path / "out")
+    ended = next(tmp_path.glob("out/finetune/none-s1/exit.json"))
+    ended.write_bytes(encode_record(ExitRecord(code=75, message="stopped")))
+    plan = load_toml(Plan, place / "plan.toml")
+    found = Ablation(plan, place / "cache", place / "data", tmp_path / "out").results()
+    assert [row["seeds"] for row in found["rows"]] == [[], [0, 1], [0], [0, 1], [0, 1]]
+
+
+def test_a_folder_keeps_to_its_data_and_caches(straight, place, tmp_path):
+    plan = load_toml(Plan, place / "plan.toml")
+    make_cache(tmp_path / "cache", seed=1)
+    make_cache(tmp_path / "float16", dtype="float16")
+    with pytest.raises(IdentityError, match=r"caches\.CACHE: "):
+        ablate(plan, tmp_path / "cache", place / "data", straight, workers=0)
+
+
 def test_a_changed_plan_does_not_take_the_runs_of_the_old_one(straight, place):
     plan = load_toml(Plan, place / "plan.toml", ["set=['schedule.epochs=3']"])
     step = checkpoint.latest(next(straight.glob("runs/*"))).step
@@ -156,6 +186,10 @@ def test_a_changed_plan_does_not_take_the_runs_of_the_old_one(straight, place):
         ("rows={x={init='random'}}", "expected a row to pre-train"),
         ("seeds=[]", "seeds"),
         ("inputs=['folded', 'sideways']", "sideways"),
+        ("rows.x.init=rnadom", "rows.x.init"),
+        ("rows.x.set=['data.views=9']", "data.views = 9"),
+        ("rows.x.set=['target.features=joint']", "joint"),
+        ("rows.x.set=['train.precision=bf16']", "one train.precision"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_trained(place, tmp_path, override, named):

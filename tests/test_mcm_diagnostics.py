@@ -15,6 +15,10 @@ def test_rank_is_that_of_the_singular_values_and_leaves_padding_out():
     singular = np.linalg.svd(x_BND[:5].reshape(-1, 8).numpy(), compute_uv=False)
     share = singular / singular.sum()
     assert gram.rank() == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
+    half = Gram(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        half.update(x_BND, weight_B)
+    assert half.rank() == pytest.approx(gram.rank(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, 0.0), (1, 1.0), (8, 8.0)])
