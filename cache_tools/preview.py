@@ -4,89 +4,95 @@ S shown rows, V views, N tokens, C channels, H W pixels. A picture is a line: it
 it, that view's features. Everything is read by the readers of training, so that damage stops by name here too.
 """
 
-import textwrap
+import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
 
 from .cache import Cache, Unit
 from .console import one_line
 from .dataset import CHUNK_ROWS, Dataset
-from .errors import CorruptionError, IdentityError, UsageError
-from .images import MAX_PIXELS, RGB, PictureRefused, decode_rgb, decode_view_into, encode_view, resize_rgb
-from .records import nearest
+from .errors import IdentityError, UsageError
+from .images import RGB, decode_rgb, decode_view_into
 from .storage import write_atomic
 
-SMALLEST = 160  # px: smaller views are magnified by a whole number
-GAP, CAPTION, MARGIN = 6, 18, 96  # px: between cells; text above them; text left of them
-Colour = tuple[int, int, int]
-BACKGROUND, TEXT = (22, 22, 24), (225, 225, 225)
-COLOURS = ((255, 149, 0), (0, 190, 255), (80, 220, 100), (255, 80, 190), (255, 225, 50), (170, 130, 255))  # of views
+CELL = 1.6  # inches, of 100 px
+ORIGINAL = 320  # px: larger originals are drawn smaller
 
 
-class Shown(NamedTuple):
-    """One row in one view, all bytes checked: uint8 [H, W, 3], float32 [N, C], and its record in the index."""
-
-    view_HW3: RGB
-    features_NC: npt.NDArray[np.float32]
-    record: Any
-
-
-class Cell(NamedTuple):
-    """A picture of the sheet, uint8 [H, W, 3] of any size in the shape of a view, and the words above it."""
-
-    picture_HW3: RGB
-    words: str = ""
-
-
-def preview(path: Path, out: Path, data: Path | None = None, rows: int = 8, split: str = "train") -> dict[str, Any]:
-    """Write the sheet of `rows` rows spread evenly over a split, as PNG; returns what it shows, as JSON.
+def preview(path: Path, out: Path, data: Path | None = None, rows: int = 8, split: str = "train") -> str:
+    """Write the sheet of `rows` rows spread evenly over a split, as PNG; returns what it shows, in words.
 
     Raises: UsageError, IdentityError when `data` is not the DATASET of the cache, CorruptionError.
     """
     if out.suffix != ".png":
         raise UsageError(f"--out {out}: expected a name that ends in .png")
     cache = Cache(path)
-    units, dataset = _complete_units(cache, split), _dataset(cache, data)
-    total, identity = cache.identity.rows[split], cache.identity
-    count = min(rows, total)
-    picked = [(2 * i + 1) * total // (2 * count) for i in range(count)]
-    zoom = -(-SMALLEST // min(identity.view_height, identity.view_width))
-    size = (zoom * identity.view_height, zoom * identity.view_width)
-    heads = [("original, with the crops", TEXT)] if dataset else []
+    units = [unit for unit in cache.all_units() if unit.split == split and unit.complete]
+    if not units:
+        raise UsageError(f"{path}: expected a complete view of {split!r}; there is none; go on with the extraction")
     for unit in units:
-        heads += [(name, COLOURS[unit.view % len(COLOURS)]) for name in (f"v{unit.view}", "its features (PCA)")]
-    width, height = cell_at(count, len(heads), size)
-    if width * height > MAX_PIXELS:
-        raise UsageError(f"--rows {rows}: the sheet would have {width}x{height} pixels; ask for fewer rows")
-    shown = [[_read(unit, row) for unit in units] for row in picked]
-    features_SVNC = np.array([[one.features_NC for one in line] for line in shown])
-    colours = pca_colours(features_SVNC, features_SVNC).reshape(count, len(units), *identity.grid, 3)
-    lines = {}
-    for row, line, painted in zip(picked, shown, (colours * 255).round().astype(np.uint8), strict=True):
-        original = [Cell(_original(dataset, units, row, line, size))] if dataset else []
-        lines[_row_name(identity.classes, row, line)] = original + _view_cells(line, painted)
-    write_atomic(out, encode_view(_sheet(heads, lines, size), "png"))
-    known = {"path": str(path), "out": str(out), "split": split, "rows": picked, "views": [u.view for u in units]}
-    return known | {"of": total, "dataset": str(dataset.path) if dataset else None, "width": width, "height": height}
+        unit.check_arrays()
+    dataset, total = _dataset(cache, data), units[0].rows
+    picked = np.linspace(0, total - 1, min(rows, total), dtype=int).tolist()
+    write_atomic(out, png(_draw(cache, units, dataset, picked)))
+    views = ", ".join(f"v{unit.view}" for unit in units)
+    missing = "" if dataset else f"; no originals: no DATASET in {path}/dataset; give it by --data DATASET"
+    return f"{out}: {len(picked)} of {total} rows of {split}, views {views}{missing}"
 
 
-def cell_at(line: int, column: int, size: tuple[int, int]) -> tuple[int, int]:
-    """(x, y) of a cell's upper left corner, for cells of `size` (height, width); past the last: the sheet's size."""
-    return MARGIN + column * (size[1] + GAP), 2 * CAPTION + line * (size[0] + CAPTION + GAP)
+def _draw(cache: Cache, units: Sequence[Unit], dataset: Dataset | None, rows: Sequence[int]) -> Figure:
+    shown = [[_read(unit, row) for unit in units] for row in rows]
+    features_SVNC = np.array([[features_NC for _, features_NC, _ in line] for line in shown])
+    colours = pca_colours(features_SVNC, features_SVNC).reshape(*features_SVNC.shape[:2], *cache.identity.grid, 3)
+    pictures: list[list[Any]] = []
+    for row, line, painted in zip(rows, shown, colours, strict=True):
+        pictures.append([_original(dataset, units[0].split, row) if dataset else None])
+        for (view_HW3, _, _), colours_HW3 in zip(line, painted, strict=True):
+            pictures[-1] += [view_HW3, colours_HW3]
+    figure, axes = sheet(pictures)
+    for row, line, (original, *cells) in zip(rows, shown, axes, strict=True):
+        label = int(line[0][2]["label"])
+        name = one_line(cache.identity.classes[label])[:16] if label >= 0 else "no label"
+        original.set_title(f"row {row}: {name}", fontsize=8, parse_math=False)
+        for unit, (_, _, record), cell in zip(units, line, cells[::2], strict=True):
+            colour, flipped = f"C{unit.view % 10}", ", flipped" if record["flip"] else ""
+            cell.set_title(f"v{unit.view}{flipped}", fontsize=8, color=colour)
+            if dataset:
+                left, top, width, height = (int(record[side]) for side in ("left", "top", "width", "height"))
+                original.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=2))
+                original.images[0].set_extent((0, int(record["source_width"]), int(record["source_height"]), 0))
+    return figure
 
 
-def describe(known: dict[str, Any]) -> str:
-    """What the sheet shows as lines for a person."""
-    views = ", ".join(f"v{view}" for view in known["views"])
-    size = f"{known['width']}x{known['height']} px"
-    line = f"{known['out']}: {len(known['rows'])} of {known['of']} rows of {known['split']}, views {views}, {size}"
-    missing = f"the originals are left out: no DATASET in {known['path']}/dataset; give it by --data DATASET"
-    return line if known["dataset"] else f"{line}\n{missing}"
+def sheet(pictures: Sequence[Sequence[Any]]) -> tuple[Figure, npt.NDArray[Any]]:
+    """A figure of lines of pictures [H, W, 3] or [H, W], in units of their pixels; None leaves a cell empty."""
+    lines, columns = len(pictures), len(pictures[0])
+    figure = Figure(figsize=(CELL * columns, CELL * lines), layout="tight")
+    axes: npt.NDArray[Any] = figure.subplots(lines, columns, squeeze=False)
+    for axis, picture in zip(axes.ravel(), (picture for line in pictures for picture in line), strict=True):
+        axis.set(xticks=[], yticks=[])
+        if picture is None:
+            axis.set_frame_on(False)
+        else:
+            axis.imshow(picture, vmin=0, vmax=1, extent=(0, picture.shape[1], picture.shape[0], 0))
+    return figure, axes
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file, the same bytes every time."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a class may have a name in a script that the font has not
+        figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def pca_colours(features: npt.NDArray[np.float32], basis: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -105,18 +111,6 @@ def pca_colours(features: npt.NDArray[np.float32], basis: npt.NDArray[np.float32
     return colours
 
 
-def _complete_units(cache: Cache, split: str) -> list[Unit]:
-    if split not in cache.identity.rows:
-        names = ", ".join(sorted(cache.identity.rows))
-        raise UsageError(f"{cache.path}: no split {split!r}; it has {names}{nearest(split, cache.identity.rows)}")
-    units = cache.complete_units(split)
-    if not units:
-        raise UsageError(f"{cache.path}: expected a complete view of {split}; there is none; go on with the extraction")
-    for unit in units:
-        unit.check_arrays()
-    return units
-
-
 def _dataset(cache: Cache, data: Path | None) -> Dataset | None:
     """The DATASET that the cache was made of: the one given, or the one that `extract` sharded into the cache."""
     inside = cache.path / "dataset"
@@ -129,92 +123,18 @@ def _dataset(cache: Cache, data: Path | None) -> Dataset | None:
     return dataset
 
 
-def _read(unit: Unit, row: int) -> Shown:
-    """A row of a unit, by its chunk.
+def _original(dataset: Dataset, split: str, row: int) -> RGB:
+    """The upright original, no larger than ORIGINAL."""
+    picture = Image.fromarray(decode_rgb(dataset.picture(split, row)[0]))
+    picture.thumbnail((ORIGINAL, ORIGINAL))
+    return np.asarray(picture)
 
-    Raises: CorruptionError, also for what a commit vouches for and is no view or no number.
-    """
+
+def _read(unit: Unit, row: int) -> tuple[RGB, npt.NDArray[np.float32], Any]:
+    """A row's view uint8 [H, W, 3], features float32 [N, C] and record in the index, all bytes checked."""
     number, i = divmod(row, CHUNK_ROWS)
     chunk = unit.chunk(number)
-    shard, position = divmod(number, unit.chunks_per_shard)
     view_HW3 = np.empty((unit.identity.view_height, unit.identity.view_width, 3), np.uint8)
-    try:
-        decode_view_into(chunk.pictures[i], view_HW3)
-    except CorruptionError as error:
-        raise CorruptionError(f"{unit.tar(shard)}: row {row}: {error}") from error
-    features_NC = chunk.features()[i]
-    if not np.isfinite(features_NC).all():
-        raise CorruptionError(f"{unit.group}: row {row}: expected finite features; run `mcm-cache verify --full`")
-    return Shown(view_HW3, features_NC, unit.index_rows(shard, position, chunk.rows)[i])
-
-
-def _original(dataset: Dataset, units: Sequence[Unit], row: int, line: Sequence[Shown], size: tuple[int, int]) -> RGB:
-    """The upright original, centred in a cell of `size`, with the crop of each view in its colour.
-
-    Raises: CorruptionError where the picture does not decode, or a crop is not one of it.
-    """
-    split = units[0].split
-    try:
-        rgb_HW3 = decode_rgb(dataset.picture(split, row)[0])
-    except PictureRefused as error:
-        raise CorruptionError(f"{dataset.path}: {split} row {row}: decoded once, now refused: {error}") from error
-    height, width = rgb_HW3.shape[:2]
-    scale = min(size[0] / height, size[1] / width)
-    small = Image.fromarray(resize_rgb(rgb_HW3, max(1, round(height * scale)), max(1, round(width * scale))))
-    draw, y, x = ImageDraw.Draw(small), small.height / height, small.width / width
-    for unit, one in zip(units, line, strict=True):
-        top, left, bottom, right = _crop(unit, row, one, height, width)
-        x0, y0 = round(left * x), round(top * y)
-        x1, y1 = max(x0, round(right * x) - 1), max(y0, round(bottom * y) - 1)  # drawn too, as the last of the crop
-        draw.rectangle((x0, y0, x1, y1), outline=COLOURS[unit.view % len(COLOURS)], width=2)
-    cell = Image.new("RGB", size[::-1], BACKGROUND)
-    cell.paste(small, ((size[1] - small.width) // 2, (size[0] - small.height) // 2))
-    return np.asarray(cell)
-
-
-def _crop(unit: Unit, row: int, one: Shown, height: int, width: int) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) of the crop that a view shows, inside its upright original of height x width."""
-    top, left, crop_height, crop_width, _, *source = _geometry(one)
-    bottom, right = top + crop_height, left + crop_width
-    if source != [height, width] or not (0 <= top < bottom <= height and 0 <= left < right <= width):
-        found = f"{crop_width}x{crop_height} at {left},{top} of {source[1]}x{source[0]}"
-        raise CorruptionError(f"{unit.path}: row {row}: expected a crop of {width}x{height} pixels; found {found}")
-    return top, left, bottom, right
-
-
-def _geometry(one: Shown) -> list[int]:
-    """top, left, height, width, flip, source height and width: in pixels of the upright original."""
-    names = ("top", "left", "height", "width", "flip", "source_height", "source_width")
-    return [int(one.record[name]) for name in names]
-
-
-def _view_cells(line: Sequence[Shown], painted: npt.NDArray[np.uint8]) -> list[Cell]:
-    """Each view as stored, and after it the colours of its features, one of uint8 [V, rows, columns, 3]."""
-    cells = []
-    for one, colours_HW3 in zip(line, painted, strict=True):
-        top, left, height, width, flip, *_ = _geometry(one)
-        cells.append(Cell(one.view_HW3, f"{width}x{height} at {left},{top}{', flipped' if flip else ''}"))
-        cells.append(Cell(colours_HW3))
-    return cells
-
-
-def _row_name(classes: Sequence[str], row: int, line: Sequence[Shown]) -> str:
-    """The row's number and, below it, its class in lines that fit the margin."""
-    label = int(line[0].record["label"])
-    name = one_line(classes[label]) if 0 <= label < len(classes) else ""
-    return "\n".join([f"row {row}", *textwrap.wrap(name, 14)[:6]])
-
-
-def _sheet(heads: Sequence[tuple[str, Colour]], lines: dict[str, list[Cell]], size: tuple[int, int]) -> RGB:
-    """Names of columns above, of lines at the left, and the cells magnified to `size` without smoothing."""
-    sheet = Image.new("RGB", cell_at(len(lines), len(heads), size), BACKGROUND)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for k, (name, colour) in enumerate(heads):
-        draw.text((cell_at(0, k, size)[0], 2), name, fill=colour, font=font)
-    for i, (name, cells) in enumerate(lines.items()):
-        draw.text((GAP, cell_at(i, 0, size)[1]), name, fill=TEXT, font=font)
-        for k, cell in enumerate(cells):
-            x, y = cell_at(i, k, size)
-            draw.text((x, y - CAPTION + 2), cell.words, fill=TEXT, font=font)
-            sheet.paste(Image.fromarray(cell.picture_HW3).resize(size[::-1], Image.Resampling.NEAREST), (x, y))
-    return np.asarray(sheet)
+    decode_view_into(chunk.pictures[i], view_HW3)
+    shard, position = divmod(number, unit.chunks_per_shard)
+    return view_HW3, chunk.features()[i], unit.index_rows(shard, position, chunk.rows)[i]

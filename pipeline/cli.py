@@ -174,23 +174,17 @@ def info_command(
 def preview_command(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="With a complete view of the split.")],
     data: Annotated[Path | None, typer.Option(help="Its DATASET, for the originals; CACHE/dataset if there.")] = None,
-    rows: Annotated[int, typer.Option(help="Pictures, spread evenly over the split.", min=1)] = 8,
+    rows: Annotated[int, typer.Option(help="Pictures, spread evenly over the split.", min=1, max=50)] = 8,
     out: Annotated[Path, typer.Option(help="The PNG file; one of that name is replaced.")] = Path("preview.png"),
     split: Annotated[str, typer.Option(help="The split that is shown.")] = "train",
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Draw a contact sheet: crops on the originals, views as stored, features in PCA colours.
 
     Example: mcm-cache preview cache --data dataset --out preview.png
     """
-    from cache_tools.console import print_json
-    from cache_tools.preview import describe, preview
+    from cache_tools.preview import preview
 
-    known = preview(cache, out, data, rows, split)
-    if json:
-        print_json(known)
-    else:
-        print(describe(known))
+    print(preview(cache, out, data, rows, split))
 
 
 @app.command("verify")
