@@ -72,7 +72,7 @@ def _draw(cache: Cache, units: Sequence[Unit], dataset: Dataset | None, rows: Se
     return figure
 
 
-def sheet(pictures: Sequence[Sequence[Any]]) -> tuple[Figure, npt.NDArray[Any]]:
+def sheet(pictures: Sequence[Any]) -> tuple[Figure, npt.NDArray[Any]]:
     """A figure of lines of pictures [H, W, 3] or [H, W], in units of their pixels; None leaves a cell empty."""
     lines, columns = len(pictures), len(pictures[0])
     figure = Figure(figsize=(CELL * columns, CELL * lines), layout="tight")

@@ -164,7 +164,7 @@ def report(
 
     table = write(runs, out, note)
     if json:
-        return print_json(table.rows())
+        return print_json(table.cells)
     print(table.text())
     print(f"report: {out}")
 

@@ -49,10 +49,6 @@ class Table:
         used, fits = {column for cells in self.cells.values() for column in cells}, FIT.values()
         return [*(c for c in COLUMNS if c in used), *sorted(used - {*COLUMNS, *fits}), *(f for f in fits if f in used)]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The table as JSON."""
-        return [{"model": row} | {c: cells.get(c) for c in self.columns()} for row, cells in self.cells.items()]
-
     def lines(self) -> list[list[str]]:
         """Header and rows as text, accuracies in percent."""
         columns = self.columns()
@@ -61,16 +57,12 @@ class Table:
 
     def text(self) -> str:
         """Aligned columns for a terminal."""
-        return aligned(self.lines())
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Header and rows as aligned columns for a terminal."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))])
-        for first, *cells in lines
-    )
+        lines = self.lines()
+        first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+        return "\n".join(
+            "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
+            for name, *cells in lines
+        )
 
 
 def _shown(column: str, value: float | None) -> str:
@@ -174,11 +166,16 @@ def _row_name(row: dict[str, Any]) -> str:
 
 
 def _run_section(run: Path) -> str:
-    parts = [f"<h2>{html.escape(run.name)}</h2>", curves(_series(read_metrics(run))), _pictures(run)]
+    parts = [f"<h2>{html.escape(run.name)}</h2>", curves(_series(read_metrics(run)))]
+    shown, channels = _tensors(run / "samples.safetensors"), _tensors(run / "channels.safetensors")
+    grid = _json(run / "run.json").get("grid", ())
+    parts += [samples(shown, grid)] if shown else []
+    parts += ["<h3>channels</h3>", channel_figures(channels)] if channels else []
+    parts += [channel_maps(shown, channels, grid)] if shown and channels else []
     for name in ("config.toml", "env.json", "run.json"):
-        if (run / name).is_file():
+        if (file := run / name).is_file():
             toml = name.endswith("toml")
-            text = (run / name).read_text("utf-8", "replace") if toml else json.dumps(_json(run / name), indent=2)
+            text = file.read_text("utf-8", "replace") if toml else json.dumps(_json(file), indent=2)
             parts.append(f"<details><summary>{name}</summary><pre>{html.escape(text)}</pre></details>")
     return "".join(parts)
 
@@ -191,16 +188,6 @@ def _series(metrics: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, floa
             if isinstance(value, int | float) and name not in ("step", "epoch", "time"):
                 series.setdefault(name, []).append((line["step"], value))
     return series
-
-
-def _pictures(run: Path) -> str:
-    """Samples and channels, as far as the run has them."""
-    shown, channels = _tensors(run / "samples.safetensors"), _tensors(run / "channels.safetensors")
-    parts = [samples(shown, _json(run / "run.json")["grid"])] if shown else []
-    if channels:
-        parts += ["<h3>channels</h3>", channel_figures(channels, last_eval(run))]
-        parts += [channel_maps(shown, channels, _json(run / "run.json")["grid"])] if shown else []
-    return "".join(parts)
 
 
 def _tensors(path: Path) -> dict[str, Array]:
