@@ -25,9 +25,10 @@ class Gram:
         """Start from nothing; sums [D, D] float64."""
         self.sums = torch.zeros(width, width, dtype=torch.float64, device=device)
 
-    def update(self, x_BND: Tensor, weight_B: Tensor) -> None:
+    def update(self, x_BND: Tensor, weight_B: Tensor | None = None) -> None:
         """Add a batch; weight 0 leaves a padded row out."""
-        flat = (x_BND.float() * weight_B[:, None, None]).flatten(0, 1)
+        x_BND = x_BND.to(self.sums.device, torch.float32)
+        flat = (x_BND if weight_B is None else x_BND * weight_B[:, None, None]).flatten(0, 1)
         with torch.autocast(flat.device.type, enabled=False):  # in bf16 nine directions read as 22
             self.sums += (flat.T @ flat).double()
 
@@ -95,7 +96,7 @@ def collapse(z_BND: Tensor, first_BND: Tensor) -> tuple[float, float]:
     for x_BND in (z_BND, first_BND):
         flat = x_BND.float().flatten(0, 1)
         centred = Gram(flat.shape[-1], flat.device)
-        centred.update((flat - flat.mean(0))[None], torch.ones(1, device=flat.device))
+        centred.update((flat - flat.mean(0))[None])
         stds.append(flat.std(0).median())
         ranks.append(centred.rank())
     return float(stds[0] / stds[1]), ranks[0] / ranks[1]

@@ -137,9 +137,7 @@ def _freeze(model: VisionTransformer, seed: int) -> VisionTransformer:
 
 
 def _init_head(head: nn.Linear, std: float, seed: int) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        nn.init.trunc_normal_(head.weight, std=std)
+    nn.init.trunc_normal_(head.weight, std=std, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(head.bias)
 
 

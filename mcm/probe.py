@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 
@@ -13,7 +13,7 @@ from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.records import Record, encode_record, nearest, read_record
 from cache_tools.storage import file_sha256, run_folder, write_atomic
-from mcm.backbones import Backbone, load_encoder
+from mcm.backbones import load_encoder
 from mcm.classify import Features, knn_accuracy, linear_probe, training_rows
 from mcm.diagnostics import Gram
 from mcm.prober import Prober, device
@@ -25,9 +25,8 @@ FEATURES = ("mean", "cls", "both")  # of the patch tokens, the class token, one 
 LEAST_SHOTS = 5  # of the linear probe: a fifth of the labels chooses C
 
 
-def _later() -> Any:
-    """A field that the probes of before have not: None, and left out."""
-    return pydantic.Field(None, exclude_if=lambda value: value is None)
+# Of a field that the probes of before have not: None, and left out.
+LATER = pydantic.Field(exclude_if=lambda value: value is None)
 
 
 class ProbeResult(Record):
@@ -49,13 +48,13 @@ class ProbeResult(Record):
     seed: int
     data_sha256: str
     versions: dict[str, str]
-    features: str | None = _later()
-    shots: int | None = _later()
-    val_in_train: int | None = _later()
-    software: str | None = _later()
-    run_sha256: str | None = _later()
-    cache_sha256: str | None = _later()
-    teacher: Teacher | None = _later()
+    features: Annotated[str | None, LATER] = None
+    shots: Annotated[int | None, LATER] = None
+    val_in_train: Annotated[int | None, LATER] = None
+    software: Annotated[str | None, LATER] = None
+    run_sha256: Annotated[str | None, LATER] = None
+    cache_sha256: Annotated[str | None, LATER] = None
+    teacher: Annotated[Teacher | None, LATER] = None
 
     @property
     def label(self) -> str:
@@ -89,15 +88,14 @@ def probe(
     backbone = load_encoder(spec, weights, untrained=untrained)
     kinds = tuple(inputs) or (("full", "folded") if backbone.masked is not None else ("full",))
     for kind in kinds:
-        _check_input(kind, backbone)
+        check_kind(kind)
+        if kind != "full" and backbone.masked is None:
+            raise UsageError(f"--input {kind}: expected a RUN trained with masks; {spec} is not; use full")
     wanted = dict.fromkeys(features or FEATURES[:1])
     _check_features(wanted, backbone.model.has_class_token, spec)
     run, is_run = Path(spec), (Path(spec) / "run.json").is_file()
-    facts: dict[str, Any] = {
-        "val_in_train": warn_of_copies(dataset, quiet),
-        "data_sha256": dataset.sha256,
-        "seed": seed,
-    }
+    copies = warn_of_copies(dataset, quiet)
+    facts: dict[str, Any] = {"val_in_train": copies, "data_sha256": dataset.sha256, "seed": seed}
     if is_run:
         facts |= {"run_sha256": file_sha256(run / "run.json"), "cache_sha256": recorded(run).get("cache_sha256")}
     results = []
@@ -144,10 +142,9 @@ def _suffix(features: str, shots: int) -> str:
 
 
 def _score(train: Features, val: Features, methods: Sequence[str], **facts: Any) -> ProbeResult:
-    bank_x, bank_y, x, y = (part.to(device()) for part in (train.x, train.y, val.x, val.y))
     linear, c, converged = linear_probe(train, val, facts["seed"]) if "linear" in methods else (None, None, None)
     return ProbeResult(
-        knn=knn_accuracy(bank_x, bank_y, x, y) if "knn" in methods else None,
+        knn=knn_accuracy(train, val, device()) if "knn" in methods else None,
         linear=linear, linear_c=c, linear_converged=converged,
         train_rows=len(train.y), val_rows=len(val.y), software=software(),
         versions={name: version(name) for name in ("torch", "timm", "scikit-learn", "numpy")},
@@ -157,13 +154,11 @@ def _score(train: Features, val: Features, methods: Sequence[str], **facts: Any)
 
 def _store(path: Path, result: ProbeResult) -> ProbeResult:
     """Write the result; the other method's number stays where nothing else has changed."""
-    fields = ("knn", "linear", "linear_c", "linear_converged")
+    empty: dict[str, Any] = dict.fromkeys(("knn", "linear", "linear_c", "linear_converged"))
     if path.is_file():
         old = read_record(ProbeResult, path)
-        empty = dict.fromkeys(fields)
         if old.model_copy(update=empty) == result.model_copy(update=empty):
-            kept = {name: getattr(old, name) for name in fields if getattr(result, name) is None}
-            result = result.model_copy(update=kept)
+            result = old.model_copy(update=result.model_dump(include=set(empty), exclude_none=True))
     write_atomic(path, encode_record(result))
     return result
 
@@ -193,12 +188,6 @@ def check_kind(kind: str) -> None:
     name, _, passes = kind.partition(":")
     if name == "masked" and not re.fullmatch("[1-9][0-9]{0,3}", passes) or name not in ("full", "folded", "masked"):
         raise UsageError(f"--input: expected full, folded or masked:K with K > 0, such as masked:8; found {kind!r}")
-
-
-def _check_input(kind: str, backbone: Backbone) -> None:
-    check_kind(kind)
-    if kind != "full" and backbone.masked is None:
-        raise UsageError(f"--input {kind}: expected a RUN trained with masks; {backbone.source} is not; use full")
 
 
 def _check_features(wanted: Iterable[str], has_cls: bool, where: str) -> None:

@@ -73,14 +73,15 @@ class Prober:
 
     def folded(self, s: float) -> Encode:
         """Features of the encoder with x~ = e + s (x - e)."""
-        masked = masked_of(self.backbone)
+        masked: Any = self.backbone.masked
         model = copy.deepcopy(masked.encoder)
         model.load_state_dict(folded_state(masked.encoder, masked.encoder_fill, s))
         return self.full(model)
 
     def masked(self, passes: int) -> Encode:
         """Mean over `passes` fixed random masks a row, of the features."""
-        model = masked_of(self.backbone).to(device()).eval()
+        whole: Any = self.backbone.masked
+        model = whole.to(device()).eval()
         patches = model.encoder.patch_embed.num_patches
         width, positions = (patches, 1) if model.mode == "patch" else (model.encoder.embed_dim, patches)
         pool = torch.from_numpy(mask_pool(self.seed, 0, POOL_ROWS, width, model.ratio)).to(device())
@@ -95,22 +96,21 @@ class Prober:
 
         return encode
 
-    def choose_scale(self) -> float:
-        """The s of {1, sqrt(1 - r), 1 - r} with the best k-NN on held-out training rows; the first wins ties."""
-        ratio: float = masked_of(self.backbone).ratio
-
-        return max((1.0, float((1 - ratio) ** 0.5), 1 - ratio), key=lambda s: self.held_out_knn(self.folded(s)))
-
     def held_out_knn(self, encode: Encode) -> float:
         """k-NN accuracy on a fifth of some training rows; the rest is the bank. What choices are made by."""
         rows = self.rows()
         bank, held = (self.features("train", encode, rows[part]) for part in choice_rows(len(rows), self.seed))
-        return knn_accuracy(bank.x, bank.y, held.x, held.y)
+        return knn_accuracy(bank, held, device())
 
     def encoder(self, kind: str) -> tuple[Encode, float | None]:
-        """(encode, s) of an input called full, folded or masked:K."""
+        """(encode, s) of an input called full, folded or masked:K.
+
+        s is the one of {1, sqrt(1 - r), 1 - r} with the best k-NN on held-out training rows; the first wins ties.
+        """
         if kind == "folded":
-            s = self.choose_scale()
+            masked: Any = self.backbone.masked
+            kept = 1 - float(masked.ratio)
+            s = max((1.0, kept**0.5, kept), key=lambda s: self.held_out_knn(self.folded(s)))
             return self.folded(s), s
         return (self.full() if kind == "full" else self.masked(int(kind.partition(":")[2]))), None
 
@@ -118,9 +118,3 @@ class Prober:
 def device() -> torch.device:
     """The accelerator, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def masked_of(backbone: Backbone) -> Any:
-    """The whole model of a RUN that was trained with masks."""
-    assert backbone.masked is not None, "checked by _check_input"
-    return backbone.masked

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save as safetensors_bytes
@@ -29,11 +28,9 @@ from mcm.order import EvalOrder, Order
 from mcm.prober import Prober
 from mcm.run_folder import PretrainRun
 from mcm.stream import Batch, CacheSource, Stream, batches
-from mcm.targets import Targets, loss_fn, patch_pixels
+from mcm.targets import Stats, Targets, loss_fn, patch_pixels
 
 SAMPLES = 8
-
-Stats = npt.NDArray[np.float64]
 
 
 def channel_stats(units: Sequence[Unit]) -> tuple[Stats, Stats]:
@@ -198,8 +195,7 @@ class Task:
         backbone = Backbone(encoder, "", "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
         prober = Prober(backbone, dataset, self.config.train.seed, self.config.train.workers, quiet=True)
         bank, val = (prober.features(split, prober.full()) for split in ("train", "val"))
-        bank_x, bank_y, x, y = (part.to(self.accelerator.device) for part in (bank.x, bank.y, val.x, val.y))
-        return knn_accuracy(bank_x, bank_y, x, y)
+        return knn_accuracy(bank, val, self.accelerator.device)
 
     @torch.inference_mode()
     def samples(self) -> dict[str, Tensor]:

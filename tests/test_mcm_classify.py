@@ -21,7 +21,7 @@ def test_knn_is_dinos():
         for row in similarity.argsort(descending=True)[:20]:
             votes[train.y[row]] += torch.exp(similarity[row] / 0.07)
         right += int(votes.argmax() == y)
-    assert knn_accuracy(train.x, train.y, val.x, val.y) == right / 60
+    assert knn_accuracy(train, val) == right / 60
     assert 0.5 < right / 60 < 1
 
 
