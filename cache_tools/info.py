@@ -35,7 +35,7 @@ def _cache_info(cache: Cache) -> dict[str, Any]:
         "sha256": cache.sha256,
         "identity": cache.identity.model_dump(mode="json", exclude={"classes"}),
         "units": {str(unit): _unit_info(unit) for unit in cache.all_units()},
-        "locked": _held_locks(cache.path),
+        "locked": [path.name for path in sorted((run_folder(cache.path) / "locks").glob("*-*")) if is_locked(path)],
     }
 
 
@@ -57,17 +57,11 @@ def _unit_info(unit: Unit) -> dict[str, Any]:
     return known
 
 
-def _held_locks(cache: Path) -> list[str]:
-    """Shards that a living process holds, as split-shard."""
-    return [path.name for path in sorted((run_folder(cache) / "locks").glob("*-*")) if is_locked(path)]
-
-
 def describe(known: dict[str, Any]) -> str:
     """The description as lines for a person."""
     if known["kind"] == "dataset":
-        lines = [
-            f"DATASET {known['path']}: {known['classes']} classes, {known['bytes'] / 1e6:.1f} MB, seed {known['seed']}"
-        ]
+        size = f"{known['classes']} classes, {known['bytes'] / 1e6:.1f} MB, seed {known['seed']}"
+        lines = [f"DATASET {known['path']}: {size}"]
         for name, split in known["splits"].items():
             lines.append(f"  {name:<8} {split['rows']} rows in {split['shards']} shards, {split['refused']} refused")
         return "\n".join(lines)

@@ -25,7 +25,7 @@ from cache_tools.storage import file_sha256
 from cache_tools.weights import is_torchscript
 from mcm import checkpoint
 from mcm.config import PretrainConfig, SizedStudent
-from mcm.model import MaskedChannelModel, build_encoder, encode_tokens
+from mcm.model import MaskedChannelModel, build_encoder
 from mcm.run_folder import PretrainRun, recorded, recorded_config
 
 SHOWN_NAMES = 4  # tensors named in a message
@@ -106,11 +106,6 @@ def pooled(model: VisionTransformer, tokens_BND: Tensor, features: str = "mean")
     parts = {"mean": tokens_BND[:, model.num_prefix_tokens :].mean(1), "cls": tokens_BND[:, 0]}
     chosen = parts if features == "both" else [features]
     return torch.cat([model.fc_norm(parts[name]) for name in chosen], dim=1)
-
-
-def patch_mean(model: VisionTransformer, pictures_B3HW: Tensor) -> Tensor:
-    """Features [B, D]: the mean of the patch tokens of unmasked pictures."""
-    return pooled(model, encode_tokens(model, pictures_B3HW))
 
 
 def load_whole(model: nn.Module, state: dict[str, Tensor], where: str) -> None:

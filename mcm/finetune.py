@@ -116,29 +116,25 @@ def make_classifier(
     A `frozen` encoder stays as it is, also in training; before its head stands a BatchNorm without parameters.
     """
     model.reset_classifier(num_classes, pool)
+    draw = torch.Generator().manual_seed(seed)
+    nn.init.trunc_normal_(model.head.weight, std=PROBE_STD if frozen else HEAD_STD, generator=draw)
+    nn.init.zeros_(model.head.bias)
     if frozen:
-        return _freeze(model, seed)
+        return _freeze(model)
     norm = model.norm if isinstance(model.fc_norm, nn.Identity) else model.fc_norm
     model.norm, model.fc_norm = (nn.Identity(), norm) if pool == "avg" else (norm, nn.Identity())
-    _init_head(model.head, HEAD_STD, seed)
     for block, rate in zip(model.blocks, torch.linspace(0, drop_path, len(model.blocks)).tolist(), strict=True):
         block.drop_path1, block.drop_path2 = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
     return model.requires_grad_(True)
 
 
-def _freeze(model: VisionTransformer, seed: int) -> VisionTransformer:
+def _freeze(model: VisionTransformer) -> VisionTransformer:
     model.requires_grad_(False).eval()
     for child in model.children():
         child.train = lambda mode=True, child=child: child  # the loop's model.train() must not wake its drop paths
-    _init_head(model.head, PROBE_STD, seed)
     head = model.head.requires_grad_(True)
     model.head = nn.Sequential(nn.BatchNorm1d(head.in_features, eps=BATCHNORM_EPS, affine=False), head)
     return model
-
-
-def _init_head(head: nn.Linear, std: float, seed: int) -> None:
-    nn.init.trunc_normal_(head.weight, std=std, generator=torch.Generator().manual_seed(seed))
-    nn.init.zeros_(head.bias)
 
 
 @torch.inference_mode()

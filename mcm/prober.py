@@ -87,11 +87,11 @@ class Prober:
         pool = torch.from_numpy(mask_pool(self.seed, 0, POOL_ROWS, width, model.ratio)).to(device())
 
         def encode(pictures: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
-            total = torch.zeros(())
+            total = torch.zeros((), device=device())
             for epoch in range(passes):
-                picks = torch.from_numpy(mask_picks(self.seed, epoch, rows, positions, len(pool)))
-                tokens_BND = model.tokens(pictures, model.mask((pool, picks.to(device()))))
-                total = total.to(device()) + pooled(model.encoder, tokens_BND, self.tokens)
+                picks = torch.from_numpy(mask_picks(self.seed, epoch, rows, positions, POOL_ROWS)).to(device())
+                tokens_BND = model.tokens(pictures, model.mask((pool, picks)))
+                total = total + pooled(model.encoder, tokens_BND, self.tokens)
             return total / passes
 
         return encode

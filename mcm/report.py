@@ -46,8 +46,9 @@ class Table:
 
     def columns(self) -> list[str]:
         """What was measured: the usual columns, then any other input that was probed, then R^2."""
-        used, fits = {column for cells in self.cells.values() for column in cells}, FIT.values()
-        return [*(c for c in COLUMNS if c in used), *sorted(used - {*COLUMNS, *fits}), *(f for f in fits if f in used)]
+        used = {column for cells in self.cells.values() for column in cells}
+        others = sorted(used - {*COLUMNS, *FIT.values()})
+        return [column for column in (*COLUMNS, *others, *FIT.values()) if column in used]
 
     def lines(self) -> list[list[str]]:
         """Header and rows as text, accuracies in percent."""
@@ -82,7 +83,8 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
     sections = []
     for path in runs:
         if (path / "cache.json").is_file():
-            _add_probes(table, f"teacher {path.name}", [run_folder(path) / "probe.json"], path.name)
+            if (probed := run_folder(path) / "probe.json").is_file():
+                _add_probe(table, f"teacher {path.name}", probed, path.name)
         elif (path / "run.json").is_file():
             _add_run(table, path, runs)
             sections.append(_run_section(path))
@@ -98,19 +100,16 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
     return table
 
 
-def _add_probes(table: Table, row: str, files: Sequence[Path], run: str) -> None:
-    for file in files:
-        if file.is_file():
-            result = read_record(ProbeResult, file)
-            table.put(row, f"k-NN {result.label}", result.knn, run)
-            table.put(row, f"linear {result.label}", result.linear, run)
+def _add_probe(table: Table, row: str, file: Path, run: str) -> None:
+    result = read_record(ProbeResult, file)
+    table.put(row, f"k-NN {result.label}", result.knn, run)
+    table.put(row, f"linear {result.label}", result.linear, run)
 
 
 def _add_run(table: Table, run: Path, runs: Sequence[Path]) -> None:
     """A pre-training run is a row; a fine-tuning run fills a cell in the row of what it began from."""
-    files = sorted((run / "probe").glob("*.json"))
-    _add_probes(table, RANDOM, [file for file in files if file.name.startswith("untrained-")], run.name)
-    _add_probes(table, run.name, [file for file in files if not file.name.startswith("untrained-")], run.name)
+    for file in sorted((run / "probe").glob("*.json"), reverse=True):  # random init's row comes first
+        _add_probe(table, RANDOM if file.name.startswith("untrained-") else run.name, file, run.name)
     newest = last_eval(run)
     for name, column in FIT.items():
         table.put(run.name, column, newest.get(name), run.name)
@@ -154,8 +153,7 @@ def ablation_html(results: dict[str, Any]) -> str:
     """The table, and every accuracy of every seed in a figure."""
     rows, others = results["rows"], {*FIT.values(), MINUTES}
     cells = {c: [row["values"].get(c, []) for row in rows] for c in results["columns"] if c not in others}
-    measured = {column: values for column, values in cells.items() if any(values)}
-    figure = dots(measured, [_row_name(row) for row in rows]) if measured else ""
+    figure = dots(cells, [_row_name(row) for row in rows]) if cells else ""
     title, note = (html.escape(results.get(name, "")) for name in ("plan", "note"))
     caption = "mean ± sample std over the seeds; accuracies in percent"
     return f"<h2>ablations {title}</h2><p>{note}</p>{_html_table(ablation_lines(results), caption)}{figure}"

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cache_tools.errors import IdentityError, UsageError
-from mcm.backbones import load_encoder, model_args, patch_mean, read_weights
+from mcm.backbones import load_encoder, model_args, pooled, read_weights
 from mcm.config import SizedStudent
+from mcm.model import encode_tokens
 
 STUDENT = SizedStudent(width=32, depth=2, heads=2, size=32, patch=8)
 
@@ -29,7 +30,7 @@ def test_patch_mean_is_timms_own(shared_data):
     pictures = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = model.forward_features(pictures)[:, 1:].mean(1)
-        assert torch.allclose(patch_mean(model, pictures), expected, atol=1e-5)
+        assert torch.allclose(pooled(model, encode_tokens(model, pictures)), expected, atol=1e-5)
 
 
 def test_another_models_weights_are_refused(shared_data):

@@ -15,7 +15,7 @@ from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.records import encode_record, read_record
 from cache_tools.storage import file_sha256, write_atomic
-from mcm.backbones import load_encoder, patch_mean
+from mcm.backbones import load_encoder
 from mcm.classify import training_rows
 from mcm.masking import mask_picks, mask_pool
 from mcm.probe import ProbeResult, probe
@@ -65,7 +65,7 @@ def test_folded_and_masked_features_are_what_they_say(data, tmp_path):
     with torch.inference_mode():
         hidden = model.tokens(pictures, torch.ones(1, 1, 32, dtype=torch.bool))[:, 1:].mean(1)
         assert torch.allclose(prober.folded(1e-6)(pictures, rows), hidden, atol=1e-4)  # s -> 0: nothing but the fill
-        assert torch.allclose(prober.folded(1.0)(pictures, rows), patch_mean(backbone.model, pictures), atol=1e-6)
+        assert torch.allclose(prober.folded(1.0)(pictures, rows), prober.full()(pictures, rows), atol=1e-6)
         pool = torch.from_numpy(mask_pool(0, 0, 4096, 32, 0.75))
         picks = [torch.from_numpy(mask_picks(0, k, rows, 16, 4096)) for k in range(3)]
         expected = sum(model.encode(pictures, (pool, pick)).mean(1) for pick in picks) / 3
