@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from cache_tools.preview import pca_colours, png, sheet
 
 Array = npt.NDArray[Any]
-Points = Sequence[tuple[int, float]]
 
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
 LOWEST = -1.0  # R^2 can be far below zero, and would leave no room for what matters
@@ -23,7 +22,7 @@ R2 = f"R^2, not below {LOWEST:g}"
 RANKED, SHOWN = 4, 3  # channels of each end, and pictures of each
 
 
-def curves(series: Mapping[str, Points]) -> str:
+def curves(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     """An axis for each group of names that begin alike, such as "r2_masked" and "eval r2_full", over the steps."""
     if not series:
         return "<p>no metrics yet</p>"

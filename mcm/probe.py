@@ -185,8 +185,7 @@ def warn_of_copies(dataset: Dataset, quiet: bool) -> int:
 
 def check_kind(kind: str) -> None:
     """Raises: UsageError for the name of no input."""
-    name, _, passes = kind.partition(":")
-    if name == "masked" and not re.fullmatch("[1-9][0-9]{0,3}", passes) or name not in ("full", "folded", "masked"):
+    if not re.fullmatch("full|folded|masked:[1-9][0-9]{0,3}", kind):
         raise UsageError(f"--input: expected full, folded or masked:K with K > 0, such as masked:8; found {kind!r}")
 
 

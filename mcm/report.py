@@ -20,7 +20,6 @@ from mcm.figures import Array, channel_figures, channel_maps, curves, dots, samp
 from mcm.probe import ProbeResult
 from mcm.run_folder import last_eval, read_metrics
 
-COLUMNS = ("k-NN full", "k-NN folded", "linear full", "linear folded", "fine-tuned top-1")
 FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full"}  # held out; masked at the run's ratio, and full
 ABLATIONS = {"columns", "rows"}  # of a results.json
 MINUTES = "minutes"  # of an ablation's row
@@ -44,15 +43,9 @@ class Table:
             row = row if taken in (None, value) else f"{row} ({run})"
             self.cells.setdefault(row, {})[column] = value
 
-    def columns(self) -> list[str]:
-        """What was measured: the usual columns, then any other input that was probed, then R^2."""
-        used = {column for cells in self.cells.values() for column in cells}
-        others = sorted(used - {*COLUMNS, *FIT.values()})
-        return [column for column in (*COLUMNS, *others, *FIT.values()) if column in used]
-
     def lines(self) -> list[list[str]]:
         """Header and rows as text, accuracies in percent."""
-        columns = self.columns()
+        columns = dict.fromkeys(column for cells in self.cells.values() for column in cells)
         rows = [[row, *(_shown(name, cells.get(name)) for name in columns)] for row, cells in self.cells.items()]
         return [["model", *columns], *rows]
 

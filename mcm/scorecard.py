@@ -31,8 +31,8 @@ class Teacher(Record):
     def text(self) -> str:
         """Lines for a terminal."""
         return (
-            f"  dead      channels {list(self.dead) or 'none'} of {self.channels}\n"
-            f"  outliers  channels {list(self.outliers) or 'none'} of {self.channels}\n"
+            f"  dead      {len(self.dead)} of {self.channels} channels: {list(self.dead)}\n"
+            f"  outliers  {len(self.outliers)} of {self.channels} channels: {list(self.outliers)}\n"
             f"  rank      {self.effective_rank:.1f} of {self.channels}, effective, patch tokens of 'val'\n"
             f"  stored    relative MSE {self.relative_mse:.1e}, cosine {self.cosine:.6f}"
         )
