@@ -23,10 +23,7 @@ from mcm.scorecard import Teacher, stored_features, teacher_facts
 METHODS = ("knn", "linear")
 FEATURES = ("mean", "cls", "both")  # of the patch tokens, the class token, one beside the other
 LEAST_SHOTS = 5  # of the linear probe: a fifth of the labels chooses C
-
-
-# Of a field that the probes of before have not: None, and left out.
-LATER = pydantic.Field(exclude_if=lambda value: value is None)
+LATER = pydantic.Field(exclude_if=lambda value: value is None)  # left out, as in the probes of before
 
 
 class ProbeResult(Record):
@@ -59,8 +56,8 @@ class ProbeResult(Record):
     @property
     def label(self) -> str:
         """The input, and what is not as usual: other features than the mean patch token, few labels."""
-        features = "" if self.features in (None, "mean") else f" {self.features}"
-        return f"{self.input}{features}" + (f" {self.shots} shots" if self.shots else "")
+        features = "" if self.features in (None, "mean") else f"-{self.features}"
+        return f"{self.input}{features}" + (f"-shots-{self.shots}" if self.shots else "")
 
 
 def probe(
@@ -106,10 +103,9 @@ def probe(
             encode, s = prober.encoder(kind)
             train, val = prober.features("train", encode, rows), prober.features("val", encode)
             named = {"subject": spec, "weights": backbone.weights, "input": kind, "fold_scale": s}
-            results.append(_score(train, val, chosen, features=tokens, shots=shots, **named, **facts))
-            if is_run:
-                name = ("untrained-" if untrained else "") + kind.replace(":", "-") + _suffix(tokens, shots)
-                results[-1] = _store(run / "probe" / f"{name}.json", results[-1])
+            result = _score(train, val, chosen, features=tokens, shots=shots, **named, **facts)
+            name = ("untrained-" if untrained else "") + result.label.replace(":", "-")
+            results.append(_store(run / "probe" / f"{name}.json", result) if is_run else result)
     return results
 
 
@@ -133,12 +129,8 @@ def _probe_teacher(
         columns = {"mean": slice(identity.channels), "cls": slice(identity.channels, None)}.get(tokens, slice(None))
         bank, held = (Features(split.x[:, columns], split.y) for split in (train, val))
         result = _score(bank, held, methods, features=tokens, shots=shots, input="full", **facts)
-        results.append(_store(run_folder(path) / f"probe{_suffix(tokens, shots)}.json", result))
+        results.append(_store(run_folder(path) / f"probe{result.label.removeprefix('full')}.json", result))
     return results
-
-
-def _suffix(features: str, shots: int) -> str:
-    return ("" if features == "mean" else f"-{features}") + (f"-shots-{shots}" if shots else "")
 
 
 def _score(train: Features, val: Features, methods: Sequence[str], **facts: Any) -> ProbeResult:

@@ -39,7 +39,7 @@ def test_probe_export_and_report_from_the_command_line(tmp_path):
     cache = make_cache(tmp_path / "cache", 32, 16, 1).path
     answer = mcm_train("probe", cache, "--method", "knn")
     assert answer.exit_code == 0, answer.stderr
-    assert ": full both:" in answer.stdout and "outliers  0 of 16 channels" in answer.stdout
+    assert ": full-both:" in answer.stdout and "outliers  0 of 16 channels" in answer.stdout
     answer = mcm_train("export", run, tmp_path / "out", "--folded", "0.5")
     assert answer.exit_code == 0 and "local-dir:" in answer.stdout
     answer = mcm_train("report", run, "--out", tmp_path / "r.html", "--note", "one run")

@@ -90,7 +90,7 @@ def test_a_caches_teacher_is_probed_on_its_own_features(tmp_path):
     assert (result.subject, result.train_rows, result.val_rows) == ("test:linear", 100, 40)
     assert result.data_sha256 == cache.sha256 and result.knn > 0.7  # the tint tells the classes apart
     assert read_record(ProbeResult, tmp_path / "cache.run" / "probe.json") == result
-    assert [one.label for one in results] == ["full", "full cls", "full both"]
+    assert [one.label for one in results] == ["full", "full-cls", "full-both"]
     assert results[1].knn == pytest.approx(result.knn, abs=0.05)  # its CLS is the mean patch token, in float16
     files = [tmp_path / "cache.run" / name for name in ("probe-cls.json", "probe-both.json")]
     assert [read_record(ProbeResult, file) for file in files] == results[1:]
@@ -132,7 +132,7 @@ def test_features_are_the_tokens_they_name(data, tmp_path):
 def test_few_labels_and_other_features_have_files_of_their_own(data, tmp_path):
     run = make_run(tmp_path / "run")
     results = probe(str(run), data, inputs=["full"], quiet=True, features=["mean", "both"], shots=6)
-    assert [(one.label, one.train_rows) for one in results] == [("full 6 shots", 12), ("full both 6 shots", 12)]
+    assert [(one.label, one.train_rows) for one in results] == [("full-shots-6", 12), ("full-both-shots-6", 12)]
     assert sorted(path.name for path in (run / "probe").iterdir()) == ["full-both-shots-6.json", "full-shots-6.json"]
     dataset, prober = Dataset(data), Prober(load_encoder(str(run)), Dataset(data), 0, 0, True, shots=6)
     rows = training_rows(dataset.labels("train"), dataset.classes, 6, 0)
