@@ -77,7 +77,9 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
     for path in runs:
         if (path / "cache.json").is_file():
             if (probed := run_folder(path) / "probe.json").is_file():
-                _add_probe(table, f"teacher {path.name}", probed, path.name)
+                teacher = _add_probe(table, f"teacher {path.name}", probed, path.name).teacher
+                text = teacher.text() if teacher else "probed by an older version"
+                sections.append(f"<h2>teacher {html.escape(path.name)}</h2><pre>{text}</pre>")
         elif (path / "run.json").is_file():
             _add_run(table, path, runs)
             sections.append(_run_section(path))
@@ -93,10 +95,11 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
     return table
 
 
-def _add_probe(table: Table, row: str, file: Path, run: str) -> None:
+def _add_probe(table: Table, row: str, file: Path, run: str) -> ProbeResult:
     result = read_record(ProbeResult, file)
     table.put(row, f"k-NN {result.label}", result.knn, run)
     table.put(row, f"linear {result.label}", result.linear, run)
+    return result
 
 
 def _add_run(table: Table, run: Path, runs: Sequence[Path]) -> None:
@@ -106,11 +109,12 @@ def _add_run(table: Table, run: Path, runs: Sequence[Path]) -> None:
     newest = last_eval(run)
     for name, column in FIT.items():
         table.put(run.name, column, newest.get(name), run.name)
-    init = _json(run / "run.json").get("init")
-    if init is not None:
+    facts = _json(run / "run.json")
+    if (init := facts.get("init")) is not None:
         given = [other.name for other in runs if os.path.realpath(other) == os.path.realpath(init)]
         row = RANDOM if init == "random" else given[0] if given else init
-        table.put(row, "fine-tuned top-1", newest.get("top1"), run.name)
+        column = "linear (LARS)" if facts.get("config", {}).get("frozen") else "fine-tuned top-1"
+        table.put(row, column, newest.get("top1"), run.name)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -147,9 +151,8 @@ def ablation_html(results: dict[str, Any]) -> str:
     rows, others = results["rows"], {*FIT.values(), MINUTES}
     cells = {c: [row["values"].get(c, []) for row in rows] for c in results["columns"] if c not in others}
     figure = dots(cells, [_row_name(row) for row in rows]) if cells else ""
-    title, note = (html.escape(results.get(name, "")) for name in ("plan", "note"))
-    caption = "mean ± sample std over the seeds; accuracies in percent"
-    return f"<h2>ablations {title}</h2><p>{note}</p>{_html_table(ablation_lines(results), caption)}{figure}"
+    note, caption = html.escape(results.get("note", "")), "mean ± sample std over the seeds; accuracies in percent"
+    return f"<h2>ablations</h2><p>{note}</p>{_html_table(ablation_lines(results), caption)}{figure}"
 
 
 def _row_name(row: dict[str, Any]) -> str:

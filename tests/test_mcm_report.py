@@ -16,21 +16,26 @@ from cache_tools.storage import write_atomic
 from mcm import figures
 from mcm.probe import ProbeResult
 from mcm.report import Table, ablation_html, ablation_lines, ablation_markdown, report
+from mcm.scorecard import Teacher
 
 
-def result(kind, knn, linear):
+FACTS = Teacher(channels=8, dead=(), outliers=(3,), effective_rank=6.5, relative_mse=1e-5, cosine=0.9999)
+
+
+def result(kind, knn, linear, teacher=None):
     return ProbeResult(
         subject="x", weights="w", input=kind, knn=knn, linear=linear, train_rows=1, val_rows=1, seed=0,
-        data_sha256="0", versions={},
+        data_sha256="0", versions={}, teacher=teacher,
     )  # fmt: skip
 
 
-def put(path, kind, knn, linear):
-    write_atomic(path, encode_record(result(kind, knn, linear)))
+def put(path, kind, knn, linear, teacher=None):
+    write_atomic(path, encode_record(result(kind, knn, linear, teacher)))
 
 
-def tuned_run(path, init, top1):
-    write_atomic(path / "run.json", json.dumps({"kind": "finetune", "init": init}).encode())
+def tuned_run(path, init, top1, frozen=False):
+    facts = {"kind": "finetune", "init": init, "config": {"frozen": frozen}}
+    write_atomic(path / "run.json", json.dumps(facts).encode())
     lines = [{"step": 5, "epoch": 1, "loss": 1.0}, {"step": 5, "epoch": 1, "eval": {"top1": top1, "loss": 0.3}}]
     torn = b'{"step": 6, "lo'
     write_atomic(path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode() + torn)
@@ -44,7 +49,7 @@ def channels(count):
 
 
 ABLATION = {
-    "plan": "masks", "note": "3 <hours>", "columns": ["k-NN full", "linear full", "R^2 masked", "minutes"],
+    "note": "3 <hours>", "columns": ["k-NN full", "linear full", "R^2 masked", "minutes"],
     "rows": [
         {
             "name": "channel|75", "lr": 1e-3, "seeds": [0, 1], "mark": "",
@@ -79,7 +84,7 @@ def runs(tmp_path):
     put(run / "probe" / "folded.json", "folded", 0.76, None)
     put(run / "probe" / "masked-8.json", "masked:8", 0.7, None)
     put(run / "probe" / "untrained-full.json", "full", 0.41, 0.59)
-    put(tmp_path / "cache.run" / "probe.json", "full", 0.96, 0.97)
+    put(tmp_path / "cache.run" / "probe.json", "full", 0.96, 0.97, FACTS)
     tokens = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float16)
     samples = {"views": np.zeros((2, 32, 32, 3), np.uint8), "target": tokens, "prediction": tokens + 1}
     save_file(samples, run / "samples.safetensors")
@@ -100,12 +105,14 @@ def test_the_table_has_a_row_a_model_and_a_column_a_measurement(runs, tmp_path):
         "fine-tuned top-1": 0.819, "k-NN masked:8": 0.7, "R^2 masked": 0.668, "R^2 full": -0.25,
     }  # fmt: skip
     assert rows["teacher cache"]["linear full"] == 0.97
+    frozen = tuned_run(tmp_path / "linear", str(runs[0]), 0.7, frozen=True)
+    assert report([runs[0], frozen], tmp_path / "r.html").cells["mcm"]["linear (LARS)"] == 0.7
 
 
 def test_the_file_stands_alone_and_holds_everything(runs, tmp_path):
     table = report(runs, tmp_path / "r.html", note="the teacher <saw> the labels")
     page = (tmp_path / "r.html").read_text()
-    assert "the teacher &lt;saw&gt; the labels" in page
+    assert "the teacher &lt;saw&gt; the labels" in page and FACTS.text() in page
     assert page.count("data:image/png;base64,") == 6  # curves of three runs, three figures of one
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "global_batch" in page and "cache_sha256" in page
@@ -220,4 +227,4 @@ def test_ablations_are_a_section_with_a_dot_a_seed(drawn, tmp_path):
     assert titles(drawn[0]) == ["k-NN full", "linear full"]
     dots, mean, *_ = drawn[0].axes[0].lines
     assert np.allclose(dots.get_xdata(), [41, 43]) and np.allclose(mean.get_xdata(), 42)
-    assert "<h2>ablations </h2><p></p>" in ablation_html({"columns": [], "rows": []})
+    assert "<h2>ablations</h2><p></p>" in ablation_html({"columns": [], "rows": []})
