@@ -18,7 +18,6 @@ from mcm.probe import ProbeResult
 from mcm.report import Table, ablation_html, ablation_lines, ablation_markdown, report
 from mcm.scorecard import Teacher
 
-
 FACTS = Teacher(channels=8, dead=(), outliers=(3,), effective_rank=6.5, relative_mse=1e-5, cosine=0.9999)
 
 
