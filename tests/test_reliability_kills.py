@@ -44,9 +44,9 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     expected, begun = tree_digest(tmp_path / "straight" / "out"), sum(map(_begins_a_tar, ops))
     kills, trials, draw = 0, 0, random.Random(name)
     points = [op for op in ops if not op.startswith("write")]  # a kill between writes is one at a random moment
-    points = draw.sample(points, min(len(points), how_many(10, len(ops))))
+    points = draw.sample(points, min(len(points), how_many(6, len(ops))))
     for point in chain(points, repeat("")):
-        if point == "" and kills >= how_many(20, 500):
+        if point == "" and kills >= how_many(12, 500):
             break
         (tmp_path / "trial").mkdir()
         killed = _trial(run, place, tmp_path / "trial", point, longest_s, draw)
