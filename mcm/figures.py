@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from cache_tools.preview import pca_colours, png, sheet
+from mcm.scorecard import DEAD
 
 Array = npt.NDArray[Any]
 
@@ -82,9 +83,9 @@ def channel_maps(tensors: Mapping[str, Array], channels: Mapping[str, Array], gr
 
 
 def _varying(channels: Mapping[str, Array]) -> Array:
-    """Numbers of the channels whose target varies by more than rounding; a constant one has no R^2."""
+    """Numbers of the channels whose target varies; a dead one has no R^2."""
     std_C = channels["target_std"]
-    return np.flatnonzero(std_C > 1e-4 * np.median(std_C))
+    return np.flatnonzero(std_C > DEAD * np.median(std_C))
 
 
 def samples(tensors: Mapping[str, Array], grid: Sequence[int]) -> str:

@@ -159,10 +159,6 @@ class MaskedChannelModel(nn.Module):
         hide = None if mask is None else lambda x_BND: self.hide(x_BND, mask)
         return encode_tokens(self.encoder, pictures_B3HW, hide)
 
-    def encode(self, pictures_B3HW: Tensor, masks: Masks | None = None) -> Tensor:
-        """Return patch tokens h_BND after the final norm, before the second fill."""
-        return self.tokens(pictures_B3HW, self.mask(masks))[:, 1:]
-
     def decode(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """Return y_BNC of tokens [B, 1 + N, D]; the second fill keeps every hidden value from the decoder."""
         if mask is not None and self.decoder_fill is not None:

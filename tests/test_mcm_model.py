@@ -207,9 +207,9 @@ def test_prediction_of_a_row_does_not_depend_on_the_batch():
 def test_full_inputs_are_neither_filled_nor_scaled():
     model = model_of()
     with torch.no_grad():
-        torch.testing.assert_close(model.encode(pictures()), model.encoder.forward_features(pictures())[:, 1:])
+        torch.testing.assert_close(model.tokens(pictures()), model.encoder.forward_features(pictures()))
         torch.testing.assert_close(model(pictures()), model.decoder(model.encoder.forward_features(pictures())))
-        assert not torch.allclose(model.encode(pictures(), masks_of(model)), model.encode(pictures()))
+        assert not torch.allclose(model.tokens(pictures(), model.mask(masks_of(model))), model.tokens(pictures()))
 
 
 def test_decoder_parts_widths_and_outputs():
