@@ -49,12 +49,18 @@ class Teacher:
     device: torch.device
     precision: Precision
 
+    def __post_init__(self) -> None:
+        # Made once: a copy from the host per batch would wait for the GPU.
+        self._mean, self._std = (
+            torch.tensor(value, device=self.device) * 255 for value in (self.identity.mean, self.identity.std)
+        )
+
     @torch.inference_mode()
     def features(self, pictures_BHW3: Tensor, precision: str | None = None) -> tuple[Tensor, Tensor | None]:
         """Float32 (patch [B, N, C], CLS [B, C] or None) of uint8 pictures of the teacher's size, on its device."""
         half = PRECISIONS[precision or self.precision]
-        mean, std = (torch.tensor(v, device=self.device) * 255 for v in (self.identity.mean, self.identity.std))
-        x_B3HW = ((pictures_BHW3.to(self.device, non_blocking=True) - mean) / std).permute(0, 3, 1, 2)
+        x_BHW3 = (pictures_BHW3.to(self.device, non_blocking=True) - self._mean) / self._std
+        x_B3HW = x_BHW3.permute(0, 3, 1, 2)
         with torch.autocast(self.device.type, half, enabled=half is not None):
             patch_BNC, cls_BC = self.forward(x_B3HW)
         return patch_BNC.float(), None if cls_BC is None else cls_BC.float()

@@ -43,6 +43,12 @@ def test_a_timm_vit_and_its_own_features() -> None:
     assert torch.allclose(cls, tokens[:, 0], atol=1e-4) and torch.allclose(patch, tokens[:, 1:], atol=1e-4)
 
 
+def test_features_copy_nothing_but_pictures_to_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = load_teacher(*make_teacher(tmp_path / "clip"), device="cpu")
+    monkeypatch.delattr(torch, "tensor")
+    assert teacher.features(torch.from_numpy(probe_pictures(32, 32)))[0].shape == (4, 16, 32)
+
+
 def test_a_smaller_teacher_size_gives_a_smaller_grid(tmp_path: Path) -> None:
     name, weights = make_teacher(tmp_path / "clip")
     teacher = load_teacher(name, weights, 24, device="cpu")
