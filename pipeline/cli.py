@@ -1,8 +1,9 @@
-"""The programme `mcm-cache`: stage one, pictures in, cache out."""
+"""The program `mcm-cache`: stage one, pictures in, cache out."""
 
 import math
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,15 +16,23 @@ if TYPE_CHECKING:  # imported where they are used: torch is slow to come
 
     from .reinfer import Reinferred
 
-app = typer.Typer(
-    help="Stage one: shard pictures, extract a teacher's features once, verify them always.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command("demo-data")
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"mcm-cache {version('masked-channel-modeling')}")
+        raise typer.Exit
+
+
+@app.callback()
+def mcm_cache(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Masked channel modeling, stage one: shard pictures, extract a teacher's features once, verify them."""
+
+
+@app.command("demo-data", no_args_is_help=True)
 @guarded
 def demo_data_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder: OUT/pictures and OUT/clip.")],
@@ -37,7 +46,7 @@ def demo_data_command(
     demo_data(out)
 
 
-@app.command("shard")
+@app.command("shard", no_args_is_help=True)
 @guarded
 def shard_command(
     source: Annotated[
@@ -71,7 +80,7 @@ def shard_command(
     supervised(work, job)
 
 
-@app.command("extract")
+@app.command("extract", no_args_is_help=True)
 @guarded
 def extract_command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="DATASET; or pictures, sharded into CACHE/dataset.")],
@@ -97,7 +106,7 @@ def extract_command(
     encoding: Annotated[str, typer.Option(help="Views: jpeg:QUALITY:444|422|420 or png.")] = "jpeg:95:444",
     precision: Annotated[str | None, typer.Option(help="Of the forward: fp32, fp16 (CUDA's default) or bf16.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures a forward, a multiple of 16.")] = 64,
-    threads: Annotated[int, typer.Option(help="Rendering threads; 0: one a core.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="Rendering threads; this worker's share of the cores.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the crops.")] = 0,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:1; the worker's own GPU where left out.")
@@ -116,7 +125,7 @@ def extract_command(
     from .extract import Request, extract
     from .launch import launched
 
-    place = launched(worker, workers, device)
+    place = launched(worker, workers, device, threads)
     if crop not in ("rrc", "center"):
         raise UsageError(f"--crop {crop!r}: expected rrc or center")
     if not all(map(math.isfinite, (*scale, *ratio, flip))):
@@ -139,7 +148,7 @@ def extract_command(
         teacher_size=teacher_size,
         precision=precision,
         batch=batch,
-        threads=threads,
+        threads=place.threads,
         seed=seed,
         worker=place.worker,
         workers=place.workers,
@@ -149,7 +158,7 @@ def extract_command(
     extract(request)
 
 
-@app.command("info")
+@app.command("info", no_args_is_help=True)
 @guarded
 def info_command(
     path: Annotated[Path, typer.Argument(metavar="CACHE|DATASET")],
@@ -169,7 +178,7 @@ def info_command(
         print(describe(known))
 
 
-@app.command("preview")
+@app.command("preview", no_args_is_help=True)
 @guarded
 def preview_command(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="With a complete view of the split.")],
@@ -187,7 +196,7 @@ def preview_command(
     print(preview(cache, out, data, rows, split))
 
 
-@app.command("verify")
+@app.command("verify", no_args_is_help=True)
 @guarded
 def verify_command(
     path: Annotated[Path, typer.Argument(metavar="CACHE|DATASET")],
@@ -252,3 +261,7 @@ def _conclude(report: "Report", again: "Reinferred | None", mend: bool, json: bo
     if report.problems:
         hint = "" if done else "; `--repair` moves them away, so that they can be made again" if not doubt else ""
         raise CorruptionError(f"{report.path}: {len(report.problems)} problems, each named above{hint}")
+
+
+if __name__ == "__main__":
+    app()

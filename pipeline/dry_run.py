@@ -44,7 +44,7 @@ def print_plan(units: dict[str, list[Unit]], dataset: Dataset, teacher: Teacher,
         f"{free_bytes(cache) / 1e9:.1f} GB are free",
         f"time        {left * forward_s / 3600:.2f} h of forward on {teacher.device} ({1 / forward_s:.1f} views/s), "
         f"{left * render_s / 3600:.2f} core-hours of decoding and rendering ({1 / render_s:.1f} views/s a core)",
-        f"training    reads {row_bytes / 1e3:.0f} KB a sample: {row_bytes / 1e6:.0f} MB/s for 1,000 samples/s",
+        f"training    reads {row_bytes / 1e3:.1f} KB per sample: {row_bytes / 1e3:.1f} MB/s for 1,000 samples/s",
         f"break-even  {len(units[split])} epochs: an online teacher costs as much by then, and each one more",
     ):
         print(line, flush=True)

@@ -4,8 +4,9 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, cast
 
@@ -232,8 +233,11 @@ def relative_mse(x: np.ndarray, reference: np.ndarray) -> float:
 
 def versions(teacher: Teacher) -> dict[str, str]:
     """What can change a byte of a view or a bit of a feature."""
-    names = ("torch", "timm", "open_clip_torch", "numpy", "pillow", "simplejpeg", "numcodecs")
-    found = {name: version(name) for name in names}
+    found = {}
+    for name in ("torch", "timm", "open_clip_torch", "numpy", "pillow", "simplejpeg", "numcodecs"):
+        if name != "open_clip_torch" or teacher.identity.name.startswith("open_clip:"):
+            with suppress(PackageNotFoundError):  # a GPU machine may offer fewer packages
+                found[name] = version(name)
     on_cpu = teacher.device.type == "cpu"
     return found | (
         {"threads": str(torch.get_num_threads())} if on_cpu else {"gpu": torch.cuda.get_device_name(teacher.device)}

@@ -2,9 +2,11 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from cache_tools.identity import CropPolicy
 from cache_tools.images import decode_rgb, decode_view_into
 from cache_tools.quantize import decode
 from cache_tools.verify import verify
-from pipeline.extract import extract
+from pipeline.extract import extract, versions
 from pipeline.shard import shard
 from pipeline.teachers import load_teacher
 from pipeline.views import draw_crop
@@ -290,11 +292,27 @@ def test_a_library_that_changes_pixels_is_refused(place: Path, cache: Path, monk
 def test_commands_answer(place: Path, cache: Path) -> None:
     said = run("mcm-cache", "extract", place / "dataset", place / "not-made", *options(place), "--dry-run")
     assert "break-even" in said and not (place / "not-made").exists()
+    kilobytes, megabytes = map(float, re.findall(r"reads ([0-9.]+) KB per sample: ([0-9.]+) MB/s for 1,000", said)[0])
+    assert kilobytes == megabytes > 0  # 1,000 samples of so many KB
     known = json.loads(run("mcm-cache", "info", cache, "--json"))
     assert all(unit["complete"] and unit["cosine"] > 0.9999 for unit in known["units"].values())
     assert json.loads(run("mcm-cache", "verify", cache, "--full", "--json"))["problems"] == []
     assert "100 rows in 4 shards, 0 refused" in run("mcm-cache", "info", place / "dataset")
     assert "expected a DATASET" in run("mcm-cache", "info", place, expect=2)
+
+
+def test_a_missing_library_does_not_stop_an_extraction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU machine may offer timm without open_clip and without numcodecs."""
+    teacher = load_teacher("timm:vit_tiny_patch16_224", "random", 32, device="cpu")
+
+    def installed(name: str) -> str:
+        if name in ("open_clip_torch", "numcodecs"):
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    assert "open_clip_torch" not in versions(teacher)
+    monkeypatch.setattr("pipeline.extract.version", installed)
+    assert versions(teacher).keys() == {"torch", "timm", "numpy", "pillow", "simplejpeg", "threads"}
 
 
 def test_damage_is_exit_4_and_a_wrong_weights_file_5(place: Path, cache: Path, tmp_path: Path) -> None:

@@ -1,32 +1,49 @@
-"""Which worker: flags, then torchrun and accelerate, then a SLURM array, else alone."""
+"""Which worker: flags, then torchrun and accelerate, then SLURM's steps and arrays, else one worker."""
+
+import os
 
 import pytest
+import torch
 
 from cache_tools.errors import UsageError
 from pipeline.launch import launched
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX")
+ALONE = (None, None, None)
+STEP = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2"}
+ARRAY = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "5"}
+
+
+@pytest.fixture(autouse=True)
+def eight_cores_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if "RANK" in name or name.startswith(("SLURM_", "WORLD_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
 @pytest.mark.parametrize(
     ("environment", "flags", "expected"),
     [
-        ({}, (None, None, None), (0, 1, None)),
-        ({}, (2, 5, "cpu"), (2, 5, "cpu")),
-        ({"RANK": "3", "WORLD_SIZE": "8"}, (None, None, None), (3, 8, None)),
-        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}, (None, None, "cpu"), (3, 8, "cpu")),
-        ({"RANK": "3", "WORLD_SIZE": "8"}, (0, 2, None), (0, 2, None)),
-        (dict(zip(NAMES[3:], "315", strict=True)), (None, None, None), (2, 5, None)),
+        ({}, ALONE, (0, 1, None, 8)),
+        ({}, (2, 5, "cpu"), (2, 5, "cpu", 8)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, ALONE, (3, 8, None, 8)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, ALONE, (3, 8, "cuda:1", 2)),
+        ({"RANK": "3", "WORLD_SIZE": "32", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "32"}, ALONE, (3, 32, "cuda:1", 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}, (0, 2, "cpu"), (0, 2, "cpu", 8)),
+        (ARRAY, ALONE, (2, 5, None, 8)),
+        (STEP, ALONE, (5, 8, "cuda:1", 2)),
+        (STEP | {"SLURM_LOCALID": "3", "SLURM_CPUS_PER_TASK": "6"}, ALONE, (5, 8, "cuda:1", 6)),
+        (STEP | ARRAY, ALONE, (21, 40, "cuda:1", 2)),
+        ({"SLURM_NTASKS": "8"}, ALONE, (0, 1, None, 8)),  # a shell of salloc, where no step runs
     ],
 )
 def test_place(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], flags: tuple, expected: tuple) -> None:
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launched(*flags) == expected
 
 
-def test_one_flag_alone_is_refused() -> None:
-    with pytest.raises(UsageError, match="both or neither"):
-        launched(1, None, None)
+@pytest.mark.parametrize(("worker", "workers", "said"), [(1, None, "both or neither"), (2, 2, "found 2 of 2")])
+def test_odd_flags_are_refused(worker: int, workers: int | None, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        launched(worker, workers)
