@@ -171,7 +171,7 @@ def _from_pretraining(folder: Path, untrained: bool) -> Backbone:
     run = read_record(PretrainRun, folder / "run.json")
     with _arguments_of(folder / "run.json"):
         config = recorded_config(PretrainConfig, run.config)
-        masked = MaskedChannelModel(config, run.grid, run.patch, run.channels)
+        masked = MaskedChannelModel(config, run.grid, run.patch, run.channels, run.mean, run.std)
     weights = "untrained" if untrained else _load_newest(masked, folder)
     model = masked.encoder
     kept = masked if config.mask.mode != "none" else None

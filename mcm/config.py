@@ -133,12 +133,16 @@ class Schedule(Record):
 
 
 class Train(Record):
-    """The engine. micro_batch: rows a device takes at once, at most; checkpoint_steps 0: at the ends of epochs."""
+    """The engine. micro_batch: rows a device takes at once, at most; checkpoint_steps 0: at the ends of epochs.
+
+    `residual` is the dtype of the residual stream in bf16 training; the norms, the loss and the weights stay float32.
+    """
 
     seed: NonNegativeInt = 0
     global_batch: PositiveInt
     micro_batch: PositiveInt
     precision: Literal["bf16", "fp32"] = "bf16"
+    residual: Literal["bf16", "fp32"] = "fp32"
     compile: bool = False
     workers: NonNegativeInt = 4
     log_steps: PositiveInt = 50
@@ -146,6 +150,12 @@ class Train(Record):
     keep_last: PositiveInt = 3
     eval_epochs: NonNegativeInt = 1
     knn_epochs: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _residual_fits(self) -> Self:
+        if self.residual == "bf16" and self.precision == "fp32":
+            raise ValueError('train.residual = "bf16" needs train.precision = "bf16"; found "fp32"')
+        return self
 
 
 class PretrainData(Record):

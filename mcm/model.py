@@ -1,15 +1,16 @@
 """The student: a plain timm ViT whose embedding is masked and filled, and the small decoder behind a second fill.
 
-B batch, N patches, D student width, W decoder width, C teacher channels, H W pixels, K pool rows.
+B batch, N patches, D student width, W decoder width, C teacher channels, H W pixels, P values per patch, K pool rows.
 A mask is boolean and **True means hidden**.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cache_tools.errors import UsageError
 from mcm.config import PretrainConfig, Student
@@ -19,7 +20,6 @@ MAX_DECODER_WIDTH = 768
 DECODER_HEAD_WIDTH = 64
 
 Masks = tuple[Tensor, Tensor]  # pool_KD bool and picks_BN integer; in patch mode pool_KN and picks_B1
-Hide = Callable[[Tensor], Tensor]
 
 
 def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
@@ -71,26 +71,59 @@ def build_encoder(size_hw: tuple[int, int], patch: int, student: Student, seed: 
     return encoder
 
 
-def encode_tokens(encoder: VisionTransformer, pictures_B3HW: Tensor, hide: Hide | None = None) -> Tensor:
-    """Run any timm ViT and return its prefix and patch tokens after the final norm [B, prefix + N, D].
+def unfold_patches(pictures_BHW3: Tensor, patch: int) -> Tensor:
+    """Return the pixels of every patch [B, N, P = patch * patch * 3], in the order (row, column, colour)."""
+    B, H, W, _ = pictures_BHW3.shape
+    x = pictures_BHW3.view(B, H // patch, patch, W // patch, patch, 3).transpose(2, 3)
+    return x.reshape(B, (H // patch) * (W // patch), patch * patch * 3)
 
-    `hide` changes the content of the patches before the positions are added (design: fill first, then positions).
+
+def embed_pixels(projection: nn.Conv2d, pictures_BHW3: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return the patch embedding x_BND of uint8 pictures as one matrix product.
+
+    The result is that of `projection` on the normalised picture, to rounding. The mean and the std, of pixels in
+    [0, 1], are folded into the weight and the bias, so that no float picture is stored. Pixels minus 128 are exact in
+    bfloat16 and nearly centred, so that the folded mean does not enlarge the rounding error.
     """
-    x_BND = encoder.patch_embed(pictures_B3HW)
-    if hide is not None:
-        x_BND = hide(x_BND)
-    x = encoder.norm_pre(encoder._pos_embed(x_BND))
+    pixels_BNP = unfold_patches(pictures_BHW3, projection.kernel_size[0]).float() - 128
+    weights = [projection.weight[:, c] / (255 * std[c]) for c in range(3)]  # [D, patch, patch] per colour
+    assert projection.bias is not None
+    bias_D = projection.bias
+    for weight, centre in zip(weights, mean, strict=True):
+        bias_D = bias_D + weight.sum((1, 2)) * (128 - 255 * centre)
+    return F.linear(pixels_BNP, torch.stack(weights, -1).flatten(1), bias_D)
+
+
+def encode_tokens(encoder: VisionTransformer, pictures_B3HW: Tensor) -> Tensor:
+    """Run any timm ViT on normalised pictures; return its tokens after the final norm [B, prefix + N, D]."""
+    return run_blocks(encoder, encoder.patch_embed(pictures_B3HW))
+
+
+def run_blocks(encoder: VisionTransformer, x_BND: Tensor, bf16_residual: bool = False) -> Tensor:
+    """Return the tokens [B, prefix + N, D] after the final norm of patch embeddings, to which positions are added."""
+    x = residual_stream(encoder.norm_pre(encoder._pos_embed(x_BND)), bf16_residual)
     return cast(Tensor, encoder.norm(encoder.blocks(x)))
+
+
+def residual_stream(x: Tensor, bf16: bool) -> Tensor:
+    """Return `x` as the blocks carry it: in bfloat16 if asked for and under autocast, else as it is.
+
+    The positions are float32, so that without the cast every norm and every addition moves twice the bytes.
+    """
+    return x.to(torch.bfloat16) if bf16 and torch.is_autocast_enabled(x.device.type) else x
 
 
 class Decoder(nn.Module):
     """Adapter where widths differ, positions, blocks, norm, and the linear layer to the target's channels."""
 
-    def __init__(self, width: int, depth: int, grid: tuple[int, int], out: int, cls: bool = False) -> None:
+    def __init__(
+        self, width: int, depth: int, grid: tuple[int, int], out: int, cls: bool = False,
+        bf16_residual: bool = False,
+    ) -> None:  # fmt: skip
         """Build it for tokens [B, 1 + N, width]; `depth` 0 is the linear layer alone, `cls` adds a head for CLS."""
         super().__init__()
         inner = min(MAX_DECODER_WIDTH, width) if depth else width
-        self.depth = depth
+        self.depth, self.bf16_residual = depth, bf16_residual
         self.adapter = nn.Linear(width, inner) if inner != width else nn.Identity()
         if depth:
             most_heads = max(1, inner // DECODER_HEAD_WIDTH)
@@ -104,7 +137,8 @@ class Decoder(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Return predictions [B, N, out] of tokens [B, 1 + N, width], before them that of CLS where there is a head."""
         if self.depth:
-            h = self.norm(self.blocks(self.adapter(h) + self.pos_embed))
+            h = residual_stream(self.adapter(h) + self.pos_embed, self.bf16_residual)
+            h = self.norm(self.blocks(h))
         y: Tensor = self.linear(h[:, 1:])
         return y if self.cls_linear is None else torch.cat([self.cls_linear(h[:, :1]), y], dim=1)
 
@@ -112,21 +146,26 @@ class Decoder(nn.Module):
 class MaskedChannelModel(nn.Module):
     """Pictures and a mask in, a prediction of every patch's teacher features out."""
 
-    def __init__(self, cfg: PretrainConfig, grid: tuple[int, int], patch: int, channels: int) -> None:
+    def __init__(
+        self, cfg: PretrainConfig, grid: tuple[int, int], patch: int, channels: int,
+        mean: Sequence[float] = (0.0, 0.0, 0.0), std: Sequence[float] = (1.0, 1.0, 1.0),
+    ) -> None:  # fmt: skip
         """Build it for pictures of grid * patch pixels and C channels of the target.
 
+        `mean` and `std`, of pixels in [0, 1], normalise uint8 pictures.
         Only the parameters that the mode uses exist: DDP stops at one without a gradient.
         Raises UsageError where the ratio hides none or all of the patches.
         """
         super().__init__()
-        self.mode, self.ratio = cfg.mask.mode, cfg.mask.ratio
+        self.mode, self.ratio, self.mean, self.std = cfg.mask.mode, cfg.mask.ratio, tuple(mean), tuple(std)
+        self.bf16_residual = cfg.train.residual == "bf16"
         width, num_patches = cfg.student.width, grid[0] * grid[1]
         if self.mode == "patch" and not 0 < hidden_channels(num_patches, self.ratio) < num_patches:
             hidden = hidden_channels(num_patches, self.ratio)
             raise UsageError(f"mask.ratio = {self.ratio} hides {hidden} of {num_patches} patches; choose another ratio")
         self.encoder = build_encoder((grid[0] * patch, grid[1] * patch), patch, cfg.student, cfg.train.seed)
         out = channels if cfg.target.projection == "prediction" else width
-        self.decoder = Decoder(width, cfg.decoder.depth, grid, out, cfg.loss.cls)
+        self.decoder = Decoder(width, cfg.decoder.depth, grid, out, cfg.loss.cls, self.bf16_residual)
         fill = width if cfg.mask.fill == "vector" else 1
         self.encoder_fill = nn.Parameter(torch.empty(fill)) if self.mode in ("channel", "patch") else None
         second_fill = cfg.mask.second_fill and self.mode != "none"
@@ -154,10 +193,18 @@ class MaskedChannelModel(nn.Module):
             return x_BND.masked_fill(mask, 0.0) / (1.0 - mask.float().mean(-1, keepdim=True)).to(x_BND.dtype)
         return apply_fill(x_BND, mask, self.encoder_fill)
 
-    def tokens(self, pictures_B3HW: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the encoder's CLS and patch tokens [B, 1 + N, D] of full or, with a mask, of masked inputs."""
-        hide = None if mask is None else lambda x_BND: self.hide(x_BND, mask)
-        return encode_tokens(self.encoder, pictures_B3HW, hide)
+    def tokens(self, pictures: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the encoder's CLS and patch tokens [B, 1 + N, D] of full or, with a mask, of masked inputs.
+
+        The pictures are uint8 [B, H, W, 3], as the cache stores them, or normalised [B, 3, H, W].
+        """
+        if pictures.dtype == torch.uint8:
+            x_BND = embed_pixels(self.encoder.patch_embed.proj, pictures, self.mean, self.std)
+        else:
+            x_BND = self.encoder.patch_embed(pictures)
+        if mask is not None:  # the fill comes before the positions, so that every patch keeps its own
+            x_BND = self.hide(x_BND, mask)
+        return run_blocks(self.encoder, x_BND, self.bf16_residual)
 
     def decode(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """Return y_BNC of tokens [B, 1 + N, D]; the second fill keeps every hidden value from the decoder."""
@@ -173,15 +220,15 @@ class MaskedChannelModel(nn.Module):
             return cast(Tensor, self.target_projection(target_BNC))
 
     def forward(
-        self, pictures_B3HW: Tensor, masks: Masks | None = None, target_BNC: Tensor | None = None
+        self, pictures: Tensor, masks: Masks | None = None, target_BNC: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return predictions y_BNC (y_BND where the target is projected to D) of normalised float pictures.
+        """Return predictions y_BNC (y_BND where the target is projected to D) of pictures as `tokens` takes them.
 
         With loss.cls that of CLS comes first, [B, 1 + N, C]. A target comes back beside them, projected if that is
         learned: here, as DDP looks for parameters only inside.
         """
         mask = self.mask(masks)
-        y = self.decode(self.tokens(pictures_B3HW, mask), mask)
+        y = self.decode(self.tokens(pictures, mask), mask)
         return y if target_BNC is None else (y, self.project(target_BNC))
 
 

@@ -91,14 +91,6 @@ class Targets(nn.Module):
             return target @ self.projection_CD if self.cfg.projection == "orthogonal" else target
 
 
-def patch_pixels(pictures_B3HW: Tensor, patch: int) -> Tensor:
-    """Return the pixels of every patch [B, N, patch * patch * 3], rows of patches first (MAE, patchify)."""
-    B, _, H, W = pictures_B3HW.shape
-    x = pictures_B3HW.reshape(B, 3, H // patch, patch, W // patch, patch)
-    pixels_BNC: Tensor = x.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // patch) * (W // patch), patch * patch * 3)
-    return pixels_BNC
-
-
 def loss_fn(prediction_BNC: Tensor, target_BNC: Tensor) -> Tensor:
     """Return the mean squared error over all channels and patches, hidden and visible alike, in float32."""
     return F.mse_loss(prediction_BNC.float(), target_BNC)

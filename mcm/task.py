@@ -22,13 +22,13 @@ from mcm.config import PretrainConfig
 from mcm.diagnostics import COLLAPSED, Collapsed, HeldOut, collapse
 from mcm.loop import Job, to_device
 from mcm.masking import mask_pool
-from mcm.model import MaskedChannelModel, Masks
+from mcm.model import MaskedChannelModel, Masks, unfold_patches
 from mcm.optim import build_adamw
 from mcm.order import EvalOrder, Order
 from mcm.prober import Prober
 from mcm.run_folder import PretrainRun
 from mcm.stream import Batch, CacheSource, Stream, batches
-from mcm.targets import Stats, Targets, loss_fn, patch_pixels
+from mcm.targets import Stats, Targets, loss_fn
 
 SAMPLES = 8
 
@@ -45,7 +45,7 @@ def build_task(
 ) -> "Task":
     """The task with a model that has not trained."""
     stats, seed = channel_stats(units) if config.target.norm == "channel" else None, config.train.seed
-    model = MaskedChannelModel(config, run.grid, run.patch, run.channels)
+    model = MaskedChannelModel(config, run.grid, run.patch, run.channels, run.mean, run.std)
     joint = cache.projection() if config.target.features == "joint" else None
     targets = Targets(config.target, run.channels, config.student.width, stats, seed, joint).to(accelerator.device)
     return Task(config, run, model, targets, accelerator)
@@ -97,11 +97,6 @@ class Task:
         self.shown = Stream(EvalOrder(held.units[0].rows, CHUNK_ROWS, CHUNK_ROWS), held)
         self.has_val, self.dataset = bool(val), dataset
 
-    def inputs(self, batch: Batch) -> Tensor:
-        """Normalised pictures [B, 3, H, W] of uint8 [B, H, W, 3]."""
-        pictures_BHW3: Tensor = batch["pictures"]
-        return ((pictures_BHW3.float() - self.mean) / self.std).permute(0, 3, 1, 2)
-
     def masks(self, batch: Batch) -> Masks | None:
         """The epoch's pool and the batch's picks."""
         if self.config.mask.mode == "none":
@@ -121,16 +116,17 @@ class Task:
     def target(self, batch: Batch) -> Tensor:
         """The normalised target of a batch, float32; a learned projection is the model's."""
         if self.config.target.features == "pixels":
-            return self.targets.normalise(patch_pixels(self.inputs(batch), self.run.patch))
+            pictures_BHW3 = (batch["pictures"].float() - self.mean) / self.std
+            return self.targets.normalise(unfold_patches(pictures_BHW3, self.run.patch))
         return cast(Tensor, self.targets(*(batch.get(name) for name in ("codes", "scale", "mean", "std", "low"))))
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error over all channels, outside the wrapped module and in float32; with loss.cls CLS's too."""
         target = self.target(batch)
         if self.model.target_projection is not None:
-            y, target = wrapped(self.inputs(batch), self.masks(batch), target)
+            y, target = wrapped(batch["pictures"], self.masks(batch), target)
         else:
-            y = wrapped(self.inputs(batch), self.masks(batch))
+            y = wrapped(batch["pictures"], self.masks(batch))
         loss = loss_fn(y[:, -target.shape[1] :], target)
         return loss + loss_fn(y[:, 0], self.targets.normalise(batch["cls"])) if self.config.loss.cls else loss
 
@@ -164,7 +160,7 @@ class Task:
                 target = self.model.project(self.target(batch))
                 for kind in kinds:
                     mask = self.model.mask(self.masks(batch)) if kind == "masked" else None
-                    tokens = self.model.tokens(self.inputs(batch), mask)
+                    tokens = self.model.tokens(batch["pictures"], mask)
                     y = self.model.decode(tokens, mask)[:, -target.shape[1] :]
                     held.update(kind, tokens[:, 1:], y, target, mask, batch["weight"])
         held.reduce(lambda sums: cast(Tensor, self.accelerator.reduce(sums, "sum")))
@@ -205,7 +201,7 @@ class Task:
         self.model.eval()
         target, mask = self.model.project(self.target(batch)), self.model.mask(self.masks(batch))
         with self.accelerator.autocast():
-            y = self.model.decode(self.model.tokens(self.inputs(batch), mask), mask)[:, -target.shape[1] :]
+            y = self.model.decode(self.model.tokens(batch["pictures"], mask), mask)[:, -target.shape[1] :]
         shown = {"views": batch["pictures"], "target": target.half(), "prediction": y.half()}
         count = min(SAMPLES, int(batch["weight"].sum()))
         return {name: tensor[:count].cpu().contiguous() for name, tensor in shown.items()}

@@ -9,14 +9,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from cache_tools.errors import UsageError
 from mcm.config import Decoder, Loss, Mask, Optim, PretrainConfig, Schedule, Student, Target, Train
 from mcm.masking import mask_picks, mask_pool
-from mcm.model import MaskedChannelModel, build_encoder, encode_tokens, folded_state, sincos_positions
+from mcm.model import (
+    MaskedChannelModel,
+    build_encoder,
+    embed_pixels,
+    encode_tokens,
+    folded_state,
+    run_blocks,
+    sincos_positions,
+    unfold_patches,
+)
 from mcm.targets import loss_fn
 
 GRID, PATCH, WIDTH, CHANNELS, BATCH = (2, 3), 8, 32, 24, 4
 MODES = ("channel", "dropout", "patch", "none")
 
 
-def config(mode="channel", ratio=0.75, second_fill=True, depth=2, projection="prediction", student=None, seed=0):
+def config(
+    mode="channel", ratio=0.75, second_fill=True, depth=2, projection="prediction", student=None, seed=0, **train
+):
     return PretrainConfig(
         student=student or Student(width=WIDTH, depth=2, heads=4),
         decoder=Decoder(depth=depth),
@@ -24,7 +35,7 @@ def config(mode="channel", ratio=0.75, second_fill=True, depth=2, projection="pr
         target=Target(projection=projection),
         optim=Optim(lr=1e-3),
         schedule=Schedule(epochs=2),
-        train=Train(seed=seed, global_batch=16, micro_batch=16),
+        train=Train(seed=seed, global_batch=16, micro_batch=16, **train),
     )
 
 
@@ -241,7 +252,7 @@ def test_folded_weights_equal_folded_inputs(mode, s):
     folded = build_encoder((16, 24), PATCH, Student(width=WIDTH, depth=2, heads=4), seed=9)
     folded.load_state_dict(folded_state(model.encoder, model.encoder_fill, s))
     with torch.no_grad():
-        expected = encode_tokens(model.encoder, pictures(), lambda x_BND: e + s * (x_BND - e))
+        expected = run_blocks(model.encoder, e + s * (model.encoder.patch_embed(pictures()) - e))
         torch.testing.assert_close(folded.forward_features(pictures()), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -252,3 +263,37 @@ def test_multiply_adds_of_vit_b():
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, 3, 224, 224), masks)
     assert counter.get_total_flops() / 2 == pytest.approx(20.6e9, rel=0.02)
+
+
+def test_pixels_of_a_patch_are_those_at_its_place():
+    pictures_BHW3 = torch.arange(2 * 4 * 6 * 3).view(2, 4, 6, 3)
+    pixels_BNP = unfold_patches(pictures_BHW3, 2)
+    assert pixels_BNP.shape == (2, 6, 12)
+    for n, (row, column) in enumerate((r, c) for r in range(2) for c in range(3)):
+        there = pictures_BHW3[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        assert torch.equal(pixels_BNP[:, n], there.reshape(2, 12))
+
+
+def test_patch_product_of_uint8_pictures_is_the_convolution_of_normalised_ones():
+    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+    projection = build_encoder((16, 24), PATCH, Student(width=WIDTH, depth=1, heads=4)).patch_embed.proj
+    torch.nn.init.normal_(projection.bias, generator=torch.Generator().manual_seed(1))
+    pictures_BHW3 = torch.randint(0, 256, (4, 16, 24, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    normalised = ((pictures_BHW3.double() / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
+    kernel = projection.weight.double(), projection.bias.double()
+    expected = torch.nn.functional.conv2d(normalised, *kernel, PATCH).flatten(2).mT
+    for autocast, tolerance in ((False, 1e-6), (True, 4e-3)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = embed_pixels(projection, pictures_BHW3, mean, std)
+        assert (found - expected).norm() / expected.norm() < tolerance
+
+
+def test_residual_stream_is_bfloat16_where_asked_for():
+    model, seen = model_of(residual="bf16"), []
+    for block in (*model.encoder.blocks, *model.decoder.blocks):
+        block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(pictures(), masks_of(model))
+    assert set(seen) == {torch.bfloat16}
+    model(pictures(), masks_of(model))  # a probe computes in float32
+    assert seen[-1] == torch.float32

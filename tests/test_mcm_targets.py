@@ -6,7 +6,7 @@ import torch
 
 from cache_tools.quantize import channel_stats, decode, encode
 from mcm.config import Target
-from mcm.targets import Fit, Targets, loss_fn, orthogonal_matrix, patch_pixels
+from mcm.targets import Fit, Targets, loss_fn, orthogonal_matrix
 
 ROWS, N, C, D = 32, 4, 24, 40
 
@@ -56,15 +56,6 @@ def test_joint_features_are_one_matmul_of_the_decoded_ones():
         Targets(Target(features="joint"), 7, D, joint=matrix_CE)(torch.from_numpy(x_BNC)).std(-1).sub(1).abs().max()
         < 0.1
     )
-
-
-def test_pixels_of_a_patch_are_those_at_its_place():
-    pictures = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
-    pixels_BNC = patch_pixels(pictures, 2)
-    assert pixels_BNC.shape == (2, 6, 12)
-    for n, (row, column) in enumerate((r, c) for r in range(2) for c in range(3)):
-        there = pictures[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].permute(0, 2, 3, 1)  # as patchify
-        assert torch.equal(pixels_BNC[:, n], there.reshape(2, 12))
 
 
 def test_r2_a_channel_is_that_channel_alone():
