@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -78,6 +78,35 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device, non_blocking=True) if k in moved else v for k, v in batch.items()}
 
 
+def on_device(items: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches on the device. A GPU copies the next one on a side stream while it computes with the current one."""
+    if device.type != "cuda":
+        yield from (to_device(batch, device) for batch in items)
+        return
+    side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    ahead = None
+    for batch in items:
+        with torch.cuda.stream(side):
+            copied = to_device(batch, device)
+            done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(side)
+        if ahead is not None:
+            yield _ready(*ahead)
+        ahead = copied, done
+    if ahead is not None:
+        yield _ready(*ahead)
+
+
+def _ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    """The batch, for the current stream; its memory is not reused before that stream has read it."""
+    stream = torch.cuda.current_stream()
+    stream.wait_event(copied)
+    for x in batch.values():
+        if isinstance(x, Tensor) and x.is_cuda:
+            x.record_stream(stream)
+    return batch
+
+
 def train(job: Job, accelerator: Accelerator) -> None:
     """Train from the newest checkpoint, or from the start, to the last step.
 
@@ -128,8 +157,9 @@ class Loop:
             pin, label = self.accelerator.device.type == "cuda", f"training {self.job.run_dir}"
             with (
                 progress(self.total_steps, label, "steps", step, quiet=not self.main) as bar,
-                batches(self.job.stream, left.start, left.stop, settings.workers if left else 0, pin) as items,
+                batches(self.job.stream, left.start, left.stop, settings.workers if left else 0, pin) as loaded,
             ):
+                items = on_device(loaded, self.accelerator.device)
                 while step < self.total_steps:
                     stopping = self.step(step, items, stop)
                     step += 1
@@ -171,7 +201,7 @@ class Loop:
             self._evaluate(found.step)
 
     def step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> bool:
-        """One optimizer step; returns whether the processes agreed to stop after it."""
+        """One optimizer step on batches on the device; returns whether the processes agreed to stop after it."""
         job, micro_steps = self.job, self.order.accumulation
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(step) * group["lr_scale"]
@@ -182,7 +212,7 @@ class Loop:
             batch = self._next(items)
             stopping = not left and self._agree(int(stop.requested)) > 0
             with self.accelerator.no_sync(self.model) if left else nullcontext():
-                loss = job.loss(self.model, to_device(batch, self.accelerator.device)) / micro_steps
+                loss = job.loss(self.model, batch) / micro_steps
                 # Not accelerator.backward: it divides by the launcher's own accumulation; bf16 needs no scaler.
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()

@@ -4,6 +4,7 @@ B batch, N patches, D student width, C channels of the target, H W pixels, K poo
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
@@ -63,7 +64,10 @@ class Task:
         self.mean, self.std = (torch.tensor(values, device=device) * 255 for values in (run.mean, run.std))
         tokens, width = run.grid[0] * run.grid[1], config.student.width
         self.positions, self.width = {"patch": (1, tokens), "none": (0, 0)}.get(config.mask.mode, (tokens, width))
-        self.pools: dict[int, Tensor] = {}
+        self.pools: dict[int, Future[Tensor]] = {}
+        self.pool_thread = ThreadPoolExecutor(1)
+        # Fused, the decoded target is never stored: 154 MB per 256 rows of 196 x 768 float32.
+        self.compare = torch.compile(self._compare) if config.train.compile else self._compare
         learned = model.target_projection
         self.first_DC = None if learned is None else learned.weight.detach().clone().to(device)
 
@@ -102,11 +106,16 @@ class Task:
         if self.config.mask.mode == "none":
             return None
         epoch = batch["epoch"]
-        if epoch not in self.pools:
-            pool = mask_pool(self.config.train.seed, epoch, self.config.mask.pool, self.width, self.ratio(epoch))
-            pool = np.concatenate([pool, np.zeros_like(pool[:1])])  # the last one is for unmasked rows
-            self.pools = {epoch: torch.from_numpy(pool).to(self.accelerator.device)}
-        return self.pools[epoch], batch["picks"]
+        # Held-out rows use the pool of epoch 0. A pool takes 0.2 s, so that the next one is made ahead.
+        self.pools = {e: pool for e, pool in self.pools.items() if e in (0, epoch, epoch + 1)}
+        for e in {epoch, epoch + 1} - self.pools.keys():
+            self.pools[e] = self.pool_thread.submit(self._pool, e)
+        return self.pools[epoch].result(), batch["picks"]
+
+    def _pool(self, epoch: int) -> Tensor:
+        pool = mask_pool(self.config.train.seed, epoch, self.config.mask.pool, self.width, self.ratio(epoch))
+        pool = np.concatenate([pool, np.zeros_like(pool[:1])])  # the last one is for unmasked rows
+        return torch.from_numpy(pool).to(self.accelerator.device)
 
     def ratio(self, epoch: int) -> float:
         """The share of an epoch's masks that is hidden; held-out rows have epoch 0's."""
@@ -122,11 +131,14 @@ class Task:
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error over all channels, outside the wrapped module and in float32; with loss.cls CLS's too."""
-        target = self.target(batch)
         if self.model.target_projection is not None:
-            y, target = wrapped(batch["pictures"], self.masks(batch), target)
-        else:
-            y = wrapped(batch["pictures"], self.masks(batch))
+            return loss_fn(*wrapped(batch["pictures"], self.masks(batch), self.target(batch)))
+        y = wrapped(batch["pictures"], self.masks(batch))
+        # The epoch stays out: a compiled function would be compiled again for every value of a number.
+        return self.compare(y, {name: x for name, x in batch.items() if isinstance(x, Tensor) and name != "rows"})
+
+    def _compare(self, y: Tensor, batch: Batch) -> Tensor:
+        target = self.target(batch)
         loss = loss_fn(y[:, -target.shape[1] :], target)
         return loss + loss_fn(y[:, 0], self.targets.normalise(batch["cls"])) if self.config.loss.cls else loss
 
