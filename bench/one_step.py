@@ -15,7 +15,7 @@ from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.records import config_file, load_toml
 from mcm import checkpoint
 from mcm.config import PretrainConfig
-from mcm.loop import Loop, to_device
+from mcm.loop import Loop, on_device, to_device
 from mcm.order import Order
 from mcm.pretrain import choose_units, describe
 from mcm.stream import PREFETCH, Batch, Stream, batches
@@ -62,14 +62,16 @@ class OneStep:
         self.run(repeat(self.resident), 1)
         return seconds(lambda: self.run(repeat(self.resident), count), self.device) / count
 
-    def streamed_s(self, workers: int, count: int) -> tuple[float, float]:
-        """(seconds a step, share of them spent waiting for the stream) once the batches made ahead are used up.
+    def streamed_s(self, workers: int, count: int, ahead: bool = True) -> tuple[float, float]:
+        """(seconds per step, share of them spent waiting for the stream) once the batches made ahead are used up.
 
+        Without `ahead`, no batch is copied to the device before its step.
         All take the masks of epoch 0: the pool is made once an epoch, and an epoch of this cache is a few steps.
         """
         warm = PREFETCH * workers + 2
         end = (warm + count) * self.job.stream.order.accumulation  # type: ignore[union-attr]
-        with batches(self.job.stream, 0, end, workers, self.device.type == "cuda") as items:
+        with batches(self.job.stream, 0, end, workers, self.device.type == "cuda") as loaded:
+            items = on_device(loaded, self.device) if ahead else (to_device(b, self.device) for b in loaded)
             same_pool = (batch | {"epoch": 0} for batch in items)
             self.run(same_pool, warm)
             self.loop.waited_s = 0.0

@@ -1,0 +1,393 @@
+"""The parts of the GPU run: ceilings, steps, variants, online against cached, extraction, and a real command.
+
+Students are those of configs/pretrain at 224 px in bf16, teachers have random weights. Utilisation is the forward's
+operations x 3 per second, over the rate of a bf16 matrix product measured on the same machine.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from itertools import repeat
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from clock import describe, in_turns, peak, reset_peak, seconds
+from one_step import OneStep, load_config
+from record import write_results
+from synthetic import Shape, make_cache, make_dataset, pictures, tiny_clip
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mcm.loop import engine
+from mcm.stream import Batch
+from mcm.targets import loss_fn
+from pipeline.teachers import Teacher, load_teacher
+
+CLIP_B = ("open_clip:ViT-B-16-quickgelu", 224)
+CLIP_L = ("open_clip:ViT-L-14-quickgelu", 196)
+KINDS = {  # of a kernel, by a piece of its name; the first that fits
+    "attention": ("sdpa", "flash", "fmha", "attention"),
+    "gemm": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
+    "optimizer": ("adam", "multi_tensor", "foreach", "lpnorm"),
+    "copies": ("memcpy", "memset"),
+    "convolution": ("conv", "cudnn"),
+    "elementwise": ("triton", "elementwise", "reduce", "layer_norm", "index", "vectorized"),
+}
+Row = dict[str, Any]
+Variant = tuple[tuple[str, ...], Callable[[OneStep], object]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A student as it is measured: its configuration, rows per step, steps per measurement, and its cache's shape."""
+
+    config: str
+    batch: int
+    steps: int
+    shape: Shape
+    overrides: tuple[str, ...] = ()
+
+
+STUDENTS = {
+    "B": Student("pretrain/imagenet_vitb16_clipb16", 256, 16, Shape(4096)),
+    "L": Student("pretrain/imagenet_vitl16_clipl14_196", 128, 10, Shape(2048, channels=1024)),
+    "S": Student("pretrain/imagenet_vits16_clipb16", 256, 24, Shape(4096)),
+}
+TINY = ("student.width=32", "student.depth=1", "student.heads=2", "decoder.depth=1")
+QUICK = Student("pretrain/imagenet_vitb16_clipb16", 16, 2, Shape(64, 64, 4, 64, 32), TINY)
+
+
+def run(name: str, out: Path, quick: bool) -> None:
+    """Run one part in a temporary folder; exit with 1 if one of its rows failed."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        engine("bf16" if torch.cuda.is_available() else "fp32") as accelerator,
+    ):
+        part = Part(name, out, Path(folder), accelerator, quick)
+        works: dict[str, Callable[[], None]] = {
+            "machine": part.machine, "variants": part.variants, "online": part.online, "extract": part.extract,
+            "road": part.road, **{student: lambda s=student: part.student(s) for student in STUDENTS},
+        }  # fmt: skip
+        works[name]()
+    if part.failed:
+        raise SystemExit(f"{name}: failed: {', '.join(part.failed)}")
+
+
+class Part:
+    """The rows of one part; the JSON file is written after every row."""
+
+    def __init__(self, name: str, out: Path, folder: Path, accelerator: Any, quick: bool) -> None:
+        self.name, self.out, self.folder, self.accelerator, self.quick = name, out, folder, accelerator, quick
+        self.device: torch.device = accelerator.device
+        self.file, self.failed = out / f"{name}.json", []
+        self.table: dict[str, Row] = {"where": describe(self.device) | {"cores": len(os.sched_getaffinity(0))}}
+        if name == "machine" and self.file.exists():  # measured again last, on a warm card
+            self.table = json.loads(self.file.read_text())["table"]
+
+    def row(self, name: str, work: Callable[[], Row]) -> None:
+        """Add a row; one that fails says so, and the rest goes on."""
+        start = time.perf_counter()
+        try:
+            found = work()
+        except Exception as error:
+            traceback.print_exc()
+            found = {"failed": repr(error).splitlines()[0][:300]}
+            self.failed.append(name)
+        found["row_s"] = time.perf_counter() - start
+        self.table[name] = {key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in found.items()}
+        print(f"{self.name}: {name}: {self.table[name]}", flush=True)
+        write_results(self.file, self.table)
+
+    def machine(self) -> None:
+        """The ceilings of this machine."""
+        self.row("ceilings again" if "ceilings" in self.table else "ceilings", self.ceilings)
+
+    def ceilings(self) -> Row:
+        """Rates of a bf16 matrix product, of a device copy (bytes read and written) and of a pinned copy to it."""
+        side, mega = (128, 1) if self.quick else (8192, 1024)
+        a, b = (torch.randn(side, side, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        x = torch.empty(mega * 2**20, dtype=torch.uint8, device=self.device)
+        y, host = torch.empty_like(x), torch.empty(x.shape, dtype=x.dtype, pin_memory=self.device.type == "cuda")
+        works = {"product": lambda: a @ b, "copy": lambda: y.copy_(x), "h2d": lambda: x.copy_(host, non_blocking=True)}
+        took = in_turns(works, self.device, 5, 10)
+        return {
+            "matmul_tflops": 2 * side**3 / took["product"] / 1e12,
+            "copy_tb_per_s": 2 * x.nbytes / took["copy"] / 1e12,
+            "h2d_gb_per_s": x.nbytes / took["h2d"] / 1e9,
+            "cudnn": torch.backends.cudnn.version(),
+            "torch": torch.__version__,
+            "shm_gb": shutil.disk_usage("/dev/shm").total / 1e9,
+        }
+
+    def rate(self) -> float:
+        """FLOP/s of a matrix product, as the part `machine` found it."""
+        ceilings = json.loads((self.out / "machine.json").read_text())["table"]["ceilings"]
+        return 1e12 * float(ceilings["matmul_tflops"])
+
+    def build(self, student: Student, *overrides: str, compiled: bool = True, batch: int = 0) -> OneStep:
+        """A step of a student; its cache is made at the first call."""
+        cache = self.folder / f"{student.shape.channels} channels"
+        if not cache.exists():
+            make_cache(cache, student.shape, "int8")
+        torch._dynamo.reset()  # models share code, and dynamo leaves what varies too often uncompiled
+        self.accelerator.free_memory()
+        chosen = [*student.overrides, f"train.compile={str(compiled and not self.quick).lower()}", *overrides]
+        return OneStep(load_config(student.config, batch or student.batch, chosen), cache, self.accelerator)
+
+    def resident(self, step: OneStep, steps: int) -> Row:
+        """A step on a resident batch: median of three measurements."""
+        flops = 3 * forward_flops(step)
+        first = seconds(lambda: step.run(repeat(step.resident), 1), self.device)
+        reset_peak(self.device)
+        took = median(step.resident_s(steps) for _ in range(3))
+        rate = step.batch / took
+        return {
+            "batch": step.batch,
+            "step_ms": 1e3 * took,
+            "images_per_s": rate,
+            "gflop_per_image": flops / 1e9,
+            "utilisation": rate * flops / self.rate(),
+            "peak_mb": peak(self.device),
+            "first_step_s": first,
+        }
+
+    def student(self, name: str) -> None:
+        """The step resident, profiled and fed by the stream, and a checkpoint."""
+        student = QUICK if self.quick else STUDENTS[name]
+        kept: dict[str, OneStep] = {}
+
+        def measured(label: str, **build: Any) -> Row:
+            kept.clear()
+            kept[label] = self.build(student, **build)
+            return self.resident(kept[label], student.steps)
+
+        if name == "L":
+            self.row("compiled, 256", lambda: measured("256", batch=2 * student.batch))
+            self.row("compiled, 128", lambda: measured("128"))
+        else:
+            self.row("eager", lambda: measured("eager", compiled=False))
+            self.row("compiled", lambda: measured("compiled"))
+        if not kept:
+            return
+        (step,) = kept.values()
+        if self.device.type == "cuda":
+            self.row("profile", lambda: self.profile(step, self.out / f"profile_{name}.txt"))
+        if name != "L":
+            for workers in (0, 1) if self.quick else (8,):
+                self.row(f"stream, {workers} workers", lambda w=workers: self.stream(step, w, student.steps))
+        self.row("checkpoint", lambda: step.saving(self.folder / "run"))
+
+    def stream(self, step: OneStep, workers: int, steps: int) -> Row:
+        """The same step fed by the stream, with the next batch copied ahead and without."""
+        resident = step.resident_s(steps)
+        plain, _ = step.streamed_s(workers, steps, ahead=False)
+        streamed, waited = step.streamed_s(workers, 2 * steps)
+        row = {"images_per_s": step.batch / streamed, "ratio": resident / streamed, "wait_share": waited}
+        return row | {"ratio_without_side_stream": resident / plain}
+
+    def profile(self, step: OneStep, file: Path) -> Row:
+        """Shares of the GPU's time by kind of kernel, over three steps; the file has the kernels."""
+        with torch.profiler.profile() as profile:
+            step.run(repeat(step.resident), 3)
+        kernels = [e for e in profile.key_averages() if e.self_device_time_total and not e.key.startswith("Profiler")]
+        kernels = [e for e in kernels if str(e.device_type).endswith("CUDA")]
+        kernels.sort(key=lambda event: -event.self_device_time_total)
+        total, shares = sum(event.self_device_time_total for event in kernels), dict.fromkeys((*KINDS, "other"), 0.0)
+        for event in kernels:
+            name = event.key.lower()
+            kind = next((kind for kind, pieces in KINDS.items() if any(p in name for p in pieces)), "other")
+            shares[kind] += event.self_device_time_total / total
+        lines = [f"{e.self_device_time_total / 3e3:9.3f} ms {e.count // 3:5} x  {e.key[:150]}" for e in kernels[:60]]
+        file.write_text("\n".join(lines) + "\n")
+        attention = next((event.key for event in kernels if "sdpa" in event.key or "flash" in event.key), "none seen")
+        return {"gpu_ms": total / 3e3, **shares, "attention_kernel": attention[:100]}
+
+    def variants(self) -> None:
+        """One change at a time to the compiled step of ViT-B, each with the base beside it."""
+        student = QUICK if self.quick else STUDENTS["B"]
+
+        def as_it_is(step: OneStep) -> None:
+            pass
+
+        def eager_target(step: OneStep) -> None:
+            step.task.compare = step.task._compare
+
+        variants: dict[str, Variant] = {
+            "base": ((), as_it_is),
+            "fp32 residual": (("train.residual=fp32",), as_it_is),
+            "bf16 residual": (() if self.device.type == "cpu" else ("train.residual=bf16",), as_it_is),
+            "convolution": ((), convolve),
+            "target not compiled": ((), eager_target),
+            "flash attention": ((), lambda step: torch.backends.cuda.enable_cudnn_sdp(False)),
+        }
+        for name, (overrides, change) in variants.items():
+
+            def measured(overrides: tuple[str, ...] = overrides, change: Any = change) -> Row:
+                step = self.build(student, *overrides)
+                change(step)
+                return self.resident(step, student.steps)
+
+            self.row(name, measured)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        self.row("micro-batch 512", lambda: self.resident(self.build(student, batch=2 * student.batch), student.steps))
+
+    def online(self) -> None:
+        """The cached step of ViT-B against one whose loss runs the teacher, both fed by the stream."""
+        student = QUICK if self.quick else STUDENTS["B"]
+        step, workers = self.build(student), 0 if self.quick else 8
+        resident = step.resident_s(student.steps)
+        cached, _ = step.streamed_s(workers, student.steps)
+        self.row("cached", lambda: {"step_ms": 1e3 * resident, "streamed_ms": 1e3 * cached})
+        named = {"tiny": (tiny_clip(self.folder / "clip", 28, 7), 28)} if self.quick else {}
+        for name, (teacher, size) in (named or {"B/16": CLIP_B, "L/14 at 196 px": CLIP_L}).items():
+            for kind in ("eager teacher",) if self.quick else ("eager teacher", "compiled teacher"):
+                work = (step, resident, cached, workers, student.steps, teacher, size, kind == "compiled teacher")
+                self.row(f"{name}, {kind}", lambda work=work: one_online(*work))
+
+    def extract(self) -> None:
+        """The teacher's forward, and `mcm-cache extract` itself with one process and with many."""
+        name, size = (tiny_clip(self.folder / "clip"), 32) if self.quick else CLIP_B
+        self.row("forward", lambda: self.forward(name, size))
+        rows, per_shard, many = (128, 64, 2) if self.quick else (7168, 128, max(1, len(os.sched_getaffinity(0)) - 2))
+        dataset = make_dataset(self.folder, list(pictures(None, 32)), rows, per_shard).path
+        flags = ["--teacher", name, "--weights", "random", "--views", "4", "--size", str(size)]
+        for label, processes, seconds_s in (("1 process", 1, 25), ("many processes", many, 120)):
+            work = (dataset, self.folder / label, flags, processes, seconds_s)
+            self.row(label, lambda work=work: extraction(*work))
+
+    def forward(self, name: str, size: int) -> Row:
+        """Views per second of the teacher alone, from pictures on the device; compiled too."""
+        teacher, found = load_teacher(name, "random", size), {}
+        for batch in (16,) if self.quick else (64, 256):
+            x = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, device=self.device)
+            found[f"views_per_s_{batch}"] = (
+                batch / in_turns({"": lambda x=x: teacher.features(x)}, self.device, 3, 5)[""]
+            )
+        if not self.quick:
+            teacher.tower.compile()
+            compiled = in_turns({"": lambda: teacher.features(x)}, self.device, 3, 5)[""]
+            found[f"compiled_views_per_s_{batch}"] = batch / compiled
+        return found
+
+    def road(self) -> None:
+        """`mcm-train pretrain` of ViT-S as a user types it, stopped by SIGTERM and started again."""
+        student = QUICK if self.quick else STUDENTS["S"]
+        make_cache(self.folder / "cache", student.shape, "int8")
+        epochs, precision = (150, "fp32") if self.quick else (40, "bf16")
+        chosen = [*student.overrides, f"schedule.epochs={epochs}", "schedule.warmup_epochs=1", "train.log_steps=4"]
+        chosen += [f"train.global_batch={student.batch}", f"train.micro_batch={student.batch}"]
+        chosen += [f"train.precision={precision}", f"train.workers={0 if self.quick else 8}", "train.compile=false"]
+        line = ["pretrain", student.config, "--cache", self.folder / "cache", "--out", self.folder / "run"]
+        line += [word for key in chosen for word in ("--set", key)]
+        self.row("first command", lambda: command_until(line, self.folder / "run", stop_after=2))
+        self.row("second command", lambda: command_until(line, self.folder / "run"))
+
+
+def convolve(step: OneStep) -> None:
+    """Give the model normalised float pictures, so that it embeds them by the convolution."""
+    run, device = step.task.run, step.device
+    mean, std = (torch.tensor(values, device=device).mul(255).view(3, 1, 1) for values in (run.mean, run.std))
+
+    def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
+        normalised = (batch["pictures"].permute(0, 3, 1, 2).float() - mean) / std
+        y = wrapped(normalised, step.task.masks(batch))
+        return step.task.compare(y, {name: x for name, x in batch.items() if isinstance(x, Tensor) and name != "rows"})
+
+    step.loop.job = dataclasses.replace(step.loop.job, loss=loss)
+
+
+def forward_flops(step: OneStep) -> int:
+    """Floating-point operations of the forward of one picture: two per multiply-add, attention as matrix products."""
+    batch = {name: x[:1] if isinstance(x, Tensor) else x for name, x in step.resident.items()}
+    plain = type(step.task.model).forward  # below autocast and torch.compile, which would hide what it calls
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        plain(step.task.model, batch["pictures"], step.task.masks(batch))
+    return counter.get_total_flops()
+
+
+def one_online(
+    step: OneStep, resident: float, cached: float, workers: int, steps: int, name: str, size: int, compiled: bool
+) -> Row:  # fmt: skip
+    """A step whose loss runs the teacher; `bound` is 1 + t_teacher / t_step, both measured on resident batches."""
+    teacher, own = load_teacher(name, "random", size), step.loop.job
+    if compiled:
+        teacher.tower.compile()
+    forward = in_turns({"": lambda: features(teacher, step.resident["pictures"])}, step.device, 3, 3)[""]
+
+    def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
+        prediction = wrapped(batch["pictures"], step.task.masks(batch))
+        return loss_fn(prediction, step.task.targets(features(teacher, batch["pictures"])))
+
+    step.loop.job = dataclasses.replace(own, loss=loss)
+    online, _ = step.streamed_s(workers, steps)
+    step.loop.job = own
+    bound = 1 + forward / resident
+    found = {"teacher_ms": 1e3 * forward, "online_ms": 1e3 * online, "gain": online / cached, "bound": bound}
+    return found | {"ratio": online / cached / bound}
+
+
+def features(teacher: Teacher, pictures_BHW3: Tensor) -> Tensor:
+    """The teacher's patch features of a batch on the device, resized there where its pictures are smaller."""
+    size = (teacher.identity.height, teacher.identity.width)
+    if pictures_BHW3.shape[1:3] != size:
+        x_B3HW = pictures_BHW3.permute(0, 3, 1, 2).float()
+        x_B3HW = nn.functional.interpolate(x_B3HW, size, mode="bicubic", antialias=True)
+        pictures_BHW3 = x_B3HW.clamp(0, 255).round().permute(0, 2, 3, 1).to(torch.uint8)
+    return teacher.features(pictures_BHW3)[0]
+
+
+def extraction(dataset: Path, cache: Path, flags: list[str], processes: int, limit_s: float) -> Row:
+    """Views per second of `mcm-cache extract`, between its first and its last commit; stopped after `limit_s`."""
+    line = [sys.executable, "-c", "from pipeline.cli import app; app()", "extract", str(dataset), str(cache), *flags]
+    workers = [[*line, "--worker", str(k), "--workers", str(processes)] for k in range(processes)]
+    threads = ["--threads", str(max(1, len(os.sched_getaffinity(0)) // processes))]
+    start = time.time()
+    running = [
+        subprocess.Popen([*worker, *threads], stdout=subprocess.DEVNULL, start_new_session=True) for worker in workers
+    ]
+    for process in running:
+        try:
+            process.wait(max(1.0, limit_s - (time.time() - start)))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+    exits = {process.wait(60) for process in running}
+    ends = sorted(path.stat().st_mtime for path in cache.glob("train/v*/commits/*.json"))
+    rows = json.loads((cache / "train/v0/commits/000000.json").read_text())["rows"]
+    later = sum(1 for end in ends if end > ends[0] + 0.5)  # all views of the first shard are committed together
+    return {
+        "views_per_s": later * rows / (ends[-1] - ends[0]),
+        "commits": len(ends),
+        "first_commit_s": ends[0] - start,
+        "all_s": ends[-1] - start,
+        "processes": processes,
+        "exits": sorted(exits),
+    }
+
+
+def command_until(line: list[Any], run_dir: Path, stop_after: int = 0) -> Row:
+    """Run `mcm-train`; with `stop_after`, send SIGTERM once the log has so many lines per second of training."""
+    log, start = run_dir / "metrics.jsonl", time.time()
+    words = [sys.executable, "-c", "from mcm.cli import app; app()", *map(str, line)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    while stop_after and process.poll() is None:
+        if log.exists() and log.read_text().count('"loss"') >= stop_after:
+            process.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.1)
+    code = process.wait(240)
+    lines = [json.loads(text) for text in log.read_text().splitlines()]
+    rates = [entry["images_per_s"] for entry in lines if "images_per_s" in entry]
+    waits = [entry["wait_share"] for entry in lines if "wait_share" in entry]
+    return {"exit": code, "s": time.time() - start, "steps": lines[-1]["step"], "images_per_s": median(rates),
+            "wait_share": median(waits), "last_loss": [e["loss"] for e in lines if "loss" in e][-1]}  # fmt: skip
