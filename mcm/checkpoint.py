@@ -16,7 +16,6 @@ from cache_tools.errors import CorruptionError, IdentityError
 from cache_tools.identity import FileEntry
 from cache_tools.records import Record, encode_record, read_record, sha256_hex
 from cache_tools.storage import AtomicFile, publish_folder, read_at, remove, remove_tree, temp_folder, write_atomic
-from mcm.fsdp import split_as
 
 _NAME = re.compile(r"step_(\d{9})")
 # What safetensors calls them; tensors of the last stand first in its files.
@@ -57,7 +56,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ten
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors into the unwrapped model and its optimizer, where and split as the parameters are.
+    """Put a checkpoint's tensors into the unwrapped model and its optimizer, on the device of each parameter.
 
     Raises: IdentityError when the names differ from the model's.
     """
@@ -66,15 +65,12 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     odd = sorted(state.keys() ^ checkpoint.model.keys()) + sorted(slots - parameters.keys())
     if odd:
         raise IdentityError(f"{checkpoint.path}: expected the tensors of this model; {odd[0]} differs; use another RUN")
-    # In one order for all processes, which split together: what safetensors reads has another one in each.
-    model.load_state_dict({name: split_as(checkpoint.model[name], like) for name, like in state.items()})
+    model.load_state_dict(checkpoint.model)
     optimizer.state.clear()
-    for name in sorted(checkpoint.optimizer):
+    for name, value in checkpoint.optimizer.items():
         owner, _, slot = name.rpartition("/")
-        parameter = parameters[owner]
-        value = checkpoint.optimizer[name].to(parameter.device)
-        # Fused Adam keeps its step beside the parameter, whole.
-        optimizer.state[parameter][slot] = split_as(value, parameter) if value.ndim else value
+        # Fused Adam keeps its step beside the parameter.
+        optimizer.state[parameters[owner]][slot] = value.to(parameters[owner].device)
 
 
 def folder(run_dir: Path, step: int) -> Path:

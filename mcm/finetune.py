@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cache_tools.dataset import Dataset
-from cache_tools.errors import UsageError
 from mcm.augment import Mixer, eval_transform, train_transform
 from mcm.backbones import BATCHNORM_EPS, Backbone, FinetuneRun, load_encoder, model_args
 from mcm.classify import training_rows
 from mcm.config import FinetuneConfig
-from mcm.fsdp import LAUNCH
 from mcm.heartbeat import Heartbeat
-from mcm.loop import FSDP, Job, engine, to_device, train
+from mcm.loop import Job, engine, to_device, train
 from mcm.optim import build_optimizer
 from mcm.order import EvalOrder, Order
 from mcm.probe import labelled, warn_of_copies
@@ -39,8 +37,6 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
     dataset, seed = labelled(Dataset(data)), config.train.seed
     rows = training_rows(dataset.labels("train"), dataset.classes, config.data.shots, seed)
     with engine(config.train.precision) as accelerator, Heartbeat(accelerator) as peers:
-        if accelerator.distributed_type == FSDP and (config.frozen or config.optim.ema or config.optim.name == "lars"):
-            raise UsageError(f"{LAUNCH}: frozen, optim.ema and LARS expect DDP or one process; leave --use_fsdp out")
         world, rank = accelerator.num_processes, accelerator.process_index
         order = Order(len(rows), 1, config.train.global_batch, config.train.micro_batch, world, rank, seed)
         backbone = load_encoder(init, weights, config.student, seed)

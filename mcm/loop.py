@@ -1,7 +1,7 @@
 """One loop for pre-training and fine-tuning: clip, step, log, evaluate, save, stop; resumes to the bit on a CPU."""
 
-import copy
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cache_tools.console import StopFlag, describe, progress
 from cache_tools.draws import hash_u64
 from cache_tools.errors import Diverged, Interrupted, UsageError
-from mcm import checkpoint, fsdp
+from mcm import checkpoint
 from mcm.config import Optim, Schedule, Train
 from mcm.optim import swap_average
 from mcm.order import Order
@@ -27,7 +27,7 @@ from mcm.run_folder import Log
 from mcm.schedule import learning_rate, peak_lr
 from mcm.stream import Batch, Stream, batches
 
-FSDP = DistributedType.FSDP
+MODES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SHOWN_SPANS = 32
 FAILED_SAVES = 3  # in a row, before a run that cannot save stops
 TIMEOUT = timedelta(hours=6)  # others wait while the main one measures k-NN or saves; who is gone, the heartbeat tells
@@ -56,20 +56,32 @@ class Job:
 def engine(precision: str) -> Iterator[Accelerator]:
     """Accelerate, on the CPU where there is no GPU; its process group ends with the block.
 
-    Raises: UsageError for a launcher's mode that this software does not serve, and where another one runs than asked.
+    Raises: UsageError for a mode of the launcher that is neither one process nor DDP.
     """
+    _check_launcher()
     mixed, handlers = "bf16" if precision == "bf16" else "no", [InitProcessGroupKwargs(timeout=TIMEOUT)]
-    cpu, plugin = not torch.cuda.is_available(), fsdp.requested(precision)
-    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=handlers, fsdp_plugin=plugin)
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
     try:
-        kind = accelerator.distributed_type
-        if plugin and kind != FSDP:  # on a CPU Accelerate would run DDP and not say so
-            raise UsageError(f"{fsdp.LAUNCH}: expected FSDP2, which needs GPUs; found {kind}; leave --use_fsdp out")
-        if not plugin and kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        if (kind := accelerator.distributed_type) not in MODES:
             raise UsageError(f"accelerate launch: expected one process or DDP; found {kind}")
         yield accelerator
     finally:
         accelerator.end_training()
+
+
+def _check_launcher() -> None:
+    """Check the launcher's environment: on a CPU, Accelerate replaces FSDP and DeepSpeed by DDP without a message.
+
+    Raises: UsageError naming the option that must be left out.
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            option = f"--use_{name.lower()}"
+            raise UsageError(f"accelerate launch: expected one process or DDP; found {option}; leave it out")
+    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
+        raise UsageError(
+            f"accelerate launch: expected --dynamo_backend no; found {backend}; set train.compile = true instead"
+        )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -125,14 +137,9 @@ class Loop:
         self.total_steps = job.schedule.epochs * self.order.steps_per_epoch
         self.warmup_steps = job.schedule.warmup_epochs * self.order.steps_per_epoch
         self.peak_lr = peak_lr(job.optim, self.order.global_batch)
-        self.inner, optimizer, self.sharded = job.model, job.optimizer, accelerator.distributed_type == FSDP
-        if self.sharded:  # all processes must call a split model, but some of what evaluates runs on the main one alone
-            self.inner, optimizer = copy.deepcopy((job.model, job.optimizer))
         if job.settings.compile:
-            self.inner.compile()  # in place: names of the state stay
-        self.model, self.optimizer = accelerator.prepare(self.inner, optimizer)
-        if self.sharded:
-            fsdp.check(self.inner)
+            job.model.compile()  # in place: names of the state stay
+        self.model, self.optimizer = accelerator.prepare(job.model, job.optimizer)
         self.model.train()
         # What the processes agree on at each step must not wait for the GPU: it goes through the hosts.
         several = accelerator.num_processes > 1
@@ -190,9 +197,8 @@ class Loop:
         return found
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        checkpoint.restore(found, self.inner, self.optimizer.optimizer)
+        checkpoint.restore(found, self.job.model, self.optimizer.optimizer)
         swap_average(self.optimizer.optimizer)
-        self._share()
         self.window = list(found.meta["window"])
         self.logged_step = self.saved_step = found.step
         if self.main:
@@ -219,7 +225,7 @@ class Loop:
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), job.optim.clip_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.pending.append(torch.stack([total, fsdp.whole(norm).to(total)]))
+        self.pending.append(torch.stack([total, norm.to(total)]))
         return stopping
 
     def _lr(self, step: int) -> float:
@@ -283,7 +289,6 @@ class Loop:
     def _evaluate(self, step: int) -> None:
         self._drain(step)
         start = time.perf_counter()
-        self._share()
         self.model.eval()
         swap_average(self.optimizer.optimizer)
         metrics = self.job.evaluate(step // self.order.steps_per_epoch)
@@ -292,12 +297,6 @@ class Loop:
         self.logged_at += time.perf_counter() - start  # images_per_s is the speed of training
         if metrics:
             self.log.write(step, {"eval": metrics})
-
-    def _share(self) -> None:
-        """Where a split copy trains, give its weights to the job's own model, which evaluates, whole and in float32."""
-        if self.sharded:
-            self.job.model.load_state_dict(fsdp.on_host(self.inner.state_dict()))
-            self.job.model.to(self.accelerator.device).eval()
 
     def _save(self, step: int, evaluated: bool, must: bool) -> None:
         """A checkpoint by the main process; the others wait, as a launcher ends them all when one is gone.
@@ -308,11 +307,10 @@ class Loop:
         self._drain(step)
         job, meta = self.job, {"window": self.window, "evaluated": evaluated}
         swap_average(self.optimizer.optimizer)
-        state = self.inner.state_dict(), checkpoint.optimizer_tensors(self.inner, self.optimizer.optimizer)
-        model, optimizer = (fsdp.on_host(tensors, self.main) for tensors in state)
         if self.main:
+            optimizer = checkpoint.optimizer_tensors(job.model, self.optimizer.optimizer)
             try:
-                checkpoint.save(job.run_dir, step, model, optimizer, meta)
+                checkpoint.save(job.run_dir, step, job.model.state_dict(), optimizer, meta)
                 checkpoint.rotate(job.run_dir, self.saved_step, step, job.settings.keep_last)
                 self.saved_step, self.failed_saves = step, 0
             except OSError as error:

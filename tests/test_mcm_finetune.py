@@ -138,12 +138,6 @@ def test_a_frozen_encoder_stays_in_evaluation_when_the_loop_trains():
     assert 0.005 < model.head[1].weight.std() < 0.015
 
 
-def test_fsdp2_is_refused_where_it_was_never_tried(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("mcm.finetune.FSDP", "NO")
-    with pytest.raises(UsageError, match="frozen, optim.ema and LARS expect DDP or one process"):
-        finetune(config(**LINEAR), data.path, "random", None, tmp_path / "run")
-
-
 def test_another_run_in_the_folder_is_refused_with_the_difference(tuned, data):
     run, _ = tuned
     with pytest.raises(IdentityError, match=r"optim\.lr: 0\.001 != 0\.003"):

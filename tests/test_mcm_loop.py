@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cache_tools.errors import CorruptionError, Interrupted, McmError
+from cache_tools.errors import CorruptionError, Interrupted, McmError, UsageError
 from cache_tools.records import read_record
 from mcm import checkpoint
 from mcm.config import Optim, Schedule, Train
@@ -184,6 +184,20 @@ def test_compiled_in_place_keeps_the_names(tmp_path):
     job.model.compile(backend="eager")
     run_job(job)
     assert checkpoint.latest(tmp_path).model.keys() == names
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("USE_FSDP", "true", "expected one process or DDP; found --use_fsdp; leave it out"),
+        ("USE_DEEPSPEED", "true", "expected one process or DDP; found --use_deepspeed; leave it out"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "expected --dynamo_backend no; found INDUCTOR; set train.compile = true"),
+    ],
+)
+def test_a_launcher_mode_that_is_not_supported_is_refused(monkeypatch, name, value, message):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(UsageError, match=message), engine("fp32"):
+        pass
 
 
 def full_disk(monkeypatch, steps):
