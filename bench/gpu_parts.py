@@ -214,7 +214,7 @@ class Part:
         return {"gpu_ms": total / 3e3, **shares, "attention_kernel": attention[:100]}
 
     def variants(self) -> None:
-        """One change at a time to the compiled step of ViT-B, each with the base beside it."""
+        """One change at a time to the compiled step of ViT-B; its base is the row `compiled` of the part B."""
         student = QUICK if self.quick else STUDENTS["B"]
 
         def as_it_is(step: OneStep) -> None:
@@ -224,8 +224,6 @@ class Part:
             step.task.compare = step.task._compare
 
         variants: dict[str, Variant] = {
-            "base": ((), as_it_is),
-            "fp32 residual": (("train.residual=fp32",), as_it_is),
             "bf16 residual": (() if self.device.type == "cpu" else ("train.residual=bf16",), as_it_is),
             "convolution": ((), convolve),
             "target not compiled": ((), eager_target),
