@@ -31,7 +31,7 @@ from mcm.optim import param_groups
 from mcm.order import EvalOrder
 from mcm.stream import Stream
 
-DTYPES = ("int8", "int4", "float16")
+DTYPES = ("int8", "float16")
 Row = dict[str, Any]
 
 

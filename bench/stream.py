@@ -33,8 +33,8 @@ from record import peak_megabytes, write_results
 
 BATCH, TOKENS, CHANNELS, SIZE, ROWS_PER_SHARD = 64, 196, 768, 224, 256
 CODES_BYTES = TOKENS * CHANNELS
-OURS = [f"ours {dtype}, {workers} workers" for dtype in ("int8", "float16", "int4") for workers in (0, 1, 2)]
-LIMITS = [f"limit {dtype}" for dtype in ("int8", "float16", "int4", "raw")]
+OURS = [f"ours {dtype}, {workers} workers" for dtype in ("int8", "float16") for workers in (0, 1, 2)]
+LIMITS = [f"limit {dtype}" for dtype in ("int8", "float16", "raw")]
 PEERS = ["webdataset views", "webdataset crop", "litdata views", "mosaicml views"]
 PEERS += [f"{name}, in place" for name in PEERS]
 
@@ -107,7 +107,7 @@ def read_limit(folder: Path, dtype: str) -> Callable[[], Iterator[int]]:
     (unit,) = Cache(folder / dtype).complete_units("train")
     tars = [os.open(unit.tar(k), os.O_RDONLY) for k in range(unit.num_shards)]
     indexes = [np.load(unit.index_file(k)) for k in range(unit.num_shards)]
-    names = [name for name in ("patch", "scale", "low") if name in unit.specs]
+    names = [name for name in ("patch", "scale") if name in unit.specs]
     files = {
         n: [os.open(unit.group / unit.specs[n].shard_file(k), os.O_RDONLY) for k in range(len(tars))] for n in names
     }
@@ -305,7 +305,7 @@ def main() -> None:
         folder = Path(place)
         sources = list(pictures(arguments.photos, arguments.rows))
         views = [rendered_view(source, row, SIZE) for row, source in enumerate(sources)]
-        for dtype in ("int8", "float16", "int4"):
+        for dtype in ("int8", "float16"):
             make_cache(folder / dtype, Shape(arguments.rows, ROWS_PER_SHARD, 14, CHANNELS, SIZE), dtype, views)
         make_raw(folder / "raw", views)
         make_peers(folder, sources, views)

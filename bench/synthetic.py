@@ -65,7 +65,7 @@ def rendered_view(source: bytes, row: int, pixels: int) -> bytes:
     return encode_view(render(rgb, geometry, pixels, pixels), "jpeg:95:444")
 
 
-def make_identity(shape: Shape, dtype: Literal["int4", "int8", "float16"]) -> CacheIdentity:
+def make_identity(shape: Shape, dtype: Literal["int8", "float16"]) -> CacheIdentity:
     """The identity of a cache that no teacher made."""
     teacher = TeacherIdentity(
         name="bench:noise", architecture_sha256=NO_SHA, weights_sha256=NO_SHA, activation="none",
@@ -79,9 +79,7 @@ def make_identity(shape: Shape, dtype: Literal["int4", "int8", "float16"]) -> Ca
     )  # fmt: skip
 
 
-def make_cache(
-    folder: Path, shape: Shape, dtype: Literal["int4", "int8", "float16"], views: Sequence[bytes] = ()
-) -> Unit:
+def make_cache(folder: Path, shape: Shape, dtype: Literal["int8", "float16"], views: Sequence[bytes] = ()) -> Unit:
     """A CACHE of one complete unit: `views` (or noise) and noise features, over and over."""
     identity = make_identity(shape, dtype)
     publish_identity(folder, identity)
@@ -96,7 +94,7 @@ def write_unit(unit: Unit, views: Sequence[bytes]) -> None:
     x_BNC = draw.standard_normal((FEATURE_ROWS, known.tokens, known.channels)).astype(np.float32)
     mean, std = channel_stats(x_BNC)
     arrays = encode(known.dtype, x_BNC, mean, std)
-    q_BNC = decode(arrays["patch"], arrays.get("scale"), mean, std, arrays.get("low"))
+    q_BNC = decode(arrays["patch"], arrays.get("scale"), mean, std)
     error = float((((q_BNC - x_BNC) / std) ** 2).sum() / (((x_BNC - mean) / std) ** 2).sum())
     arrays["cls"] = x_BNC[:, 0].astype(np.float16)
     flat, endless = x_BNC.reshape(-1, known.channels).astype(np.float64), cycle(views)

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     table = {}
-    for dtype in ("int8", "int4", "float16"):
+    for dtype in ("int8", "float16"):
         shape = Shape(rows=128, rows_per_shard=64, grid=4, channels=64, pixels=64) if options.quick else Shape(4096)
         with tempfile.TemporaryDirectory() as folder:
             cache = Path(folder) / "cache"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import crc32c
 import numpy as np
@@ -26,25 +26,19 @@ from .storage import AtomicFile, Buffer, read_at, read_into
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
-# Codes of int4 fill a byte whole: there the NaN of `low` and `scale` says that no row is there.
-_INTEGER_FILL = {"int8": FILL_INT8, "uint8": 0}
-# Zarr's own codecs: what `compress` is called in zarr.json, and how numcodecs is asked for the same.
-_CODECS: dict[str, dict[str, Any]] = {
-    "zstd": {"level": 1, "checksum": False},
-    "blosc": {"cname": "zstd", "clevel": 1, "shuffle": "shuffle", "blocksize": 0},
-}
+_ZSTD: dict[str, Any] = {"level": 1, "checksum": False}  # for zarr.json and for numcodecs
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """Shape and layout of one array of a unit; `dtype` is int8, uint8, float16 or float32."""
+    """Shape and layout of one array of a unit; `dtype` is int8, float16 or float32."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     chunk_rows: int
     shard_rows: int
-    compress: str | None = None
+    compress: Literal["zstd"] | None = None
 
     @cached_property
     def chunk_shape(self) -> tuple[int, ...]:
@@ -64,7 +58,7 @@ class ArraySpec:
     @property
     def fill(self) -> float:
         """What stands where there is no row."""
-        return _INTEGER_FILL.get(self.dtype, math.nan)
+        return FILL_INT8 if self.dtype == "int8" else math.nan
 
     def shard_file(self, shard: int) -> str:
         """Path of a shard inside the Zarr group."""
@@ -80,9 +74,10 @@ def array_json(spec: ArraySpec) -> bytes:
     """zarr.json of an array: a pure function of the spec, compared byte for byte before the array is used."""
     endian = {} if np.dtype(spec.dtype).itemsize == 1 else {"configuration": {"endian": "little"}}
     checksum = {"name": "crc32c"}
+    compression = [{"name": "zstd", "configuration": _ZSTD}] if spec.compress else []
     sharding = {
         "chunk_shape": list(spec.chunk_shape),
-        "codecs": [{"name": "bytes", **endian}, *_codec_json(spec), checksum],
+        "codecs": [{"name": "bytes", **endian}, *compression, checksum],
         "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, checksum],
         "index_location": "end",
     }
@@ -93,27 +88,18 @@ def array_json(spec: ArraySpec) -> bytes:
         "data_type": spec.dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [spec.shard_rows, *spec.shape[1:]]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": _INTEGER_FILL.get(spec.dtype, "NaN"),
+        "fill_value": FILL_INT8 if spec.dtype == "int8" else "NaN",
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "attributes": {},
         "storage_transformers": [],
     })  # fmt: skip
 
 
-def _codec_json(spec: ArraySpec) -> list[dict[str, Any]]:
-    if spec.compress is None:
-        return []
-    typesize = {"typesize": np.dtype(spec.dtype).itemsize} if spec.compress == "blosc" else {}
-    return [{"name": spec.compress, "configuration": _CODECS[spec.compress] | typesize}]
-
-
-def _codec(name: str) -> Any:
-    """numcodecs' own, imported where it is used: most caches are not compressed."""
+def _zstd() -> Any:
+    """The codec of numcodecs, imported where it is used: most caches are not compressed."""
     import numcodecs
 
-    if name == "zstd":
-        return numcodecs.Zstd(**_CODECS[name])
-    return numcodecs.Blosc(**_CODECS[name] | {"shuffle": numcodecs.Blosc.SHUFFLE})
+    return numcodecs.Zstd(**_ZSTD)
 
 
 def _json(payload: dict[str, Any]) -> bytes:
@@ -128,7 +114,7 @@ class ShardWriter:
         self.file = AtomicFile(group / spec.shard_file(shard))
         self.crc32cs: list[int] = []
         self._stored_bytes: list[int] = []
-        self._codec = _codec(spec.compress) if spec.compress else None
+        self._codec = _zstd() if spec.compress else None
 
     def __enter__(self) -> "ShardWriter":
         self.file.__enter__()
@@ -189,7 +175,7 @@ def read_chunk(
     if crc32c.crc32c(stored) != expected_crc32c:
         raise CorruptionError(f"{path}: chunk {position}: its crc32c is not the commit's; run `mcm-cache verify`")
     if spec.compress:
-        _decompress(path, spec.compress, stored, buffer)
+        _decompress(path, stored, buffer)
     return out
 
 
@@ -205,9 +191,9 @@ def _place(path: Path, spec: ArraySpec, position: int) -> tuple[int, int]:
     return offset, stored_bytes - _CRC_BYTES
 
 
-def _decompress(path: Path, compress: str, stored: Buffer, out: memoryview) -> None:
+def _decompress(path: Path, stored: Buffer, out: memoryview) -> None:
     """Decode a chunk into a buffer of its known size, so that no input makes it larger."""
     try:
-        _codec(compress).decode(stored, out)
+        _zstd().decode(stored, out)
     except (RuntimeError, ValueError) as error:
         raise CorruptionError(f"{path}: a chunk does not decompress: {error}; run `mcm-cache verify`") from error

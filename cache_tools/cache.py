@@ -33,8 +33,8 @@ _COMMIT, _VIEW = re.compile(r"([0-9]{6,})\.json"), re.compile(r"v(0|[1-9][0-9]{0
 class Chunk:
     """16 rows (fewer at the end of a split), every byte checked; pictures are still encoded.
 
-    labels int32 [B], codes int8|float16 [B, N, C] or uint8 [B, N, C / 2] (int4), scale float32 [B, N] (int8) or float16
-    [B, N, G] like low (int4), mean and std float32 [C], cls float16 [B, C]. What the dtype has not is None.
+    labels int32 [B], codes int8 or float16 [B, N, C], scale float32 [B, N], mean and std float32 [C] (these for int8),
+    cls float16 [B, C]. What the dtype does not have is None.
     """
 
     row0: int
@@ -42,7 +42,6 @@ class Chunk:
     labels: npt.NDArray[np.int32]
     codes: npt.NDArray[Any]
     scale: npt.NDArray[Any] | None
-    low: npt.NDArray[np.float16] | None
     mean: npt.NDArray[np.float32] | None
     std: npt.NDArray[np.float32] | None
     cls: npt.NDArray[np.float16] | None
@@ -54,7 +53,7 @@ class Chunk:
 
     def features(self) -> npt.NDArray[np.float32]:
         """Decoded patch features, float32 [B, N, C]."""
-        features: npt.NDArray[np.float32] = decode(self.codes, self.scale, self.mean, self.std, self.low)
+        features: npt.NDArray[np.float32] = decode(self.codes, self.scale, self.mean, self.std)
         return features
 
 
@@ -175,7 +174,7 @@ class Unit:
     def chunk(self, chunk: int, into: Mapping[str, npt.NDArray[Any]] | None = None) -> Chunk:
         """Rows [16 chunk, 16 chunk + 16) of the unit; pictures, codes and their position agree with the commit.
 
-        `into` may name arrays of 16 rows for `patch`, `scale`, `low` and `cls`: a whole chunk is read into them, and
+        `into` may name arrays of 16 rows for `patch`, `scale` and `cls`: a whole chunk is read into them, and
         `cls` only if it is named.
         Raises: CorruptionError naming the file.
         """
@@ -193,8 +192,7 @@ class Unit:
             for i, (offset, size, checksum) in enumerate(spans)
         ]
         whole = into if into and rows == CHUNK_ROWS else {}
-        names = ("patch", "scale", "low")
-        codes, scale, low = (self._array(name, shard, position, rows, whole.get(name)) for name in names)
+        codes, scale = (self._array(name, shard, position, rows, whole.get(name)) for name in ("patch", "scale"))
         unnamed = into and "cls" not in into
         cls = None if unnamed else self._array("cls", shard, position, rows, whole.get("cls"))
         mean, std = (self._array(name, shard, 0, 1) for name in ("channel_mean", "channel_std"))
@@ -202,7 +200,7 @@ class Unit:
         labels = index["label"].astype(np.int32)
         if mean is not None and std is not None:
             mean, std = mean[0], std[0]
-        return Chunk(row0, pictures, labels, codes, scale, low, mean, std, cls)
+        return Chunk(row0, pictures, labels, codes, scale, mean, std, cls)
 
     def _array(
         self, name: str, shard: int, position: int, rows: int, out: npt.NDArray[Any] | None = None

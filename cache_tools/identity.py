@@ -6,7 +6,6 @@ import pydantic
 
 from .arrays import ArraySpec
 from .dataset import CHUNK_ROWS, RowsPerShard
-from .quantize import GROUP
 from .records import Amount, Checksum, Count, Record, SplitName
 
 MAX_ROW = 1 << 24  # features, and pixels, of one row; CLIP L/14 at 336 px has 2^19.2
@@ -58,8 +57,8 @@ class CacheIdentity(Record):
     view_width: Count
     view_encoding: str
     picture_rules: int
-    dtype: Literal["int4", "int8", "float16"]
-    compress: Literal["zstd", "blosc"] | None = pydantic.Field(None, exclude_if=lambda value: value is None)
+    dtype: Literal["int8", "float16"]
+    compress: Literal["zstd"] | None = pydantic.Field(None, exclude_if=lambda value: value is None)
     pixels_sha256: str | None = pydantic.Field(None, exclude_if=lambda value: value is None)
     grid: tuple[Count, Count]
     channels: Count
@@ -89,21 +88,14 @@ class CacheIdentity(Record):
     def arrays(self, split: str) -> dict[str, ArraySpec]:
         """The arrays of a unit of `split`, by name."""
         rows, shards = self.rows[split], self.shards(split)
-        tokens, groups = (rows, self.tokens), self.channels // GROUP
-        patch = {
-            "float16": ((*tokens, self.channels), "float16"),
-            "int8": ((*tokens, self.channels), "int8"),
-            "int4": ((*tokens, self.channels // 2), "uint8"),
-        }[self.dtype]
-        specs = {"patch": ArraySpec("patch", *patch, CHUNK_ROWS, self.rows_per_shard, self.compress)}
+        layout = (CHUNK_ROWS, self.rows_per_shard)
+        patch = ArraySpec("patch", (rows, self.tokens, self.channels), self.dtype, *layout, self.compress)
+        specs = {"patch": patch}
         if self.dtype == "int8":
-            specs["scale"] = ArraySpec("scale", tokens, "float32", CHUNK_ROWS, self.rows_per_shard)
-        if self.dtype == "int4":
-            names = ("low", "scale")
-            specs |= {n: ArraySpec(n, (*tokens, groups), "float16", CHUNK_ROWS, self.rows_per_shard) for n in names}
+            specs["scale"] = ArraySpec("scale", (rows, self.tokens), "float32", *layout)
         if self.has_cls:
-            specs["cls"] = ArraySpec("cls", (rows, self.channels), "float16", CHUNK_ROWS, self.rows_per_shard)
-        if self.dtype != "float16":
+            specs["cls"] = ArraySpec("cls", (rows, self.channels), "float16", *layout)
+        if self.dtype == "int8":
             per_shard = ("channel_mean", "channel_std")
             specs |= {n: ArraySpec(n, (shards, self.channels), "float32", 1, 1) for n in per_shard}
         return specs

@@ -26,12 +26,12 @@ from .draws import hash_u64
 from .errors import CorruptionError, IdentityError, UsageError
 from .file_checks import check_array, check_size, check_tar, check_view_index
 from .identity import Commit, FileEntry
-from .quantize import GROUP, decode
+from .quantize import decode
 from .records import read_capped
 from .tars import read_sealed_npy
 
-# The error recomputed from the scales against the measured one: within 0.14 % for DeiT-tiny on 250 photographs in int8
-# and int4, shards of 64 rows; fewer values add chance: 5 standard errors of the square of a uniform variable.
+# The error recomputed from the scales against the measured one: within 0.14 % for DeiT-tiny on 250 photographs,
+# shards of 64 rows; fewer values add chance: 5 standard errors of the square of a uniform variable.
 MSE_TOLERANCE = 0.02
 _DAMAGE = (errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # others say nothing about the bytes
 
@@ -266,7 +266,7 @@ class _Seen:
             name: self.first[f"channel_{name}"][0] for name in ("mean", "std") if f"channel_{name}" in self.first
         }
         for row, codes in enumerate(self.first["patch"]):
-            of_row = {name: self.first[name][row] for name in ("scale", "low") if name in self.first}
+            of_row = {name: self.first[name][row] for name in ("scale",) if name in self.first}
             if not np.isfinite(decode(codes, **of_row, **of_shard)).all():
                 return False
         return True
@@ -293,9 +293,6 @@ def _check_features(unit: Unit, commit: Commit, seen: _Seen) -> None:
 
 
 def step_error(scale: npt.NDArray[Any], channels: int) -> float:
-    """Summed squared error of codes whose errors are uniform over a step; scale is [R, N] (int8) or [R, N, G] (int4).
-
-    The values that set a scale, the largest of an int8 token, both ends of an int4 group, are met exactly.
-    """
+    """Summed squared error of codes whose errors are uniform over a step; the largest value of a token is exact."""
     steps = scale.astype(np.float32).ravel()
-    return float(np.dot(steps, steps)) / 12 * (channels - 1 if scale.ndim == 2 else GROUP - 2)
+    return float(np.dot(steps, steps)) / 12 * (channels - 1)

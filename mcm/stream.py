@@ -32,7 +32,7 @@ PREFETCH = 2  # batches a worker makes ahead
 WORKERS_FROM_ROWS = 4096  # to evaluate fewer takes less time than to start workers
 
 # Arrays of the cache with a row a picture, and their names in a batch.
-_STORED = {"patch": "codes", "scale": "scale", "low": "low"}
+_STORED = {"patch": "codes", "scale": "scale"}
 Batch = dict[str, Any]  # Tensors with B (or M) first, and ints
 
 
@@ -53,9 +53,9 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 class CacheSource:
     """Batches of a cache's chunks: epoch e shows chunk c in view (e + hash(seed, c)) mod V.
 
-    pictures uint8 [B, H, W, 3], codes as stored [B, N, ...], picks int32 [B, positions], rows and labels [B]; for int8
-    and int4 also scale [B, N, ...], mean and std [M, C], for int4 low; with `cls` cls [B, C]. Every picture's and
-    chunk's crc32c is checked by `Unit.chunk`.
+    pictures uint8 [B, H, W, 3], codes as stored [B, N, C], picks int32 [B, positions], rows and labels [B]; for int8
+    also scale [B, N], mean and std [M, C]; with `cls` cls [B, C]. Every picture's and chunk's crc32c is checked by
+    `Unit.chunk`.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ def _fill(arrays: dict[str, npt.NDArray[Any]], chunk: Chunk, start: int, positio
     """Put a chunk into its place in the batch; the codes of a whole one were read into theirs."""
     span = slice(start, start + chunk.rows)
     if chunk.rows < CHUNK_ROWS:
-        stored = {"codes": chunk.codes, "scale": chunk.scale, "low": chunk.low, "cls": chunk.cls}
+        stored = {"codes": chunk.codes, "scale": chunk.scale, "cls": chunk.cls}
         for name, found in stored.items():
             if found is not None and name in arrays:
                 arrays[name][span] = found

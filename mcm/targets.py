@@ -63,20 +63,17 @@ class Targets(nn.Module):
         scale: Tensor | None = None,
         mean: Tensor | None = None,
         std: Tensor | None = None,
-        low: Tensor | None = None,
     ) -> Tensor:
         """Return target_BNC (target_BND if projected), float32, also under autocast.
 
-        codes float16 alone; int8 [B, N, C] with scale [B, N], or int4 with scale and low [B, N, G], and the chunks'
-        mean and std [K, C] (K divides B).
+        codes float16 alone, or int8 [B, N, C] with scale [B, N] and the chunks' mean and std [K, C] (K divides B).
         """
         with torch.autocast(codes.device.type, enabled=False):
             if scale is None or mean is None or std is None:
                 target = codes.float()
             else:  # mean and std belong to the chunk: broadcast over its rows and patches
-                chunks = [None if x is None else x.view(len(mean), -1, *x.shape[1:]) for x in (codes, scale, low)]
-                stats = mean[:, None, None], std[:, None, None]
-                target = decode(chunks[0], chunks[1], *stats, chunks[2], torch).flatten(0, 1)
+                codes, scale = (x.view(len(mean), -1, *x.shape[1:]) for x in (codes, scale))
+                target = decode(codes, scale, mean[:, None, None], std[:, None, None], torch).flatten(0, 1)
             return self.normalise(target)
 
     @torch.no_grad()

@@ -127,7 +127,7 @@ class Task:
         if self.config.target.features == "pixels":
             pictures_BHW3 = (batch["pictures"].float() - self.mean) / self.std
             return self.targets.normalise(unfold_patches(pictures_BHW3, self.run.patch))
-        return cast(Tensor, self.targets(*(batch.get(name) for name in ("codes", "scale", "mean", "std", "low"))))
+        return cast(Tensor, self.targets(*(batch.get(name) for name in ("codes", "scale", "mean", "std"))))
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error over all channels, outside the wrapped module and in float32; with loss.cls CLS's too."""

@@ -98,8 +98,8 @@ def extract_command(
     teacher_size: Annotated[
         int | None, typer.Option(help="Side of the teacher's input; its own where left out.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="int8, int4 or float16.")] = "int8",
-    compress: Annotated[str | None, typer.Option(help="zstd or blosc, inside the Zarr chunks.")] = None,
+    dtype: Annotated[str, typer.Option(help="int8 or float16.")] = "int8",
+    compress: Annotated[str | None, typer.Option(help="zstd, inside the Zarr chunks.")] = None,
     max_error: Annotated[
         float, typer.Option(help="Refuse a shard whose stored features are further off: relative MSE.")
     ] = float("inf"),

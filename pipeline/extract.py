@@ -20,7 +20,6 @@ from cache_tools.dataset import CHUNK_ROWS, Dataset
 from cache_tools.errors import IdentityError, Interrupted, UsageError
 from cache_tools.identity import CacheIdentity, CropPolicy, Fingerprint
 from cache_tools.images import PICTURE_RULES, check_encoding
-from cache_tools.quantize import GROUP
 from cache_tools.records import read_record
 from cache_tools.storage import locks_work, publish, run_folder, settle, shard_lock, try_lock
 from cache_tools.tars import encode_npy, read_sealed_npy, seal
@@ -117,10 +116,10 @@ def extract(request: Request) -> None:
 
 def _check(request: Request) -> None:
     check_encoding(request.encoding)
-    if request.dtype not in ("int4", "int8", "float16"):
-        raise UsageError(f"--dtype {request.dtype!r}: expected int8, int4 or float16")
-    if request.compress not in (None, "zstd", "blosc"):
-        raise UsageError(f"--compress {request.compress!r}: expected zstd or blosc")
+    if request.dtype not in ("int8", "float16"):
+        raise UsageError(f"--dtype {request.dtype!r}: expected int8 or float16")
+    if request.compress not in (None, "zstd"):
+        raise UsageError(f"--compress {request.compress!r}: expected zstd")
     if not request.max_error > 0:
         raise UsageError(f"--max-error {request.max_error}: expected a relative MSE above 0, such as 1e-3")
     if request.batch < CHUNK_ROWS or request.batch % CHUNK_ROWS:
@@ -148,10 +147,8 @@ def open_source(request: Request) -> Dataset:
 
 
 def check_grid(request: Request, teacher: Teacher) -> None:
-    """Raises: UsageError when the teacher's grid and the student's cannot be the same, or its channels not grouped."""
+    """Raises: UsageError when the teacher's grid and the student's cannot be the same."""
     rows, columns = teacher.grid
-    if request.dtype == "int4" and teacher.channels % GROUP:
-        raise UsageError(f"--dtype int4: expected channels in groups of {GROUP}; the teacher has {teacher.channels}")
     patch = request.patch or request.size // rows
     if request.patch is None and (request.size % rows or rows != columns):
         raise UsageError(f"--size {request.size}: expected a --size that {rows} divides, the teacher's tokens a side")
@@ -177,8 +174,8 @@ def describe(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdent
             view_width=request.size,
             view_encoding=request.encoding,
             picture_rules=PICTURE_RULES,
-            dtype=cast(Literal["int4", "int8", "float16"], request.dtype),
-            compress=cast(Literal["zstd", "blosc"] | None, request.compress),
+            dtype=cast(Literal["int8", "float16"], request.dtype),
+            compress=cast(Literal["zstd"] | None, request.compress),
             pixels_sha256=pixels_sha256(request.encoding) if _tells_pixels(request.cache / "cache.json") else None,
             grid=teacher.grid,
             channels=teacher.channels,

@@ -118,7 +118,7 @@ class UnitEncoder:
 
     def _encode(self, x_BNC: Tensor, cls_BC: Tensor | None, mean_C: Tensor, std_C: Tensor) -> None:
         arrays: dict[str, Tensor] = encode(self.identity.dtype, x_BNC, mean_C, std_C, torch)
-        decoded = decode(arrays["patch"], arrays.get("scale"), mean_C, std_C, arrays.get("low"), torch)
+        decoded = decode(arrays["patch"], arrays.get("scale"), mean_C, std_C, torch)
         unfit_B, peak_B = ~torch.isfinite(decoded).flatten(1).all(1), x_BNC.abs().flatten(1).amax(1)
         if cls_BC is not None:
             arrays["cls"] = cls_BC.half()

@@ -1,7 +1,10 @@
 """A tiny real CACHE written by cache_tools' own writers: 32 px views, 4x4 tokens of 16 channels, 2 classes."""
 
 import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +13,7 @@ from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.identity import CacheIdentity, CropPolicy, Fidelity, Fingerprint, TeacherIdentity
 from cache_tools.images import PICTURE_RULES, decode_view_into, encode_view
 from cache_tools.quantize import channel_stats, encode
+from cache_tools.records import _canonical, sha256_hex
 from cache_tools.storage import publish
 from cache_tools.tars import encode_npy
 from cache_tools.writer import UnitShardWriter, finish_unit, publish_identity
@@ -22,6 +26,14 @@ GEOMETRY = (0, 0, SIZE, SIZE, 0, SIZE, SIZE)
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a record and give it its right sha256: any process that writes the file can do that."""
+    payload = json.loads(path.read_bytes())
+    del payload["sha256"]
+    change(payload)
+    path.write_bytes(_canonical(payload | {"sha256": sha256_hex(_canonical(payload))}) + b"\n")
 
 
 def make_identity(
@@ -50,7 +62,7 @@ def make_identity(
         dtype=dtype,
         compress=compress,
         grid=(GRID, GRID),
-        channels=channels_of(dtype),
+        channels=CHANNELS,
         has_cls=True,
         rows_per_shard=rows_per_shard,
         rows=rows,
@@ -64,11 +76,6 @@ def view(split: str, view_number: int, row: int) -> np.ndarray:
     draw = np.random.default_rng([len(split), view_number, row])
     picture = draw.integers(0, 200, (GRID, GRID, 3)).repeat(SIZE // GRID, 0).repeat(SIZE // GRID, 1)
     return (picture + draw.integers(0, 20, picture.shape) + 30 * (row % 2)).astype(np.uint8)
-
-
-def channels_of(dtype: str) -> int:
-    """16; int4 needs groups of 64."""
-    return 64 if dtype == "int4" else CHANNELS
 
 
 def features(pictures: np.ndarray, channels: int = CHANNELS) -> np.ndarray:

@@ -25,17 +25,12 @@ def write(group: Path, spec: ArraySpec, data: np.ndarray) -> list[int]:
 
 def codecs(spec: ArraySpec) -> list[object]:
     """zarr-python's, asked for what docs/format.md writes."""
-    itemsize = np.dtype(spec.dtype).itemsize
-    compressors = {
-        "zstd": zarr.codecs.ZstdCodec(level=1),
-        "blosc": zarr.codecs.BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=itemsize),
-    }
-    return [*([compressors[spec.compress]] if spec.compress else []), zarr.codecs.Crc32cCodec()]
+    return [*([zarr.codecs.ZstdCodec(level=1)] if spec.compress else []), zarr.codecs.Crc32cCodec()]
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
 @pytest.mark.parametrize("tail", [(3, 5), (5,), ()])
-@pytest.mark.parametrize("compress", [None, "zstd", "blosc"])
+@pytest.mark.parametrize("compress", [None, "zstd"])
 def test_same_bytes_as_zarr_python(tmp_path: Path, dtype: str, tail: tuple[int, ...], compress: str | None) -> None:
     spec = ArraySpec("patch", (40, *tail), dtype, 16, 32, compress)
     data = np.random.default_rng(0).integers(0, 100, spec.shape).astype(dtype)
@@ -53,9 +48,8 @@ def test_same_bytes_as_zarr_python(tmp_path: Path, dtype: str, tail: tuple[int, 
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
 
-@pytest.mark.parametrize("compress", ["zstd", "blosc"])
-def test_compressed_chunks_come_back_and_damage_is_named(tmp_path: Path, compress: str) -> None:
-    spec = ArraySpec("patch", (40, 300), "int8", 16, 32, compress)
+def test_compressed_chunks_come_back_and_damage_is_named(tmp_path: Path) -> None:
+    spec = ArraySpec("patch", (40, 300), "int8", 16, 32, "zstd")
     data = np.random.default_rng(0).integers(0, 9, spec.shape).astype(np.int8)
     crc32cs = write(tmp_path, spec, data)
     path = tmp_path / spec.shard_file(0)
@@ -77,9 +71,8 @@ def test_compressed_chunks_come_back_and_damage_is_named(tmp_path: Path, compres
             read_chunk(tmp_path, spec, 0, 0, crc32cs[0])
 
 
-@pytest.mark.parametrize("compress", ["zstd", "blosc"])
-def test_a_chunk_that_would_unpack_to_more_is_refused(tmp_path: Path, compress: str) -> None:
-    small, large = (ArraySpec("patch", (16, n), "int8", 16, 16, compress) for n in (20_000, 30_000_000))
+def test_a_chunk_that_would_unpack_to_more_is_refused(tmp_path: Path) -> None:
+    small, large = (ArraySpec("patch", (16, n), "int8", 16, 16, "zstd") for n in (20_000, 30_000_000))
     crc32cs = write(tmp_path, large, np.zeros(large.shape, np.int8))
     with pytest.raises(CorruptionError, match="does not decompress"):
         read_chunk(tmp_path, small, 0, 0, crc32cs[0])

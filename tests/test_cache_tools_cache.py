@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from make_cache import add_unit, features, make_cache, make_identity, view
+from make_cache import add_unit, features, make_cache, make_identity, reseal, view
 from make_dataset import make_dataset
 
 from cache_tools.cache import Cache
@@ -31,17 +31,8 @@ def cache(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "cache"))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "compress", "worst"),
-    [
-        ("int8", None, 0.2),
-        ("float16", None, 0.2),
-        ("int4", None, 1.5),
-        ("int8", "zstd", 0.2),
-        ("float16", "blosc", 0.2),
-    ],
-)
-def test_chunks_are_the_rows_that_were_written(tmp_path: Path, dtype: str, compress: str | None, worst: float) -> None:
+@pytest.mark.parametrize(("dtype", "compress"), [("int8", None), ("float16", None), ("int8", "zstd")])
+def test_chunks_are_the_rows_that_were_written(tmp_path: Path, dtype: str, compress: str | None) -> None:
     unit = make_cache(tmp_path / "cache", dtype=dtype, compress=compress).complete_units("train")[1]
     seen = 0
     for number in range(unit.num_chunks):
@@ -51,33 +42,25 @@ def test_chunks_are_the_rows_that_were_written(tmp_path: Path, dtype: str, compr
             decode_view_into(data, picture)
         sources = np.stack([view("train", 1, row) for row in range(chunk.row0, chunk.row0 + chunk.rows)])
         assert np.abs(pictures.astype(int) - sources).mean() < 4
-        assert np.abs(chunk.features() - features(pictures, unit.identity.channels)).max() < worst
+        assert np.abs(chunk.features() - features(pictures)).max() < 0.2
         assert chunk.labels.tolist() == [row % 2 for row in range(chunk.row0, chunk.row0 + chunk.rows)]
         seen += chunk.rows
     assert seen == 100
     mean, std = unit.channel_stats()
     whole = np.concatenate([unit.chunk(number).features() for number in range(unit.num_chunks)])
-    assert np.allclose(mean, whole.mean((0, 1)), atol=worst / 20) and np.allclose(
-        std, whole.std((0, 1)), atol=worst / 20
-    )
+    assert np.allclose(mean, whole.mean((0, 1)), atol=0.01) and np.allclose(std, whole.std((0, 1)), atol=0.01)
 
 
-@pytest.mark.parametrize(("dtype", "compress"), [("int8", None), ("int8", "zstd"), ("int4", "blosc")])
-def test_a_foreign_reader_reads_the_same(tmp_path: Path, dtype: str, compress: str | None) -> None:
+@pytest.mark.parametrize("compress", [None, "zstd"])
+def test_a_foreign_reader_reads_the_same(tmp_path: Path, compress: str | None) -> None:
     """zarr-python and tarfile alone, by docs/format.md: no code of ours computes what it finds."""
-    cache = make_cache(tmp_path / "cache", dtype=dtype, compress=compress)
+    cache = make_cache(tmp_path / "cache", compress=compress)
     for unit in cache.all_units():
         group = zarr.open_group(unit.path / "features.zarr", mode="r")
         codes, scale, cls = (group[name][:] for name in ("patch", "scale", "cls"))
         shard_of_row = np.arange(len(codes)) // json.loads((cache.path / "cache.json").read_text())["rows_per_shard"]
         mean, std = (group[name][:][shard_of_row][:, None] for name in ("channel_mean", "channel_std"))
-        if dtype == "int4":
-            nibbles = np.stack([codes & 15, codes >> 4], -2).astype(np.float32)  # [R, N, 2, C / 2]
-            grouped = nibbles.reshape(*codes.shape[:2], 2, -1, 32).swapaxes(2, 3).reshape(*scale.shape, 64)
-            z = grouped * scale[..., None].astype(np.float32) + group["low"][:][..., None].astype(np.float32)
-            theirs = z.reshape(*codes.shape[:2], -1) * std + mean
-        else:
-            theirs = codes.astype(np.float32) * scale[..., None] * std + mean
+        theirs = codes.astype(np.float32) * scale[..., None] * std + mean
         pictures, labels = [], []
         for tar in sorted((unit.path / "views").glob("*.tar")):
             with tarfile.open(tar) as opened:
@@ -90,6 +73,12 @@ def test_a_foreign_reader_reads_the_same(tmp_path: Path, dtype: str, compress: s
             assert (codes[rows] == chunk.codes).all() and (cls[rows] == chunk.cls).all()
             assert np.allclose(theirs[rows], chunk.features(), atol=1e-4)
             assert pictures[rows] == chunk.pictures and labels[rows] == chunk.labels.tolist()
+
+
+def test_a_cache_of_a_dtype_that_was_removed_is_refused_with_the_allowed_ones(cache: Path) -> None:
+    reseal(cache / "cache.json", lambda payload: payload.update(dtype="int4", compress="blosc"))
+    with pytest.raises(IdentityError, match=r"dtype: 'int8' or 'float16' != 'int4'; compress: 'zstd' != 'blosc'"):
+        Cache(cache)
 
 
 def read_all(cache: Path) -> None:

@@ -102,9 +102,8 @@ def test_views_are_shown_as_stored_and_features_in_one_basis(tmp_path: Path, dra
             assert (shown(line[2 + 2 * number]) == colours[i, number]).all()
 
 
-@pytest.mark.parametrize("dtype", ["int4", "float16"])
-def test_any_dtype_and_more_rows_than_there_are(tmp_path: Path, drawn: list, dtype: str) -> None:
-    make_cache(tmp_path / "cache", rows=20, val_rows=0, views=1, dtype=dtype)
+def test_float16_and_more_rows_than_there_are(tmp_path: Path, drawn: list) -> None:
+    make_cache(tmp_path / "cache", rows=20, val_rows=0, views=1, dtype="float16")
     assert "20 of 20 rows" in preview(tmp_path / "cache", tmp_path / "p.png", rows=30)
     titles = [line[0].get_title() for line in cells(drawn[0], 3)]
     assert all(title.startswith(f"row {row}: ") for row, title in enumerate(titles)) and len(titles) == 20

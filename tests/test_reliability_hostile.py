@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from make_cache import make_cache
+from make_cache import make_cache, reseal
 from make_dataset import make_dataset
 from make_run import make_run
 from make_teacher import make_teacher
@@ -31,7 +31,7 @@ from test_reliability_sources import BAD_TARS, BIG, END, bombs, member
 
 from cache_tools.arrays import array_json
 from cache_tools.cache import Cache
-from cache_tools.records import _canonical, sha256_hex
+from cache_tools.records import sha256_hex
 from cache_tools.tars import INDEX_DTYPE, encode_npy
 
 Hostile = Iterator[tuple[str, str, Path]]  # name, entry point of open_hostile.py, path
@@ -46,14 +46,6 @@ class Payload:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {self.canary}",)
-
-
-def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a record and give it its right sha256: who can write the file can do that."""
-    payload = json.loads(path.read_bytes())
-    del payload["sha256"]
-    change(payload)
-    path.write_bytes(_canonical(payload | {"sha256": sha256_hex(_canonical(payload))}) + b"\n")
 
 
 def copies(good: Path, box: Path, changes: dict[str, Callable[[Path], object]]) -> Iterator[tuple[str, Path]]:
@@ -200,7 +192,7 @@ def caches(box: Path) -> Hostile:
         "objects": identity(dtype="object"),
         "an encoding": identity(view_encoding="jpeg:95:444;touch x"),
         "another codec": identity(compress="pickle"),
-        "int4 of 16 channels": identity(dtype="int4"),
+        "a dtype that was removed": identity(dtype="int4"),
         "no classes": identity(classes=[]),
         "zarr.json of 10^12 rows": described(shape=[10**12, 16, 16]),
         "zarr.json with pickle": described(codecs=[{"name": "numcodecs.pickle", "configuration": {}}]),
