@@ -35,7 +35,12 @@ class Features:
 
 
 def knn_accuracy(train: Features, val: Features, device: torch.device | str = "cpu") -> float:
-    """Fraction of val rows that the nearest training rows classify: cosine, votes of exp(similarity / T) (DINO)."""
+    """Fraction of val rows that `knn_hits` counts."""
+    return knn_hits(train, val, device) / len(val.y)
+
+
+def knn_hits(train: Features, val: Features, device: torch.device | str = "cpu") -> int:
+    """Number of val rows that the nearest training rows classify: cosine, votes of exp(similarity / T) (DINO)."""
     bank_RD, labels_R = functional.normalize(train.x.to(device), dim=1), train.y.to(device)
     num_classes, correct = int(labels_R.max()) + 1, 0
     for x_BD, y_B in zip(*(torch.split(part.to(device), KNN_ROWS) for part in (val.x, val.y)), strict=True):
@@ -43,7 +48,7 @@ def knn_accuracy(train: Features, val: Features, device: torch.device | str = "c
         votes = torch.zeros(len(x_BD), num_classes, device=device)
         votes.scatter_add_(1, labels_R[rows_BK], (top_BK / TEMPERATURE).exp())
         correct += int((votes.argmax(1) == y_B).sum())
-    return correct / len(val.y)
+    return correct
 
 
 def linear_probe(train: Features, val: Features, seed: int) -> tuple[float, float, bool]:

@@ -18,7 +18,6 @@ from mcm.augment import Mixer, eval_transform, train_transform
 from mcm.backbones import BATCHNORM_EPS, Backbone, FinetuneRun, load_encoder, model_args
 from mcm.classify import training_rows
 from mcm.config import FinetuneConfig
-from mcm.heartbeat import Heartbeat
 from mcm.loop import Job, engine, to_device, train
 from mcm.optim import build_optimizer
 from mcm.order import EvalOrder, Order
@@ -36,7 +35,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
     """
     dataset, seed = labelled(Dataset(data)), config.train.seed
     rows = training_rows(dataset.labels("train"), dataset.classes, config.data.shots, seed)
-    with engine(config.train.precision) as accelerator, Heartbeat(accelerator) as peers:
+    with engine(config.train.precision) as accelerator:
         world, rank = accelerator.num_processes, accelerator.process_index
         order = Order(len(rows), 1, config.train.global_batch, config.train.micro_batch, world, rank, seed)
         backbone = load_encoder(init, weights, config.student, seed)
@@ -61,7 +60,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
                 broadcast(buffer)
             return accuracy(model, held, held_order, config.train.workers, accelerator)
 
-        with recorded_exit(out, accelerator.is_main_process, peers):
+        with recorded_exit(out, accelerator.is_main_process):
             if accelerator.is_main_process:
                 warn_of_copies(dataset, quiet=False)
                 describe_run(out, config, dataset=str(data), init=init, processes=world, rows=len(rows))

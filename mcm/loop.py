@@ -30,7 +30,7 @@ from mcm.stream import Batch, Stream, batches
 MODES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SHOWN_SPANS = 32
 FAILED_SAVES = 3  # in a row, before a run that cannot save stops
-TIMEOUT = timedelta(hours=6)  # others wait while the main one measures k-NN or saves; who is gone, the heartbeat tells
+TIMEOUT = timedelta(minutes=10)  # the longest wait of a rank: for the main process, which saves a checkpoint
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,8 @@ class Loop:
         """The newest sound checkpoint, the same one for every process."""
         run_dir = self.job.run_dir
         step = found.step if (found := checkpoint.latest(run_dir)) else -1
-        if self._agree(step) != step or self._agree(-step) != -step:
+        newest, oldest = self._agree(step), -self._agree(-step)  # every rank takes part in both
+        if newest != oldest:
             raise UsageError(f"{run_dir}: expected one RUN folder for all processes; their checkpoints differ")
         if self.main:
             checkpoint.clear_leftovers(run_dir)

@@ -12,7 +12,6 @@ from cache_tools.identity import CacheIdentity
 from cache_tools.records import record_sha256
 from cache_tools.storage import write_atomic
 from mcm.config import PretrainConfig
-from mcm.heartbeat import Heartbeat
 from mcm.loop import engine, train
 from mcm.order import Order
 from mcm.probe import labelled
@@ -29,12 +28,12 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
     cache = Cache(cache_path)
     units, val = choose_units(cache, recorded_units(out), config.data.views)
     run, seed = describe(config, cache, [*units, *val], dataset), config.train.seed
-    with engine(config.train.precision) as accelerator, Heartbeat(accelerator) as peers:
+    with engine(config.train.precision) as accelerator:
         main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
         order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
         task = build_task(config, run, cache, units, accelerator)
         claim(out, run, PretrainConfig)
-        with recorded_exit(out, main, peers):
+        with recorded_exit(out, main):
             if main:
                 describe_run(out, config, cache=str(cache_path), processes=world, rows=order.rows)
                 announce(cache, units, val, order, bool(config.train.knn_epochs and dataset is None))

@@ -34,6 +34,7 @@ class Prober:
     """A backbone, the pictures to probe it with, and where it runs.
 
     `tokens` is "mean" (of the patch tokens), "cls" or "both"; `shots` is labels a class, 0 for all.
+    Of `world` ranks, each encodes its own batches of rows.
     """
 
     backbone: Backbone
@@ -43,6 +44,8 @@ class Prober:
     quiet: bool
     tokens: str = "mean"
     shots: int = 0
+    world: int = 1
+    rank: int = 0
 
     def rows(self) -> npt.NDArray[np.int64]:
         """Rows of "train" whose labels are used."""
@@ -52,7 +55,7 @@ class Prober:
         """Features of a split's centre crops, or of some of its rows, in order."""
         quiet = self.quiet or rows is not None  # the many short passes that choose s
         source = DatasetSource(self.data, split, eval_transform(self.backbone), self.seed, rows)
-        order = EvalOrder(len(source.rows), 1, BATCH_ROWS)
+        order = EvalOrder(len(source.rows), 1, BATCH_ROWS, self.world, self.rank)
         x, y = [], []
         with (
             torch.inference_mode(),

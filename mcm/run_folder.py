@@ -5,21 +5,21 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 import torch
+from torch.distributed import DistError
 
-from cache_tools.console import describe
+from cache_tools.console import describe, exit_code
 from cache_tools.dataset import CHUNK_ROWS
-from cache_tools.errors import CorruptionError, IdentityError, Interrupted
+from cache_tools.errors import CorruptionError, IdentityError, Interrupted, ResourceError
 from cache_tools.identity import CacheIdentity
 from cache_tools.records import R, Record, differences, encode_record, read_json, read_record, write_toml
 from cache_tools.storage import append_line, keep_lines, publish, write_atomic
-from mcm.heartbeat import Heartbeat
 
 # What may change between two commands on one run: no picture, mask or learning rate depends on it.
 ENGINE_FIELDS = {"micro_batch", "compile", "workers", "log_steps", "checkpoint_steps", "keep_last"}
@@ -51,9 +51,12 @@ class PretrainRun(Record):
 
 
 class ExitRecord(Record):
-    """exit.json: how the last command on this folder ended; a launcher turns every code into 1."""
+    """exit.json: how the last command on this folder ended; a launcher turns every code into 1.
 
-    code: int
+    The code is None while the command runs, and stays None when the system kills it.
+    """
+
+    code: int | None
     message: str
 
 
@@ -147,22 +150,40 @@ def describe_run(run_dir: Path, config: Record, **facts: Any) -> None:
 
 
 @contextmanager
-def recorded_exit(run_dir: Path, main: bool, peers: Heartbeat | None = None) -> Iterator[None]:
-    """Write exit.json whatever happens inside: of all processes' errors the first, success by the main one."""
+def recorded_exit(run_dir: Path, main: bool) -> Iterator[None]:
+    """Keep exit.json: "running" at first, then success by the main process, or the first error of any process.
 
-    def write(code: int, message: str) -> None:
-        write_atomic(run_dir / "exit.json", encode_record(ExitRecord(code=code, message=message)))
+    Raises: ResourceError where the connection to another rank is lost.
+    """
+    path = run_dir / "exit.json"
 
-    peers = peers or Heartbeat()
-    peers.record = write
+    def write(code: int | None, message: str) -> None:
+        write_atomic(path, encode_record(ExitRecord(code=code, message=message)))
+
+    if main:
+        write(None, "running")
     try:
-        yield
+        with _lost_rank():
+            yield
     except BaseException as error:
-        if main or not isinstance(error, Interrupted):
-            peers.fail(error)
+        with suppress(OSError):  # a full disk must not hide the error
+            first = read_record(ExitRecord, path).code is None
+            if first and (main or not isinstance(error, Interrupted)):
+                write(exit_code(error), f"{type(error).__name__}: {describe(error)}")
         raise
     if main:
         write(0, "complete")
+
+
+@contextmanager
+def _lost_rank() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, DistError) and "gloo" not in str(error):  # gloo raises a plain RuntimeError
+            raise
+        message = f"lost the connection to another rank ({error}); the launcher names the rank that ended first"
+        raise ResourceError(f"{message}; the same command resumes") from error
 
 
 class Log:

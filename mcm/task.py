@@ -18,7 +18,7 @@ from cache_tools.cache import Cache, Unit
 from cache_tools.dataset import CHUNK_ROWS, Dataset
 from cache_tools.storage import write_atomic
 from mcm.backbones import CROP_PCT, Backbone
-from mcm.classify import knn_accuracy
+from mcm.classify import Features, knn_hits
 from mcm.config import PretrainConfig
 from mcm.diagnostics import COLLAPSED, Collapsed, HeldOut, collapse
 from mcm.loop import Job, to_device
@@ -153,9 +153,7 @@ class Task:
         if self.has_val and due(settings.eval_epochs):
             metrics |= self.held_out()
         if self.dataset is not None and due(settings.knn_epochs):
-            if self.accelerator.is_main_process:
-                metrics["knn_full"] = self.knn(self.dataset)
-            self.accelerator.wait_for_everyone()
+            metrics["knn_full"] = self.knn(self.dataset)
         return metrics
 
     @torch.inference_mode()
@@ -198,12 +196,25 @@ class Task:
         return {"target_std": std, "target_rank": rank}
 
     def knn(self, dataset: Dataset) -> float:
-        """k-NN accuracy of the encoder's features of full pictures."""
+        """k-NN accuracy of the encoder's features of full pictures; each rank encodes and classifies its own rows."""
         run, encoder = self.run, self.model.encoder
         backbone = Backbone(encoder, "", "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
-        prober = Prober(backbone, dataset, self.config.train.seed, self.config.train.workers, quiet=True)
+        prober = Prober(
+            backbone, dataset, self.config.train.seed, self.config.train.workers, quiet=True,
+            world=self.accelerator.num_processes, rank=self.accelerator.process_index,
+        )  # fmt: skip
         bank, val = (prober.features(split, prober.full()) for split in ("train", "val"))
-        return knn_accuracy(bank, val, self.accelerator.device)
+        hits = knn_hits(self.gathered(bank), val, self.accelerator.device)
+        share = torch.tensor([hits, len(val.y)], device=self.accelerator.device)
+        correct, rows = cast(Tensor, self.accelerator.reduce(share, "sum")).tolist()
+        return float(correct / rows)
+
+    def gathered(self, part: Features) -> Features:
+        """The features of all ranks, on the device; ranks with fewer rows pad, and label -1 marks the padding."""
+        device, accelerator = self.accelerator.device, self.accelerator
+        padded = (accelerator.pad_across_processes(x.to(device), pad_index=-1) for x in (part.x, part.y))
+        x, y = map(accelerator.gather, padded)
+        return Features(x[y >= 0], y[y >= 0])
 
     @torch.inference_mode()
     def samples(self) -> dict[str, Tensor]:

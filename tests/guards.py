@@ -18,7 +18,6 @@ STREAM, CACHE = "tests/test_mcm_stream.py::", "tests/test_cache_tools_cache.py::
 ORDER = GUARDED + "test_a_shard_stops_counting_before_it_is_redone_and_counts_last"
 PUBLISHED = GUARDED + "test_what_is_published_is_durable_before_it_has_its_name"
 ROTATED = GUARDED + "test_an_old_checkpoint_goes_when_the_new_one_is_there_and_its_state_goes_first"
-HEARTBEAT = "tests/test_mcm_heartbeat.py::test_where_one_rank_fails_all_end_and_the_first_cause_is_said_last"
 OF_ONE_SHARD = GUARDED + "test_a_commit_is_of_one_shard_of_one_unit_of_one_cache"
 
 GUARDS = [
@@ -344,20 +343,6 @@ GUARDS = [
         "            if not all(map(math.isfinite, numbers)):",
         "            if False:",
         "tests/test_mcm_loop.py::test_a_poisoned_batch_stops_and_is_not_saved[50]",
-    ),
-    Guard(
-        "a process that is silent is gone",
-        "mcm/heartbeat.py",
-        "            if silent > (SUSPECTED if int(suspects) else SILENT):",
-        "            if False:",
-        HEARTBEAT + "[stopped]",
-    ),
-    Guard(
-        "a lost connection is no first cause",
-        "mcm/heartbeat.py",
-        '            if isinstance(error, DistError) or "gloo" in str(error):',
-        "            if False:",
-        HEARTBEAT + "[killed]",
     ),
     Guard(
         "masks hide the exact count",

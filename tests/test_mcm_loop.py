@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cache_tools.errors import CorruptionError, Interrupted, McmError, UsageError
+from cache_tools.errors import CorruptionError, Interrupted, McmError, ResourceError, UsageError
 from cache_tools.records import read_record
 from mcm import checkpoint
 from mcm.config import Optim, Schedule, Train
@@ -174,8 +174,18 @@ def test_every_outcome_is_recorded(tmp_path, error, code):
         pass
     assert read_record(ExitRecord, tmp_path / "exit.json").code == 0
     with pytest.raises(type(error)), recorded_exit(tmp_path, main=True):
+        running = read_record(ExitRecord, tmp_path / "exit.json")  # what a killed command leaves
         raise error
+    assert (running.code, running.message) == (None, "running")
     assert read_record(ExitRecord, tmp_path / "exit.json").code == code
+
+
+def test_the_first_error_of_any_rank_is_recorded(tmp_path):
+    with pytest.raises(ResourceError, match="lost the connection to another rank"), recorded_exit(tmp_path, main=True):
+        with pytest.raises(CorruptionError), recorded_exit(tmp_path, main=False):
+            raise CorruptionError("chunk 2 is damaged")
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    assert read_record(ExitRecord, tmp_path / "exit.json").code == 4
 
 
 def test_compiled_in_place_keeps_the_names(tmp_path):

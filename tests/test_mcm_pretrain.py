@@ -48,10 +48,10 @@ def metrics(run):
     return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
 
 
-def command(config, cache, run, world=0, before="", flags=()):
+def command(config, cache, run, world=0):
     """The real command in a process of its own, or in `world` ones that `accelerate launch` starts.
 
-    These run `before` first, and leave their process ids in RUN.pids.
+    These leave their process ids in RUN.pids.
     """
     toml = run.with_name(f"{run.name}.toml")
     toml.write_text(write_toml(config))
@@ -60,8 +60,8 @@ def command(config, cache, run, world=0, before="", flags=()):
         return [sys.executable, "-c", "from mcm.cli import app; app()", *arguments]
     run.with_suffix(".pids").mkdir(exist_ok=True)
     script = run.with_suffix(".py")  # accelerate launch wants a file
-    script.write_text(SCRIPT.format(pids=str(run.with_suffix(".pids")), before=before))
-    launch = ["launch", *flags, *["--multi_gpu"] * (world > 1), f"--num_processes={world}", "--num_machines=1"]
+    script.write_text(SCRIPT.format(pids=str(run.with_suffix(".pids"))))
+    launch = ["launch", *["--multi_gpu"] * (world > 1), f"--num_processes={world}", "--num_machines=1"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(script)]
     return [os.path.join(os.path.dirname(sys.executable), "accelerate"), *launch, *arguments]
 
@@ -71,7 +71,6 @@ import os
 if __name__ == "__main__":
     open(f"{pids}/{{os.environ.get('RANK', 0)}}", "w").write(str(os.getpid()))
     from mcm.cli import app
-    {before}
     app()
 """
 
@@ -96,6 +95,14 @@ def wait_for(lines, process, run):
 def process_ids(run):
     """Those of the ranks that `command` launched."""
     return [int(path.read_text()) for path in sorted(run.with_suffix(".pids").iterdir())]
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +166,17 @@ ANY_WORLD = make_config(
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """One step an epoch, two incomplete chunks, and fewer chunks of val than four ranks."""
-    return make_cache(tmp_path_factory.mktemp("tiny") / "cache", rows=70, val_rows=20)
+    """(CACHE, DATASET): one step per epoch, two incomplete chunks, and fewer chunks of val than four ranks."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return make_cache(folder / "cache", rows=70, val_rows=20), make_dataset(folder / "data", rows=40, val_rows=20)
 
 
 @pytest.fixture(scope="module")
 def alone(tiny, tmp_path_factory):
     """A run of one process."""
-    pretrain(ANY_WORLD, tiny.path, run := tmp_path_factory.mktemp("alone") / "run")
+    cache, data = tiny
+    pretrain(ANY_WORLD, cache.path, run := tmp_path_factory.mktemp("alone") / "run", data.path)
+    assert "knn_full" in metrics(run)[-1]["eval"]
     return run
 
 
@@ -180,19 +190,23 @@ def assert_same_losses(run, other):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_world_has_the_same_losses_on_a_tiny_dataset(alone, tiny, tmp_path, world):
     run = tmp_path / "ranks"
-    arguments = command(ANY_WORLD, tiny, run, world)
+    cache, data = tiny
+    arguments = [*command(ANY_WORLD, cache, run, world), "--data", str(data.path)]
     subprocess.run(arguments, env=environment(), check=True, capture_output=True, timeout=120)
     assert json.loads((run / "env.json").read_text())["processes"] == world
     assert_same_losses(run, alone)
 
 
-def test_killed_and_resumed_in_another_world(alone, tiny, tmp_path):
-    run = tmp_path / "run"
-    two, one = command(ANY_WORLD, tiny, run, world=2), command(ANY_WORLD, tiny, run)
+def test_a_killed_rank_ends_the_other_and_the_run_resumes_in_another_world(alone, tiny, tmp_path):
+    run, (cache, data) = tmp_path / "run", tiny
+    two, one = ([*command(ANY_WORLD, cache, run, world), "--data", str(data.path)] for world in (2, 0))
     wait_for(5, process := start(two), run)
-    for pid in (*process_ids(run), process.pid):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    ranks = process_ids(run)
+    os.kill(ranks[1], signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode and not any(map(is_alive, ranks))
+    record = read_record(ExitRecord, run / "exit.json")
+    assert record.code == 7 and "lost the connection to another rank" in record.message
     wait_for(9, process := start(one), run)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
