@@ -19,9 +19,13 @@ RowsPerShard = Annotated[Count, pydantic.Field(multiple_of=CHUNK_ROWS)]
 
 
 class ShardEntry(Record):
-    """One tar of a split and its index."""
+    """One tar of a split and its index.
+
+    The order of the split is read from `first_candidate` on to make the shard again; the first datasets left it out.
+    """
 
     rows: Count
+    first_candidate: Amount | None = pydantic.Field(None, exclude_if=lambda value: value is None)
     tar_bytes: Amount
     tar_sha256: str
     index_sha256: str

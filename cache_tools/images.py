@@ -34,8 +34,11 @@ class PictureRefused(Exception):
     """A picture that gets no row: `reason` is a short code, `detail` says more."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(reason, detail)  # both, so that it can be pickled
         self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 def picture_extension(data: bytes) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from cache_tools.images import PictureRefused
+from cache_tools.images import PictureRefused, decode_rgb
 
 MAX_PICTURE_BYTES = 1 << 28
 LOST = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.EISDIR)
@@ -103,4 +103,14 @@ def read_source(item: SourceItem) -> bytes:
         os.close(descriptor)
     if len(data) != size:
         raise PictureRefused("changed", f"expected {size} bytes; found {len(data)}")
+    return data
+
+
+def read_picture(item: SourceItem) -> bytes:
+    """The bytes of a candidate that decodes.
+
+    Raises: PictureRefused.
+    """
+    data = read_source(item)
+    decode_rgb(data)
     return data

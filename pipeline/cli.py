@@ -60,24 +60,18 @@ def shard_command(
     rows_per_shard: Annotated[int, typer.Option(help="Pictures a tar; a multiple of 16.")] = 1024,
     seed: Annotated[int, typer.Option(help="Decides the order of the rows.")] = 0,
     max_refused: Annotated[float, typer.Option(help="Largest share of a split's pictures that may be refused.")] = 0.01,
-    workers: Annotated[int | None, typer.Option(help="Decoding threads; one a core where left out.", min=1)] = None,
+    workers: Annotated[int | None, typer.Option(help="Decoding processes; one per core where left out.", min=1)] = None,
 ) -> None:
     """Check every picture and put it into WebDataset tars with an index; the same command resumes.
 
     Example: mcm-cache shard ~/imagenet imagenet-dataset
     """
-    from .shard import Job
-    from .supervise import Watch, supervised
+    from .shard import shard
 
-    job = Job(source, dataset, rows_per_shard, seed, max_refused, workers)
-
-    def work(watch: Watch) -> None:
-        record = job.run(watch)
-        for name, split in record.splits.items():
-            print(f"{name}: {split.rows} rows in {len(split.shards)} shards, {split.refused} refused")
-        print(f"{dataset}: {len(record.classes)} classes; next: mcm-cache extract {dataset} CACHE --teacher ...")
-
-    supervised(work, job)
+    record = shard(source, dataset, rows_per_shard, seed, max_refused, workers)
+    for name, split in record.splits.items():
+        print(f"{name}: {split.rows} rows in {len(split.shards)} shards, {split.refused} refused")
+    print(f"{dataset}: {len(record.classes)} classes; next: mcm-cache extract {dataset} CACHE --teacher ...")
 
 
 @app.command("extract", no_args_is_help=True)

@@ -19,12 +19,11 @@ from cache_tools.dataset import (
 )
 from cache_tools.errors import IdentityError, UsageError
 from cache_tools.records import differences, encode_record, read_record
-from cache_tools.storage import copy_durably, make_dir, publish, remove_tree, run_folder, settle, try_lock, write_atomic
+from cache_tools.storage import move_durably, publish, remove_tree, run_folder, settle, try_lock, write_atomic
 
-from .candidates import printable
-from .shard_split import FAULT_DETAIL, FAULTS, Faults, ShardPlan, SplitPlan, SplitWriter
+from .decode_pool import DecodePool
+from .shard_split import ShardPlan, SplitPlan, SplitWriter
 from .sources import list_sources
-from .supervise import SLOTS, Watch
 
 
 def shard(
@@ -39,21 +38,21 @@ def shard(
 
     Raises: UsageError, IdentityError (another request was begun or finished there), TooManyRefused, Interrupted.
     """
-    return Job(source, out, rows_per_shard, seed, max_refused, workers).run(Watch())
+    return _Job(source, out, rows_per_shard, seed, max_refused, workers).run()
 
 
-class Job:
-    """A request with its listing: `run` makes the DATASET; the rest is what a supervisor asks (pipeline/supervise.py).
+class _Job:
+    """A request with its listing; `run` makes the DATASET.
 
     Raises: UsageError, before anything is written.
     """
 
     def __init__(
         self, source: str | Path, out: str | Path, rows_per_shard: int, seed: int, max_refused: float,
-        workers: int | None = None,
+        workers: int | None,
     ) -> None:  # fmt: skip
         self.out, self.max_refused = Path(out), max_refused
-        self.workers = min(workers or len(os.sched_getaffinity(0)), SLOTS)
+        self.workers = workers or len(os.sched_getaffinity(0))
         self.folder = run_folder(self.out)
         self.lock, self.work = self.folder / "shard.lock", self.folder / "shard"
         _check_request(source, self.out, self.folder, rows_per_shard, seed, max_refused)
@@ -64,56 +63,49 @@ class Job:
         listing = {name: SplitPlan(candidates=len(c), listing_sha256=c.sha256()) for name, c in sources.splits.items()}
         self.plan = ShardPlan(rows_per_shard=rows_per_shard, seed=seed, classes=sources.classes, splits=listing)
 
-    def run(self, watch: Watch) -> DatasetRecord:
+    def run(self) -> DatasetRecord:
         """Make the DATASET, or continue one."""
-        with self._locked(), StopFlag() as stop:
+        with self._locked(), StopFlag() as stop, DecodePool(self.workers) as pool:
             for folder in (self.out, self.folder):
                 settle(folder)
             if (self.out / "dataset.json").is_file():
                 record = read_record(DatasetRecord, self.out / "dataset.json")
                 _check_same(self.out, self.plan, _plan_of(record))
-                self._make_again(record, watch, stop)
+                self._make_again(record, pool)
                 print(f"{self.out}: complete")
             else:
                 _begin(self.out, self.work / "plan.json", self.plan)
-                splits = {name: self._split(name, watch).write(self.workers, stop) for name in self.candidates}
+                splits = {
+                    name: self._split(name, self.out, self.max_refused, pool).write(stop) for name in self.candidates
+                }
                 record = DatasetRecord(**self.plan.model_dump(exclude={"version", "splits"}), splits=splits)
                 write_atomic(self.out / "dataset.json", encode_record(record))
             remove_tree(self.work)
         return record
 
-    def _make_again(self, record: DatasetRecord, watch: Watch, stop: StopFlag) -> None:
-        """Fill in what `verify --repair` moved away, or anyone lost: the same sources give the same bytes.
+    def _make_again(self, record: DatasetRecord, pool: DecodePool) -> None:
+        """Make the shards again that were lost or moved away: the same sources give the same bytes.
 
-        Splits that miss a file are sharded whole beside the DATASET, as refused pictures before a shard move its rows.
         Raises: IdentityError when the sources make another file than dataset.json says.
         """
         again = self.folder / "again"
         for name, entry in record.splits.items():
-            tars = [self.out / name / f"{shard_name(k)}.tar" for k in range(len(entry.shards))]
-            files = {file: k for k, tar in enumerate(tars) for file in (tar, tar.with_suffix(".index.npy"))}
-            missing = {file: k for file, k in files.items() if not file.is_file()}
-            if not missing:
-                continue
-            print(f"{self.out}: {len(missing)} files of {name} are missing; made again from the sources", flush=True)
-            if not again.is_dir():  # progress there may be that of the DATASET itself, when a kill spared it
-                remove_tree(self.work)
-                make_dir(again)
-            where = (again / name, self.work / name)
-            made = SplitWriter(name, self.candidates[name], self.plan, *where, self.max_refused, watch)
-            shards = made.write(self.workers, stop).shards
-            same = [file for file, k in missing.items() if shards[k : k + 1] == entry.shards[k : k + 1]]
-            for file in same:
-                copy_durably(again / name / file.name, file)
-            if len(same) < len(missing):
-                remove_tree(self.work)
-                remove_tree(again)
-                other = next(file for file in missing if file not in same)
-                raise IdentityError(f"{other}: expected the pictures that it was made of; the source has others now")
-        for name, entry in record.splits.items():
+            for shard, committed in enumerate(entry.shards):
+                tar = self.out / name / f"{shard_name(shard)}.tar"
+                missing = [file for file in (tar, tar.with_suffix(".index.npy")) if not file.is_file()]
+                if not missing:
+                    continue
+                made = self._split(name, again, 1, pool).write_again(shard, entry)
+                if made.model_copy(update={"first_candidate": committed.first_candidate}) != committed:
+                    remove_tree(again)
+                    raise IdentityError(
+                        f"{missing[0]}: expected the pictures that it was made of; the source has others now"
+                    )
+                for file in missing:
+                    move_durably(again / name / file.name, file)
+                    print(f"{file}: made again from the sources", flush=True)
             if not (self.out / name / "_info.json").is_file():
                 publish(self.out / name / "_info.json", info_json(name, entry))
-        remove_tree(self.work)
         remove_tree(again)
 
     @contextmanager
@@ -123,34 +115,8 @@ class Job:
                 raise UsageError(f"{self.lock}: another process shards into {self.out}; wait until it ends")
             yield
 
-    def _split(self, name: str, watch: Watch) -> SplitWriter:
-        return SplitWriter(
-            name, self.candidates[name], self.plan, self.out / name, self.work / name, self.max_refused, watch
-        )
-
-    def _place(self, number: int) -> tuple[SplitWriter, int]:
-        names = list(self.candidates)
-        return self._split(names[number % len(names)], Watch()), number // len(names)
-
-    def name(self, number: int) -> str:
-        """The name of a picture that a Watch noted."""
-        split, position = self._place(number)
-        return printable(split.item(position).name)
-
-    def alone(self, number: int, watch: Watch) -> None:
-        """Decode one picture and nothing else."""
-        split, position = self._place(number)
-        split.watch = watch
-        split.read(position)
-
-    def refuse(self, faults: dict[int, str]) -> None:
-        """Have `run` refuse these pictures without decoding them."""
-        with self._locked():
-            for number, reason in faults.items():
-                split, position = self._place(number)
-                reasons = {str(place): why for place, why in split.faults.items()} | {str(position): reason}
-                write_atomic(split.work / FAULTS, encode_record(Faults(reasons=reasons)))
-                print(one_line(f"warning: {self.name(number)}: refused, {FAULT_DETAIL[reason]}"), flush=True)
+    def _split(self, name: str, out: Path, max_refused: float, pool: DecodePool) -> SplitWriter:
+        return SplitWriter(name, self.candidates[name], self.plan, out / name, self.work / name, max_refused, pool)
 
 
 def _check_request(

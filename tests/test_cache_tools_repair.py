@@ -5,17 +5,20 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import run, tree_digest
 from make_extract import make_extracted, make_place, request
 
 from cache_tools.cache import Cache
-from cache_tools.dataset import Dataset
-from cache_tools.errors import IdentityError
+from cache_tools.dataset import Dataset, DatasetRecord
+from cache_tools.errors import IdentityError, UsageError
+from cache_tools.records import encode_record
 from cache_tools.repair import Repair, repair
-from cache_tools.storage import move_durably, run_folder, shard_lock, try_lock
+from cache_tools.storage import move_durably, run_folder, shard_lock, try_lock, write_atomic
 from cache_tools.verify import verify
+from pipeline.decode_pool import DecodePool
 from pipeline.extract import extract
 from pipeline.shard import shard
 
@@ -190,6 +193,35 @@ def test_a_dataset_is_filled_in_from_its_pictures(place: Path, dataset: Path) ->
     assert not done.moved and "new folder" in " ".join(done.next)
 
 
+def test_a_lost_shard_costs_its_own_pictures_alone(place: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, read = tree_digest(dataset), []
+    (first, *_, last) = Dataset(dataset).record.splits["train"].shards
+    assert (first.first_candidate, first.rows, last.rows) == (0, 32, 8) and last.first_candidate >= 64
+
+    def counted(self: DecodePool, function: Any, tasks: Any, real: Any = DecodePool.map) -> Any:
+        return real(self, function, (read.append(task) or task for task in tasks))
+
+    monkeypatch.setattr(DecodePool, "map", counted)
+    (dataset / "train/000002.tar").unlink()
+    reshard(place, dataset)
+    assert tree_digest(dataset) == good and 8 <= len(read) == 74 - last.first_candidate
+
+
+def test_a_dataset_of_before_is_filled_in_where_no_picture_was_refused(place: Path, dataset: Path) -> None:
+    record = Dataset(dataset).record.model_dump()
+    for split in record["splits"].values():
+        split["shards"] = tuple(entry | {"first_candidate": None} for entry in split["shards"])
+    write_atomic(dataset / "dataset.json", encode_record(DatasetRecord.model_validate(record)))
+    assert b"first_candidate" not in (dataset / "dataset.json").read_bytes()
+    good = tree_digest(dataset)
+    (dataset / "val/000000.tar").unlink()
+    reshard(place, dataset)
+    assert tree_digest(dataset) == good
+    (dataset / "train/000001.tar").unlink()
+    with pytest.raises(UsageError, match="expected first_candidate in dataset.json"):
+        reshard(place, dataset)
+
+
 def test_a_dataset_takes_nothing_from_changed_pictures(place: Path, dataset: Path, tmp_path: Path) -> None:
     good, train = tree_digest(dataset), place / "pictures" / "train"
     with_row = Dataset(dataset)
@@ -215,14 +247,14 @@ def test_filling_in_is_resumed_after_a_kill(place: Path, dataset: Path, monkeypa
         (dataset / name).unlink()
     from pipeline import shard as module
 
-    copy, calls = module.copy_durably, iter((True, False))
+    move, calls = module.move_durably, iter((True, False))
 
     def killed(source: Path, target: Path) -> None:
         if not next(calls):
             raise KeyboardInterrupt
-        copy(source, target)
+        move(source, target)
 
-    monkeypatch.setattr(module, "copy_durably", killed)
+    monkeypatch.setattr(module, "move_durably", killed)
     with pytest.raises(KeyboardInterrupt):
         reshard(place, dataset)
     monkeypatch.undo()

@@ -20,7 +20,7 @@ KILLED_AGAIN = 0.3  # the chance that a resuming process is killed too
 VIEWS = 2
 Run = Callable[..., None]
 WORK: list[tuple[str, Run, int]] = [  # name, run, tars that one commit step may make anew
-    ("shard", zygote.run_shard_command, 1),
+    ("shard", zygote.run_shard, 1),
     ("extract", partial(zygote.run_extract, views=VIEWS), VIEWS),
 ]
 

@@ -21,7 +21,7 @@ from test_pipeline_shard import REFUSED, picture
 
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
-from cache_tools.images import decode_rgb
+from cache_tools.images import PictureRefused, decode_rgb
 from pipeline import candidates, sources
 from pipeline import shard as module
 from pipeline.candidates import printable
@@ -203,35 +203,20 @@ def test_files_that_change_after_they_were_listed_are_quarantined(canary, monkey
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EMFILE, errno.EIO])
-def test_unreadable_pictures_are_quarantined_and_a_failing_machine_stops(canary, monkeypatch, number):
-    (canary / "source" / "a").mkdir(parents=True)
-    for name in ("1.png", "2.png"):
-        (canary / "source" / "a" / name).write_bytes(PNG)
-
-    def failing(path, *how, real=os.open):
-        if str(path).endswith("2.png"):
-            raise OSError(number, os.strerror(number), str(path))
-        return real(path, *how)
-
-    monkeypatch.setattr(candidates.os, "open", failing)
-    if number in (errno.EACCES, errno.EPERM):
-        shard(canary / "source", canary / "out", max_refused=1)
-        assert quarantined(canary / "out") == {"a/2.png": "unreadable"}
-    else:
-        with pytest.raises(OSError, match=r"2\.png"):
-            shard(canary / "source", canary / "out", max_refused=1)
-
-
-def test_a_bad_sector_is_named(canary, monkeypatch):
-    (canary / "source" / "a").mkdir(parents=True)
-    (canary / "source" / "a" / "1.png").write_bytes(PNG)
+@pytest.mark.parametrize("call", ["open", "pread"])
+def test_unreadable_pictures_are_refused_and_a_failing_machine_is_named(canary, monkeypatch, number, call):
+    (canary / "a").mkdir()
+    (canary / "a" / "1.png").write_bytes(PNG)
+    item = sources.list_sources(canary).splits["train"][0]
 
     def failing(*arguments):
-        raise OSError(errno.EIO, "Input/output error")
+        raise OSError(number, os.strerror(number), *([str(arguments[0])] if call == "open" else []))
 
-    monkeypatch.setattr(candidates.os, "pread", failing)
-    with pytest.raises(OSError, match=r"1\.png"):
-        shard(canary / "source", canary / "out")
+    monkeypatch.setattr(candidates.os, call, failing)
+    mine = call == "open" and number in (errno.EACCES, errno.EPERM)
+    with pytest.raises(PictureRefused if mine else OSError) as error:
+        candidates.read_source(item)
+    assert error.value.reason == "unreadable" if mine else error.value.filename.endswith("1.png")
 
 
 def test_an_unreadable_folder_stops_before_any_write(canary, monkeypatch):

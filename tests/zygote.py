@@ -19,7 +19,6 @@ from test_pipeline_shard import make_source
 
 from cache_tools.console import guarded
 from pipeline import extract as extract_module
-from pipeline.cli import shard_command
 from pipeline.shard import shard
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -35,13 +34,7 @@ def make_place(root: Path, train: int = 36) -> Path:
 
 
 def run_shard(place: Path, out: Path) -> None:
-    """In this process, as an application does it."""
     shard(place / "pictures", out, rows_per_shard=16, workers=2)
-
-
-def run_shard_command(place: Path, out: Path) -> None:
-    """As the command line does it: in a process that this one watches."""
-    shard_command(str(place / "pictures"), out, rows_per_shard=16, seed=0, max_refused=0.0, workers=2)
 
 
 def run_extract(place: Path, cache: Path, views: int = 1, worker: int = 0, workers: int = 1) -> None:

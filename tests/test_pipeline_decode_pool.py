@@ -1,0 +1,136 @@
+"""The decode pool: crashes, hangs, kills and large results; the command with a decoder that fails, and its signals."""
+
+import ctypes
+import errno
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command, tree_digest
+from test_pipeline_shard import make_source
+
+from cache_tools.errors import ResourceError
+from cache_tools.images import PictureRefused
+from cache_tools.storage import is_locked
+from pipeline import decode_pool
+from pipeline.decode_pool import DecodePool
+from pipeline.shard import shard
+
+# Every Python process of the command has this decoder, which does as the first bytes of a "picture" say.
+DECODER = """
+import os, time, test_pipeline_decode_pool as test
+from cache_tools import images
+from pipeline import candidates, decode_pool
+decode_pool.LIMIT_S = 2
+def decode_rgb(data, real=candidates.decode_rgb):
+    test.misbehave(data[:20].partition(b" ")[0].decode("latin1"), os.environ["MISBEHAVE"] == "refuse")
+    time.sleep(0.02 if os.environ["MISBEHAVE"] == "slow" else 0)
+    return real(data)
+candidates.decode_rgb = decode_rgb
+"""
+REASONS = {"SIGSEGV": "decoder-crash", "SIGABRT": "decoder-crash", "HANG": "timeout"}
+DETAILS = {"decoder-crash": "its decoder crashed", "timeout": "its decoder did not come to an end"}
+
+
+def misbehave(word: str, refuse: bool = False) -> str:
+    """Do as `word` says; with `refuse`, refuse it as the pool is to do."""
+    if refuse and word in REASONS:
+        raise PictureRefused(REASONS[word], DETAILS[REASONS[word]])
+    if word == "SIGSEGV":
+        ctypes.string_at(0)
+    if word == "SIGABRT":
+        os.abort()
+    if word == "SIGKILL":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if word == "HANG":
+        time.sleep(1e6)
+    if word == "REFUSED":
+        raise PictureRefused("format", "of no kind")
+    if word == "EIO":
+        raise OSError(errno.EIO, "Input/output error", "1.png")
+    return word
+
+
+def test_results_come_in_order_and_what_fails_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_pool, "LIMIT_S", 2)
+    words = ["a", "SIGSEGV", "b", "HANG", "REFUSED", "c", "SIGABRT", "SIGSEGV", *map(str, range(40)), "HANG", "d"]
+    reasons = REASONS | {"REFUSED": "format"}
+    with DecodePool(2) as pool:
+        results = list(pool.map(misbehave, words))
+    assert [getattr(result, "reason", result) for result in results] == [reasons.get(word, word) for word in words]
+
+
+@pytest.mark.parametrize(("word", "error"), [("SIGKILL", ResourceError), ("EIO", OSError)])
+def test_what_is_no_pictures_fault_ends_the_work(word: str, error: type[Exception]) -> None:
+    with DecodePool(2) as pool, pytest.raises(error, match="-9: it was killed|1.png"):
+        list(pool.map(misbehave, [word, "a"]))
+
+
+def test_a_pool_stops_in_the_middle_of_large_results() -> None:
+    """A killed process leaves half a result in the pipe; who waits for the rest waits for ever."""
+    with DecodePool(2) as pool:
+        assert len(next(pool.map(bytes, [1 << 26] * 8))) == 1 << 26
+
+
+def start(source: Path, out: Path, *more: object, mode: str = "crash") -> subprocess.Popen[str]:
+    (out.parent / "sitecustomize.py").write_text(DECODER)
+    places = os.pathsep.join(map(str, (out.parent, ROOT / "tests", ROOT)))
+    environment = os.environ | {"PYTHONPATH": places, "MISBEHAVE": mode}
+    line = command("mcm-cache", "shard", source, out, "--rows-per-shard", 16, *more)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=environment)
+
+
+def ended(process: subprocess.Popen[str], code: int) -> str:
+    output = "".join(process.communicate(timeout=120))
+    assert process.returncode == code, output
+    return output
+
+
+def wait_for(condition) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    pytest.fail("it did not come about in a minute")
+
+
+def plant(source: Path, **words: str) -> Path:
+    for name, word in words.items():
+        (source / "train" / "class1" / f"{name[1:]}.img").write_bytes(f"{word} ".encode())
+    return source
+
+
+def test_the_command_refuses_pictures_that_crash_or_hang_the_decoder(tmp_path: Path, tally) -> None:
+    source = plant(make_source(tmp_path / "source"), _001="SIGSEGV", _013="HANG", _028="SIGABRT")
+    assert "found 1 timeout" in ended(start(source, tmp_path / "out", "--max-refused", 0), 3)
+    assert "train: 37 rows in 3 shards, 3 refused" in ended(start(source, tmp_path / "out", "--max-refused", 1), 0)
+    ended(start(source, tmp_path / "straight", "--max-refused", 1, mode="refuse"), 0)
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "straight")
+    tally("pictures that crash or hang the decoder", inputs=3, failures=0)
+
+
+def test_the_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
+    source = plant(make_source(tmp_path / "source", train=20, val=1), _001="HANG", _007="HANG")
+    lock = tmp_path / "out.run" / "shard.lock"
+    process = start(source, tmp_path / "out")
+    wait_for(lambda: lock.is_file() and is_locked(lock))
+    process.kill()
+    assert not process.wait() == 0 and not is_locked(lock)
+    process.communicate(timeout=60)  # every process of the pool holds the other end of these pipes
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_stops_at_a_shard(tmp_path: Path, number: int) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    process = start(source, out, mode="slow")
+    wait_for((tmp_path / "out.run/shard/train/000000.json").is_file)
+    os.killpg(process.pid, number)  # as a terminal and SLURM do
+    output = ended(process, 75)
+    assert output.count("error: ") == 1 and "the same command resumes" in output
+    shard(source, tmp_path / "straight", rows_per_shard=16)
+    ended(start(source, out), 0)
+    assert tree_digest(out) == tree_digest(tmp_path / "straight")
