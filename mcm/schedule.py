@@ -14,8 +14,11 @@ def peak_lr(optim: Optim, global_batch: int) -> float:
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, base_lr: float, min_lr: float) -> float:
-    """Linear warm-up that reaches base_lr at its last step, then a half cosine towards min_lr; `step` counts from 0."""
+    """Linear warm-up that reaches base_lr at its last step, then a half cosine to min_lr at the last step of all.
+
+    `step` counts from 0.
+    """
     if step < warmup_steps:
         return base_lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return min_lr + (base_lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    return min_lr + (base_lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
