@@ -127,10 +127,13 @@ def progress(total: int, label: str, unit: str, done: int = 0, quiet: bool = Fal
 
 
 class StopFlag:
-    """SIGTERM and Ctrl-C ask for a stop at the next safe point; a second Ctrl-C exits at once."""
+    """SIGTERM and Ctrl-C ask for a stop at the next safe point; a second Ctrl-C exits at once.
 
-    def __init__(self) -> None:
-        self.requested = False
+    The first signal prints `then`, what happens next; "" prints nothing, for all ranks but the main one.
+    """
+
+    def __init__(self, then: str = "") -> None:
+        self.requested, self.then = False, then
 
     def __enter__(self) -> "StopFlag":
         self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -139,6 +142,8 @@ class StopFlag:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             os._exit(Interrupted.exit_code)
+        if self.then and not self.requested:  # not by print: the signal may have interrupted one
+            os.write(2, f"\nstopping: {self.then}; press Ctrl-C again to stop at once\n".encode())
         self.requested = True
 
     def __exit__(

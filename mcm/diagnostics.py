@@ -55,12 +55,15 @@ class HeldOut:
         self, kind: str, h_BND: Tensor, prediction_BNC: Tensor, target_BNC: Tensor, mask: Tensor | None,
         weight_B: Tensor,
     ) -> None:  # fmt: skip
-        """Add a batch of one kind; the mask tells hidden from visible where it has the prediction's channels, or N."""
+        """Add a batch of one kind; a mask of patches [B, N, 1] tells the hidden values of the target from the visible.
+
+        A mask of student channels says nothing about the channels of the target.
+        """
         self.fits[kind].update(prediction_BNC, target_BNC, weight_B)
         if kind == "full":
             self.features.update(h_BND, weight_B)
             self.target.update(target_BNC, weight_B)
-        elif mask is not None and mask.shape[-1] in (1, prediction_BNC.shape[-1]):
+        elif mask is not None and mask.shape[-1] == 1:
             error = (prediction_BNC.float() - target_BNC).square() * weight_B[:, None, None]
             count = torch.ones_like(error) * weight_B[:, None, None]
             parts = [(part * side).sum(dtype=torch.float64) for part in (error, count) for side in (mask, ~mask)]
@@ -74,7 +77,7 @@ class HeldOut:
         self.sides = add(self.sides)
 
     def metrics(self) -> dict[str, float]:
-        """Loss and R^2 a kind, the loss on hidden and on visible values, ranks of features and target."""
+        """Loss and R^2 a kind, the loss on hidden and on visible patches, ranks of features and target."""
         found = {f"{name}_{kind}": getattr(fit, name)() for kind, fit in self.fits.items() for name in ("loss", "r2")}
         if self.sides[1].all():
             hidden, visible = (self.sides[0] / self.sides[1]).tolist()

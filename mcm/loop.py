@@ -124,7 +124,9 @@ def train(job: Job, accelerator: Accelerator) -> None:
 
     Raises: Interrupted once it has saved when asked to stop; Diverged on a loss that is not finite; errors of the data.
     """
-    Loop(job, accelerator).run()
+    cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):  # each step seeds the generators
+        Loop(job, accelerator).run()
 
 
 class Loop:
@@ -155,7 +157,8 @@ class Loop:
         found = self._newest()
         step, evaluated = (found.step, bool(found.meta["evaluated"])) if found else (-1, False)
         log = Log(self.job.run_dir, step, evaluated, self.main, order.steps_per_epoch)
-        with StopFlag() as stop, closing(log) as self.log:
+        then = "this step is finished and saved" if self.main else ""
+        with StopFlag(then) as stop, closing(log) as self.log:
             if found:
                 self._restore(found)
                 found = None  # frees a whole checkpoint

@@ -141,7 +141,7 @@ def _train(model: Any, tokens: list["torch.Tensor"], pictures_NHW: "torch.Tensor
     optimizer = torch.optim.AdamW(trained, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     rows, epoch_steps = len(labels_N), len(labels_N) // BATCH
     model.train()
-    with StopFlag() as stop, progress(STEPS, "CLIP", "steps") as bar:
+    with StopFlag("the training of the CLIP is discarded") as stop, progress(STEPS, "CLIP", "steps") as bar:
         for step in range(STEPS):
             epoch, at = divmod(step, epoch_steps)
             ids = torch.from_numpy(permutation(rows, SEED, "demo/order", epoch)[at * BATCH : (at + 1) * BATCH])

@@ -89,7 +89,7 @@ def extract(request: Request) -> None:
     done = sum(unit.shard_rows(k) for unit in every_unit for k in unit.committed())
     threads = request.threads or len(os.sched_getaffinity(0))
     with (
-        StopFlag() as stop,
+        StopFlag("the shard in work is finished and committed") as stop,
         ThreadPoolExecutor(threads) as ahead,
         ThreadPoolExecutor(1) as behind,
         progress(total, f"extract {request.cache}", "views", done) as bar,

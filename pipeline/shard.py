@@ -65,7 +65,8 @@ class _Job:
 
     def run(self) -> DatasetRecord:
         """Make the DATASET, or continue one."""
-        with self._locked(), StopFlag() as stop, DecodePool(self.workers) as pool:
+        then = "the shard in work is finished"
+        with self._locked(), StopFlag(then) as stop, DecodePool(self.workers) as pool:
             for folder in (self.out, self.folder):
                 settle(folder)
             if (self.out / "dataset.json").is_file():

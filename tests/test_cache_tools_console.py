@@ -43,7 +43,7 @@ def test_a_stop_is_asked_for_once_and_taken_at_once_the_second_time() -> None:
     code = """
 import os, signal
 from cache_tools.console import StopFlag
-with StopFlag() as stop:
+with StopFlag("this step is saved") as stop:
     os.kill(os.getpid(), signal.SIGINT)
     print(stop.requested, flush=True)
     os.kill(os.getpid(), signal.SIGINT)
@@ -51,6 +51,7 @@ with StopFlag() as stop:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (75, "True\n")
+    assert done.stderr == "\nstopping: this step is saved; press Ctrl-C again to stop at once\n"
 
 
 def test_handlers_are_put_back() -> None:

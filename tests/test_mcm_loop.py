@@ -12,7 +12,7 @@ from cache_tools.errors import CorruptionError, Interrupted, McmError, ResourceE
 from cache_tools.records import read_record
 from mcm import checkpoint
 from mcm.config import Optim, Schedule, Train
-from mcm.loop import Job, engine, train
+from mcm.loop import Job, Loop, engine, train
 from mcm.order import Order
 from mcm.run_folder import ExitRecord, recorded_exit
 from mcm.stream import Stream
@@ -145,6 +145,14 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path
     said = capsys.readouterr().out
     assert "step_000000007/model.safetensors: expected" in said and "resumes after step 6 of 9" in said
     assert [path.name[-1] for path in sorted((run / "checkpoints").iterdir())] == ["6", "8", "9"]
+
+
+def test_ranks_with_other_checkpoints_are_refused_by_every_rank(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Loop, "_agree", lambda loop, value: calls.append(value) or 5)
+    with pytest.raises(UsageError, match="expected one RUN folder for all processes; their checkpoints differ"):
+        run_job(make_job(tmp_path))
+    assert calls == [-1, 1]  # a rank that left out the second collective would leave the others waiting
 
 
 @pytest.mark.parametrize("log_steps", [1, 50])

@@ -149,7 +149,11 @@ def test_killed_at_random_steps_it_ends_the_same(straight, cache, tmp_path, how_
             stderr = process.communicate()[1].decode()
             if kind == signal.SIGTERM:
                 assert process.returncode == 75 and "saved; the same command resumes" in stderr, stderr
-                assert stderr.count("\n") == 1 and read_record(ExitRecord, run / "exit.json").code == 75
+                assert (
+                    stderr.count("\n") == 3
+                    and "press Ctrl-C again" in stderr
+                    and read_record(ExitRecord, run / "exit.json").code == 75
+                )
         subprocess.run(arguments, env=environment(), check=True, capture_output=True)
         assert metrics(run) == metrics(straight)
         one, other = (checkpoint.latest(path) for path in (straight, run))
