@@ -59,6 +59,7 @@ def engine(precision: str) -> Iterator[Accelerator]:
     Raises: UsageError for a mode of the launcher that is neither one process nor DDP.
     """
     _check_launcher()
+    torch.backends.cudnn.allow_tf32 = False  # True by default for convolutions: fp32 must mean float32
     mixed, handlers = "bf16" if precision == "bf16" else "no", [InitProcessGroupKwargs(timeout=TIMEOUT)]
     accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
     try:

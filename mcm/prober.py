@@ -120,4 +120,5 @@ class Prober:
 
 def device() -> torch.device:
     """The accelerator, or the CPU."""
+    torch.backends.cudnn.allow_tf32 = False  # the probes are float32: convolutions have TF32 by default
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,9 +129,19 @@ def recorded_units(run_dir: Path) -> list[str]:
     return list(recorded(run_dir).get("units", ()))
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of the packages that are installed; a checkout runs without its own metadata and without zarr's."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def software() -> str:
     """The version of this package, and the commit where it lies in a git checkout."""
-    found, root = version("masked-channel-modeling"), Path(__file__).parents[1]
+    found = versions("masked-channel-modeling").get("masked-channel-modeling", "not installed")
+    root = Path(__file__).parents[1]
     if not (root / ".git").exists() or not (git := shutil.which("git")):
         return found
     command = [git, "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
@@ -141,10 +151,9 @@ def software() -> str:
 
 def describe_run(run_dir: Path, config: Record, **facts: Any) -> None:
     """Write config.toml, the resolved configuration, and env.json: versions, device and `facts`."""
-    packages = ("torch", "timm", "accelerate", "numpy", "zarr")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     ours = {"software": software(), "python": platform.python_version(), "device": device}
-    env = {**ours, **{name: version(name) for name in packages}, **facts}
+    env = ours | versions("torch", "timm", "accelerate", "numpy", "zarr") | facts
     write_atomic(run_dir / "config.toml", write_toml(config).encode())
     write_atomic(run_dir / "env.json", json.dumps(env, indent=2, sort_keys=True).encode())
 

@@ -13,6 +13,9 @@ import pytest
 
 # Before torch is imported, here and in the processes that tests start: bytes depend on the number of threads.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The tests compare the CPU with itself. A GPU is hidden, also from the processes that tests start.
+if os.environ.get("MCM_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).parents[1]
 
 
