@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
+from fastcrc.crc32 import iscsi as crc32c
 
 from .errors import CorruptionError
 from .quantize import FILL_INT8
@@ -131,7 +131,7 @@ class ShardWriter:
             rows = padded
         contiguous = np.ascontiguousarray(rows)
         data = self._codec.encode(contiguous) if self._codec else contiguous.data.cast("B")
-        checksum = crc32c.crc32c(data)
+        checksum = crc32c(data)
         self._stored_bytes.append(self.file.write(data) + self.file.write(checksum.to_bytes(_CRC_BYTES, "little")))
         self.crc32cs.append(checksum)
 
@@ -153,7 +153,7 @@ def shard_index(spec: ArraySpec, stored_bytes: Sequence[int]) -> bytes:
     index[: len(stored_bytes), 1] = stored_bytes
     index[: len(stored_bytes), 0] = np.cumsum([0, *stored_bytes])[:-1]
     data: bytes = index.tobytes()
-    return data + int(crc32c.crc32c(data)).to_bytes(_CRC_BYTES, "little")
+    return data + crc32c(data).to_bytes(_CRC_BYTES, "little")
 
 
 def read_chunk(
@@ -172,7 +172,7 @@ def read_chunk(
     else:
         read_into(path, position * (spec.chunk_bytes + _CRC_BYTES), buffer)
         stored = buffer
-    if crc32c.crc32c(stored) != expected_crc32c:
+    if crc32c(stored) != expected_crc32c:
         raise CorruptionError(f"{path}: chunk {position}: its crc32c is not the commit's; run `mcm-cache verify`")
     if spec.compress:
         _decompress(path, stored, buffer)
@@ -183,7 +183,7 @@ def _place(path: Path, spec: ArraySpec, position: int) -> tuple[int, int]:
     """(offset, bytes) of a compressed chunk without its checksum, by the shard's index."""
     index_bytes = 16 * spec.chunks_per_shard + _CRC_BYTES
     data = read_at(path, max(path.stat().st_size - index_bytes, 0) if path.is_file() else 0, index_bytes)
-    if crc32c.crc32c(data[:-_CRC_BYTES]) != int.from_bytes(data[-_CRC_BYTES:], "little"):
+    if crc32c(data[:-_CRC_BYTES]) != int.from_bytes(data[-_CRC_BYTES:], "little"):
         raise CorruptionError(f"{path}: the crc32c of its index is wrong; run `mcm-cache verify`")
     offset, stored_bytes = np.frombuffer(data, "<u8", 2, 16 * position).tolist()
     if not _CRC_BYTES <= stored_bytes <= 2 * spec.chunk_bytes:

@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
+from fastcrc.crc32 import iscsi as crc32c
 
 from .arrays import array_json, group_json, read_chunk
 from .dataset import CHUNK_ROWS, shard_name
@@ -167,7 +167,7 @@ class Unit:
         """The index records of one chunk, checked against the commit."""
         path, item_bytes = self.index_file(shard), VIEW_INDEX_DTYPE.itemsize
         data = read_at(path, _INDEX_HEADER_BYTES + position * CHUNK_ROWS * item_bytes, rows * item_bytes)
-        if crc32c.crc32c(data) != self._checksums(shard)["index"][position]:
+        if crc32c(data) != self._checksums(shard)["index"][position]:
             raise CorruptionError(f"{path}: chunk {position}: its crc32c is not the commit's; run `mcm-cache verify`")
         return np.frombuffer(data, VIEW_INDEX_DTYPE)
 
@@ -267,4 +267,4 @@ class Cache:
 def index_crc32cs(index: npt.NDArray[np.void]) -> tuple[int, ...]:
     """crc32c of every 16 records of an index."""
     starts = range(0, len(index), CHUNK_ROWS)
-    return tuple(crc32c.crc32c(index[start : start + CHUNK_ROWS].tobytes()) for start in starts)
+    return tuple(crc32c(index[start : start + CHUNK_ROWS].tobytes()) for start in starts)

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
+from fastcrc.crc32 import iscsi as crc32c
 
 from .arrays import ArraySpec, read_chunk, shard_index
 from .cache import index_crc32cs
@@ -59,7 +59,7 @@ class OnePass:
             if self._digest:
                 self._digest.update(piece)
             if summed:
-                self.crc32c = crc32c.crc32c(piece, self.crc32c)
+                self.crc32c = crc32c(piece, self.crc32c)
             got += read
         if got < size:
             raise CorruptionError(f"{self.path}: expected {self.entry.bytes} bytes; it ends before")
@@ -171,7 +171,7 @@ def check_tar(
             piece, group = data.take(end - base), table[first : first + _TAR_ROWS]
             pictures = [piece[int(o) - base :][: int(n)] for o, n in zip(group["offset"], group["size"], strict=True)]
             for number, (picture, expected) in enumerate(zip(pictures, group["crc32c"].tolist(), strict=True)):
-                if crc32c.crc32c(picture) != expected:
+                if crc32c(picture) != expected:
                     row = row0 + first + number
                     raise CorruptionError(f"{path}: row {row}: the picture's crc32c is not its index's")
             if full:

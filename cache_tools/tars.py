@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeVar, cast
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
+from fastcrc.crc32 import iscsi as crc32c
 
 from .errors import CorruptionError
 from .records import read_capped
@@ -58,7 +58,7 @@ class TarShardWriter:
             member = tarfile.TarInfo(f"{key}.{extension}")
             member.size, member.mode = len(data), 0o644
             if extension == picture:
-                place = (self._tar.offset + _HEADER_BYTES, len(data), crc32c.crc32c(data))
+                place = (self._tar.offset + _HEADER_BYTES, len(data), crc32c(data))
             self._tar.addfile(member, io.BytesIO(data))
         self._tar.members = []  # type: ignore[attr-defined]  # the library keeps every header otherwise
         return place
@@ -109,7 +109,7 @@ def _parse_npy(path: Path, data: bytes, dtype: np.dtype[Any]) -> npt.NDArray[Any
 
 def seal(data: bytes) -> bytes:
     """`data` and its crc32c: for an array that no commit vouches for. Readers of .npy stop before the four bytes."""
-    return data + int(crc32c.crc32c(data)).to_bytes(4, "little")
+    return data + crc32c(data).to_bytes(4, "little")
 
 
 def read_sealed_npy(path: Path) -> npt.NDArray[Any]:
@@ -128,6 +128,6 @@ def checked_picture(tar: Path, data: Data, expected_crc32c: int, row: int) -> Da
 
     Raises: CorruptionError naming the file and row.
     """
-    if crc32c.crc32c(data) != expected_crc32c:
+    if crc32c(data) != expected_crc32c:
         raise CorruptionError(f"{tar}: row {row}: the picture's crc32c is not its index's; run `mcm-cache verify`")
     return data

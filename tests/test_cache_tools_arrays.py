@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import zarr
 
-from cache_tools.arrays import ArraySpec, ShardWriter, array_json, read_chunk
+from cache_tools.arrays import ArraySpec, ShardWriter, array_json, crc32c, read_chunk
 from cache_tools.errors import CorruptionError
 from cache_tools.storage import write_atomic
+
+
+def test_the_checksum_is_castagnolis() -> None:
+    assert crc32c(b"123456789") == crc32c(memoryview(bytearray(b"123456789"))) == 0xE3069283
 
 
 def write(group: Path, spec: ArraySpec, data: np.ndarray) -> list[int]:
