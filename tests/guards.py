@@ -238,8 +238,8 @@ GUARDS = [
     Guard(
         "fill is never data",
         "cache_tools/arrays.py",
-        "FILL_INT8 if self.dtype == "int8" else math.nan",
-        "FILL_INT8 if self.dtype == "int8" else 0.0",
+        'FILL_INT8 if self.dtype == "int8" else math.nan',
+        'FILL_INT8 if self.dtype == "int8" else 0.0',
         "tests/test_cache_tools_arrays.py::test_chunks_come_back_and_damage_is_named",
     ),
     Guard(
