@@ -133,8 +133,10 @@ class Schedule(Record):
 
 
 class Train(Record):
-    """The engine. micro_batch: rows a device takes at once, at most; checkpoint_steps 0: at the ends of epochs.
+    """The engine. micro_batch: the most rows per device at once.
 
+    A checkpoint is saved every `checkpoint_minutes`; with `checkpoint_steps`, every so many steps instead, or with 0 at
+    the ends of epochs.
     `residual` is the dtype of the residual stream in bf16 training; the norms, the loss and the weights stay float32.
     """
 
@@ -146,7 +148,8 @@ class Train(Record):
     compile: bool = False
     workers: NonNegativeInt = 4
     log_steps: PositiveInt = 50
-    checkpoint_steps: NonNegativeInt = 1000
+    checkpoint_minutes: PositiveFloat = 10.0
+    checkpoint_steps: NonNegativeInt | None = None
     keep_last: PositiveInt = 3
     eval_epochs: NonNegativeInt = 1
     knn_epochs: NonNegativeInt = 0

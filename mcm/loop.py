@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +30,7 @@ from mcm.stream import Batch, Stream, batches
 
 MODES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SHOWN_SPANS = 32
+GO_ON, SAVE, STOP = 0, 1, 2  # after a step; of several ranks' wishes the largest wins
 FAILED_SAVES = 3  # in a row, before a run that cannot save stops
 TIMEOUT = timedelta(minutes=10)  # the longest wait of a rank: for the main process, which saves a checkpoint
 
@@ -147,10 +149,12 @@ class Loop:
         # What the processes agree on at each step must not wait for the GPU: it goes through the hosts.
         several = accelerator.num_processes > 1
         self.hosts: Any = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if several else None
+        self.writing: tuple[int, Future[None]] | None
         self.pending: list[Tensor] = []  # (loss, gradient norm) of steps that are still on the device
         self.window: list[float] = []  # losses since the last line of the log
         self.grad_norm, self.waited_s, self.logged_at = 0.0, 0.0, time.perf_counter()
         self.logged_step, self.saved_step, self.failed_saves, self.note = 0, -1, 0, ""
+        self.writer, self.writing, self.saved_at = ThreadPoolExecutor(1), None, time.monotonic()
 
     def run(self) -> None:
         """All steps that are left."""
@@ -171,22 +175,26 @@ class Loop:
                 batches(self.job.stream, left.start, left.stop, settings.workers if left else 0, pin) as loaded,
             ):
                 items = on_device(loaded, self.accelerator.device)
-                while step < self.total_steps:
-                    stopping = self.step(step, items, stop)
-                    step += 1
-                    if step % settings.log_steps == 0 or step == self.total_steps:
-                        self._log(step)
-                    bar.update(1, self.note)
-                    self._end_of_step(step, stopping and step < self.total_steps)
+                try:
+                    while step < self.total_steps:
+                        asked = self.step(step, items, stop)
+                        step += 1
+                        if step % settings.log_steps == 0 or step == self.total_steps:
+                            self._log(step)
+                        bar.update(1, self.note)
+                        self._end_of_step(step, asked)
+                finally:
+                    self._join_save(must=False)
 
-    def _end_of_step(self, step: int, stopping: bool) -> None:
-        """Evaluate at the end of an epoch, save where it is time to, and stop if asked to."""
+    def _end_of_step(self, step: int, asked: int) -> None:
+        """Evaluate at the end of an epoch, save if it is time to, and stop if asked to."""
         epoch_ends, every = step % self.order.steps_per_epoch == 0, self.job.settings.checkpoint_steps
+        last, stopping = step == self.total_steps, asked == STOP and step < self.total_steps
+        due = asked == SAVE if every is None else step % every == 0 if every else epoch_ends
         if epoch_ends and not stopping:
             self._evaluate(step)
-        if stopping or step == self.total_steps or (step % every == 0 if every else epoch_ends):
-            last = stopping or step == self.total_steps
-            self._save(step, evaluated=epoch_ends and not stopping, must=last)
+        if stopping or last or due:
+            self._save(step, evaluated=epoch_ends and not stopping, must=stopping or last)
         if stopping:
             raise Interrupted(f"stopped after step {step} of {self.total_steps}, saved; the same command resumes")
 
@@ -211,8 +219,8 @@ class Loop:
         if found.step % self.order.steps_per_epoch == 0 and not found.meta["evaluated"]:
             self._evaluate(found.step)
 
-    def step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> bool:
-        """One optimizer step on batches on the device; returns whether the processes agreed to stop after it."""
+    def step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> int:
+        """One optimizer step on batches on the device; returns what all ranks do after it: GO_ON, SAVE or STOP."""
         job, micro_steps = self.job, self.order.accumulation
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(step) * group["lr_scale"]
@@ -221,7 +229,7 @@ class Loop:
         total = torch.zeros((), device=self.accelerator.device)
         for left in reversed(range(micro_steps)):
             batch = self._next(items)
-            stopping = not left and self._agree(int(stop.requested)) > 0
+            asked = GO_ON if left else self._agree(self._wish(stop))
             with self.accelerator.no_sync(self.model) if left else nullcontext():
                 loss = job.loss(self.model, batch) / micro_steps
                 # Not accelerator.backward: it divides by the launcher's own accumulation; bf16 needs no scaler.
@@ -231,7 +239,12 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.pending.append(torch.stack([total, norm.to(total)]))
-        return stopping
+        return asked
+
+    def _wish(self, stop: StopFlag) -> int:
+        """What this rank asks for; the main rank's clock decides when to save."""
+        due = self.main and time.monotonic() - self.saved_at >= 60 * self.job.settings.checkpoint_minutes
+        return STOP if stop.requested else SAVE if due else GO_ON
 
     def _lr(self, step: int) -> float:
         return learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.job.schedule.min_lr)
@@ -304,25 +317,48 @@ class Loop:
             self.log.write(step, {"eval": metrics})
 
     def _save(self, step: int, evaluated: bool, must: bool) -> None:
-        """A checkpoint by the main process; the others wait, as a launcher ends them all when one is gone.
+        """A checkpoint by the main rank: a copy on the host, which a thread writes while training goes on.
 
         Averages stand in the place of the weights, for whoever loads the run, and the weights in theirs.
-        A full disk costs a warning and the checkpoint, not the run, until it `must` be or FAILED_SAVES failed in a row.
+        The ranks wait for one that `must` be written, as a launcher ends them all when one is gone.
         """
         self._drain(step)
-        job, meta = self.job, {"window": self.window, "evaluated": evaluated}
-        swap_average(self.optimizer.optimizer)
+        self.saved_at = time.monotonic()
         if self.main:
-            optimizer = checkpoint.optimizer_tensors(job.model, self.optimizer.optimizer)
-            try:
-                checkpoint.save(job.run_dir, step, job.model.state_dict(), optimizer, meta)
-                checkpoint.rotate(job.run_dir, self.saved_step, step, job.settings.keep_last)
-                self.saved_step, self.failed_saves = step, 0
-            except OSError as error:
-                checkpoint.clear_leftovers(job.run_dir)  # half a checkpoint would fill the disk further
-                self.failed_saves += 1
-                if must or self.failed_saves == FAILED_SAVES:
-                    raise
-                print(f"warning: step {step} is not saved: {describe(error)}; training goes on", flush=True)
-        swap_average(self.optimizer.optimizer)
-        self.accelerator.wait_for_everyone()
+            self._join_save(must=False)
+            swap_average(self.optimizer.optimizer)
+            tensors = checkpoint.optimizer_tensors(self.job.model, self.optimizer.optimizer)
+            model, optimizer = checkpoint.on_host(self.job.model.state_dict()), checkpoint.on_host(tensors)
+            swap_average(self.optimizer.optimizer)
+            meta = {"window": list(self.window), "evaluated": evaluated}
+            self.writing = step, self.writer.submit(self._write, step, model, optimizer, meta)
+        if must:
+            self._join_save(must)
+            self.accelerator.wait_for_everyone()
+
+    def _write(self, step: int, model: checkpoint.Tensors, optimizer: checkpoint.Tensors, meta: dict[str, Any]) -> None:
+        run_dir = self.job.run_dir
+        try:
+            checkpoint.save(run_dir, step, model, optimizer, meta)
+            checkpoint.rotate(run_dir, self.saved_step, step, self.job.settings.keep_last)
+        except OSError:
+            checkpoint.clear_leftovers(run_dir)  # half a checkpoint would fill the disk further
+            raise
+        self.saved_step = step
+
+    def _join_save(self, must: bool) -> None:
+        """Wait for the checkpoint that is being written, if there is one.
+
+        A full disk costs a warning and the checkpoint, not the run, until it `must` be or FAILED_SAVES failed in a row.
+        """
+        if self.writing is None:
+            return
+        (step, writing), self.writing = self.writing, None
+        try:
+            writing.result()
+            self.failed_saves = 0
+        except OSError as error:
+            self.failed_saves += 1
+            if must or self.failed_saves == FAILED_SAVES:
+                raise
+            print(f"warning: step {step} is not saved: {describe(error)}; training goes on", flush=True)

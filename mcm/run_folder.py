@@ -22,7 +22,15 @@ from cache_tools.records import R, Record, differences, encode_record, read_json
 from cache_tools.storage import append_line, keep_lines, publish, write_atomic
 
 # What may change between two commands on one run: no picture, mask or learning rate depends on it.
-ENGINE_FIELDS = {"micro_batch", "compile", "workers", "log_steps", "checkpoint_steps", "keep_last"}
+ENGINE_FIELDS = {
+    "micro_batch",
+    "compile",
+    "workers",
+    "log_steps",
+    "checkpoint_minutes",
+    "checkpoint_steps",
+    "keep_last",
+}
 ENGINE_FIELDS |= {"eval_epochs", "knn_epochs"}
 
 

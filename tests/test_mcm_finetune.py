@@ -17,7 +17,7 @@ from mcm.classify import training_rows
 from mcm.config import FinetuneConfig
 from mcm.export import export
 from mcm.finetune import accuracy, finetune, make_classifier
-from mcm.loop import Loop, engine
+from mcm.loop import STOP, Loop, engine
 from mcm.order import EvalOrder
 from mcm.run_folder import last_eval
 from mcm.stream import DatasetSource
@@ -90,7 +90,9 @@ def test_a_stopped_run_goes_on_to_the_bit_and_what_is_saved_is_what_was_evaluate
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     top1 = finetune(settings, data.path, "random", None, straight)
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "step", lambda loop, step, *rest, real=Loop.step: real(loop, step, *rest) or step == 6)
+        patch.setattr(
+            Loop, "step", lambda loop, step, *rest, real=Loop.step: real(loop, step, *rest) or STOP * (step == 6)
+        )
         with pytest.raises(Interrupted):
             finetune(settings, data.path, "random", None, stopped)
     assert finetune(settings, data.path, "random", None, stopped) == top1 and losses(stopped) == losses(straight)

@@ -250,3 +250,11 @@ def test_a_run_that_cannot_save_stops(tmp_path, monkeypatch, steps, last):
             run_job(make_job(tmp_path / "run"))
     assert checkpoint.complete(tmp_path / "run")[-1].name.endswith(last)
     assert run_job(make_job(tmp_path / "run")) == straight
+
+
+@pytest.mark.parametrize(("minutes", "kept"), [(1e-9, range(1, 10)), (1e9, [9])])
+def test_checkpoints_by_minutes_are_written_while_training_goes_on(tmp_path, minutes, kept):
+    straight = run_job(make_job(tmp_path / "straight"))
+    job = make_job(tmp_path / "run", checkpoint_steps=None, checkpoint_minutes=minutes, keep_last=9)
+    assert run_job(job) == straight
+    assert [int(path.name[-1]) for path in checkpoint.complete(tmp_path / "run")] == list(kept)
