@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from .errors import Interrupted, McmError, ResourceError
+from .images import ignore_metadata_warnings
 from .storage import free_bytes
 
 P = ParamSpec("P")
@@ -27,7 +29,13 @@ def exit_code(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return Interrupted.exit_code
-    return ResourceError.exit_code if isinstance(error, OSError) else McmError.exit_code
+    full = isinstance(error, OSError) or _is_gpu_memory(error)
+    return ResourceError.exit_code if full else McmError.exit_code
+
+
+def _is_gpu_memory(error: BaseException) -> bool:
+    """Whether this is torch.OutOfMemoryError, by its name: this package does not import torch."""
+    return type(error).__name__ == "OutOfMemoryError"
 
 
 def describe(error: BaseException) -> str:
@@ -39,6 +47,8 @@ def describe(error: BaseException) -> str:
         text = f"{error.filename}: {error.strerror}, {free_mb:,.0f} MB free; make room and run the same command again"
     elif isinstance(error, OSError) and not isinstance(error, McmError):
         text = f"{error.filename or 'a file'}: {error.strerror or error}; mend that and run the same command again"
+    elif _is_gpu_memory(error):
+        text = ". ".join(str(error).split(". ")[:2]) + "; lower train.micro_batch (mcm-train) or --batch (mcm-cache)"
     else:
         text = str(error)
     return one_line(text)
@@ -55,8 +65,12 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return command(*args, **kwargs)
-        except (McmError, OSError, KeyboardInterrupt) as error:
+            with warnings.catch_warnings():
+                ignore_metadata_warnings()
+                return command(*args, **kwargs)
+        except (McmError, OSError, KeyboardInterrupt, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_gpu_memory(error):
+                raise
             print(f"error: {describe(error)}", file=sys.stderr, flush=True)
             sys.exit(exit_code(error))
 

@@ -25,8 +25,6 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 # What Pillow's decoders and its EXIF reader were seen to raise, or read to, on files that lie.
 DECODER_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError)
 DECODER_ERRORS += (ArithmeticError, EOFError, struct.error, zlib.error)
-# Pillow warns of odd metadata; the pixels are what counts. Not in decode_rgb: catch_warnings is not safe in threads.
-warnings.filterwarnings("ignore", module="PIL")
 RGB = npt.NDArray[np.uint8]
 
 
@@ -39,6 +37,14 @@ class PictureRefused(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
+
+
+def ignore_metadata_warnings() -> None:
+    """Ignore Pillow's warnings of odd metadata in this process; programs and their workers call it.
+
+    `decode_rgb` cannot: warnings.catch_warnings is not safe in threads.
+    """
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def picture_extension(data: bytes) -> str:

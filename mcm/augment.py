@@ -4,6 +4,8 @@ Letters: B batch, K classes, H W pixels.
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,13 +45,24 @@ class SeededTransform:
 
     def __call__(self, seed: int, data: bytes) -> Tensor:
         """One decoded, transformed, normalised picture."""
-        # timm draws from three global generators; torch's also serves the training step, so it is put back.
-        with torch.random.fork_rng(devices=[]):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.default_generator.manual_seed(seed % 2**63)
+        with _seeded(seed):
             pixels: Tensor = self.transform(Image.fromarray(_decoded(data)))
         return pixels
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the three global generators that timm draws from, and restore their states afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed % 2**63)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 def _decoded(data: bytes) -> RGB:
@@ -110,7 +123,7 @@ class Mixer:
         first_rows = rows_B[::CHUNK_ROWS].numpy()
         seeds = hash_u64(self.seed, "mixup", epoch, first_rows)
         for start, seed in zip(range(0, len(rows_B), CHUNK_ROWS), seeds, strict=True):
-            np.random.seed(int(seed) % 2**32)
             group = slice(start, start + CHUNK_ROWS)
-            targets.append(self.mixup(pictures_B3HW[group], labels_B[group])[1])
+            with _seeded(int(seed)):
+                targets.append(self.mixup(pictures_B3HW[group], labels_B[group])[1])
         return pictures_B3HW, torch.cat(targets)

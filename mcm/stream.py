@@ -24,7 +24,7 @@ from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.dataset import Dataset as PictureDataset
 from cache_tools.draws import hash_u64
 from cache_tools.errors import McmError, ResourceError
-from cache_tools.images import decode_view_into
+from cache_tools.images import decode_view_into, ignore_metadata_warnings
 from mcm.masking import mask_picks
 from mcm.order import EvalOrder, Indices, Order
 
@@ -223,6 +223,7 @@ def batches(stream: Stream, start: int, end: int, workers: int, pin_memory: bool
         # In /dev/shm, a process: workers x 3 batches, such as 8 x 3 x 256 rows x 0.3 MB = 1.8 GB.
         prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=_begin_worker,
     )
     iterator = iter(loader)
     try:
@@ -230,6 +231,10 @@ def batches(stream: Stream, start: int, end: int, workers: int, pin_memory: bool
     finally:
         if workers:  # at once, not when the garbage collector comes: an exit waits for live workers
             iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _begin_worker(number: int) -> None:
+    ignore_metadata_warnings()
 
 
 def _raising(items: Iterable[Batch | McmError | OSError]) -> Iterator[Batch]:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TypeVar, cast
 
 from cache_tools.errors import ResourceError
-from cache_tools.images import PictureRefused
+from cache_tools.images import PictureRefused, ignore_metadata_warnings
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -112,6 +112,7 @@ def _start(workers: int) -> ProcessPoolExecutor:
 def _begin() -> None:
     """Of a worker: leave Ctrl-C to the parent, and exit with it; a killed parent closes no queue."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_metadata_warnings()
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -113,14 +113,17 @@ def train_clip(
     from open_clip.tokenizer import SimpleTokenizer
     from safetensors.torch import save
 
-    torch.manual_seed(SEED)
-    model = open_clip.CLIP(**MODEL_CFG)
-    model.token_embedding.weight.requires_grad = False  # a dozen words of 49,408: random vectors tell them apart, free
-    tokenizer = SimpleTokenizer(context_length=MODEL_CFG["text_cfg"]["context_length"])
-    tokens = [tokenizer([caption.format(digit) for digit in DIGITS]) for caption in CAPTIONS]
-    pictures, labels = torch.from_numpy(pictures_NHW).float() / 255, torch.from_numpy(labels_N)
-    val = torch.from_numpy(val_N)
-    _train(model, tokens, pictures[~val], labels[~val])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)
+        model = open_clip.CLIP(**MODEL_CFG)
+        model.token_embedding.weight.requires_grad = (
+            False  # a dozen words of 49,408: random vectors tell them apart, free
+        )
+        tokenizer = SimpleTokenizer(context_length=MODEL_CFG["text_cfg"]["context_length"])
+        tokens = [tokenizer([caption.format(digit) for digit in DIGITS]) for caption in CAPTIONS]
+        pictures, labels = torch.from_numpy(pictures_NHW).float() / 255, torch.from_numpy(labels_N)
+        val = torch.from_numpy(val_N)
+        _train(model, tokens, pictures[~val], labels[~val])
     result = {
         "zero_shot_val": _zero_shot(model, tokens, pictures[val], labels[val]),
         "train": int((~val).sum()), "val": int(val.sum()), "steps": STEPS, "batch": BATCH, "seed": SEED,

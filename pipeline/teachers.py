@@ -92,11 +92,12 @@ def load_teacher(
         ) from error
     # bf16 autocast costs more than int8 does, so that it is never the default.
     precision = precision or ("fp32" if where.type == "cpu" else "fp16")
-    torch.manual_seed(0)  # the weights of "random"
     torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions: fp32 must mean it
     load = _load_open_clip if kind == "open_clip" else _load_timm
     try:
-        teacher = load(architecture, weights, size, where, cast(Precision, precision))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # the weights of "random"
+            teacher = load(architecture, weights, size, where, cast(Precision, precision))
     except NOT_A_MODEL as error:
         if not Path(architecture).is_dir():  # a name that we know: the mistake is not in a configuration from elsewhere
             raise

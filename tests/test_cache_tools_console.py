@@ -6,33 +6,54 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from cache_tools import errors
-from cache_tools.console import StopFlag, describe, guarded, progress
+from cache_tools.console import StopFlag, describe, exit_code, guarded, progress
 
 CODES = {"UsageError": 2, "TooManyRefused": 3, "CorruptionError": 4, "IdentityError": 5, "ResourceError": 7}
 
 
+def raise_error(error: Exception) -> None:
+    raise error
+
+
 @pytest.mark.parametrize("error", [*(getattr(errors, name)("x\ny") for name in CODES), OSError(28, "No space", "/f")])
 def test_one_line_and_the_exit_code(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
-    @guarded
-    def command() -> None:
-        raise error
-
     with pytest.raises(SystemExit) as caught:
-        command()
+        guarded(raise_error)(error)
     assert caught.value.code == CODES.get(type(error).__name__, 7)
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
 
 
-def test_a_bug_keeps_its_traceback() -> None:
-    @guarded
-    def command() -> None:
-        raise ZeroDivisionError
+def test_gpu_memory_is_a_resource() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free. See")
+    assert exit_code(error) == 7
+    assert describe(error) == (
+        "CUDA out of memory. Tried to allocate 2.00 GiB; lower train.micro_batch (mcm-train) or --batch (mcm-cache)"
+    )
+    with pytest.raises(SystemExit):
+        guarded(raise_error)(error)
+    with pytest.raises(RuntimeError, match="a bug"):
+        guarded(raise_error)(RuntimeError("a bug"))
 
+
+def test_odd_metadata_is_ignored_while_a_command_runs_and_no_longer() -> None:
+    script = """
+import numpy, PIL.ImageOps, simplejpeg, warnings
+kept = list(warnings.filters)
+from cache_tools.console import guarded
+assert warnings.filters == kept
+guarded(warnings.warn_explicit)("odd metadata", UserWarning, "Image.py", 1, "PIL.Image")
+assert warnings.filters == kept
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
+
+
+def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
-        command()
+        guarded(raise_error)(ZeroDivisionError())
 
 
 def test_control_characters_of_file_names_do_not_reach_the_terminal() -> None:

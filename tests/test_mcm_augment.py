@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import random
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,12 +28,18 @@ def png():
     return buffer.getvalue()
 
 
+@contextmanager
+def restored_generators():
+    """Assert that the global generators of the process are afterwards as they were."""
+    before = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+    yield
+    assert before == [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+
 def test_train_transform_draws_only_from_its_seed(png):
     transform = pickle.loads(pickle.dumps(train_transform(STRONG, SPEC)))  # as a loader's worker gets it
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    first = [transform(seed, png) for seed in range(8)]
-    assert torch.equal(torch.get_rng_state(), state), "the training step's generator was disturbed"
+    with restored_generators():
+        first = [transform(seed, png) for seed in range(8)]
     again = [transform(seed, png) for seed in reversed(range(8))][::-1]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert first[0].shape == (3, 32, 32) and not torch.equal(first[0], first[1])
@@ -58,7 +66,8 @@ def batch(rows):
 def test_mixing_is_the_same_however_the_batch_is_split():
     pictures, labels, rows = batch(list(range(100, 132)))
     mixer = Mixer(STRONG, num_classes=4, seed=0)
-    whole, targets = mixer(pictures.clone(), labels, rows, 3)
+    with restored_generators():
+        whole, targets = mixer(pictures.clone(), labels, rows, 3)
     halves = [mixer(pictures[s].clone(), labels[s], rows[s], 3) for s in (slice(16), slice(16, 32))]
     assert torch.equal(whole, torch.cat([half[0] for half in halves]))
     assert torch.equal(targets, torch.cat([half[1] for half in halves]))

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,10 @@ def misbehave(word: str, refuse: bool = False) -> str:
         time.sleep(1e6)
     if word == "REFUSED":
         raise PictureRefused("format", "of no kind")
+    if word == "WARNS":
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.warn_explicit("odd metadata", UserWarning, "Image.py", 1, "PIL.Image")
+        assert not shown
     if word == "EIO":
         raise OSError(errno.EIO, "Input/output error", "1.png")
     return word
@@ -56,7 +61,20 @@ def misbehave(word: str, refuse: bool = False) -> str:
 
 def test_results_come_in_order_and_what_fails_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_pool, "LIMIT_S", 2)
-    words = ["a", "SIGSEGV", "b", "HANG", "REFUSED", "c", "SIGABRT", "SIGSEGV", *map(str, range(40)), "HANG", "d"]
+    words = [
+        "a",
+        "WARNS",
+        "SIGSEGV",
+        "b",
+        "HANG",
+        "REFUSED",
+        "c",
+        "SIGABRT",
+        "SIGSEGV",
+        *map(str, range(40)),
+        "HANG",
+        "d",
+    ]
     reasons = REASONS | {"REFUSED": "format"}
     with DecodePool(2) as pool:
         results = list(pool.map(misbehave, words))

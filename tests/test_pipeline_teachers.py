@@ -32,7 +32,9 @@ def test_features_are_open_clips_own(tmp_path: Path) -> None:
 
 
 def test_a_timm_vit_and_its_own_features() -> None:
+    state = torch.get_rng_state()
     teacher = load_teacher("timm:vit_tiny_patch16_224", "random", 64, device="cpu")
+    assert torch.equal(torch.get_rng_state(), state)  # of the host process
     assert (teacher.grid, teacher.channels, teacher.has_cls) == ((4, 4), 192, True)
     assert teacher.identity.name.endswith("(random weights)")
     pictures = torch.from_numpy(probe_pictures(64, 64))
