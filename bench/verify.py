@@ -1,4 +1,4 @@
-"""`verify --full` against a plain sha256 of the same files, in turn, from a warm page cache: bar 0.80 of its rate.
+"""`verify` against a plain sha256 of the same files, in turn, from a warm page cache: bar 0.80 of its rate.
 
     python bench/verify.py --out bench/results/verify.json
 
@@ -44,11 +44,7 @@ def measure(cache: Path, repeats: int) -> dict[str, Any]:
     files = sorted(path for path in cache.rglob("*") if path.is_file())
     size_mb = sum(path.stat().st_size for path in files) / 1e6
     plain_sha256(files)  # warms the page cache
-    ways: dict[str, dict[str, Any]] = {
-        "full, 1 thread": {"full": True, "threads": 1},
-        "full": {"full": True},
-        "default": {},
-    }
+    ways: dict[str, dict[str, Any]] = {"1 thread": {"threads": 1}, "all threads": {}}
     table: dict[str, Any] = {"files": len(files), "mb": round(size_mb), "threads": len(os.sched_getaffinity(0))}
     for way, options in ways.items():
         pairs = [(timed(plain_sha256, files), timed(verify, cache, quiet=True, **options)) for _ in range(repeats)]
@@ -76,7 +72,7 @@ def main() -> None:
             cache = Path(folder) / "cache"
             make_cache(cache, shape, dtype)
             table[dtype] = measure(cache, 1 if options.quick else options.repeats)
-        for way in ("full, 1 thread", "full", "default"):
+        for way in ("1 thread", "all threads"):
             print(f"{dtype}, {table[dtype]['mb']} MB, {way}: {table[dtype][way]}", flush=True)
     write_results(options.out, table)
 

@@ -163,6 +163,24 @@ class Unit:
             self._crc32cs[shard] = {name: np.array(values, np.uint32) for name, values in crc32cs.items()}
         return self._crc32cs[shard]
 
+    def stored_index(self, shard: int) -> npt.NDArray[np.void]:
+        """The index records of the views of a shard, as they are on disk."""
+        size = self.shard_rows(shard) * VIEW_INDEX_DTYPE.itemsize
+        return np.frombuffer(read_at(self.index_file(shard), _INDEX_HEADER_BYTES, size), VIEW_INDEX_DTYPE)
+
+    def index(self, shard: int) -> npt.NDArray[np.void]:
+        """The index records of the views of a shard.
+
+        Raises: CorruptionError when they are not those of the commit.
+        """
+        index = self.stored_index(shard)
+        if index_crc32cs(index) != tuple(self._checksums(shard)["index"]):
+            raise CorruptionError(
+                f"{self.index_file(shard)}: expected the records whose crc32c the commit holds; found others;"
+                " run `mcm-cache verify`"
+            )
+        return index
+
     def index_rows(self, shard: int, position: int, rows: int) -> npt.NDArray[np.void]:
         """The index records of one chunk, checked against the commit."""
         path, item_bytes = self.index_file(shard), VIEW_INDEX_DTYPE.itemsize

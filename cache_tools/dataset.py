@@ -10,8 +10,8 @@ import pydantic
 
 from .errors import CorruptionError, UsageError
 from .records import Amount, Count, Record, SplitName, nearest, read_record, record_sha256
-from .storage import file_sha256, read_at
-from .tars import INDEX_DTYPE, checked_picture, read_npy
+from .storage import file_sha256
+from .tars import INDEX_DTYPE, read_npy, read_picture
 
 CHUNK_ROWS = 16
 ROWS_PER_SHARD = 1024
@@ -160,6 +160,4 @@ class Dataset:
         """(source bytes, label) of a row, its crc32c checked."""
         shard, position = divmod(row, self.record.rows_per_shard)
         place: Any = self.index(split, shard)[position]
-        tar = self.tar(split, shard)
-        data = read_at(tar, int(place["offset"]), int(place["size"]))
-        return checked_picture(tar, data, int(place["crc32c"]), row), int(place["label"])
+        return read_picture(self.tar(split, shard), place, row), int(place["label"])

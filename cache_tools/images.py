@@ -143,18 +143,3 @@ def decode_view_into(data: bytes | memoryview, out_HW3: RGB) -> None:
     except (OSError, ValueError, SyntaxError) as error:
         raise CorruptionError(f"expected a view of {height}x{width}; it does not decode: {error}") from error
     raise CorruptionError(f"expected a view of {height}x{width} pixels; found {found_height}x{found_width}")
-
-
-def view_size(data: bytes | memoryview) -> tuple[int, int]:
-    """(height, width) of a stored view, by its header alone.
-
-    Raises: CorruptionError when that does not read.
-    """
-    try:
-        if bytes(data[:3]) == b"\xff\xd8\xff":
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        else:
-            width, height = struct.unpack(">II", data[16:24])
-    except (ValueError, struct.error) as error:
-        raise CorruptionError(f"expected the header of a JPEG or PNG: {error}") from error
-    return int(height), int(width)

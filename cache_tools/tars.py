@@ -19,7 +19,7 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from .errors import CorruptionError
 from .records import read_capped
-from .storage import AtomicFile
+from .storage import AtomicFile, read_at
 
 Data = TypeVar("Data", bytes, memoryview)
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32c", "<u4"), ("label", "<i4")])
@@ -121,6 +121,14 @@ def read_sealed_npy(path: Path) -> npt.NDArray[Any]:
     if seal(data[:-4]) != data:
         raise CorruptionError(f"{path}: expected an array with its crc32c; it is damaged; run `mcm-cache verify`")
     return _parse_npy(path, data[:-4], np.dtype(np.float32))
+
+
+def read_picture(tar: Path, place: Any, row: int) -> bytes:
+    """The picture of a row at a `place` of its index, its crc32c checked.
+
+    Raises: CorruptionError naming the file and row.
+    """
+    return checked_picture(tar, read_at(tar, int(place["offset"]), int(place["size"])), int(place["crc32c"]), row)
 
 
 def checked_picture(tar: Path, data: Data, expected_crc32c: int, row: int) -> Data:

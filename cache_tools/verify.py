@@ -1,38 +1,35 @@
 """`mcm-cache verify`: a DATASET or CACHE against its records; what is wrong, by file, so that `repair` can move it.
 
-quick: records decode and are bound to each other, files are there with their sizes. default: also the crc32c of every
-picture, index record and chunk. full: also the sha256 of every file from that same read (compressed chunks that are
-looked into are read twice), the tar's members against the index, sizes of views, finiteness, and that the error of
-quantisation is no larger than the scales allow.
+By default, the records decode and are bound to each other, and every committed file has its size
+and its sha256. In a file that differs, the crc32c of each chunk or picture says which of them
+differ. `quick` checks records and sizes alone.
 """
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .cache import Cache, Unit
+from .arrays import read_chunk
+from .cache import Cache, Unit, index_crc32cs
 from .console import progress
 from .dataset import Dataset, info_json
 from .draws import hash_u64
 from .errors import CorruptionError, IdentityError, UsageError
-from .file_checks import check_array, check_size, check_tar, check_view_index
 from .identity import Commit, FileEntry
-from .quantize import decode
 from .records import read_capped
-from .tars import read_sealed_npy
+from .storage import file_sha256
+from .tars import read_picture, read_sealed_npy
 
-# The error recomputed from the scales against the measured one: within 0.14 % for DeiT-tiny on 250 photographs,
-# shards of 64 rows; fewer values add chance: 5 standard errors of the square of a uniform variable.
-MSE_TOLERANCE = 0.02
+MAX_NAMED = 8  # damaged parts of a file in a message
 _DAMAGE = (errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # others say nothing about the bytes
 
 
@@ -77,7 +74,7 @@ class Report:
     """What was checked, in `shards` of `of` shards, and what is wrong."""
 
     path: str
-    level: str
+    quick: bool = False
     shards: int = 0
     of: int = 0
     files: int = 0
@@ -105,7 +102,6 @@ class _Part(NamedTuple):
 
 def verify(
     path: Path,
-    full: bool = False,
     quick: bool = False,
     share: float = 1.0,
     seed: int = 0,
@@ -116,13 +112,13 @@ def verify(
 
     Raises: UsageError when the folder is neither; IdentityError for another format version.
     """
-    if (full and quick) or not 0 < share <= 1:
-        raise UsageError("expected --quick or --full, not both, and a --subset above 0% and up to 100%")
-    report = Report(str(path), "full" if full else "quick" if quick else "default")
+    if not 0 < share <= 1:
+        raise UsageError("expected a --subset above 0% and up to 100%")
+    report = Report(str(path), quick)
     parts = list(_parts(path, report))
     steps = [(part.check, shard) for part in parts for shard in part.drawn(share, seed)]
     report.shards, report.of = len(steps), sum(len(part.shards) for part in parts)
-    # A quick check is Python alone, which threads do not speed up; reads, sha256 and crc32c of several shards overlap.
+    # A quick check is Python alone, which threads do not speed up; reads and sha256 overlap.
     threads = 1 if quick else threads or min(8, len(os.sched_getaffinity(0)))
     with progress(len(steps), f"verify {path}", "shards", quiet=quiet) as bar, ThreadPoolExecutor(threads) as pool:
         for found in (pool.map if threads > 1 else map)(lambda step: step[0](step[1]), steps):
@@ -153,21 +149,20 @@ def _dataset_parts(path: Path, report: Report) -> list[_Part]:
                 if read_capped(info) != info_json(split, entry):
                     raise CorruptionError(f"{info}: expected the list of tars that dataset.json tells; found another")
         report.add(found)
-    return [_Part(name, shards[name], partial(_check_dataset_shard, dataset, name, report.level)) for name in shards]
+    check = partial(_check_dataset_shard, dataset, report.quick)
+    return [_Part(name, shards[name], partial(check, name)) for name in shards]
 
 
-def _check_dataset_shard(dataset: Dataset, split: str, level: str, shard: int) -> Found:
+def _check_dataset_shard(dataset: Dataset, quick: bool, split: str, shard: int) -> Found:
     found = Found(split, None, shard)
+    parts: Iterable[str] = ()
     tar, entry = dataset.tar(split, shard), dataset.split(split).shards[shard]
-    index: npt.NDArray[np.void] | None = None
+    row0 = shard * dataset.record.rows_per_shard
     with found.file(tar.with_suffix(".index.npy"), "index"):
-        index = dataset.index(split, shard)
+        parts = _damaged_rows(tar, dataset.index(split, shard), row0)
     with found.file(tar, "tar"):
-        file = FileEntry(bytes=entry.tar_bytes, sha256=entry.tar_sha256)
-        check_size(tar, file)
-        if index is not None and level != "quick":
-            check_tar(tar, index, shard * dataset.record.rows_per_shard, file, level == "full")
-            found.rows += entry.rows
+        _check_bytes(tar, FileEntry(bytes=entry.tar_bytes, sha256=entry.tar_sha256), quick, parts)
+    found.rows = 0 if quick or found.problems else entry.rows
     return found
 
 
@@ -196,7 +191,7 @@ def _cache_parts(path: Path, report: Report) -> list[_Part]:
                 if not file.is_file() or file.stat().st_size != len(data) or file.read_bytes() != data:
                     raise CorruptionError(f"{file}: expected the array that cache.json asks for; missing or changed")
         report.add(found)
-        parts.append(_Part(str(unit), shards, partial(_check_shard, unit, report.level)))
+        parts.append(_Part(str(unit), shards, partial(_check_shard, unit, report.quick)))
     return parts
 
 
@@ -209,90 +204,65 @@ class _Unfinished(Unit):
         return False
 
 
-def _check_shard(unit: Unit, level: str, shard: int) -> Found:
+def _check_shard(unit: Unit, quick: bool, shard: int) -> Found:
     found = Found(unit.split, str(unit), shard)
-    # The features last: what they are decoded with is sound then.
-    arrays = {name: unit.group / unit.specs[name].shard_file(shard) for name in sorted(unit.specs, key="patch".__eq__)}
+    arrays = {name: unit.group / spec.shard_file(shard) for name, spec in unit.specs.items()}
     paths = {"index": unit.index_file(shard), "views": unit.tar(shard)} | arrays
     with found.file(unit.commit_file(shard), "commit"):
         commit = unit.commit(shard)
         names = {path.relative_to(unit.path).as_posix() for path in paths.values()}
-        if commit.files.keys() != names or commit.chunk_crc32c.keys() != {"index", *unit.specs}:
+        if commit.files.keys() != names:
             raise CorruptionError(f"{unit.commit_file(shard)}: expected {sorted(names)}; found {sorted(commit.files)}")
     if not found.problems:
-        _check_files(unit, shard, commit, paths, level, found)
+        for what, path in paths.items():
+            with found.file(path, what):
+                entry = commit.files[path.relative_to(unit.path).as_posix()]
+                _check_bytes(path, entry, quick, _damaged(unit, commit, what))
+        found.rows = 0 if quick or found.problems else commit.rows
     return found
 
 
-def _check_files(unit: Unit, shard: int, commit: Commit, paths: dict[str, Path], level: str, found: Found) -> None:
-    index: npt.NDArray[np.void] | None = None
-    seen = _Seen(unit.identity.channels)
-    for what, path in paths.items():
-        with found.file(path, what):
-            entry = commit.files[path.relative_to(unit.path).as_posix()]
-            check_size(path, entry)
-            if level == "quick":
-                continue
-            if what == "index":
-                index = check_view_index(path, commit, entry, level == "full")
-            elif what == "views" and index is not None:
-                size = (unit.identity.view_height, unit.identity.view_width)
-                check_tar(path, index, shard * unit.identity.rows_per_shard, entry, level == "full", size)
-                found.rows += commit.rows
-            elif what != "views":
-                crc32cs, spec = commit.chunk_crc32c[what], unit.specs[what]
-                see = partial(seen.take, what) if level == "full" else None
-                check_array(unit.group, spec, shard, crc32cs, entry, see)
-            if what == "patch" and level == "full" and not found.problems:
-                _check_features(unit, commit, seen)
-
-
-class _Seen:
-    """What passed by of a shard's arrays: the first chunk of each, and the largest error that all scales stand for."""
-
-    def __init__(self, channels: int) -> None:
-        self.channels, self.error = channels, 0.0
-        self.first: dict[str, npt.NDArray[Any]] = {}
-
-    def take(self, name: str, chunk: npt.NDArray[Any]) -> None:
-        if name not in self.first:
-            self.first[name] = chunk.copy()
-        if name == "scale":
-            self.error += step_error(chunk, self.channels)
-
-    def finite(self) -> bool:
-        """Whether the first chunk decodes to finite features; a row at a time, which stays in the processor's cache."""
-        of_shard = {
-            name: self.first[f"channel_{name}"][0] for name in ("mean", "std") if f"channel_{name}" in self.first
-        }
-        for row, codes in enumerate(self.first["patch"]):
-            of_row = {name: self.first[name][row] for name in ("scale",) if name in self.first}
-            if not np.isfinite(decode(codes, **of_row, **of_shard)).all():
-                return False
-        return True
-
-
-def _check_features(unit: Unit, commit: Commit, seen: _Seen) -> None:
-    """The first chunk decodes to finite features; the scales account for the error that the commit tells.
-
-    Constant channels and steps wider than the values have less error than their scales allow, never more.
-    Raises: CorruptionError.
-    """
-    if not seen.finite():
-        raise CorruptionError(f"{unit.group}: shard {commit.shard}: its first features are not finite")
-    said = commit.fidelity.relative_mse
-    if not seen.error or said == 0:  # float16, or nothing lost, as where every feature is constant
+def _damaged(unit: Unit, commit: Commit, what: str) -> Iterator[str]:
+    """Yield the chunks of an array or an index, or the rows of a tar, whose own crc32c differs."""
+    if what == "views":
+        with suppress(CorruptionError):  # of the index, which is a problem of its own
+            row0 = commit.shard * unit.identity.rows_per_shard
+            yield from _damaged_rows(unit.tar(commit.shard), unit.index(commit.shard), row0)
         return
-    mean, std = seen.first["channel_mean"][0], seen.first["channel_std"][0].astype(np.float64)
-    shift = np.array(commit.channel_mean) - mean
-    energy = commit.rows * unit.identity.tokens * ((np.array(commit.channel_var) + shift**2) / std**2).sum()
-    tolerance = MSE_TOLERANCE + 5 / (commit.rows * unit.identity.tokens * unit.identity.channels) ** 0.5
-    if not said <= seen.error / energy * (1 + tolerance):
-        where, most = f"{unit.group}: shard {commit.shard}", seen.error / energy
-        raise CorruptionError(f"{where}: its scales allow a relative MSE of {most:.3g}; its commit says {said:.3g}")
+    shard, checksums = commit.shard, commit.chunk_crc32c[what]
+    if what == "index":
+        found = index_crc32cs(unit.stored_index(shard))
+        differ = [one != expected for one, expected in zip(found, checksums, strict=True)]
+    else:
+        read = partial(read_chunk, unit.group, unit.specs[what], shard)
+        differ = [_fails(read, position, crc32c) for position, crc32c in enumerate(checksums)]
+    yield from (f"chunk {position}" for position, differs in enumerate(differ) if differs)
 
 
-def step_error(scale: npt.NDArray[Any], channels: int) -> float:
-    """Summed squared error of codes whose errors are uniform over a step; the largest value of a token is exact."""
-    steps = scale.astype(np.float32).ravel()
-    return float(np.dot(steps, steps)) / 12 * (channels - 1)
+def _damaged_rows(tar: Path, index: npt.NDArray[np.void], row0: int) -> Iterator[str]:
+    rows = enumerate(index, row0)
+    return (f"row {row}" for row, place in rows if _fails(read_picture, tar, place, row))
+
+
+def _fails(read: Callable[..., object], *arguments: object) -> bool:
+    try:
+        read(*arguments)
+    except CorruptionError:
+        return True
+    return False
+
+
+def _check_bytes(path: Path, entry: FileEntry, quick: bool, parts: Iterable[str]) -> None:
+    """Check the size of a file and, unless `quick`, its sha256.
+
+    Raises: CorruptionError naming the file and its damaged `parts`.
+    """
+    size = path.stat().st_size if path.is_file() else "no file"
+    if size != entry.bytes:
+        raise CorruptionError(f"{path}: expected {entry.bytes} bytes; found {size}")
+    if not quick and file_sha256(path) != entry.sha256:
+        damaged = list(parts)
+        more = f" and {len(damaged) - MAX_NAMED} more" if len(damaged) > MAX_NAMED else ""
+        where = ", ".join(damaged[:MAX_NAMED]) + more or "no part that has a checksum of its own"
+        expected = "expected the bytes whose sha256 is recorded"
+        raise CorruptionError(f"{path}: {expected}; found others in {where}")

@@ -14,7 +14,7 @@ from cache_tools.console import guarded
 if TYPE_CHECKING:  # imported where they are used: torch is slow to come
     from cache_tools.verify import Report
 
-    from .reinfer import Reinferred
+    from .recompute import Recomputed
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -194,21 +194,19 @@ def preview_command(
 @guarded
 def verify_command(
     path: Annotated[Path, typer.Argument(metavar="CACHE|DATASET")],
-    quick: Annotated[bool, typer.Option("--quick", help="Sizes and records alone; no data is read.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Also sha256, tar members, finiteness, quantisation.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Records and sizes alone; no data is read.")] = False,
     subset: Annotated[str, typer.Option(help="Share of the shards, such as 5%, at least one of each unit.")] = "100%",
-    seed: Annotated[int, typer.Option(help="Draws the subset and the rows of --reinfer.")] = 0,
-    reinfer: Annotated[int, typer.Option(help="Rows to compute again with --teacher and --weights.", min=0)] = 0,
-    teacher: Annotated[str, typer.Option(help="As in extract, for --reinfer.")] = "",
-    weights: Annotated[str, typer.Option(help="As in extract, for --reinfer.")] = "",
-    precision: Annotated[str | None, typer.Option(help="As in extract, for --reinfer.")] = None,
-    device: Annotated[str | None, typer.Option(help="As in extract, for --reinfer.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws the subset and the rows of --recompute.")] = 0,
+    recompute: Annotated[int, typer.Option(help="Rows to compute again with --teacher and --weights.", min=0)] = 0,
+    teacher: Annotated[str, typer.Option(help="As in extract, for --recompute.")] = "",
+    weights: Annotated[str, typer.Option(help="As in extract, for --recompute.")] = "",
+    device: Annotated[str | None, typer.Option(help="As in extract, for --recompute.")] = None,
     repair: Annotated[bool, typer.Option("--repair", help="Move what is damaged to PATH.run/quarantine.")] = False,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Check every committed byte; exit 4 and the files by name when something is damaged.
+    """Check the sha256 of every committed file; exit 4 and the files by name when something is damaged.
 
-    Example: mcm-cache verify cache --full
+    Example: mcm-cache verify cache
     """
     from cache_tools.errors import UsageError
     from cache_tools.verify import verify
@@ -216,21 +214,21 @@ def verify_command(
     share = re.fullmatch(r"([0-9]+\.?[0-9]*)%", subset)
     if not share:
         raise UsageError(f"--subset {subset!r}: expected a share such as 5%")
-    if reinfer and not (teacher and weights and (path / "cache.json").is_file()):
-        raise UsageError("--reinfer: expected a CACHE, and --teacher and --weights as in its `mcm-cache extract`")
-    report = verify(path, full, quick, float(share[1]) / 100, seed, quiet=json)
+    if recompute and not (teacher and weights and (path / "cache.json").is_file()):
+        raise UsageError("--recompute: expected a CACHE, and --teacher and --weights as in its `mcm-cache extract`")
+    report = verify(path, quick, float(share[1]) / 100, seed, quiet=json)
     again = None
-    if reinfer and report.problems:
-        print("--reinfer: left out until what is damaged below is made again", file=sys.stderr)
-    elif reinfer:
-        from .reinfer import reinfer as compute_again
+    if recompute and report.problems:
+        print("--recompute: left out until what is damaged below is made again", file=sys.stderr)
+    elif recompute:
+        from .recompute import recompute as compute_again
 
-        again = compute_again(path, reinfer, teacher, weights, device, precision, seed)
+        again = compute_again(path, recompute, teacher, weights, device, seed)
         report.problems += again.problems
     _conclude(report, again, repair, json)
 
 
-def _conclude(report: "Report", again: "Reinferred | None", mend: bool, json: bool) -> None:
+def _conclude(report: "Report", again: "Recomputed | None", mend: bool, json: bool) -> None:
     """Print what `verify` found and, with `mend`, move it; CorruptionError when it found something."""
     from dataclasses import asdict
 
@@ -238,22 +236,22 @@ def _conclude(report: "Report", again: "Reinferred | None", mend: bool, json: bo
     from cache_tools.errors import CorruptionError
     from cache_tools.repair import repair
 
-    # A teacher that is another than its name says proves nothing about the cache.
-    doubt = any(problem.what == "teacher" for problem in report.problems)
-    lines = [shard.text for shard in again.shards] if again else []
+    lines = [f"{again.rows} rows computed again, lowest cosine {again.lowest_cosine:.6f}"] if again else []
     lines += [problem.text for problem in report.problems]
     if lines and not json:  # before a repair, which may fail
         print("\n".join(lines), flush=True)
-    done = repair(report) if mend and report.problems and not doubt else None
+    done = repair(report) if mend and report.problems else None
     if json:
-        parts = {"reinferred": again and asdict(again)["shards"], "repair": done and asdict(done)}
+        cosines = {"rows": again.rows, "lowest_cosine": again.lowest_cosine} if again else None
+        parts = {"recomputed": cosines, "repair": done and asdict(done)}
         print_json(asdict(report) | {name: part for name, part in parts.items() if part is not None})
     else:
         share = f", {report.shards} of {report.of} shards" if report.shards < report.of else ""
-        what = f"{report.files} files and {report.rows} rows are as committed ({report.level}{share})"
-        print("\n".join([*(done.lines() if done else []), f"{report.path}: {what}"]))
+        whole = f"{report.files} files and {report.rows} rows are as committed"
+        what = f"{report.files} files are there with their sizes" if report.quick else whole
+        print("\n".join([*(done.lines() if done else []), f"{report.path}: {what}{share}"]))
     if report.problems:
-        hint = "" if done else "; `--repair` moves them away, so that they can be made again" if not doubt else ""
+        hint = "" if done else "; `--repair` moves them away, so that they can be made again"
         raise CorruptionError(f"{report.path}: {len(report.problems)} problems, each named above{hint}")
 
 

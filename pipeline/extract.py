@@ -205,20 +205,28 @@ def publish_teacher(cache: Path, teacher: Teacher) -> float:
         publish(cache / "projection.npy", encode_npy(teacher.projection))
     pictures = torch.from_numpy(probe_pictures(teacher.identity.height, teacher.identity.width))
     exact, found = (teacher.features(pictures, p)[0].cpu().numpy() for p in ("fp32", teacher.precision))
-    path = cache / "probe.npy"
-    publish(path, seal(encode_npy(exact)), compare=False)
-    difference = relative_mse(exact, read_sealed_npy(path))
-    if not difference <= PROBE_TOLERANCE:
-        raise IdentityError(
-            f"{path}: this teacher's features of the probe pictures differ by {difference:.1e} (relative MSE, at most "
-            f"{PROBE_TOLERANCE:.0e}); expected the weights, activation and layer that began this cache"
-        )
+    publish(cache / "probe.npy", seal(encode_npy(exact)), compare=False)
+    compare_probe(cache, exact)
     precision_mse = relative_mse(found, exact)
     if not math.isfinite(precision_mse):
         raise UsageError(
             f"--precision {teacher.precision}: expected finite features of the probe pictures; found others; use fp32"
         )
     return precision_mse
+
+
+def compare_probe(cache: Path, exact: np.ndarray) -> None:
+    """Compare float32 features of the probe pictures with those that began the cache.
+
+    Raises: IdentityError when they differ; CorruptionError when the stored ones are damaged.
+    """
+    path = cache / "probe.npy"
+    difference = relative_mse(exact, read_sealed_npy(path))
+    if not difference <= PROBE_TOLERANCE:
+        raise IdentityError(
+            f"{path}: this teacher's features of the probe pictures differ by {difference:.1e} (relative MSE, at most "
+            f"{PROBE_TOLERANCE:.0e}); expected the weights, activation and layer that began this cache"
+        )
 
 
 def relative_mse(x: np.ndarray, reference: np.ndarray) -> float:

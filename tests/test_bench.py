@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 COLUMNS = {
-    "verify": ("int8", {"files", "mb", "threads", "full, 1 thread", "full", "default"}),
+    "verify": ("int8", {"files", "mb", "threads", "1 thread", "all threads"}),
     "resume_scan": ("scan", {"s", "peak_mib", "floor_mib"}),
     "scale": (
         "1024 rows",

@@ -46,8 +46,8 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def mend(path: Path, full: bool = True) -> Repair:
-    return repair(verify(path, full=full, quiet=True))
+def mend(path: Path) -> Repair:
+    return repair(verify(path, quiet=True))
 
 
 def reshard(place: Path, dataset: Path) -> None:
@@ -84,17 +84,17 @@ def identity_at(cache: Path) -> None:
 def test_the_same_extract_makes_the_very_bytes_again(place: Path, cache: Path, damage: Callable[[Path], None]) -> None:
     before = {path: path.stat() for path in cache.rglob("*") if path.is_file()}
     damage(cache)
-    damaged = {problem.file for problem in verify(cache, full=True, quiet=True).problems}
+    damaged = {problem.file for problem in verify(cache, quiet=True).problems}
     done = mend(cache)
     assert done.quarantine and done.moved and "mcm-cache extract" in " ".join(done.next)
     assert not any(Path(file).exists() for file in damaged)
     if damage is not identity_at:
-        left = verify(cache, full=True, quiet=True).problems
+        left = verify(cache, quiet=True).problems
         assert {problem.what for problem in left} <= {"projection"}  # missing, until `extract` has written it
         assert mend(cache).quarantine is None  # nothing left to do, no folder for it
     spared = {path for path in before if path.exists()}
     extract(request(place, cache))
-    assert tree_digest(cache) == tree_digest(place / "good") and not verify(cache, full=True, quiet=True).problems
+    assert tree_digest(cache) == tree_digest(place / "good") and not verify(cache, quiet=True).problems
     redone = {(problem.parent.parent, problem.stem) for problem in map(Path, damaged) if problem.parent.name == "views"}
     kept = [path for path in spared if path.parent.name == "views" and (path.parent.parent, path.stem) not in redone]
     untouched = [path for path in kept if path.stat().st_mtime_ns == before[path].st_mtime_ns]
@@ -141,7 +141,7 @@ def test_killed_before_any_move(cache: Path, tmp_path: Path, monkeypatch: pytest
             mend(trial)
         monkeypatch.undo()
         mend(trial)
-        assert not verify(trial, full=True, quiet=True).problems
+        assert not verify(trial, quiet=True).problems
         assert vouched == {name for name in tree_digest(trial) if "commits" in name or "manifest" in name}
 
 
@@ -266,10 +266,9 @@ def test_filling_in_is_resumed_after_a_kill(place: Path, dataset: Path, monkeypa
 def test_the_command(cache: Path) -> None:
     assert "3 of 7 shards" in run("mcm-cache", "verify", cache, "--subset", "34%")
     assert "such as 5%" in run("mcm-cache", "verify", cache, "--subset", "0.05", expect=2)
-    assert "not both" in run("mcm-cache", "verify", cache, "--quick", "--full", expect=2)
     flip(cache / "train/v1/views/000001.tar")
-    assert "`--repair` moves them away" in run("mcm-cache", "verify", cache, "--full", expect=4)
-    said = run("mcm-cache", "verify", cache, "--full", "--repair", "--json", expect=4)
+    assert "`--repair` moves them away" in run("mcm-cache", "verify", cache, expect=4)
+    said = run("mcm-cache", "verify", cache, "--repair", "--json", expect=4)
     known = json.loads(said[: said.rindex("}") + 1])
     assert [problem["unit"] for problem in known["problems"]] == ["train/v1"] and len(known["repair"]["moved"]) == 3
     assert not json.loads(run("mcm-cache", "verify", cache, "--repair", "--json"))["problems"]

@@ -24,10 +24,10 @@ def test_cache_v1() -> None:
     picture = np.zeros((32, 32, 3), np.uint8)
     decode_view_into(chunks[0].pictures[0], picture)
     assert hashlib.sha256(b"".join(p for chunk in chunks for p in chunk.pictures)).hexdigest()[:16] == PICTURES_SHA256
-    assert not verify(DATA / "cache-v1", full=True, quiet=True).problems
+    assert not verify(DATA / "cache-v1", quiet=True).problems
 
 
 def test_dataset_v1() -> None:
     dataset = Dataset(DATA / "dataset-v1")
     assert dataset.labels("train").tolist() == [0, 1] * 4 and dataset.rows("val") == 4
-    assert not verify(DATA / "dataset-v1", full=True, quiet=True).problems
+    assert not verify(DATA / "dataset-v1", quiet=True).problems

@@ -87,13 +87,13 @@ def read(path: Path) -> Content:
 
 def problems_of(path: Path) -> list[str]:
     try:
-        return [problem.text for problem in verify(path, full=True, quiet=True).problems]
+        return [problem.text for problem in verify(path, quiet=True).problems]
     except DECLARED as error:
         return [str(error)]
 
 
 def judge(path: Path, damaged: list[Path], good: Content, what: str) -> None:
-    """The heart of it: `verify --full` names a damaged file, and no row is other than it was."""
+    """The heart of it: `verify` names a damaged file, and no row is other than it was."""
     # A foreign or missing record at the root is told by the folder, or by all that does not belong to it.
     names = [str(path) if file.parent == path else str(file) for file in damaged]
     named = any(name in problem for name in names for problem in problems_of(path))

@@ -186,7 +186,7 @@ def test_copies_elsewhere_are_the_same(place, trained, teacher, tmp_path) -> Non
     extract(request(root, root / "cache", views=3))
     assert tree_digest(place / "cache").items() <= tree_digest(root / "cache").items()
     for path in (root / "cache", root / "dataset"):
-        assert not verify(path, full=True, quiet=True).problems
+        assert not verify(path, quiet=True).problems
     moved = Path(shutil.copytree(trained, tmp_path / "moved" / "trained"))
     shutil.rmtree(checkpoint.folder(moved / "run", 3))
     pretrain(make_config(**ONE_EPOCH), moved / "cache", moved / "run", moved / "data")

@@ -73,7 +73,7 @@ def test_extractors_share_one_cache(
         again = commits_written(folder / "log")
         assert again.keys() == written.keys() and again.total() <= written.total() + killed * VIEWS, where
         assert tree_digest(folder / "out") == expected, where
-        assert not verify(folder / "out", full=True, quiet=True).problems, where
+        assert not verify(folder / "out", quiet=True).problems, where
         kills += killed
     tally("races: extract", races=races, kills=kills, failures=0)
 
