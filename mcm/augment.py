@@ -53,7 +53,7 @@ class SeededTransform:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed the three global generators that timm draws from, and restore their states afterwards."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state(legacy=False)
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
         np.random.seed(seed % 2**32)

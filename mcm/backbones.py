@@ -10,6 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
 
+import pydantic
 import timm
 import torch
 from safetensors import SafetensorError
@@ -55,6 +56,9 @@ class FinetuneRun(Record):
     std: tuple[float, ...]
     interpolation: str
     crop_pct: float
+    # What the BatchNorm of a frozen run sees: rows per micro-batch of a rank, and the number of ranks.
+    micro_batch: int | None = pydantic.Field(None, exclude_if=lambda value: value is None)
+    ranks: int | None = pydantic.Field(None, exclude_if=lambda value: value is None)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
         model = make_classifier(
             backbone.model, len(dataset.classes), config.pool, config.drop_path, seed, config.frozen
         )
-        claim(out, describe(config, dataset, init, backbone), FinetuneConfig)
+        claim(out, describe(config, dataset, init, backbone, order), FinetuneConfig)
         mixer = Mixer(config.augment, len(dataset.classes), seed)
         source = DatasetSource(dataset, "train", train_transform(config.augment, backbone), seed, rows)
         held = DatasetSource(dataset, "val", eval_transform(backbone), seed)
@@ -84,7 +84,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
     return top1
 
 
-def describe(config: FinetuneConfig, dataset: Dataset, init: str, backbone: Backbone) -> FinetuneRun:
+def describe(config: FinetuneConfig, dataset: Dataset, init: str, backbone: Backbone, order: Order) -> FinetuneRun:
     """The run's identity; the backbone's model has its new head already."""
     architecture, arguments = model_args(backbone.model)
     return FinetuneRun(
@@ -100,6 +100,8 @@ def describe(config: FinetuneConfig, dataset: Dataset, init: str, backbone: Back
         std=backbone.std,
         interpolation=backbone.interpolation,
         crop_pct=backbone.crop_pct,
+        micro_batch=order.batch if config.frozen else None,
+        ranks=order.world if config.frozen else None,
     )
 
 

@@ -32,6 +32,7 @@ ENGINE_FIELDS = {
     "keep_last",
 }
 ENGINE_FIELDS |= {"eval_epochs", "knn_epochs"}
+LATER = {"cache", "data_sha256", "micro_batch", "ranks"}  # fields of run.json that older runs lack
 
 
 class PretrainRun(Record):
@@ -113,7 +114,7 @@ def claim(run_dir: Path, run: Any, config: type[Record]) -> None:
         found = [f"kind: {ours!r} != {kind!r}"]
         if kind == ours:
             there = read_record(type(run), path)
-            unknown = {k: v for k, v in there if k in ("cache", "data_sha256") and None in (v, getattr(run, k))}
+            unknown = {k: v for k, v in there if k in LATER and None in (v, getattr(run, k))}
             run = run.model_copy(update=unknown)  # unknown is not different
             there = there.model_copy(update={"config": _filled(config, there.config)})
             found = differences(run, there)

@@ -18,7 +18,7 @@ from mcm.config import FinetuneConfig
 from mcm.export import export
 from mcm.finetune import accuracy, finetune, make_classifier
 from mcm.loop import STOP, Loop, engine
-from mcm.order import EvalOrder
+from mcm.order import EvalOrder, Order
 from mcm.run_folder import last_eval
 from mcm.stream import DatasetSource
 
@@ -125,6 +125,17 @@ def test_a_frozen_encoder_does_not_move_and_its_head_learns(data, tmp_path):
     assert {name.partition("/")[0] for name in found.optimizer} == {"head.1.weight", "head.1.bias"}
     assert all(torch.equal(load_encoder(str(run)).model.state_dict()[name], tensor) for name, tensor in begin.items())
     assert export(run, tmp_path / "out")["num_classes"] == 2  # it compares timm's outputs with the run's
+
+
+def test_a_frozen_run_keeps_its_micro_batch_and_ranks(data, tmp_path, monkeypatch):
+    finetune(config(**LINEAR), data.path, "random", None, tmp_path)
+    kept = (tmp_path / "run.json").read_bytes()
+    finetune(config(**LINEAR, train={"micro_batch": 31}), data.path, "random", None, tmp_path)  # the same 16 rows
+    with monkeypatch.context() as patch:
+        patch.setattr("mcm.finetune.Order", lambda rows, chunk, batch, micro, world, *rest: Order(rows, 1, 64, 32, 2))
+        with pytest.raises(IdentityError, match="micro_batch: 32 != 16; ranks: 2 != 1"):
+            finetune(config(**LINEAR), data.path, "random", None, tmp_path)
+    assert (tmp_path / "run.json").read_bytes() == kept
 
 
 def test_a_frozen_encoder_stays_in_evaluation_when_the_loop_trains():

@@ -73,8 +73,10 @@ def make_job(run, micro_batch=32, source=None, dropout=0.3, hook=lambda step: No
 
 
 def run_job(job):
+    state = torch.get_rng_state()
     with engine("fp32") as accelerator:
         train(job, accelerator)
+    assert torch.equal(torch.get_rng_state(), state)  # of the host process
     return metrics(job.run_dir)
 
 
