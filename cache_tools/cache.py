@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from .quantize import decode
 from .records import read_record, record_sha256, sha256_hex
 from .storage import read_at
 from .tars import VIEW_INDEX_DTYPE, checked_picture, encode_npy, read_npy
+
+if TYPE_CHECKING:
+    import zarr
 
 _INDEX_HEADER_BYTES = len(encode_npy(np.zeros(0, VIEW_INDEX_DTYPE)))  # numpy pads it, whatever the number of rows
 
@@ -280,6 +283,22 @@ class Cache:
     def complete_units(self, split: str) -> list[Unit]:
         """The units of a split that can be trained on: those with a manifest."""
         return [unit for unit in self.units(split) if unit.complete]
+
+    def zarr(self, split: str, view: int = 0) -> "zarr.Group":
+        """The arrays of a complete unit, as a read-only group of zarr-python.
+
+        docs/format.md tells how codes decode. zarr-python reads a missing shard as fill values;
+        `Unit.chunk` raises.
+        Raises: UsageError naming the complete units; CorruptionError when a zarr.json is changed.
+        """
+        import zarr  # 0.6 s
+
+        units = {(unit.split, unit.view): unit for unit in self.all_units() if unit.complete}
+        if (split, view) not in units:
+            names = ", ".join(map(str, units.values())) or "none"
+            raise UsageError(f"{self.path}: expected a complete unit; found no {split}/v{view}; there is {names}")
+        units[split, view].check_arrays()
+        return zarr.open_group(units[split, view].group, mode="r")
 
 
 def index_crc32cs(index: npt.NDArray[np.void]) -> tuple[int, ...]:

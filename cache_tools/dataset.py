@@ -116,6 +116,17 @@ class Dataset:
         """The tar of a shard."""
         return self.path / split / f"{shard_name(shard)}.tar"
 
+    def webdataset(self, split: str) -> Any:
+        """The rows of a split in order, as a `webdataset.WebDataset` of undecoded samples.
+
+        Keys of a sample: `jpg`, `png` or `webp` (the picture), `cls` (its label), `json` (its source).
+        webdataset does not compare checksums; `picture` does.
+        """
+        import webdataset  # imports torch
+
+        tars = [str(self.tar(split, shard)) for shard in range(len(self.split(split).shards))]
+        return webdataset.WebDataset(tars, shardshuffle=False)
+
     def index(self, split: str, shard: int) -> npt.NDArray[np.void]:
         """The index of a shard, checked against dataset.json; 20 bytes a row stay in memory."""
         if (split, shard) not in self._indexes:

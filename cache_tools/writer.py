@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import ShardWriter
+from .arrays import ShardWriter, check_metadata
 from .cache import Unit, index_crc32cs
 from .dataset import row_key
 from .errors import IdentityError
@@ -33,8 +33,7 @@ class UnitShardWriter:
         unit = self.unit
         remove(unit.manifest_file)
         remove(unit.commit_file(self.shard))
-        for path, data in unit.zarr_files().items():
-            publish(path, data)
+        _publish_arrays(unit)
         arrays = {name: ShardWriter(unit.group, spec, self.shard) for name, spec in unit.specs.items()}
         with ExitStack() as stack:  # closes those that are open when the next one cannot be opened
             self._tar = stack.enter_context(TarShardWriter(unit.tar(self.shard)))
@@ -116,11 +115,20 @@ def publish_identity(cache: Path, identity: CacheIdentity) -> None:
     publish(path, encode_record(identity))
 
 
+def _publish_arrays(unit: Unit) -> None:
+    """Publish every zarr.json of the unit, once zarr-python has accepted it."""
+    files = unit.zarr_files()
+    if not all(path.is_file() for path in files):
+        for spec in unit.specs.values():
+            check_metadata(spec)
+    for path, data in files.items():
+        publish(path, data)
+
+
 def finish_unit(unit: Unit) -> bool:
     """Write the manifest when every shard has its commit; says whether the unit is complete."""
     if not unit.complete and len(unit.committed()) == unit.num_shards:
-        for path, data in unit.zarr_files().items():  # those that `verify --repair` moved away
-            publish(path, data)
+        _publish_arrays(unit)  # again: `verify --repair` may have moved some away
         shas = tuple(record_sha256(unit.commit(shard)) for shard in range(unit.num_shards))
         manifest = Manifest(
             identity_sha256=unit.identity_sha256, split=unit.split, view=unit.view, rows=unit.rows, commits=shas

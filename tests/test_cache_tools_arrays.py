@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import zarr
 
-from cache_tools.arrays import ArraySpec, ShardWriter, array_json, crc32c, read_chunk
+from cache_tools.arrays import ArraySpec, ShardWriter, array_json, check_metadata, crc32c, read_chunk
 from cache_tools.errors import CorruptionError
 from cache_tools.storage import write_atomic
 
@@ -95,6 +95,12 @@ def test_chunks_come_back_and_damage_is_named(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(CorruptionError, match="c.0.0"):
             read_chunk(tmp_path, spec, 0, 0, crc32cs[0])
+
+
+def test_zarr_python_refuses_what_it_cannot_read() -> None:
+    check_metadata(ArraySpec("patch", (40, 3), "int8", 16, 32))
+    with pytest.raises(ValueError, match="divisible"):
+        check_metadata(ArraySpec("patch", (40, 3), "int8", 16, 40))
 
 
 def test_a_shard_that_fails_does_not_appear(tmp_path: Path) -> None:

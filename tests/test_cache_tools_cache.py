@@ -77,6 +77,19 @@ def test_a_foreign_reader_reads_the_same(tmp_path: Path, compress: str | None) -
             assert pictures[rows] == chunk.pictures and labels[rows] == chunk.labels.tolist()
 
 
+def test_users_get_a_read_only_group(cache: Path) -> None:
+    group = Cache(cache).zarr("train", 1)
+    assert (group["patch"][16:32] == Cache(cache).units("train")[1].chunk(1).codes).all()
+    with pytest.raises(ValueError, match="read.only"):
+        group["patch"][0] = 0
+    with pytest.raises(UsageError, match="found no val/v1; there is train/v0, train/v1, val/v0"):
+        Cache(cache).zarr("val", 1)
+    path = cache / "train" / "v0" / "features.zarr" / "patch" / "zarr.json"
+    path.write_text(path.read_text().replace("100", "1000000000000"))
+    with pytest.raises(CorruptionError, match=r"patch/zarr\.json"):
+        Cache(cache).zarr("train")
+
+
 def test_a_cache_of_a_dtype_that_was_removed_is_refused_with_the_allowed_ones(cache: Path) -> None:
     reseal(cache / "cache.json", lambda payload: payload.update(dtype="int4", compress="blosc"))
     with pytest.raises(IdentityError, match=r"dtype: 'int8' or 'float16' != 'int4'; compress: 'zstd' != 'blosc'"):
