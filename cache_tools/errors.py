@@ -6,7 +6,7 @@ McmError 1
 +-- TooManyRefused 3   more refused pictures than the budget
 +-- CorruptionError 4  bytes on disk are not what was committed
 +-- IdentityError 5    two things that must be the same are not
-+-- ResourceError 7    disk, permission or network
++-- ResourceError 7    disk, permission, GPU memory or network
 +-- Interrupted 75     stopped by a signal; the same command resumes
 """
 
@@ -46,7 +46,7 @@ class IdentityError(McmError):
 
 
 class ResourceError(McmError):
-    """Disk, permission or network."""
+    """Disk, permission, GPU memory or network."""
 
     exit_code = 7
 
