@@ -32,7 +32,8 @@ from cache_tools.console import progress
 from cache_tools.dataset import Dataset
 from cache_tools.identity import CacheIdentity, Fingerprint
 from cache_tools.writer import UnitShardWriter, publish_identity
-from pipeline import extract
+from pipeline import extract, launch
+from pipeline.config import ExtractConfig
 from pipeline.shard_features import Extractor, Spent, UnitEncoder, render_views
 from pipeline.teachers import Teacher, load_teacher
 
@@ -53,7 +54,8 @@ class Place:
 
     def __init__(self, folder: Path, dataset: Dataset, teacher: Teacher, views: int, size: int) -> None:
         self.folder, self.dataset, self.teacher, self.runs = folder, dataset, teacher, 0
-        request = extract.Request(str(dataset.path), folder, teacher.identity.name, "", views=views, size=size)
+        config = ExtractConfig(teacher=teacher.identity.name, weights="", views=views, size=size)
+        request = extract.Request(str(dataset.path), folder, config)
         self.identity: CacheIdentity = extract.describe(request, dataset, teacher)
         self.views, device, versions = range(views), teacher.device.type, extract.versions(teacher)
         self.fingerprint = Fingerprint(device=device, precision=teacher.precision, batch=BATCH, versions=versions)
@@ -136,7 +138,8 @@ def extraction_mb(dataset: Path, teacher: str) -> float:
     reset_peak(torch.device("cpu"))
     imports_mb = resident_megabytes()
     cache = dataset.with_name("cache")
-    extract.extract(extract.Request(str(dataset), cache, teacher, "random", size=32, views=1, device="cpu"))
+    config = ExtractConfig(teacher=teacher, weights="random", size=32, views=1)
+    extract.extract(extract.Request(str(dataset), cache, config, launch.Place(device="cpu", threads=CORES)))
     return peak_megabytes() - imports_mb
 
 

@@ -29,7 +29,8 @@ SCAN = """
 import json, resource, sys, time
 from pathlib import Path
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-from pipeline.extract import Request, walk
+from pipeline.extract import walk
+from pipeline.launch import Place
 from cache_tools.cache import Cache
 from cache_tools.info import info
 from cache_tools.storage import settle
@@ -40,7 +41,7 @@ if what == "scan":
     settle(path)
     units = {"train": Cache(path).units("train")}
     done = sum(unit.shard_rows(k) for unit in units["train"] for k in unit.committed())
-    found = next(walk(units, Request(source="", cache=path, teacher="", weights="")))
+    found = next(walk(units, path, Place()))
     assert found == ("train", units["train"][0].num_shards - 1), found
 elif what == "info":
     assert info(path)["units"]["train/v0"]["shards"]

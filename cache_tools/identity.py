@@ -18,7 +18,7 @@ class CropPolicy(Record):
     `scale` is the crop's share of the source's area, `ratio` its width over height, `flip` the chance of a mirror.
     """
 
-    kind: Literal["rrc", "center"]
+    kind: Literal["rrc", "center"] = "rrc"
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -161,25 +161,31 @@ def config_file(name: str) -> Path:
     raise UsageError(f"config {name!r}: no such file, nor one of {', '.join(sorted(names))}{nearest(name, names)}")
 
 
-def load_toml(cls: type[R], path: Path, overrides: Sequence[str] = ()) -> R:
+def load_toml(
+    cls: type[R], path: Path | None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> R:
     """The configuration in `path` with `section.key=value` overrides (values in TOML syntax; bare words are strings).
+
+    `flags` are values of keys that the command line names by options of its own; `path` may be None with them.
 
     Raises: UsageError naming the key, what was expected and the nearest known key.
     """
     try:
-        payload = tomllib.loads(read_capped(path, MAX_CONFIG_BYTES, UsageError).decode())
+        payload = tomllib.loads(read_capped(path, MAX_CONFIG_BYTES, UsageError).decode()) if path else {}
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise UsageError(f"{path}: not valid TOML: {error}") from error
+    payload |= flags or {}
+    where = path or "the command line"
     for override in overrides:
         _override(payload, override)
     try:
         return cls.model_validate_json(json.dumps(payload, default=str))  # a date of TOML's is then no number either
     except RecursionError as error:
-        raise UsageError(f"{path}: expected sections of values; found tables in tables in tables") from error
+        raise UsageError(f"{where}: expected sections of values; found tables in tables in tables") from error
     except pydantic.ValidationError as error:
         # A misspelled key shows as one unknown and one missing: the unknown one tells more.
         first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-        raise UsageError(f"{path}: {_explain(cls, first)}") from error
+        raise UsageError(f"{where}: {_explain(cls, first)}") from error
 
 
 def _override(payload: dict[str, Any], override: str) -> None:

@@ -1,6 +1,5 @@
 """The program `mcm-cache`: stage one, pictures in, cache out."""
 
-import math
 import re
 import sys
 from importlib.metadata import version
@@ -77,79 +76,42 @@ def shard_command(
 @app.command("extract", no_args_is_help=True)
 @guarded
 def extract_command(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="DATASET; or pictures, sharded into CACHE/dataset.")],
+    source: Annotated[
+        str, typer.Argument(metavar="DATASET", help="Or pictures, which are sharded into CACHE/dataset first.")
+    ],
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="New folder, or one to continue.")],
-    teacher: Annotated[str, typer.Option(help="open_clip:ARCH, open_clip:FOLDER or timm:NAME.")],
-    weights: Annotated[str, typer.Option(help="A tag (openai), a file, 'pretrained' (timm), or 'random'.")],
-    split: Annotated[list[str] | None, typer.Option(help="Splits to extract; all where left out.")] = None,
-    views: Annotated[int, typer.Option(help="Views of each training picture; more can be added later.")] = 4,
-    crop: Annotated[str, typer.Option(help="rrc or center, for split train; others are centre crops.")] = "rrc",
-    scale: Annotated[tuple[float, float], typer.Option(help="rrc: share of the area.")] = (0.2, 1.0),
-    ratio: Annotated[tuple[float, float], typer.Option(help="rrc: width over height.")] = (3 / 4, 4 / 3),
-    flip: Annotated[float, typer.Option(help="rrc: chance of a mirror.")] = 0.5,
-    size: Annotated[int, typer.Option(help="Side of a view in pixels: what the student sees.")] = 224,
-    patch: Annotated[int | None, typer.Option(help="Student's patch in pixels; checked against the grid.")] = None,
-    teacher_size: Annotated[
-        int | None, typer.Option(help="Side of the teacher's input; its own where left out.")
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE|NAME", help="A TOML file, or a shipped one: extract/clip_vitb16.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="int8 or float16.")] = "int8",
-    compress: Annotated[str | None, typer.Option(help="zstd, inside the Zarr chunks.")] = None,
-    max_error: Annotated[
-        float, typer.Option(help="Refuse a shard whose stored features are further off: relative MSE.")
-    ] = float("inf"),
-    encoding: Annotated[str, typer.Option(help="Views: jpeg:QUALITY:444|422|420 or png.")] = "jpeg:95:444",
-    precision: Annotated[str | None, typer.Option(help="Of the forward: fp32, fp16 (CUDA's default) or bf16.")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures a forward, a multiple of 16.")] = 64,
-    threads: Annotated[int | None, typer.Option(help="Rendering threads; this worker's share of the cores.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides the crops.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:1; the worker's own GPU where left out.")
+    teacher: Annotated[str | None, typer.Option(help="open_clip:ARCH, open_clip:FOLDER or timm:NAME.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="A tag (openai), a file, 'pretrained' (timm), or 'random'.")
     ] = None,
-    worker: Annotated[int | None, typer.Option(help="Number of this worker; from the launcher where left out.")] = None,
+    views: Annotated[int | None, typer.Option(help="Views per training picture; more can be added later.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of a view in pixels: what the student sees.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="int8 or float16.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="All splits where left out; may be repeated.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Pictures per forward, a multiple of 16.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the file; may be repeated.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default the worker's own GPU.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Rendering threads; by default its share.")] = None,
+    worker: Annotated[int | None, typer.Option(help="Number of this worker; by default from the launcher.")] = None,
     workers: Annotated[int | None, typer.Option(help="How many there are.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print bytes, shards and hours; write nothing.")] = False,
 ) -> None:
     """Write views and teacher features, shard by shard; the same command resumes, several at once share the work.
 
-    Example: mcm-cache extract imagenet-dataset cache --teacher open_clip:ViT-B-16-quickgelu --weights openai
+    Example: mcm-cache extract dataset cache --config extract/clip_vitb16
     """
-    from cache_tools.errors import UsageError
-    from cache_tools.identity import CropPolicy
-
+    from .config import load_config
     from .extract import Request, extract
     from .launch import launched
 
-    place = launched(worker, workers, device, threads)
-    if crop not in ("rrc", "center"):
-        raise UsageError(f"--crop {crop!r}: expected rrc or center")
-    if not all(map(math.isfinite, (*scale, *ratio, flip))):
-        raise UsageError("--scale, --ratio and --flip: expected finite numbers")
-    policy = CropPolicy(kind="rrc", scale=scale, ratio=ratio, flip=flip)
-    request = Request(
-        source=source,
-        cache=cache,
-        teacher=teacher,
-        weights=weights,
-        splits=tuple(split or ()),
-        views=views,
-        crop=policy if crop == "rrc" else CropPolicy(kind="center"),
-        size=size,
-        patch=patch,
-        encoding=encoding,
-        dtype=dtype,
-        compress=compress,
-        max_error=max_error,
-        teacher_size=teacher_size,
-        precision=precision,
-        batch=batch,
-        threads=place.threads,
-        seed=seed,
-        worker=place.worker,
-        workers=place.workers,
-        device=place.device,
-        dry_run=dry_run,
-    )
-    extract(request)
+    flags = dict(teacher=teacher, weights=weights, views=views, size=size, dtype=dtype, batch=batch, splits=split)
+    request = load_config(config, flags, set_ or ())
+    extract(Request(source, cache, request, launched(worker, workers, device, threads), dry_run))
 
 
 @app.command("info", no_args_is_help=True)

@@ -1,14 +1,12 @@
 """`mcm-cache extract`: a DATASET and a teacher in, views and features out; any number of workers, resumed at will."""
 
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -16,16 +14,18 @@ from pydantic import ValidationError
 
 from cache_tools.cache import Unit
 from cache_tools.console import StopFlag, progress
-from cache_tools.dataset import CHUNK_ROWS, Dataset
+from cache_tools.dataset import Dataset
 from cache_tools.errors import IdentityError, Interrupted, UsageError
-from cache_tools.identity import CacheIdentity, CropPolicy, Fingerprint
-from cache_tools.images import PICTURE_RULES, check_encoding
-from cache_tools.records import read_record
+from cache_tools.identity import CacheIdentity, Fingerprint
+from cache_tools.images import PICTURE_RULES
+from cache_tools.records import read_record, write_toml
 from cache_tools.storage import locks_work, publish, run_folder, settle, shard_lock, try_lock
 from cache_tools.tars import encode_npy, read_sealed_npy, seal
 from cache_tools.writer import finish_unit, publish_identity
 
+from .config import ExtractConfig
 from .dry_run import print_plan
+from .launch import Place
 from .shard import shard
 from .shard_features import Extractor
 from .teachers import Teacher, load_teacher, probe_pictures
@@ -34,34 +34,16 @@ from .views import TRAIN, pixels_sha256
 # Largest relative MSE between the float32 probe features of two machines. GELU in the place of QuickGELU moves those of
 # the demo's CLIP by 4.2e-5 and of DeiT-tiny by 7.0e-2.
 PROBE_TOLERANCE = 1e-6
-MAX_SIZE = 4096  # pixels a side
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for; sizes in pixels, `batch` in pictures (a multiple of 16)."""
+    """What to extract, from a DATASET or pictures into a CACHE, and the place of this worker."""
 
     source: str
     cache: Path
-    teacher: str
-    weights: str
-    splits: tuple[str, ...] = ()
-    views: int = 4
-    crop: CropPolicy = CropPolicy(kind="rrc")
-    size: int = 224
-    patch: int | None = None
-    encoding: str = "jpeg:95:444"  # token cosine to the unrecompressed view 0.983; 0.949 at 92:420
-    dtype: str = "int8"
-    compress: str | None = None
-    max_error: float = math.inf
-    teacher_size: int | None = None
-    precision: str | None = None
-    batch: int = 64
-    threads: int = 0
-    seed: int = 0
-    worker: int = 0
-    workers: int = 1
-    device: str | None = None
+    config: ExtractConfig
+    place: Place = Place()
     dry_run: bool = False
 
 
@@ -70,38 +52,39 @@ def extract(request: Request) -> None:
 
     Raises: UsageError, IdentityError before any work; CorruptionError; Interrupted when stopped at a shard.
     """
-    _check(request)
-    teacher = load_teacher(request.teacher, request.weights, request.teacher_size, request.device, request.precision)
-    check_grid(request, teacher)
+    config, place = request.config, request.place
+    teacher = load_teacher(config.teacher, config.weights, config.teacher_size, place.device, config.precision)
+    check_grid(config, teacher)
     dataset = open_source(request)
     identity = describe(request, dataset, teacher)
     units = {
-        split: [Unit(request.cache, identity, split, view) for view in range(request.views if split == TRAIN else 1)]
-        for split in (request.splits or dataset.record.splits)
+        split: [Unit(request.cache, identity, split, view) for view in range(config.views if split == TRAIN else 1)]
+        for split in (config.splits or dataset.record.splits)
     }
     if request.dry_run:
-        return print_plan(units, dataset, teacher, request.batch, request.cache)
+        return print_plan(units, dataset, teacher, config.batch, request.cache)
     settle(request.cache)
     publish_identity(request.cache, identity)
+    publish(request.cache / "extract.toml", write_toml(config).encode(), compare=False)
     precision_mse = publish_teacher(request.cache, teacher)
     every_unit = [unit for group in units.values() for unit in group]
     total = sum(unit.rows for unit in every_unit)
     done = sum(unit.shard_rows(k) for unit in every_unit for k in unit.committed())
-    threads = request.threads or len(os.sched_getaffinity(0))
     with (
         StopFlag("the shard in work is finished and committed") as stop,
-        ThreadPoolExecutor(threads) as ahead,
+        ThreadPoolExecutor(place.threads) as ahead,
         ThreadPoolExecutor(1) as behind,
         progress(total, f"extract {request.cache}", "views", done) as bar,
     ):
         fingerprint = Fingerprint(
-            device=teacher.device.type, precision=teacher.precision, batch=request.batch, versions=versions(teacher)
+            device=teacher.device.type, precision=teacher.precision, batch=config.batch, versions=versions(teacher)
         )
-        extractor = Extractor(dataset, identity, teacher, fingerprint, precision_mse, request.max_error, ahead, behind)
+        max_error = config.max_error or math.inf
+        extractor = Extractor(dataset, identity, teacher, fingerprint, precision_mse, max_error, ahead, behind)
         made = True
         while made:  # once more, for what others held and left
             made = False
-            for split, k in walk(units, request):
+            for split, k in walk(units, request.cache, place):
                 with try_lock(shard_lock(request.cache, split, k)) as held:
                     missing = [unit for unit in units[split] if not unit.commit_file(k).is_file()]
                     if held and missing:
@@ -114,31 +97,11 @@ def extract(request: Request) -> None:
     print(f"{request.cache}: {sum(complete)} of {len(complete)} units complete{left}", flush=True)
 
 
-def _check(request: Request) -> None:
-    check_encoding(request.encoding)
-    if request.dtype not in ("int8", "float16"):
-        raise UsageError(f"--dtype {request.dtype!r}: expected int8 or float16")
-    if request.compress not in (None, "zstd"):
-        raise UsageError(f"--compress {request.compress!r}: expected zstd")
-    if not request.max_error > 0:
-        raise UsageError(f"--max-error {request.max_error}: expected a relative MSE above 0, such as 1e-3")
-    if request.batch < CHUNK_ROWS or request.batch % CHUNK_ROWS:
-        raise UsageError(f"--batch {request.batch}: expected a multiple of {CHUNK_ROWS}")
-    if request.views < 1 or not 0 <= request.worker < request.workers:
-        raise UsageError("expected --views of at least 1, and a worker below --workers")
-    sizes = (request.size, request.teacher_size or 1, request.patch or 1, request.threads + 1)
-    if min(sizes) < 1 or max(sizes) > MAX_SIZE:
-        raise UsageError(f"expected --size, --teacher-size, --patch from 1 to {MAX_SIZE} px and --threads from 0")
-    (low, high), (narrow, wide) = request.crop.scale, request.crop.ratio
-    if not 0 < low <= high <= 1 or not 0 < narrow <= wide or not 0 <= request.crop.flip <= 1:
-        raise UsageError("expected --scale and --ratio as LOW HIGH above 0 (scale at most 1), --flip from 0 to 1")
-
-
 def open_source(request: Request) -> Dataset:
     """The DATASET of the request; pictures that are not sharded yet are, into CACHE/dataset."""
     if (Path(request.source) / "dataset.json").is_file():
         return Dataset(Path(request.source))
-    if request.workers > 1 or request.dry_run:
+    if request.place.workers > 1 or request.dry_run:
         raise UsageError(
             f"{request.source}: expected a DATASET for several workers or --dry-run; run `mcm-cache shard` first"
         )
@@ -146,37 +109,38 @@ def open_source(request: Request) -> Dataset:
     return Dataset(request.cache / "dataset")
 
 
-def check_grid(request: Request, teacher: Teacher) -> None:
+def check_grid(config: ExtractConfig, teacher: Teacher) -> None:
     """Raises: UsageError when the teacher's grid and the student's cannot be the same."""
     rows, columns = teacher.grid
-    patch = request.patch or request.size // rows
-    if request.patch is None and (request.size % rows or rows != columns):
-        raise UsageError(f"--size {request.size}: expected a --size that {rows} divides, the teacher's tokens a side")
-    if (request.size / patch, request.size / patch) != (rows, columns):
-        fitting = teacher.identity.height // rows * (request.size // patch)
+    patch = config.patch or config.size // rows
+    if config.patch is None and (config.size % rows or rows != columns):
+        raise UsageError(f"--size {config.size}: expected a --size that {rows} divides, the teacher's tokens a side")
+    if (config.size / patch, config.size / patch) != (rows, columns):
+        fitting = teacher.identity.height // rows * (config.size // patch)
         raise UsageError(
-            f"grids differ: views of {request.size} px in patches of {patch} against the teacher's {rows}x{columns} "
-            f"tokens; use --teacher-size {fitting}, or another --size or --patch"
+            f"grids differ: views of {config.size} px in patches of {patch} against the teacher's {rows}x{columns} "
+            f"tokens; use --set teacher_size={fitting}, or another size or patch"
         )
 
 
 def describe(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdentity:
     """The identity of the cache that the request asks for; UsageError for a split that the DATASET has not."""
-    unknown = [split for split in request.splits if split not in dataset.record.splits]
+    config = request.config
+    unknown = [split for split in config.splits if split not in dataset.record.splits]
     if unknown:
         dataset.split(unknown[0])
     try:
         return CacheIdentity(
             teacher=teacher.identity,
-            crop=request.crop,
-            seed=request.seed,
-            view_height=request.size,
-            view_width=request.size,
-            view_encoding=request.encoding,
+            crop=config.crop,
+            seed=config.seed,
+            view_height=config.size,
+            view_width=config.size,
+            view_encoding=config.encoding,
             picture_rules=PICTURE_RULES,
-            dtype=cast(Literal["int8", "float16"], request.dtype),
-            compress=cast(Literal["zstd"] | None, request.compress),
-            pixels_sha256=pixels_sha256(request.encoding) if _tells_pixels(request.cache / "cache.json") else None,
+            dtype=config.dtype,
+            compress=config.compress,
+            pixels_sha256=pixels_sha256(config.encoding) if _tells_pixels(request.cache / "cache.json") else None,
             grid=teacher.grid,
             channels=teacher.channels,
             has_cls=teacher.has_cls,
@@ -210,7 +174,7 @@ def publish_teacher(cache: Path, teacher: Teacher) -> float:
     precision_mse = relative_mse(found, exact)
     if not math.isfinite(precision_mse):
         raise UsageError(
-            f"--precision {teacher.precision}: expected finite features of the probe pictures; found others; use fp32"
+            f"precision {teacher.precision}: expected finite features of the probe pictures; found others; use fp32"
         )
     return precision_mse
 
@@ -249,16 +213,16 @@ def versions(teacher: Teacher) -> dict[str, str]:
     )
 
 
-def walk(units: dict[str, list[Unit]], request: Request) -> Iterator[tuple[str, int]]:
+def walk(units: dict[str, list[Unit]], cache: Path, place: Place) -> Iterator[tuple[str, int]]:
     """Every shard that a unit misses, from this worker's own offset; those that others hold are skipped by their lock.
 
     What is committed costs no lock and no look at each file: one reading of the folder of commits a unit.
     """
     done = {split: set.intersection(*(set(unit.committed()) for unit in group)) for split, group in units.items()}
     shards = [(split, k) for split, group in units.items() for k in range(group[0].num_shards)]
-    if request.workers > 1 and not locks_work(run_folder(request.cache)):
-        shards = shards[request.worker :: request.workers]
+    if place.workers > 1 and not locks_work(run_folder(cache)):
+        shards = shards[place.worker :: place.workers]
     else:
-        start = len(shards) * request.worker // request.workers
+        start = len(shards) * place.worker // place.workers
         shards = shards[start:] + shards[:start]
     return ((split, k) for split, k in shards if k not in done[split])

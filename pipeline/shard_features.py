@@ -152,7 +152,8 @@ class UnitEncoder:
         if rows:
             value = float(peak_B[rows[0]])
             row = self.writer.shard * self.identity.rows_per_shard + rows[0]
-            remedy = "--dtype int8" if self.identity.dtype == "float16" and np.isfinite(value) else "--precision fp32"
+            too_large = self.identity.dtype == "float16" and np.isfinite(value)
+            remedy = "--dtype int8" if too_large else "--set precision=fp32"
             raise UsageError(
                 f"{self.writer.unit} shard {self.writer.shard}: expected finite features that fit {self.identity.dtype}"
                 f"; found {value:.4g} in the {self.identity.teacher.layer} layer, row {row} ({len(rows)} of"
@@ -173,7 +174,7 @@ class UnitEncoder:
         if not loss <= max_error:
             raise UsageError(
                 f"{self.writer.unit} shard {self.writer.shard}: expected a relative MSE of at most {max_error:g}; found"
-                f" {loss:.3g} with {self.identity.dtype}; use a wider --dtype or raise --max-error"
+                f" {loss:.3g} with {self.identity.dtype}; use a wider --dtype or raise max_error"
             )
         fidelity = Fidelity(
             relative_mse=float(f"{loss:.4g}"),

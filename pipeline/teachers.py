@@ -113,7 +113,7 @@ def _load_open_clip(name: str, weights: str, size: int | None, device: torch.dev
     config, tag = _open_clip_config(name, weights)
     vision, quick_gelu = dict(config["vision_cfg"]), bool(config.get("quick_gelu", False))
     if "timm_model_name" in vision and size not in (None, vision["image_size"]):
-        raise UsageError(f"--teacher-size {size}: {name} is a timm tower of {vision['image_size']} px; use timm:NAME")
+        raise UsageError(f"teacher_size {size}: {name} is a timm tower of {vision['image_size']} px; use timm:NAME")
     vision["image_size"] = size or vision.get("image_size", 224)
     tower = _build_vision_tower(config["embed_dim"], vision, quick_gelu)
     if not isinstance(tower, VisionTransformer | TimmModel):

@@ -6,7 +6,9 @@ from make_cache import view
 from make_teacher import make_teacher
 from PIL import Image
 
+from pipeline.config import load_config
 from pipeline.extract import Request, extract
+from pipeline.launch import Place
 from pipeline.shard import shard
 
 
@@ -26,13 +28,15 @@ def make_place(root: Path, rows: int = 72, val_rows: int = 16, refused: int = 0)
     return root
 
 
-def request(place: Path, cache: Path, **changes: object) -> Request:
+def request(
+    place: Path, cache: Path, source: str = "", worker: tuple[int, int] = (0, 1), device: str = "cpu", **changes: object
+) -> Request:
     """What `extract` is asked for: 2 views of 32 px, with ROOT/clip on the CPU."""
     weights = place / "clip" / "open_clip_model.safetensors"
-    known = dict(
-        source=str(place / "dataset"), cache=cache, teacher=f"open_clip:{place / 'clip'}", weights=str(weights)
+    flags = dict(teacher=f"open_clip:{place / 'clip'}", weights=str(weights), views=2, size=32, batch=16)
+    return Request(
+        source or str(place / "dataset"), cache, load_config(None, flags | changes), Place(*worker, device, 2)
     )
-    return Request(**known | dict(views=2, size=32, batch=16, threads=2, device="cpu") | changes)  # type: ignore[arg-type]
 
 
 def make_extracted(place: Path, name: str, **changes: object) -> Path:

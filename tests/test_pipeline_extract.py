@@ -24,6 +24,7 @@ from cache_tools.identity import CropPolicy
 from cache_tools.images import decode_rgb, decode_view_into
 from cache_tools.quantize import decode
 from cache_tools.verify import verify
+from pipeline.config import load_config
 from pipeline.extract import extract, versions
 from pipeline.shard import shard
 from pipeline.teachers import load_teacher
@@ -157,7 +158,9 @@ def test_views_are_added_without_touching_those_there(place: Path, tmp_path: Pat
     before = tree_digest(tmp_path / "cache")
     extract(request(place, tmp_path / "cache", views=2))
     after = tree_digest(tmp_path / "cache")
-    assert before.items() <= after.items() and after == tree_digest(cache)
+    assert before.items() <= after.items() and after | {"extract.toml": ""} == tree_digest(cache) | {"extract.toml": ""}
+    again = load_config(str(tmp_path / "cache" / "extract.toml"), {})
+    assert again == request(place, cache, views=1, splits=("train",)).config  # the request that began it
 
 
 def test_a_folder_of_pictures_is_sharded_first_and_float16_is_exact(place: Path, tmp_path: Path) -> None:
@@ -171,7 +174,7 @@ def test_a_folder_of_pictures_is_sharded_first_and_float16_is_exact(place: Path,
     ("changes", "said"),
     [
         (dict(seed=1), r"seed: 1 != 0"),
-        (dict(crop=CropPolicy(kind="center")), r"crop.kind: 'center' != 'rrc'"),
+        (dict(crop={"kind": "center"}), r"crop.kind: 'center' != 'rrc'"),
         (dict(encoding="png"), "view_encoding"),
         (dict(dtype="float16"), r"dtype: 'float16' != 'int8'"),
         (dict(size=64), "view_height: 64 != 32"),
@@ -209,14 +212,16 @@ def test_probe_features_tell_what_names_do_not(place: Path, cache: Path, monkeyp
     ("changes", "said"),
     [
         (dict(size=42), "a --size that 4 divides"),
-        (dict(patch=16), "use --teacher-size 16"),
-        (dict(batch=20), "multiple of 16"),
-        (dict(dtype="int4"), "expected int8 or float16"),
-        (dict(compress="lz4"), "expected zstd"),
-        (dict(max_error=0.0), "a relative MSE above 0"),
+        (dict(patch=16), "use --set teacher_size=16"),
+        (dict(batch=20), "batch: Input should be a multiple of 16"),
+        (dict(dtype="int3"), "dtype: Input should be 'int8' or 'float16'"),
+        (dict(compress="lz4"), "compress: Input should be 'zstd'"),
+        (dict(max_error=0.0), "max_error: Input should be greater than 0"),
+        (dict(view=3), "unknown key 'view'; did you mean 'views'"),
+        (dict(crop={"scale": [0.5, 2.0]}), r"expected crop.scale = .LOW, HIGH. in"),
+        (dict(teacher=None), "expected --teacher and --weights, or --config"),
         (dict(encoding="jpeg:120:420"), "jpeg:QUALITY"),
         (dict(splits=("tset",)), "no split 'tset'"),
-        (dict(workers=2, worker=2), "a worker below"),
     ],
 )
 def test_usage_errors_come_before_any_work(place: Path, tmp_path: Path, changes: dict[str, object], said: str) -> None:
@@ -228,10 +233,15 @@ def test_usage_errors_come_before_any_work(place: Path, tmp_path: Path, changes:
 @pytest.mark.parametrize(
     ("dtype", "value", "where", "said"),
     [
-        ("float16", float("inf"), "patch", "found inf in the last layer, row 21 .1 of 24 rows.; use --precision fp32"),
-        ("int8", float("nan"), "patch", "found nan in the last layer, row 21 .* use --precision fp32"),
+        (
+            "float16",
+            float("inf"),
+            "patch",
+            "found inf in the last layer, row 21 .1 of 24 rows.; use --set prec",
+        ),
+        ("int8", float("nan"), "patch", "found nan in the last layer, row 21 .* use --set precision"),
         ("float16", 7e4, "patch", "found 7e[+]04 in the last layer, row 21 .* use --dtype int8"),
-        ("int8", float("nan"), "cls", "found nan in the last layer, row 21 .* use --precision fp32"),
+        ("int8", float("nan"), "cls", "found nan in the last layer, row 21 .* use --set precision"),
     ],
 )
 def test_features_that_cannot_be_stored_stop_the_shard(

@@ -12,7 +12,9 @@ from make_teacher import make_teacher
 from cache_tools.cache import Cache
 from cache_tools.errors import IdentityError, UsageError
 from cache_tools.verify import verify
+from pipeline.config import ExtractConfig
 from pipeline.extract import Request, extract
+from pipeline.launch import Place
 from pipeline.recompute import Recomputed, recompute
 from pipeline.shard import shard
 from pipeline.shard_features import Extractor
@@ -101,7 +103,7 @@ def test_real_features(shared_data: Path, tmp_path: Path) -> None:
     )
     for precision in ("fp32", "bf16"):
         cache = tmp_path / precision
-        known = dict(views=1, batch=16, device="cpu", precision=precision)
-        extract(Request(str(tmp_path / "dataset"), cache, teacher, weights, **known))  # type: ignore[arg-type]
+        config = ExtractConfig(teacher=teacher, weights=weights, views=1, batch=16, precision=precision)
+        extract(Request(str(tmp_path / "dataset"), cache, config, Place(device="cpu")))
         found = recompute(cache, 4, teacher, weights, "cpu")
         assert not found.problems and found.rows == 4 and found.lowest_cosine > 0.9999

@@ -156,7 +156,7 @@ def test_a_held_shard_is_left_to_its_holder(place: Path, tmp_path: Path, capsys)
 def test_the_teacher_sees_batches_of_one_size(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """40 rows in shards of 32: the last batch of a shard is filled up, never with rows of the next."""
     asked, seen = request(place, tmp_path / "cache", views=1, splits=("train",)), []
-    teacher = load_teacher(asked.teacher, asked.weights, None, "cpu")
+    teacher = load_teacher(asked.config.teacher, asked.config.weights, None, "cpu")
     monkeypatch.setattr(pipeline.extract, "load_teacher", lambda *_: teacher)
     forward = Teacher.features
 

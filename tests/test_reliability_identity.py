@@ -88,7 +88,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher(place: Path, monkeypatch: pytest.MonkeyPatch) -> Teacher:
     """The teacher of `place`, which `extract` then gets without loading it again."""
     asked = request(place, place / "cache")
-    loaded = load_teacher(asked.teacher, asked.weights, None, "cpu")
+    loaded = load_teacher(asked.config.teacher, asked.config.weights, None, "cpu")
     monkeypatch.setattr(pipeline.extract, "load_teacher", lambda *_: loaded)
     return loaded
 
@@ -219,7 +219,7 @@ def wrong_layer(teacher: Teacher, index: int, normalised: bool) -> None:
 def test_probe_features_tell_what_no_field_does(place, teacher, tmp_path, monkeypatch, fault) -> None:
     """Every field of the identity is the same; only what the tower computes differs."""
     asked = request(place, place / "cache")
-    wrong = load_teacher(asked.teacher, asked.weights, None, "cpu")
+    wrong = load_teacher(asked.config.teacher, asked.config.weights, None, "cpu")
     if fault == "other weights":
         wrong.tower.load_state_dict({name: value * 1.01 for name, value in wrong.tower.state_dict().items()})
     else:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from disk import DIE, Disk
+from make_extract import request
 from make_teacher import make_teacher
 from test_pipeline_shard import make_source
 
@@ -38,12 +39,7 @@ def run_shard(place: Path, out: Path) -> None:
 
 
 def run_extract(place: Path, cache: Path, views: int = 1, worker: int = 0, workers: int = 1) -> None:
-    request = extract_module.Request(
-        source=str(place / "dataset"), cache=cache, teacher=f"open_clip:{place / 'clip'}",
-        weights=str(place / "clip" / "open_clip_model.safetensors"), views=views, size=32, batch=16, threads=2,
-        device="cpu", worker=worker, workers=workers,
-    )  # fmt: skip
-    extract_module.extract(request)
+    extract_module.extract(request(place, cache, worker=(worker, workers), views=views))
 
 
 def start(run: Callable[..., None], place: Path, out: Path, log: Path, at: str = "", **options: Any) -> BaseProcess:
