@@ -40,7 +40,7 @@ from cache_tools.errors import Interrupted
 from cache_tools.quantize import channel_stats, decode, encode
 from cache_tools.records import write_toml
 from cache_tools.verify import verify
-from mcm import checkpoint
+from mcm import checkpoint, prober
 from mcm.config import Target
 from mcm.export import export
 from mcm.finetune import finetune
@@ -142,6 +142,15 @@ def test_a_gpu_is_seen_only_when_it_is_asked_for():
     assert torch.cuda.is_available() == ASKED
 
 
+def test_convolutions_in_float32_do_not_use_tf32():
+    torch.backends.cudnn.allow_tf32 = True  # the default of torch
+    prober.device()
+    assert not torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    with on("cpu"), engine("fp32"):
+        assert not torch.backends.cudnn.allow_tf32
+
+
 @both
 def test_arithmetic_is_that_of_numpy(device, note):
     draw = np.random.default_rng(0)
@@ -188,13 +197,15 @@ def test_forward_and_gradients_are_those_of_float64(device, precision, limit, no
         functional.mse_loss(y.to(dtype), target.to(where, dtype)).backward()
         return y, {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
 
+    exact = ((pictures.double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()).permute(0, 3, 1, 2)
     with on(device), engine(precision) as accelerator, accelerator.autocast():
+        convolved, _ = run(exact.float(), torch.float32, device)
         y, found = run(pictures.byte(), torch.float32, device)
-    exact = (pictures.double() / 255 - torch.tensor(MEAN).double()) / torch.tensor(STD).double()
-    wanted_y, wanted = run(exact.permute(0, 3, 1, 2), torch.float64, "cpu")
+    wanted_y, wanted = run(exact, torch.float64, "cpu")
     embedding = found["encoder.patch_embed.proj.weight"]
     assert embedding.any() and not embedding[3].any()
     assert note("prediction", gap(y, wanted_y)) <= limit
+    assert note("prediction by a convolution", gap(convolved, wanted_y)) <= limit
     each = {name: gap(found[name], gradient) for name, gradient in wanted.items()}
     note(f"gradient furthest off, {max(each, key=each.get)}", max(each.values()))
     flat = [torch.cat([x.flatten() for x in gradients.values()]) for gradients in (found, wanted)]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from mcm import checkpoint
 from mcm.backbones import load_encoder
 from mcm.config import PretrainConfig
 from mcm.pretrain import pretrain
-from mcm.run_folder import ExitRecord, PretrainRun
+from mcm.run_folder import ExitRecord, PretrainRun, describe_run
 from mcm.task import channel_stats
 
 FIGURES = {"loss_masked", "r2_masked", "loss_full", "r2_full", "rank_features", "rank_target"}
@@ -361,3 +362,15 @@ def test_channel_statistics_are_those_of_all_units(cache):
     mean, std = channel_stats(units)
     flat = features.reshape(-1, 16)
     assert np.allclose(mean, flat.mean(0), atol=0.01) and np.allclose(std, flat.std(0), rtol=0.01)
+
+
+def test_a_run_is_described_without_the_metadata_of_zarr_and_of_this_package(tmp_path, monkeypatch):
+    def version(name):
+        if name in ("zarr", "masked-channel-modeling"):
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr("mcm.run_folder.version", version)
+    describe_run(tmp_path, make_config())
+    env = json.loads((tmp_path / "env.json").read_text())
+    assert "zarr" not in env and env["torch"] == "1" and env["software"].startswith("not installed")
