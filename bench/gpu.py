@@ -1,6 +1,6 @@
 """One part of the GPU run of scripts/gpu, or its table. Everything is synthetic; docs/gpu.md explains the parts.
 
-    python bench/gpu.py machine|B|S|L|variants|online|extract|road|table --out FOLDER [--quick]
+    python bench/gpu.py machine|B|S|L|compile_B|...|variants|online|extract|road|table --out FOLDER [--quick]
 
 A part writes FOLDER/PART.json. `--quick` runs the same code with tiny sizes, on a CPU too.
 """
@@ -17,12 +17,12 @@ TABLE = (
     ("B", "eager", "images_per_s", "ViT-B/16, eager, images/s", "", "2,300-2,600"),
     ("B", "compiled", "images_per_s", "ViT-B/16, compiled, images/s", "", "2,800-3,100"),
     ("B", "compiled", "utilisation", "ViT-B/16, share of the matrix rate", ">= 0.45", "0.49-0.53"),
-    ("L", "compiled, 128", "utilisation", "ViT-L/16, micro-batch 128", ">= 0.55", "0.53-0.57"),
-    ("L", "compiled, 256", "utilisation", "ViT-L/16, micro-batch 256", ">= 0.55", "0.55-0.59"),
+    ("L", "compiled", "utilisation", "ViT-L/16, share of the matrix rate", ">= 0.55", "0.55-0.59"),
     ("S", "compiled", "images_per_s", "ViT-S/16, compiled, images/s", "", "6,500-7,300"),
     ("S", "compiled", "utilisation", "ViT-S/16, share of the matrix rate", "", "0.26-0.30"),
     ("B", "stream, 8 workers", "ratio", "ViT-B/16, stream-fed against resident", ">= 0.97", ""),
-    ("S", "stream, 8 workers", "ratio", "ViT-S/16, stream-fed against resident", ">= 0.97", ""),
+    ("S", "stream, 8 workers", "ratio", "ViT-S/16, the same, 8 workers", ">= 0.97", ""),
+    ("S", "stream, 12 workers", "ratio", "ViT-S/16, the same, 12 workers", ">= 0.97", ""),
     ("B", "checkpoint", "share", "checkpoints, share of a run of ViT-B", "<= 0.02", "0.023"),
     ("L", "checkpoint", "share", "checkpoints, share of a run of ViT-L", "<= 0.02", "0.04-0.06"),
     ("online", "B/16, eager teacher", "gain", "cached against online, B with B/16", "", "1.40-1.45"),

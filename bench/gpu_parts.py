@@ -60,8 +60,8 @@ class Student:
 
 STUDENTS = {
     "B": Student("pretrain/imagenet_vitb16_clipb16", 256, 16, Shape(4096)),
-    "L": Student("pretrain/imagenet_vitl16_clipl14_196", 128, 10, Shape(2048, channels=1024)),
-    "S": Student("pretrain/imagenet_vits16_clipb16", 256, 24, Shape(4096)),
+    "L": Student("pretrain/imagenet_vitl16_clipl14_196", 256, 8, Shape(2048, channels=1024)),
+    "S": Student("pretrain/imagenet_vits16_clipb16", 512, 16, Shape(4096)),
 }
 TINY = ("student.width=32", "student.depth=1", "student.heads=2", "decoder.depth=1")
 QUICK = Student("pretrain/imagenet_vitb16_clipb16", 16, 2, Shape(64, 64, 4, 64, 32), TINY)
@@ -77,6 +77,7 @@ def run(name: str, out: Path, quick: bool) -> None:
         works: dict[str, Callable[[], None]] = {
             "machine": part.machine, "variants": part.variants, "online": part.online, "extract": part.extract,
             "road": part.road, **{student: lambda s=student: part.student(s) for student in STUDENTS},
+            **{f"compile_{student}": lambda s=student: part.compile(s) for student in STUDENTS},
         }  # fmt: skip
         works[name]()
     if part.failed:
@@ -147,7 +148,7 @@ class Part:
     def resident(self, step: OneStep, steps: int) -> Row:
         """A step on a resident batch: median of three measurements."""
         flops = 3 * forward_flops(step)
-        first = seconds(lambda: step.run(repeat(step.resident), 1), self.device)
+        first = seconds(self.first_step(step), self.device)
         reset_peak(self.device)
         took = median(step.resident_s(steps) for _ in range(3))
         rate = step.batch / took
@@ -171,21 +172,29 @@ class Part:
             kept[label] = self.build(student, **build)
             return self.resident(kept[label], student.steps)
 
-        if name == "L":
-            self.row("compiled, 256", lambda: measured("256", batch=2 * student.batch))
-            self.row("compiled, 128", lambda: measured("128"))
-        else:
+        if name == "B":
             self.row("eager", lambda: measured("eager", compiled=False))
-            self.row("compiled", lambda: measured("compiled"))
+        self.row("compiled", lambda: measured("compiled"))
         if not kept:
             return
         (step,) = kept.values()
         if self.device.type == "cuda":
             self.row("profile", lambda: self.profile(step, self.out / f"profile_{name}.txt"))
         if name != "L":
-            for workers in (0, 1) if self.quick else (8,):
+            for workers in (0, 1) if self.quick else (8, 12):
                 self.row(f"stream, {workers} workers", lambda w=workers: self.stream(step, w, student.steps))
         self.row("checkpoint", lambda: step.saving(self.folder / "run"))
+
+    def compile(self, name: str) -> None:
+        """Compile a student, with B the teachers too, so that other parts find them in the compiler's cache."""
+        student = QUICK if self.quick else STUDENTS[name]
+        self.row("student", lambda: {"s": seconds(self.first_step(self.build(student)), self.device)})
+        for teacher in (CLIP_B, CLIP_L) if name == "B" and not self.quick else ():
+            self.row(teacher[0], lambda t=teacher: {"s": seconds(compiled_teacher(*t, student.batch), self.device)})
+
+    def first_step(self, step: OneStep) -> Callable[[], None]:
+        """A function that takes one step."""
+        return lambda: step.run(repeat(step.resident), 1)
 
     def stream(self, step: OneStep, workers: int, steps: int) -> Row:
         """The same step fed by the stream, with the next batch copied ahead and without."""
@@ -332,6 +341,14 @@ def one_online(
     bound = 1 + forward / resident
     found = {"teacher_ms": 1e3 * forward, "online_ms": 1e3 * online, "gain": online / cached, "bound": bound}
     return found | {"ratio": online / cached / bound}
+
+
+def compiled_teacher(name: str, size: int, batch: int) -> Callable[[], object]:
+    """A function that computes the features of a batch of pictures of 224 px by a compiled teacher."""
+    teacher = load_teacher(name, "random", size)
+    teacher.tower.compile()
+    pictures_BHW3 = torch.zeros(batch, 224, 224, 3, dtype=torch.uint8, device=teacher.device)
+    return lambda: features(teacher, pictures_BHW3)
 
 
 def features(teacher: Teacher, pictures_BHW3: Tensor) -> Tensor:
