@@ -137,7 +137,7 @@ class Train(Record):
 
     A checkpoint is saved every `checkpoint_minutes`; with `checkpoint_steps`, every so many steps instead, or with 0 at
     the ends of epochs.
-    `residual` is the dtype of the residual stream in bf16 training; the norms, the loss and the weights stay float32.
+    `residual` is the dtype of the residual stream where `precision` is bf16; norms, loss and weights stay float32.
     """
 
     seed: NonNegativeInt = 0
@@ -153,12 +153,6 @@ class Train(Record):
     keep_last: PositiveInt = 3
     eval_epochs: NonNegativeInt = 1
     knn_epochs: NonNegativeInt = 0
-
-    @model_validator(mode="after")
-    def _residual_fits(self) -> Self:
-        if self.residual == "bf16" and self.precision == "fp32":
-            raise ValueError('train.residual = "bf16" needs train.precision = "bf16"; found "fp32"')
-        return self
 
 
 class PretrainData(Record):
