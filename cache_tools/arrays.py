@@ -167,9 +167,17 @@ def shard_index(spec: ArraySpec, stored_bytes: Sequence[int]) -> bytes:
 
 
 def read_chunk(
-    group: Path, spec: ArraySpec, shard: int, position: int, expected_crc32c: int, out: npt.NDArray[Any] | None = None
+    group: Path,
+    spec: ArraySpec,
+    shard: int,
+    position: int,
+    expected_crc32c: int,
+    out: npt.NDArray[Any] | None = None,
+    places: npt.NDArray[np.uint64] | None = None,
 ) -> npt.NDArray[Any]:
     """Chunk number `position` of a shard, whose crc32c the commit holds; read straight into `out` where it is given.
+
+    `places` are the `chunk_places` of a compressed shard; without them, they are read.
 
     Raises: CorruptionError naming the file: missing, short, or other bytes.
     """
@@ -178,7 +186,12 @@ def read_chunk(
     assert out.shape == spec.chunk_shape and out.dtype == spec.dtype and out.flags.c_contiguous
     buffer = out.data.cast("B")
     if spec.compress:
-        stored: Buffer = read_at(path, *_place(path, spec, position))
+        places = chunk_places(group, spec, shard) if places is None else places
+        offset, stored_bytes = places[position].tolist()
+        if not _CRC_BYTES <= stored_bytes <= 2 * spec.chunk_bytes:
+            found = f"{stored_bytes} bytes by its index"
+            raise CorruptionError(f"{path}: chunk {position}: {found}; run `mcm-cache verify`")
+        stored: Buffer = read_at(path, offset, stored_bytes - _CRC_BYTES)
     else:
         read_into(path, position * (spec.chunk_bytes + _CRC_BYTES), buffer)
         stored = buffer
@@ -189,16 +202,17 @@ def read_chunk(
     return out
 
 
-def _place(path: Path, spec: ArraySpec, position: int) -> tuple[int, int]:
-    """(offset, bytes) of a compressed chunk without its checksum, by the shard's index."""
+def chunk_places(group: Path, spec: ArraySpec, shard: int) -> npt.NDArray[np.uint64]:
+    """(offset, bytes) of every chunk of a shard, its checksum included, by the index at the end.
+
+    Raises: CorruptionError naming the file.
+    """
+    path = group / spec.shard_file(shard)
     index_bytes = 16 * spec.chunks_per_shard + _CRC_BYTES
     data = read_at(path, max(path.stat().st_size - index_bytes, 0) if path.is_file() else 0, index_bytes)
     if crc32c(data[:-_CRC_BYTES]) != int.from_bytes(data[-_CRC_BYTES:], "little"):
         raise CorruptionError(f"{path}: the crc32c of its index is wrong; run `mcm-cache verify`")
-    offset, stored_bytes = np.frombuffer(data, "<u8", 2, 16 * position).tolist()
-    if not _CRC_BYTES <= stored_bytes <= 2 * spec.chunk_bytes:
-        raise CorruptionError(f"{path}: chunk {position}: {stored_bytes} bytes by its index; run `mcm-cache verify`")
-    return offset, stored_bytes - _CRC_BYTES
+    return np.frombuffer(data[:-_CRC_BYTES], "<u8").reshape(-1, 2)
 
 
 def _decompress(path: Path, stored: Buffer, out: memoryview) -> None:

@@ -136,5 +136,5 @@ def _read(unit: Unit, row: int) -> tuple[RGB, npt.NDArray[np.float32], Any]:
     chunk = unit.chunk(number)
     view_HW3 = np.empty((unit.identity.view_height, unit.identity.view_width, 3), np.uint8)
     decode_view_into(chunk.pictures[i], view_HW3)
-    shard, position = divmod(number, unit.chunks_per_shard)
-    return view_HW3, chunk.features()[i], unit.index_rows(shard, position, chunk.rows)[i]
+    shard, position = divmod(row, unit.identity.rows_per_shard)
+    return view_HW3, chunk.features()[i], unit.index(shard)[position]
