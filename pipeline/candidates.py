@@ -5,6 +5,7 @@ import hashlib
 import os
 import stat
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +46,21 @@ class Candidates:
             self._offsets.append(place[0])
             self._sizes.append(place[1])
 
+    def part(self, chosen: Sequence[bool]) -> "Candidates":
+        """The candidates of which `chosen` is true, in order."""
+        part = Candidates()
+        part.roots = self.roots
+        for i in (i for i, wanted in enumerate(chosen) if wanted):
+            part._names += self._names[self._ends[i - 1] if i else 0 : self._ends[i]]
+            part._ends.append(len(part._names))
+            for mine, theirs in zip(part._columns(), self._columns(), strict=True):
+                if theirs:
+                    mine.append(theirs[i])
+        return part
+
+    def _columns(self) -> tuple["array[int]", ...]:
+        return self._roots, self.labels, self._offsets, self._sizes
+
     def __len__(self) -> int:
         return len(self._ends)
 
@@ -58,7 +74,8 @@ class Candidates:
     def sha256(self) -> str:
         """Digest of names, labels and places in tars; where the source lies on the machine does not enter."""
         digest = hashlib.sha256(b"\0".join(os.fsencode(root.name) for root in self.roots if self._sizes))
-        for column in (self._names, self._ends, self._roots, self.labels, self._offsets, self._sizes):
+        digest.update(self._names)
+        for column in (self._ends, *self._columns()):
             digest.update(column)
         return digest.hexdigest()
 

@@ -52,13 +52,14 @@ def shard_command(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="ImageFolder (train/val or flat), or tars: a folder, a file, a glob, a quoted {a..b}.",
+            help="ImageFolder (train/ and val/, or flat), or tars: a folder, a file, a glob, a quoted {a..b}.",
         ),
     ],
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="New folder, or an unfinished one to continue.")],
     rows_per_shard: Annotated[int, typer.Option(help="Pictures a tar; a multiple of 16.")] = 1024,
     seed: Annotated[int, typer.Option(help="Decides the order of the rows.")] = 0,
     max_refused: Annotated[float, typer.Option(help="Largest share of a split's pictures that may be refused.")] = 0.01,
+    val: Annotated[float, typer.Option(help="Share of a source without val/ that becomes split val, by name.")] = 0.0,
     workers: Annotated[int | None, typer.Option(help="Decoding processes; one per core where left out.", min=1)] = None,
 ) -> None:
     """Check every picture and put it into WebDataset tars with an index; the same command resumes.
@@ -67,7 +68,7 @@ def shard_command(
     """
     from .shard import shard
 
-    record = shard(source, dataset, rows_per_shard, seed, max_refused, workers)
+    record = shard(source, dataset, rows_per_shard, seed, max_refused, workers, val)
     for name, split in record.splits.items():
         print(f"{name}: {split.rows} rows in {len(split.shards)} shards, {split.refused} refused")
     print(f"{dataset}: {len(record.classes)} classes; next: mcm-cache extract {dataset} CACHE --teacher ...")

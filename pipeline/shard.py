@@ -33,12 +33,15 @@ def shard(
     seed: int = 0,
     max_refused: float = 0.01,
     workers: int | None = None,
+    val: float = 0.0,
 ) -> DatasetRecord:
-    """Shard `source` into the DATASET `out`, or continue one; `max_refused` is a share of a split's candidates.
+    """Shard `source` into the DATASET `out`, or continue one.
+
+    `max_refused` is a share of a split's candidates; `val` is the share of split train that becomes split val.
 
     Raises: UsageError, IdentityError (another request was begun or finished there), TooManyRefused, Interrupted.
     """
-    return _Job(source, out, rows_per_shard, seed, max_refused, workers).run()
+    return _Job(source, out, rows_per_shard, seed, max_refused, workers, val).run()
 
 
 class _Job:
@@ -49,14 +52,14 @@ class _Job:
 
     def __init__(
         self, source: str | Path, out: str | Path, rows_per_shard: int, seed: int, max_refused: float,
-        workers: int | None,
+        workers: int | None, val: float,
     ) -> None:  # fmt: skip
         self.out, self.max_refused = Path(out), max_refused
         self.workers = workers or len(os.sched_getaffinity(0))
         self.folder = run_folder(self.out)
         self.lock, self.work = self.folder / "shard.lock", self.folder / "shard"
-        _check_request(source, self.out, self.folder, rows_per_shard, seed, max_refused)
-        sources = list_sources(source)
+        _check_request(source, self.out, self.folder, rows_per_shard, seed, max_refused, val)
+        sources = list_sources(source, val)
         for note in sources.notes:
             print(one_line(f"{source}: {note}"))
         self.candidates = sources.splits
@@ -121,12 +124,14 @@ class _Job:
 
 
 def _check_request(
-    source: str | Path, out: Path, run: Path, rows_per_shard: int, seed: int, max_refused: float
+    source: str | Path, out: Path, run: Path, rows_per_shard: int, seed: int, max_refused: float, val: float
 ) -> None:
     if rows_per_shard < CHUNK_ROWS or rows_per_shard % CHUNK_ROWS:
         raise UsageError(f"--rows-per-shard: expected a multiple of {CHUNK_ROWS}, such as 1024; found {rows_per_shard}")
     if not 0 <= max_refused <= 1:
         raise UsageError(f"--max-refused: expected a share from 0 to 1, such as 0.01; found {max_refused}")
+    if not 0 <= val < 1:
+        raise UsageError(f"--val: expected a share from 0 to below 1, such as 0.1; found {val}")
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"--seed: expected 0 or a positive number; found {seed}")
     if out.exists() and not out.is_dir():

@@ -1,8 +1,8 @@
 """What stands in a SOURCE: every candidate picture of an ImageFolder or of WebDataset tars, with its label.
 
-ImageFolder: train/<class>/** and val/<class>/**, or <class>/** (split "train"), or pictures alone (no label: -1).
-Tars: one, a glob, a quoted brace pattern, a folder of them, with timm's _info.json or without; scanned once, never
-extracted. Hidden files are left out; links, FIFOs and the like too, and counted.
+ImageFolder: train/<class>/** with val/, validation/, valid/ or test/ beside it, or <class>/** (split "train"), or
+pictures alone (no label: -1). Tars: one, a glob, a quoted brace pattern, a folder of them, with timm's _info.json or
+without; scanned once, never extracted. Hidden files are left out; links, FIFOs and the like too, and counted.
 """
 
 import glob
@@ -11,11 +11,12 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cache_tools.errors import UsageError
-from cache_tools.records import read_capped
+from cache_tools.records import read_capped, sha256_hex
 
 from .candidates import Candidates, Sources, printable
 
@@ -23,15 +24,14 @@ MAX_LABEL = 1_000_000
 MAX_LABEL_BYTES = 1 << 20  # of a .cls or .json
 MAX_LISTING_BYTES = 64 << 20  # of timm's _info.json (20 bytes a tar) and of classes.txt
 MAX_HEADER_BYTES = 64 << 10  # of a long name or extended header in a tar: tarfile asks for as much as it is told to
-# What tarfile was seen to raise, or read to, on headers that lie.
-_TAR_ERRORS = (tarfile.TarError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError, EOFError)
 _EXPECTED = "expected an ImageFolder (train/<class>/*, val/<class>/*, or <class>/*) or WebDataset tars"
 _PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}  # the last four: refused by name, not unseen
+_SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
 _SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)(?:id|idation)?(?=[-_.]|$)")
 
 
-def list_sources(source: str | Path) -> Sources:
-    """Every candidate picture of `source`.
+def list_sources(source: str | Path, val: float = 0.0) -> Sources:
+    """Every candidate picture of `source`; `val` is the share of split train that becomes split val.
 
     Raises: UsageError when it is none of the kinds above, empty, or its labels contradict each other.
     """
@@ -40,10 +40,21 @@ def list_sources(source: str | Path) -> Sources:
         raise UsageError(f"{root}: expected pictures to shard; found a DATASET, sharded already: use it as it is")
     tars = _find_tars(str(source))
     sources = _tar_sources(root, tars) if tars else _folder_sources(root)
+    if val:
+        _hold_out(sources, val)
     for split, candidates in sources.splits.items():
         if not len(candidates):
             raise UsageError("; ".join([f"{source}: {_EXPECTED}; found no picture in split {split!r}", *sources.notes]))
     return sources
+
+
+def _hold_out(sources: Sources, share: float) -> None:
+    """Split train into train and val by a hash of each name, so that a picture never changes sides."""
+    if sources.splits.keys() != {"train"}:
+        raise UsageError(f"--val: expected a source of split train alone; it also has {', '.join(sources.splits)}")
+    train = sources.splits["train"]
+    chosen = [int(sha256_hex(os.fsencode(train[i].name))[:8], 16) < share * (1 << 32) for i in range(len(train))]
+    sources.splits = {"train": train.part([not held for held in chosen]), "val": train.part(chosen)}
 
 
 def _scan(path: Path) -> tuple[list[str], list[str], int]:
@@ -66,12 +77,16 @@ def _folder_sources(root: Path) -> Sources:
     if not root.is_dir():
         raise UsageError(f"{root}: {_EXPECTED}; found {'another file' if root.exists() else 'nothing there'}")
     sources, (folders, _, skipped) = Sources(), _scan(root)
-    prefixes = {name: f"{name}/" for name in ("train", "val") if name in folders} or {"train": ""}
+    prefixes = _split_folders(root, folders)
     parts = {split: _scan(root / prefix) for split, prefix in prefixes.items()}
+    if "test" in parts and set(known := parts.get("train", ([],))[0]).isdisjoint(parts["test"][0]) and known:
+        sources.notes.append("test left out: it has no class folder of train")
+        del parts["test"]
     classes = sorted({name for part in parts.values() for name in part[0]})
     for split, (names, files, links) in parts.items():
         if missing := [name for name in classes if name not in names and (split == "train" or not names)]:
-            raise UsageError(f"{root / split}: expected every class of its sibling; found no {printable(missing[0])!r}")
+            folder = root / prefixes[split]
+            raise UsageError(f"{folder}: expected every class of its sibling; found no {printable(missing[0])!r}")
         candidates = sources.splits[split] = Candidates()
         candidates.roots.append(root)
         for label, name in enumerate(classes) if classes else [(-1, "")]:
@@ -82,12 +97,25 @@ def _folder_sources(root: Path) -> Sources:
         if classes and (links or files):
             sources.notes.append(f"{len(files) + links} files beside the class folders of {split} left out")
     if len(prefixes) < len(folders) and "train" in folders:
-        others = ", ".join(printable(name) for name in folders if name not in prefixes)
+        others = ", ".join(printable(name) for name in folders if f"{name}/" not in prefixes.values())
         sources.notes.append(f"left out beside the splits: {others}")
     if skipped:
         sources.notes.append(f"{skipped} links, FIFOs or devices left out: links are never followed")
     sources.classes = tuple(printable(name) for name in classes)
     return sources
+
+
+def _split_folders(root: Path, folders: list[str]) -> dict[str, str]:
+    """The prefix of each split; the whole folder is split train where no folder is called train or val."""
+    if not {"train", "val"} & set(folders) and (not folders or set(folders) - _SPLIT_FOLDERS.keys()):
+        return {"train": ""}
+    prefixes: dict[str, str] = {}
+    for name in folders:
+        if split := _SPLIT_FOLDERS.get(name):
+            if split in prefixes:
+                raise UsageError(f"{root}: expected one folder of split {split}; found {prefixes[split]} and {name}/")
+            prefixes[split] = f"{name}/"
+    return dict(sorted(prefixes.items(), key=lambda item: list(_SPLIT_FOLDERS).index(item[0])))
 
 
 def _walk(root: Path, below: str, label: int, candidates: Candidates) -> int:
@@ -113,11 +141,11 @@ def _find_tars(source: str) -> list[tuple[str, Path]]:
         tars = sorted([*root.glob("*.tar"), *root.glob("train/*.tar"), *root.glob("val/*.tar")])
         tars = [tar for tar in tars if not tar.is_dir()]  # a class may be called so
     elif glob.has_magic(source) or "{" in source:
-        import braceexpand  # what webdataset expands its patterns with
+        from webdataset.shardlists import expand_urls
 
         try:
-            parts = {part: sorted(glob.glob(part)) for part in braceexpand.braceexpand(source)}
-        except ValueError as error:
+            parts = {part: sorted(glob.glob(part)) for part in expand_urls(source)}
+        except Exception as error:
             raise UsageError(f"{source}: expected tars by a pattern such as {{0000..0031}}.tar; {error}") from error
         if missing := [part for part, found in parts.items() if not found]:
             raise UsageError(f"{source}: expected tars; found no file {missing[0]}")
@@ -165,7 +193,7 @@ def _tar_sources(root: Path, tars: list[tuple[str, Path]]) -> Sources:
     if len(sources.classes) <= highest:
         raise UsageError(f"{names}: expected a line a class; found {len(sources.classes)} and the label {highest}")
     if skipped:
-        sources.notes.append(f"{skipped} members of tars that are no regular files left out")
+        sources.notes.append(f"{skipped} members of tars left out: no regular files, or without key and extension")
     return sources
 
 
@@ -186,58 +214,69 @@ class _Headers(io.FileIO):
 
 
 def _scan_tar(path: Path, candidates: Candidates) -> int:
-    """Add the picture of every key of a tar; returns how many members that are no regular files were skipped."""
+    """Add the picture of every sample of a tar; returns how many members were skipped.
+
+    webdataset groups the members into samples. Its own iterator is not used: it reads every picture, tells no offset,
+    and lets a cut tar pass.
+    """
+    from webdataset.tariterators import group_by_keys
+
     if not path.is_file():
         raise UsageError(f"{path}: expected a tar; found no regular file")
-    pictures: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, tuple[str, int]] = {}
-    skipped, end, size = 0, 0, path.stat().st_size
+    keys, skipped = set[str](), list[str]()
     try:
-        with _Headers(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # the library keeps every header otherwise
-                if not end < tar.offset <= size or member.size < 0:  # tarfile would seek anywhere, backwards too
-                    raise tarfile.ReadError(f"{printable(member.name)} does not end inside the file")
-                end = tar.offset
-                if member.isreg() and not member.issparse():
-                    _add_member(path, member, file.fileno(), pictures, labels)
-                else:
-                    skipped += not member.isdir()
-            if not (mark := os.pread(file.fileno(), 512, end)) or any(mark):
-                raise UsageError(f"{path}: expected a whole tar; it is cut short (no end mark): copy it again")
-    except _TAR_ERRORS as error:
-        raise UsageError(f"{path}: expected a whole, uncompressed tar; it does not read: {error}") from error
-    if strays := sorted(labels.keys() - pictures.keys()):
-        raise UsageError(f"{path}: expected a picture for every label; key {printable(strays[0])!r} has none")
-    for key, (name, offset, size) in pictures.items():
-        candidates.add(name, labels[key][1] if key in labels else -1, (offset, size))
-    return skipped
+        with _Headers(path) as file:
+            for sample in group_by_keys(_members(path, file, skipped)):
+                key = sample["__key__"]
+                if key in keys:
+                    raise UsageError(
+                        f"{path}: expected the members of a key side by side; {printable(key)!r} comes twice"
+                    )
+                keys.add(key)
+                _add_sample(f"{path}: {printable(key)}", file.fileno(), sample, candidates)
+    except (UsageError, OSError):
+        raise
+    except Exception as error:  # whatever headers that lie make tarfile raise, or webdataset a key
+        said = error.args[0] if error.args else repr(error)
+        raise UsageError(f"{path}: expected a whole, uncompressed tar; it does not read: {said}") from error
+    return len(skipped)
 
 
-def _add_member(
-    path: Path,
-    member: tarfile.TarInfo,
-    descriptor: int,
-    pictures: dict[str, tuple[str, int, int]],
-    labels: dict[str, tuple[str, int]],
-) -> None:
-    """Note the place of a picture or a label, by key; a .cls goes before a .json."""
-    folder, slash, base = member.name.rpartition("/")
-    stem, _, extensions = base.partition(".")  # cut at the first dot, as webdataset does
-    key, extension = folder + slash + stem, extensions.lower().rpartition(".")[2]
-    if extension in _PICTURES:
-        if key in pictures:
-            both = f"{printable(pictures[key][0])} and {printable(member.name)}"
-            raise UsageError(f"{path}: expected one picture a key; found {both}")
-        pictures[key] = (member.name, member.offset_data, member.size)
-    elif extensions.lower() in ("cls", "json"):
-        data = os.pread(descriptor, min(member.size, MAX_LABEL_BYTES), member.offset_data)
-        label = _label(f"{path}: {printable(member.name)}", extension, data)
-        before = labels.get(key, ("", label))
-        if before[0] == extension and before[1] != label:
-            raise UsageError(f"{path}: expected one label a key; {printable(key)!r} has {before[1]} and {label}")
-        if label is not None and before[0] != "cls":
-            labels[key] = (extension, label)
+def _members(path: Path, file: _Headers, skipped: list[str]) -> Iterator[dict[str, Any]]:
+    """The regular members that have a key, as webdataset's iterator yields them, but with the header as data."""
+    from webdataset.tariterators import base_plus_ext
+
+    end, size = 0, path.stat().st_size
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # the library keeps every header otherwise
+            if not end < tar.offset <= size or member.size < 0:  # tarfile would seek anywhere, backwards too
+                raise tarfile.ReadError(f"{printable(member.name)} does not end inside the file")
+            end = tar.offset
+            if member.isreg() and not member.issparse() and base_plus_ext(member.name)[0] is not None:
+                yield {"fname": member.name, "data": member, "__url__": str(path)}
+            elif not member.isdir():
+                skipped.append(member.name)
+    if not (mark := os.pread(file.fileno(), 512, end)) or any(mark):
+        raise UsageError(f"{path}: expected a whole tar; it is cut short (no end mark): copy it again")
+
+
+def _add_sample(where: str, descriptor: int, sample: dict[str, Any], candidates: Candidates) -> None:
+    """Add the picture of a sample; a .cls goes before a .json."""
+    pictures = [sample[name] for name in sample if name.rpartition(".")[2] in _PICTURES]
+    if len(pictures) > 1:
+        both = " and ".join(printable(member.name) for member in pictures[:2])
+        raise UsageError(f"{where}: expected one picture per key; found {both}")
+    label = -1
+    for extension in ("json", "cls"):
+        if member := sample.get(extension):
+            data = os.pread(descriptor, min(member.size, MAX_LABEL_BYTES), member.offset_data)
+            found = _label(f"{where}.{extension}", extension, data)
+            label = label if found is None else found
+    if pictures:
+        candidates.add(pictures[0].name, label, (pictures[0].offset_data, pictures[0].size))
+    elif label >= 0:
+        raise UsageError(f"{where}: expected a picture for every label; found none")
 
 
 def _label(where: str, extension: str, data: bytes) -> int | None:

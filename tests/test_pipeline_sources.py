@@ -4,9 +4,11 @@ import io
 import json
 import os
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from webdataset.tariterators import tar_file_iterator
 
 from cache_tools.errors import UsageError
 from cache_tools.images import PictureRefused
@@ -53,6 +55,42 @@ def test_flat_folder_of_classes_and_of_pictures_alone(tmp_path):
     assert "1 files beside" in list_sources(tmp_path / "flat").notes[0]
     assert listed(fill(tmp_path / "alone", "2.png", "1.png")) == {"train": [("1.png", -1), ("2.png", -1)]}
     assert list_sources(tmp_path / "alone").classes == ()
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val"])
+def test_folders_of_splits_are_known_by_their_other_names(tmp_path, name):
+    fill(tmp_path, "train/a/1.png", "train/b/2.png", f"{name}/b/3.png", "test/a/4.png", "extra/a/5.png")
+    found = {"val": [(f"{name}/b/3.png", 1)], "test": [("test/a/4.png", 0)]}
+    assert listed(tmp_path) == {"train": [("train/a/1.png", 0), ("train/b/2.png", 1)]} | found
+    assert list_sources(tmp_path).notes == ["left out beside the splits: extra"]
+
+
+def test_a_test_folder_without_the_classes_is_left_out_and_named(tmp_path):
+    fill(tmp_path, "train/a/1.png", "val/a/2.png", "test/images/3.png")
+    assert listed(tmp_path).keys() == {"train", "val"}
+    assert list_sources(tmp_path).notes == ["test left out: it has no class folder of train"]
+    fill(tmp_path, "valid/a/1.png")
+    with pytest.raises(UsageError, match="one folder of split val; found val/ and valid/"):
+        list_sources(tmp_path)
+    assert listed(fill(tmp_path / "flat", "test/1.png", "cat/2.png")).keys() == {"train"}  # classes of these names
+
+
+def test_a_share_of_a_flat_source_is_held_out_by_name(tmp_path):
+    flat = fill(tmp_path / "flat", *(f"{c}/{i}.png" for c in "ab" for i in range(200)))
+    sources = list_sources(flat, val=0.1)
+    train, val = ({item.name: item.label for item in map(part.__getitem__, range(len(part)))} for part in
+                  (sources.splits["train"], sources.splits["val"]))  # fmt: skip
+    assert {**train, **val} == dict(listed(flat)["train"]) and not train.keys() & val.keys()
+    assert 25 <= len(val) <= 55 and {*val.values()} == {0, 1} and sources.classes == ("a", "b")
+    (flat / "a" / "0.png").unlink()  # nobody else changes sides
+    again = list_sources(flat, val=0.1).splits["val"]
+    assert {again[i].name for i in range(len(again))} == val.keys() - {"a/0.png"}
+    packed = tar(tmp_path / "x.tar", **{f"{i}__jpg": b"%d" % i for i in range(100)})
+    parts = list_sources(packed, val=0.2).splits
+    names = {split: [int(read_source(part[i])) for i in range(len(part))] for split, part in parts.items()}
+    assert sorted(names["train"] + names["val"]) == [*range(100)] and 5 < len(names["val"]) < 40
+    with pytest.raises(UsageError, match="--val: expected a source of split train alone; it also has train, val"):
+        list_sources(fill(tmp_path / "split", "train/a/1.png", "val/a/1.png"), val=0.1)
 
 
 def test_links_and_fifos_are_counted_and_never_opened(tmp_path):
@@ -139,8 +177,8 @@ def test_tars_in_split_folders_and_by_timms_info(tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a__jpg": b"", "b__jpg": b"", "a__png": b""}, "one picture a key"),
-        ({"a__v1__jpg": b"", "a__v2__jpg": b""}, "one picture a key"),
+        ({"a__jpg": b"", "b__jpg": b"", "a__png": b""}, "'a' comes twice"),
+        ({"a__v1__jpg": b"", "a__v2__jpg": b""}, "one picture per key; found a.v1.jpg and a.v2.jpg"),
         ({"a__jpg": b"", "a__cls": b"seven"}, "expected a label"),
         ({"a__jpg": b"", "a__json": b'{"label": "x"}'}, "expected a label"),
         ({"a__jpg": b"", "a__cls": b"99999999999"}, "expected a label"),
@@ -167,12 +205,15 @@ def test_hostile_members_are_never_followed(tmp_path):
 
 def test_every_cut_of_a_tar_is_noticed(tmp_path):
     path = tar(tmp_path / "x.tar", a__jpg=b"p" * 700, a__cls=b"0", b__jpg=b"q", b__cls=b"1")
-    whole = path.read_bytes()
+    whole, silent = path.read_bytes(), 0
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512  # behind the last member's data
     for size in range(0, end + 1, 64):
         path.write_bytes(whole[:size])
         with pytest.raises(UsageError, match=r"x\.tar"):
             list_sources(path)
+        with suppress(tarfile.ReadError), open(path, "rb") as file:
+            silent += len(list(tar_file_iterator(file))) < 4
+    assert silent > 0  # or webdataset's own iterator would do
 
 
 def test_info_json_names_splits_as_training_does(tmp_path: Path) -> None:
