@@ -1,4 +1,4 @@
-"""`mcm-cache info`: what a DATASET or CACHE is, what is done, what is being worked on."""
+"""`mcm-cache info`: what a DATASET or CACHE is and what of it is done. It takes no locks."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 from .cache import Cache, Unit
 from .dataset import Dataset
 from .errors import UsageError
-from .storage import is_locked, run_folder
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -35,7 +34,6 @@ def _cache_info(cache: Cache) -> dict[str, Any]:
         "sha256": cache.sha256,
         "identity": cache.identity.model_dump(mode="json", exclude={"classes"}),
         "units": {str(unit): _unit_info(unit) for unit in cache.all_units()},
-        "locked": [path.name for path in sorted((run_folder(cache.path) / "locks").glob("*-*")) if is_locked(path)],
     }
 
 
@@ -82,6 +80,4 @@ def describe(known: dict[str, Any]) -> str:
         if "cosine" in unit:
             line += f", {unit['bytes'] / 1e6:.1f} MB, error {unit['relative_mse']:.1e}, cosine {unit['cosine']:.6f}"
         lines.append(line + (f", about {unit['eta_s']} s left at the pace so far" if "eta_s" in unit else ""))
-    if known["locked"]:
-        lines.append(f"  at work  {', '.join(known['locked'])}")
     return "\n".join(lines)

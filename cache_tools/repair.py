@@ -1,4 +1,4 @@
-"""`verify --repair`: damaged files move to PATH.run/quarantine, so that the same `extract` or `shard` makes them again.
+"""`verify --repair`: damaged files move to PATH/.run/quarantine; the same `extract` or `shard` makes them again.
 
 Nothing is mended here. A CACHE is a pure function of the request: without its commit a shard counts as never made, and
 without its manifest a unit is unfinished, which `extract` finishes with every zarr.json; cache.json, projection.npy and

@@ -1,5 +1,8 @@
 """The only file that writes: atomic, durable, never in the place of another's file unless asked to.
 
+A temporary file has a unique name, `.NAME.RANDOM.partial`, and a lock that its writer holds. The
+next run removes those without a living writer; where a file system has no locks, they stay.
+
 Every change goes through `os.*` or `open` as this module knows them: tests put a disk of their own in their place,
 which records, fails or dies at any operation (tests/disk.py).
 """
@@ -7,9 +10,11 @@ which records, fails or dies at any operation (tests/disk.py).
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import itertools
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +23,7 @@ from types import TracebackType
 from .errors import CorruptionError, IdentityError
 
 Buffer = bytes | bytearray | memoryview
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system without hard links
 
 
 def make_dir(path: Path) -> None:
@@ -33,8 +39,11 @@ def make_dir(path: Path) -> None:
 
 
 def run_folder(path: Path) -> Path:
-    """PATH.run: locks and progress live beside a DATASET or CACHE, as they are no part of its bytes."""
-    return Path(f"{os.path.abspath(path)}.run")
+    """PATH/.run: locks and progress of a DATASET, CACHE or RUN, which are no part of its bytes.
+
+    The folder lies inside: a path beside PATH is another one for each link, mount or relative name.
+    """
+    return path / ".run"
 
 
 def shard_lock(cache: Path, split: str, shard: int) -> Path:
@@ -43,11 +52,15 @@ def shard_lock(cache: Path, split: str, shard: int) -> Path:
 
 
 def settle(path: Path) -> None:
-    """Make every name below `path` durable: a killed run may have left some that are not, and the next builds on them.
+    """Make every name below `path` durable and remove the temporary files of killed processes.
 
-    Its files are durable already: they get their names after that.
+    A killed process may have left names without an fsync, and the next run builds on them. Its
+    files are durable: they get their names after that.
     """
-    for folder, _, _ in os.walk(path):
+    for folder, _, files in os.walk(path):
+        for name in files:
+            if name.startswith(".") and name.endswith(".partial"):
+                _remove_abandoned(Path(folder, name))
         _sync_dir(Path(folder))
     if path.is_dir() and os.access(path.parent, os.R_OK):
         _sync_dir(path.parent)
@@ -77,23 +90,49 @@ def _unlink(path: Path) -> None:
         os.unlink(path)
 
 
+def _new_temporary(path: Path, folder: bool = False) -> tuple[Path, int]:
+    """A new file or folder beside `path` under a unique name, and a descriptor that holds its lock."""
+    make_dir(path.parent)
+    while True:
+        temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        if folder:
+            os.mkdir(temp)
+            descriptor = os.open(temp, os.O_RDONLY | os.O_DIRECTORY)
+        else:
+            descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        if _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) is not False and temp.exists():
+            return temp, descriptor
+        os.close(descriptor)  # `_remove_abandoned` came between the two calls
+
+
+def _remove_abandoned(temp: Path) -> None:
+    """Remove a temporary file or folder, unless a living process holds its lock or none can be held."""
+    kind = os.O_RDONLY | os.O_DIRECTORY if temp.is_dir() else os.O_WRONLY
+    with contextlib.suppress(FileNotFoundError):  # it has just got its name
+        descriptor = os.open(temp, kind | os.O_NOFOLLOW)
+        try:
+            if _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                remove_tree(temp) if temp.is_dir() else os.unlink(temp)
+        finally:
+            os.close(descriptor)
+
+
 class AtomicFile:
     """A file that appears under its name whole, hashed and fsynced, or not at all.
 
     `with AtomicFile(path) as file: file.write(buffer)`; afterwards `file.sha256` and `file.bytes` hold.
+    Without `replace`, FileExistsError is raised at the end when the name is taken.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, replace: bool = True) -> None:
         self.path = path
         self.bytes = 0
         self._hash = hashlib.sha256()
-        # A fixed name: locks allow one writer a file, so that a killed writer's leftover is overwritten.
-        self._temp = path.with_name(f".{path.name}.partial")
+        self._replace = replace
 
     def __enter__(self) -> "AtomicFile":
-        make_dir(self.path.parent)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW  # a link there would lead a write elsewhere
-        self._file = open(os.open(self._temp, flags, 0o644), "wb")
+        self._temp, descriptor = _new_temporary(self.path)
+        self._file = open(descriptor, "wb")
         return self
 
     def write(self, buffer: Buffer) -> int:
@@ -109,12 +148,11 @@ class AtomicFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with _naming(self.path), self._file:
+            with _naming(self.path), self._file:  # open, and so locked, until the file has its name
                 if kind is None:
                     self._file.flush()
                     os.fsync(self._file.fileno())
-            if kind is None:
-                os.replace(self._temp, self.path)
+                    self._take_name()
         except BaseException:  # a full disk fails again here
             _unlink(self._temp)
             raise
@@ -122,6 +160,17 @@ class AtomicFile:
             _sync_dir(self.path.parent)
         else:
             _unlink(self._temp)
+
+    def _take_name(self) -> None:
+        if self._replace:
+            return os.replace(self._temp, self.path)
+        try:
+            os.link(self._temp, self.path)
+            os.unlink(self._temp)
+        except OSError as error:
+            if error.errno not in _NO_LINKS or self.path.exists():
+                raise
+            os.rename(self._temp, self.path)
 
     @property
     def sha256(self) -> str:
@@ -136,25 +185,13 @@ def write_atomic(path: Path, data: Buffer) -> None:
 
 
 def publish(path: Path, data: bytes, compare: bool = True) -> None:
-    """Write `data` to `path` unless it exists; with `compare`, whoever comes second must bring the same bytes.
-
-    Publishers take turns on the temporary file, whose name is fixed: a killed one leaves nothing behind for long.
+    """Write `data` to `path` unless it exists; with `compare`, it must then hold the same bytes.
 
     Raises: IdentityError when the file there holds other bytes.
     """
-    make_dir(path.parent)
-    temp = path.with_name(f".{path.name}.partial")
-    with _naming(path), open(os.open(temp, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "wb") as file:
-        _flock(file.fileno(), fcntl.LOCK_EX)
-        if path.exists():  # before, or since we opened the file; nobody writes to it any more
-            _unlink(temp)
-        else:
-            file.truncate(0)
+    if not path.exists():
+        with contextlib.suppress(FileExistsError), AtomicFile(path, replace=False) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.rename(temp, path)
-            _sync_dir(path.parent)
     if compare and path.read_bytes() != data:
         raise IdentityError(f"{path}: expected the bytes of this request; found those of another; use a new folder")
 
@@ -206,49 +243,40 @@ def new_folder(parent: Path) -> Path:
 
 
 def move_durably(path: Path, target: Path) -> bool:
-    """Move a file to a name that is free; False where it is missing. Across file systems it is copied, then removed."""
+    """Move a file to a name that is free; False where it is missing."""
     if not os.path.lexists(path):
         return False
     make_dir(target.parent)
-    try:
-        os.rename(path, target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        copy_durably(path, target)
-        os.unlink(path)
+    os.rename(path, target)
     _sync_dir(target.parent)
     _sync_dir(path.parent)
     return True
 
 
-def copy_durably(path: Path, target: Path) -> None:
-    """Copy a file; the copy appears whole or not at all."""
-    with open(path, "rb") as source, AtomicFile(target) as copy:
-        while piece := source.read(1 << 20):
-            copy.write(piece)
-
-
-def temp_folder(final: Path) -> Path:
-    """An empty folder beside `final` to fill and then `publish_folder`; leftovers of a killed process are removed."""
-    temp = final.with_name(f".{final.name}.partial")
-    remove_tree(temp)
-    make_dir(temp)
-    return temp
-
-
-def publish_folder(temp: Path, final: Path) -> None:
-    """Rename a filled `temp_folder` to `final`; the files in it are durable already (AtomicFile).
+@contextlib.contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """An empty folder to fill with AtomicFile; it is renamed to `final` at the end, or removed.
 
     Raises: IdentityError when `final` exists.
     """
-    _sync_dir(temp)
+    for abandoned in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
+        _remove_abandoned(abandoned)
+    temp, descriptor = _new_temporary(final, folder=True)
     try:
-        os.rename(temp, final)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise IdentityError(f"{final}: expected no such folder; it exists; choose another name") from error
+        yield temp
+        _sync_dir(temp)
+        try:
+            os.rename(temp, final)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            message = f"{final}: expected no such folder; it exists; choose another name"
+            raise IdentityError(message) from error
+    except BaseException:
+        remove_tree(temp)
         raise
+    finally:
+        os.close(descriptor)
     _sync_dir(final.parent)
 
 
@@ -306,24 +334,22 @@ def try_lock(path: Path) -> Iterator[bool]:
     The kernel frees a flock when its holder dies, so that no lock is ever stale.
     """
     make_dir(path.parent)
-    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "rb") as file:
-        yield _flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB) is not False
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock file; looking needs no right to write."""
-    with open(path, "rb") as file:
-        return _flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB) is False
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        yield _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB) is not False
+    finally:
+        os.close(descriptor)
 
 
 def _flock(descriptor: int, how: int) -> bool | None:
-    """True: locked; False: another holds it; None: this file system has no locks."""
+    """True: locked; False: another holds it; None: this file system has no such locks."""
     try:
         fcntl.flock(descriptor, how)
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+        # EBADF: NFS locks a folder only where it could be written as a file.
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
             raise
         return None
     return True
@@ -338,6 +364,6 @@ def free_bytes(path: Path) -> int:
 
 def locks_work(folder: Path) -> bool:
     """Whether the file system of `folder` has flock; some network ones do not."""
-    probe = folder / "locks" / "probe"
-    with try_lock(probe), open(probe, "rb") as file:
+    make_dir(folder)
+    with open(os.open(folder / "probe", os.O_RDWR | os.O_CREAT, 0o666), "rb") as file:
         return _flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB) is not None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cache_tools.errors import CorruptionError, IdentityError
 from cache_tools.identity import FileEntry
 from cache_tools.records import Record, encode_record, read_record, sha256_hex
-from cache_tools.storage import publish_folder, read_at, remove, remove_tree, temp_folder, write_atomic
+from cache_tools.storage import atomic_folder, read_at, remove, remove_tree, write_atomic
 
 _NAME = re.compile(r"step_(\d{9})")
 Tensors = dict[str, Tensor]
@@ -88,17 +88,16 @@ def save(run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dic
     Whenever the process dies, the folder is there whole or not at all.
     """
     final = folder(run_dir, step)
-    temp = temp_folder(final)
     files = {}
-    for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
-        save_file(tensors, temp / name)  # holds Python's lock for at most 5 ms; `save` holds it for 0.9 s per GB
-        with open(temp / name, "rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            files[name] = FileEntry(bytes=file.tell(), sha256=digest)
-    write_atomic(temp / "state.json", encode_record(State(step=step, files=files, meta=meta)))
-    remove_tree(final)  # only a damaged one can be in the way: a sound one would have been resumed from
-    publish_folder(temp, final)
+    with atomic_folder(final) as temp:
+        for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
+            save_file(tensors, temp / name)  # holds Python's lock for at most 5 ms; `save` holds it for 0.9 s per GB
+            with open(temp / name, "rb") as file:
+                os.fsync(file.fileno())
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                files[name] = FileEntry(bytes=file.tell(), sha256=digest)
+        write_atomic(temp / "state.json", encode_record(State(step=step, files=files, meta=meta)))
+        remove_tree(final)  # only a damaged one can be in the way: a sound one would have been resumed from
     return final
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save as safetensors_bytes
 from timm.models.vision_transformer import VisionTransformer
 
 from cache_tools.errors import IdentityError, McmError, UsageError
-from cache_tools.storage import publish_folder, remove_tree, temp_folder, write_atomic
+from cache_tools.storage import atomic_folder, write_atomic
 from mcm.backbones import Backbone, load_encoder, model_args
 from mcm.model import folded_state
 
@@ -37,16 +37,11 @@ def export(run: Path, out: Path, fold_scale: float | None = None) -> dict[str, A
         masked = backbone.masked
         backbone.model.load_state_dict(folded_state(masked.encoder, masked.encoder_fill, fold_scale))
     config = timm_config(backbone) | {"mcm": {"weights": backbone.weights, "fold_scale": fold_scale}}
-    temp = temp_folder(out)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
-    write_atomic(temp / "model.safetensors", safetensors_bytes(tensors, metadata={"format": "pt"}))
-    write_atomic(temp / "config.json", json.dumps(config, indent=2).encode())
-    try:
+    with atomic_folder(out) as temp:
+        write_atomic(temp / "model.safetensors", safetensors_bytes(tensors, metadata={"format": "pt"}))
+        write_atomic(temp / "config.json", json.dumps(config, indent=2).encode())
         _check_round_trip(temp, backbone.model)
-    except McmError:
-        remove_tree(temp)
-        raise
-    publish_folder(temp, out)
     return config
 
 

@@ -67,7 +67,7 @@ def probe(
 ) -> list[ProbeResult]:  # fmt: skip
     """Probe a RUN, an exported folder, timm:NAME (features of `data`'s pictures) or a CACHE (its teacher's features).
 
-    Results of a RUN are written to RUN/probe/, those of a CACHE to CACHE.run/probe*.json.
+    Results of a RUN are written to RUN/probe/, those of a CACHE to CACHE/.run/probe*.json.
     Raises: UsageError before any picture is read.
     """
     chosen = tuple(methods) or METHODS

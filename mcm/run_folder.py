@@ -5,7 +5,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +16,18 @@ from torch.distributed import DistError
 
 from cache_tools.console import describe, exit_code
 from cache_tools.dataset import CHUNK_ROWS
-from cache_tools.errors import CorruptionError, IdentityError, Interrupted, ResourceError
+from cache_tools.errors import CorruptionError, IdentityError, Interrupted, ResourceError, UsageError
 from cache_tools.identity import CacheIdentity
 from cache_tools.records import R, Record, differences, encode_record, read_json, read_record, write_toml
-from cache_tools.storage import append_line, keep_lines, publish, write_atomic
+from cache_tools.storage import (
+    append_line,
+    keep_lines,
+    publish,
+    run_folder,
+    settle,
+    try_lock,
+    write_atomic,
+)
 
 # What may change between two commands on one run: no picture, mask or learning rate depends on it.
 ENGINE_FIELDS = {
@@ -171,26 +179,39 @@ def describe_run(run_dir: Path, config: Record, **facts: Any) -> None:
 def recorded_exit(run_dir: Path, main: bool) -> Iterator[None]:
     """Keep exit.json: "running" at first, then success by the main process, or the first error of any process.
 
-    Raises: ResourceError where the connection to another rank is lost.
+    The main process holds the RUN's lock, removes what killed ones left, and then writes.
+    Raises: UsageError while another process trains in this RUN; ResourceError where the connection
+    to another rank is lost.
     """
     path = run_dir / "exit.json"
 
     def write(code: int | None, message: str) -> None:
         write_atomic(path, encode_record(ExitRecord(code=code, message=message)))
 
-    if main:
-        write(None, "running")
-    try:
-        with _lost_rank():
-            yield
-    except BaseException as error:
-        with suppress(OSError):  # a full disk must not hide the error
-            first = read_record(ExitRecord, path).code is None
-            if first and (main or not isinstance(error, Interrupted)):
-                write(exit_code(error), f"{type(error).__name__}: {describe(error)}")
-        raise
-    if main:
-        write(0, "complete")
+    with _held(run_dir) if main else nullcontext():
+        if main:
+            settle(run_dir)
+            write(None, "running")
+        try:
+            with _lost_rank():
+                yield
+        except BaseException as error:
+            with suppress(OSError):  # a full disk must not hide the error
+                first = read_record(ExitRecord, path).code is None
+                if first and (main or not isinstance(error, Interrupted)):
+                    write(exit_code(error), f"{type(error).__name__}: {describe(error)}")
+            raise
+        if main:
+            write(0, "complete")
+
+
+@contextmanager
+def _held(run_dir: Path) -> Iterator[None]:
+    lock = run_folder(run_dir) / "lock"
+    with try_lock(lock) as held:
+        if not held:
+            raise UsageError(f"{lock}: another process trains in {run_dir}; wait until it ends")
+        yield
 
 
 @contextmanager

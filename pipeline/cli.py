@@ -164,7 +164,7 @@ def verify_command(
     teacher: Annotated[str, typer.Option(help="As in extract, for --recompute.")] = "",
     weights: Annotated[str, typer.Option(help="As in extract, for --recompute.")] = "",
     device: Annotated[str | None, typer.Option(help="As in extract, for --recompute.")] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Move what is damaged to PATH.run/quarantine.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Move what is damaged to PATH/.run/quarantine.")] = False,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Check the sha256 of every committed file; exit 4 and the files by name when something is damaged.

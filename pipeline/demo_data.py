@@ -21,7 +21,7 @@ import numpy.typing as npt
 from cache_tools.console import StopFlag, progress
 from cache_tools.draws import permutation
 from cache_tools.errors import Interrupted, UsageError
-from cache_tools.storage import make_dir, publish_folder, temp_folder, write_atomic
+from cache_tools.storage import atomic_folder, make_dir, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -93,15 +93,13 @@ def write_pictures(
     """RGB PNGs final/{train,val}/<digit>/NNNN.png, NNNN the row in scikit-learn's set."""
     from PIL import Image
 
-    temp = temp_folder(final)
-    with progress(len(labels_N), "pictures", "pictures") as bar:
+    with atomic_folder(final) as temp, progress(len(labels_N), "pictures", "pictures") as bar:
         for row, (picture_HW, label) in enumerate(zip(pictures_NHW, labels_N, strict=True)):
             buffer = io.BytesIO()
             Image.fromarray(picture_HW).convert("RGB").save(buffer, "PNG")
             path = temp / ("val" if val_N[row] else "train") / DIGITS[label] / f"{row:04d}.png"
             write_atomic(path, buffer.getvalue())
             bar.update(1)
-    publish_folder(temp, final)
 
 
 def train_clip(
@@ -129,12 +127,12 @@ def train_clip(
         "train": int((~val).sum()), "val": int(val.sum()), "steps": STEPS, "batch": BATCH, "seed": SEED,
         "captions": CAPTIONS, "classes": DIGITS, "loss": "contrastive; every caption of its digit is a positive",
     }  # fmt: skip
-    temp = temp_folder(final)
     config = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}
-    write_atomic(temp / "open_clip_config.json", (json.dumps(config, indent=2) + "\n").encode())
-    write_atomic(temp / "open_clip_model.safetensors", save({k: v.contiguous() for k, v in model.state_dict().items()}))
-    write_atomic(temp / "training.json", (json.dumps(result, indent=2) + "\n").encode())
-    publish_folder(temp, final)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    with atomic_folder(final) as temp:
+        write_atomic(temp / "open_clip_config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_atomic(temp / "open_clip_model.safetensors", save(weights))
+        write_atomic(temp / "training.json", (json.dumps(result, indent=2) + "\n").encode())
 
 
 def _train(model: Any, tokens: list["torch.Tensor"], pictures_NHW: "torch.Tensor", labels_N: "torch.Tensor") -> None:

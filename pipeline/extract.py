@@ -1,6 +1,7 @@
 """`mcm-cache extract`: a DATASET and a teacher in, views and features out; any number of workers, resumed at will."""
 
 import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -13,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from cache_tools.cache import Unit
-from cache_tools.console import StopFlag, progress
+from cache_tools.console import Progress, StopFlag, progress
 from cache_tools.dataset import Dataset
 from cache_tools.errors import IdentityError, Interrupted, UsageError
 from cache_tools.identity import CacheIdentity, Fingerprint
@@ -34,6 +35,7 @@ from .views import TRAIN, pixels_sha256
 # Largest relative MSE between the float32 probe features of two machines. GELU in the place of QuickGELU moves those of
 # the demo's CLIP by 4.2e-5 and of DeiT-tiny by 7.0e-2.
 PROBE_TOLERANCE = 1e-6
+RETRY_S = 1.0  # between two looks at the shards that other workers hold
 
 
 @dataclass(frozen=True)
@@ -81,20 +83,36 @@ def extract(request: Request) -> None:
         )
         max_error = config.max_error or math.inf
         extractor = Extractor(dataset, identity, teacher, fingerprint, precision_mse, max_error, ahead, behind)
-        made = True
-        while made:  # once more, for what others held and left
-            made = False
-            for split, k in walk(units, request.cache, place):
-                with try_lock(shard_lock(request.cache, split, k)) as held:
-                    missing = [unit for unit in units[split] if not unit.commit_file(k).is_file()]
-                    if held and missing:
-                        extractor.shard(missing, k, bar)
-                        made = True
-                if stop.requested:
-                    raise Interrupted(f"{request.cache}: stopped at a shard; the same command goes on from there")
+        _make_shards(request, units, extractor, stop, bar)
     complete = [finish_unit(unit) for unit in every_unit]
     left = "" if all(complete) else "; others are at work on the rest"
     print(f"{request.cache}: {sum(complete)} of {len(complete)} units complete{left}", flush=True)
+
+
+def _make_shards(
+    request: Request, units: dict[str, list[Unit]], extractor: Extractor, stop: StopFlag, bar: Progress
+) -> None:
+    """Make every missing shard; end when each is committed, or held by another worker in two looks.
+
+    One look is not enough: a lock may be held for an instant, or by a worker that dies.
+    """
+    waited = False
+    while True:
+        made = left = False
+        for split, k in walk(units, request.cache, request.place):
+            with try_lock(shard_lock(request.cache, split, k)) as held:
+                missing = [unit for unit in units[split] if not unit.commit_file(k).is_file()]
+                if held and missing:
+                    extractor.shard(missing, k, bar)
+                    made = True
+                left |= not held and bool(missing)
+            if stop.requested:
+                raise Interrupted(f"{request.cache}: stopped at a shard; the same command goes on from there")
+        if not left or (waited and not made):
+            return
+        waited = not made
+        if waited:
+            time.sleep(RETRY_S)
 
 
 def open_source(request: Request) -> Dataset:

@@ -1,6 +1,6 @@
 """`mcm-cache shard`: pictures in, DATASET out; every picture is decoded before it gets a row.
 
-A shard is written whole: tar, index, then its progress record in OUT.run/shard. A process killed at any moment leaves
+A shard is written whole: tar, index, then its progress record in OUT/.run/shard. A process killed at any moment leaves
 a prefix of shards behind, and the same command continues after it and ends with the same bytes.
 """
 
@@ -70,8 +70,7 @@ class _Job:
         """Make the DATASET, or continue one."""
         then = "the shard in work is finished"
         with self._locked(), StopFlag(then) as stop, DecodePool(self.workers) as pool:
-            for folder in (self.out, self.folder):
-                settle(folder)
+            settle(self.out)
             if (self.out / "dataset.json").is_file():
                 record = read_record(DatasetRecord, self.out / "dataset.json")
                 _check_same(self.out, self.plan, _plan_of(record))
@@ -139,7 +138,7 @@ def _check_request(
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise UsageError(f"{out}: expected a DATASET outside its source {source}; choose another DATASET")
     begun = (out / "dataset.json").is_file() or (run / "shard" / "plan.json").is_file()
-    if not begun and out.is_dir() and any(out.iterdir()):
+    if not begun and out.is_dir() and any(path != run for path in out.iterdir()):
         raise UsageError(f"{out}: expected a new or empty folder; found other files; choose another DATASET")
 
 

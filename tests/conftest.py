@@ -6,7 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,14 @@ def shared_data() -> Path:
 
 
 def tree_digest(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, by relative path."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+    """sha256 of every file below a folder, by relative path; locks and progress in .run are no part of it."""
+    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items() if ".run/" not in name}
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file, by the kernel's table: looking takes no lock."""
+    return path.is_file() and f":{path.stat().st_ino} " in Path("/proc/locks").read_text()
 
 
 def command(program: str, *arguments: object) -> list[str]:
@@ -71,3 +77,16 @@ def run(program: str, *arguments: object, expect: int = 0) -> str:
     assert done.returncode == expect, f"exit {done.returncode}, expected {expect}:\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
+
+
+@contextmanager
+def another_process(code: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that has run `code`, with the names of cache_tools.storage, and waits to be killed."""
+    line = [sys.executable, "-c", f"from cache_tools.storage import *\n{code}\nprint(flush=True)\ninput()"]
+    process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()

@@ -8,6 +8,7 @@ import builtins
 import errno
 import io
 import os
+import re
 import signal
 import threading
 from collections import Counter
@@ -24,13 +25,13 @@ MAKES_BIGGER = ("create", "mkdir", "write")
 
 
 class Op(NamedTuple):
-    """create, truncate, write, sync, syncdir, rename, unlink, mkdir or rmdir of `path`, below the disk's root."""
+    """create, truncate, write, sync, syncdir, rename, link, unlink, mkdir or rmdir of `path`, below the disk's root."""
 
     kind: str
     path: str
     name: str
     data: bytes = b""
-    source: str = ""  # of a rename
+    source: str = ""  # of a rename or link
 
 
 class Disk:
@@ -61,7 +62,7 @@ class Disk:
     @contextmanager
     def _op(self, kind: str, path: Any, data: bytes = b"", source: Any = "") -> Iterator[None]:
         """Around an operation: it is recorded when it went well."""
-        where = os.path.relpath(path, self.root)
+        where = self._relative(path)
         with self._lock:
             name = f"{kind} {where} #{self._names[f'{kind} {where}']}"
             self._names[f"{kind} {where}"] += 1
@@ -71,7 +72,11 @@ class Disk:
                 self.hit = True
                 self._fail(kind, path)
             yield
-            self.ops.append(Op(kind, where, name, data, os.path.relpath(source, self.root) if source else ""))
+            self.ops.append(Op(kind, where, name, data, self._relative(source) if source else ""))
+
+    def _relative(self, path: Any) -> str:
+        """The path below the root, without the random part of a temporary name."""
+        return re.sub(r"\.[0-9a-f]{8}\.partial\b", ".partial", os.path.relpath(path, self.root))
 
     def _fail(self, kind: str, path: Any) -> None:
         if self.fault == DIE:
@@ -96,6 +101,10 @@ class Disk:
             os.replace(source, path)
 
     rename = replace  # as files do on POSIX; folders are published by `rename` and never in the place of another
+
+    def link(self, source: Any, path: Any) -> None:
+        with self._op("link", path, source=source):
+            os.link(source, path)
 
     def fsync(self, descriptor: int) -> None:
         path = self._paths[descriptor]

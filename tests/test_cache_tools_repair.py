@@ -1,6 +1,5 @@
 """repair: what is damaged moves away and nothing else; the same command then makes the very bytes again."""
 
-import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -152,20 +151,6 @@ def test_a_shard_that_a_worker_holds_is_left_to_it(cache: Path) -> None:
         done = mend(cache)
     assert done.held == ["train shard 1"] and not done.moved and (cache / "train/v0/commits/000001.json").is_file()
     assert mend(cache).moved
-
-
-def test_across_file_systems(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CACHE.run lies on another disk where CACHE is a mount point."""
-
-    def refused(source: Path, target: Path) -> None:
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-    flip(cache / "train/v0/views/000001.tar")
-    damaged = (cache / "train/v0/views/000001.tar").read_bytes()
-    monkeypatch.setattr("cache_tools.storage.os.rename", refused)
-    done = mend(cache)
-    assert len(done.moved) == 3 and not (cache / "train/v0/views/000001.tar").exists()
-    assert (Path(str(done.quarantine)) / "train/v0/views/000001.tar").read_bytes() == damaged
 
 
 def test_another_request_cannot_take_the_place_of_a_lost_cache_json(place: Path, cache: Path) -> None:

@@ -2,24 +2,25 @@
 
 import errno
 import os
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from conftest import another_process
 
 from cache_tools.errors import CorruptionError, IdentityError
 from cache_tools.storage import (
     AtomicFile,
     append_line,
+    atomic_folder,
     file_sha256,
     keep_lines,
+    locks_work,
     publish,
-    publish_folder,
     read_at,
     read_into,
-    temp_folder,
+    settle,
     try_lock,
     write_atomic,
 )
@@ -69,21 +70,68 @@ def test_read_at_names_what_is_short_or_missing(tmp_path: Path) -> None:
 
 def test_a_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
-    code = f"""
-from pathlib import Path
-from cache_tools.storage import try_lock
-with try_lock(Path({str(lock)!r})) as held:
-    print(held, flush=True)
-    input()
-"""
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None and holder.stdout.readline() == "True\n"
-    with try_lock(lock) as held:
-        assert not held
-    holder.send_signal(signal.SIGKILL)
-    holder.communicate()
-    with try_lock(lock) as held:
-        assert held
+    with another_process(f"held = try_lock(Path({str(lock)!r}))\nassert held.__enter__()") as holder:
+        with try_lock(lock) as held:
+            assert not held
+        holder.kill()
+        holder.wait()
+        with try_lock(lock) as held:
+            assert held
+
+
+@pytest.mark.parametrize("kind", ["AtomicFile", "atomic_folder"])
+def test_the_next_run_removes_what_a_killed_writer_left(tmp_path: Path, kind: str) -> None:
+    final = tmp_path / "x"
+    code = f"writer = {kind}(Path({str(final)!r}))\nwriter.__enter__()"
+
+    def start_again() -> int:
+        if kind == "AtomicFile":
+            settle(tmp_path)
+        else:
+            with pytest.raises(ZeroDivisionError), atomic_folder(final):
+                _ = 1 // 0
+        return len(list(tmp_path.iterdir()))
+
+    with another_process(code) as writer:
+        assert start_again() == 1  # of the living writer
+        writer.kill()
+        writer.wait()
+        assert start_again() == 0
+
+
+def test_two_writers_of_one_path_do_not_meet(tmp_path: Path) -> None:
+    with AtomicFile(tmp_path / "x") as first:
+        first.write(b"first")
+        with AtomicFile(tmp_path / "x") as second:
+            second.write(b"2")
+        assert (tmp_path / "x").read_bytes() == b"2"
+    assert (tmp_path / "x").read_bytes() == b"first" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_first_of_two_publishers_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    if not links:  # as on exFAT
+        monkeypatch.setattr(os, "link", raising(errno.EPERM))
+    late = AtomicFile(tmp_path / "x", replace=False)
+    with pytest.raises(FileExistsError if links else PermissionError), late:
+        late.write(b"late")
+        publish(tmp_path / "x", b"first")
+    assert (tmp_path / "x").read_bytes() == b"first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        with try_lock(tmp_path / "locks" / "lock"):
+            write_atomic(tmp_path / "file", b"")
+            publish(tmp_path / "published", b"")
+        assert locks_work(tmp_path)
+        with atomic_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {name: mode for name, mode in modes.items() if mode not in (0o664, 0o775)} == {} and len(modes) == 6
 
 
 def test_logs_lose_a_torn_tail_only(tmp_path: Path) -> None:
@@ -95,33 +143,25 @@ def test_logs_lose_a_torn_tail_only(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "1\n3\n"
 
 
-def test_a_folder_is_published_once(tmp_path: Path) -> None:
+def test_a_folder_appears_once_and_filled(tmp_path: Path) -> None:
     for expected in (None, IdentityError):
-        temp = temp_folder(tmp_path / "final")
-        write_atomic(temp / "x", b"1")
-        if expected is None:
-            publish_folder(temp, tmp_path / "final")
-        else:
-            with pytest.raises(expected):
-                publish_folder(temp, tmp_path / "final")
-    assert (tmp_path / "final" / "x").read_bytes() == b"1"
+        with pytest.raises(expected) if expected else nullcontext(), atomic_folder(tmp_path / "final") as folder:
+            write_atomic(folder / "x", b"1")
+            assert expected or not (tmp_path / "final").exists()
+    assert (tmp_path / "final" / "x").read_bytes() == b"1" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").write_bytes(b"mine")
-    (tmp_path / ".x.partial").symlink_to("elsewhere")
-    with pytest.raises(OSError, match="symbolic link"):
-        write_atomic(tmp_path / "x", b"data")
-    assert (tmp_path / "elsewhere").read_bytes() == b"mine" and not (tmp_path / "x").exists()
+def raising(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
 def test_a_write_that_fails_on_closing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(os, name, full)
+            patch.setattr(os, name, raising(errno.ENOSPC))
             with pytest.raises(OSError, match="No space"):
                 write_atomic(tmp_path / "x", b"data")
         assert not list(tmp_path.iterdir()), name

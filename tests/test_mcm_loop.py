@@ -190,6 +190,14 @@ def test_every_outcome_is_recorded(tmp_path, error, code):
     assert read_record(ExitRecord, tmp_path / "exit.json").code == code
 
 
+def test_two_commands_on_one_run_do_not_meet(tmp_path):
+    with recorded_exit(tmp_path, main=True):
+        before = (tmp_path / "exit.json").read_bytes()
+        with pytest.raises(UsageError, match="another process trains"), recorded_exit(tmp_path, main=True):
+            pass
+        assert (tmp_path / "exit.json").read_bytes() == before
+
+
 def test_the_first_error_of_any_rank_is_recorded(tmp_path):
     with pytest.raises(ResourceError, match="lost the connection to another rank"), recorded_exit(tmp_path, main=True):
         with pytest.raises(CorruptionError), recorded_exit(tmp_path, main=False):

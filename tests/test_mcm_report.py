@@ -83,7 +83,7 @@ def runs(tmp_path):
     put(run / "probe" / "folded.json", "folded", 0.76, None)
     put(run / "probe" / "masked-8.json", "masked:8", 0.7, None)
     put(run / "probe" / "untrained-full.json", "full", 0.41, 0.59)
-    put(tmp_path / "cache.run" / "probe.json", "full", 0.96, 0.97, FACTS)
+    put(tmp_path / "cache" / ".run" / "probe.json", "full", 0.96, 0.97, FACTS)
     tokens = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float16)
     samples = {"views": np.zeros((2, 32, 32, 3), np.uint8), "target": tokens, "prediction": tokens + 1}
     save_file(samples, run / "samples.safetensors")

@@ -10,12 +10,11 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command, tree_digest
+from conftest import ROOT, command, is_locked, tree_digest
 from test_pipeline_shard import make_source
 
 from cache_tools.errors import ResourceError
 from cache_tools.images import PictureRefused
-from cache_tools.storage import is_locked
 from pipeline import decode_pool
 from pipeline.decode_pool import DecodePool
 from pipeline.shard import shard
@@ -133,9 +132,9 @@ def test_the_command_refuses_pictures_that_crash_or_hang_the_decoder(tmp_path: P
 
 def test_the_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
     source = plant(make_source(tmp_path / "source", train=20, val=1), _001="HANG", _007="HANG")
-    lock = tmp_path / "out.run" / "shard.lock"
+    lock = tmp_path / "out" / ".run" / "shard.lock"
     process = start(source, tmp_path / "out")
-    wait_for(lambda: lock.is_file() and is_locked(lock))
+    wait_for(lambda: is_locked(lock))
     process.kill()
     assert not process.wait() == 0 and not is_locked(lock)
     process.communicate(timeout=60)  # every process of the pool holds the other end of these pipes
@@ -145,7 +144,7 @@ def test_the_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
 def test_a_signal_to_all_processes_stops_at_a_shard(tmp_path: Path, number: int) -> None:
     source, out = make_source(tmp_path / "source"), tmp_path / "out"
     process = start(source, out, mode="slow")
-    wait_for((tmp_path / "out.run/shard/train/000000.json").is_file)
+    wait_for((tmp_path / "out/.run/shard/train/000000.json").is_file)
     os.killpg(process.pid, number)  # as a terminal and SLURM do
     output = ended(process, 75)
     assert output.count("error: ") == 1 and "the same command resumes" in output

@@ -144,7 +144,7 @@ def test_sigterm_stops_at_a_shard_and_the_same_command_goes_on(place: Path, cach
     target = tmp_path / "cache"
     line = command("mcm-cache", "extract", place / "dataset", target, *options(place))
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not list(target.rglob("*.tar.partial")):
+    while process.poll() is None and not list(target.rglob("*.tar.*.partial")):
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     error = process.communicate()[1]

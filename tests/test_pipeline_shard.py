@@ -1,6 +1,5 @@
 """Shards: what gets a row, who can read them, and that a kill at any moment changes no byte."""
 
-import hashlib
 import io
 import json
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import tree_digest
 from PIL import Image
 
 from cache_tools.dataset import Dataset
@@ -42,11 +42,6 @@ REFUSED = {
     "pillow/truncated_end_chunk.png": "damaged",
     "pillow/truncated_jpeg.jpg": "damaged",
 }
-
-
-def tree(root: Path) -> dict[str, str]:
-    files = sorted(path for path in root.rglob("*") if path.is_file())
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def picture(seed: int, size: int = 32) -> bytes:
@@ -82,7 +77,7 @@ def test_rows_are_the_listing_in_the_order_of_the_seed(made):
             item = candidates[int(position)]
             assert dataset.picture(split, row) == (item.path.read_bytes(), item.label)
         assert dataset.labels(split).tolist() == [candidates.labels[i] for i in order]
-    assert not (made / "out.run" / "shard").exists()
+    assert not (made / "out" / ".run" / "shard").exists()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -138,7 +133,7 @@ def test_too_many_refused_stops_and_resumes_with_a_larger_budget(tmp_path, capsy
     assert (record.splits["train"].rows, record.splits["train"].refused) == (34, 6)
     assert [entry.rows for entry in record.splits["train"].shards] == [16, 16, 2]
     shard(source, tmp_path / "straight", rows_per_shard=16, max_refused=1)
-    assert tree(out) == tree(tmp_path / "straight")
+    assert tree_digest(out) == tree_digest(tmp_path / "straight")
 
 
 def test_refused_pictures_behind_the_last_full_shard_make_no_empty_one(tmp_path):
@@ -159,7 +154,7 @@ def test_a_split_without_a_good_picture_is_refused(tmp_path):
 
 def test_a_finished_dataset_knows_its_request(made, tmp_path, capsys):
     source, out = made / "source", made / "out"
-    before = tree(out)
+    before = tree_digest(out)
     shard(source, out, rows_per_shard=16, seed=3)
     assert "complete" in capsys.readouterr().out
     with pytest.raises(IdentityError, match=r"seed: 4 != 3"):
@@ -168,7 +163,7 @@ def test_a_finished_dataset_knows_its_request(made, tmp_path, capsys):
         shard(source, out, rows_per_shard=32, seed=3)
     with pytest.raises(IdentityError, match=r"splits.train.listing_sha256"):
         shard(make_source(tmp_path / "other", train=41), out, rows_per_shard=16, seed=3)
-    assert tree(out) == before
+    assert tree_digest(out) == before
 
 
 @pytest.mark.parametrize(
@@ -185,15 +180,16 @@ def test_a_finished_dataset_knows_its_request(made, tmp_path, capsys):
 def test_impossible_requests_write_nothing(made, tmp_path, monkeypatch, arguments, message):
     make_source(tmp_path / "source")
     monkeypatch.chdir(tmp_path)
-    before = tree(tmp_path / "source")
+    before = tree_digest(tmp_path / "source")
     with pytest.raises(UsageError, match=message):
         shard("source", **{"out": "out", **arguments})
-    assert tree(tmp_path / "source") == before
+    assert tree_digest(tmp_path / "source") == before
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
 def test_a_second_process_stops_at_the_lock(made):
-    with try_lock(made / "out.run" / "shard.lock"), pytest.raises(UsageError, match=r"shard\.lock: another process"):
+    lock = made / "out" / ".run" / "shard.lock"
+    with try_lock(lock), pytest.raises(UsageError, match=r"shard\.lock: another process"):
         shard(made / "source", made / "out", rows_per_shard=16, seed=3)
 
 
@@ -217,14 +213,15 @@ def test_a_signal_stops_behind_a_shard_and_damage_is_named(made, tmp_path, monke
     (out / "train/000000.tar").write_bytes(whole)
     with pytest.raises(IdentityError, match=r"seed: 0 != 3"):
         shard(made / "source", out, rows_per_shard=16, seed=0)
+    out = out.rename(tmp_path / "moved")  # its progress moves with it
     shard(made / "source", out, rows_per_shard=16, seed=3)
-    assert tree(out) == tree(made / "out")
+    assert tree_digest(out) == tree_digest(made / "out")
 
 
 def test_sigkill_at_random_moments_changes_no_byte(tmp_path):
     source = make_source(tmp_path / "source", train=160, val=40, size=96)
     shard(source, tmp_path / "straight", rows_per_shard=16)
-    expected = tree(tmp_path / "straight")
+    expected = tree_digest(tmp_path / "straight")
     total = sum((tmp_path / "straight" / name).stat().st_size for name in expected)
     draw, kills = random.Random(7), 0
     out = tmp_path / "out"
@@ -236,8 +233,8 @@ def test_sigkill_at_random_moments_changes_no_byte(tmp_path):
         process.kill()
         kills += process.wait() == -signal.SIGKILL
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert kills >= 2 and tree(out) == expected
-    assert tree(tmp_path / "out.run").keys() == {"shard.lock"}
+    assert kills >= 2 and tree_digest(out) == expected
+    assert tree_digest(tmp_path / "out" / ".run").keys() == {"shard.lock"}
 
 
 def _bytes(folder: Path) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import another_process
 from disk import Disk, Op
 from make_cache import add_unit, make_cache, make_identity, write_shard
 from make_extract import make_place, request
@@ -17,7 +18,7 @@ from cache_tools.cache import Cache, Unit
 from cache_tools.errors import CorruptionError, IdentityError
 from cache_tools.images import decode_view_into, encode_view
 from cache_tools.records import decode_record, encode_record
-from cache_tools.storage import publish, run_folder, try_lock, write_atomic
+from cache_tools.storage import publish, shard_lock, try_lock, write_atomic
 from cache_tools.writer import UnitShardWriter, finish_unit, publish_identity
 from mcm import checkpoint
 from pipeline.extract import extract
@@ -146,11 +147,29 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_held_shard_is_left_to_its_holder(place: Path, tmp_path: Path, capsys) -> None:
-    with try_lock(run_folder(tmp_path / "cache") / "locks" / "train-000000") as held:
+    """Also to one that reached the CACHE by another name."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "link").symlink_to("cache")
+    with try_lock(shard_lock(tmp_path / "link", "train", 0)) as held:
         assert held
         extract(request(place, tmp_path / "cache", views=1))
     assert Cache(tmp_path / "cache").units("train")[0].committed() == [1]
     assert "others are at work on the rest" in capsys.readouterr().out
+
+
+def test_a_worker_asks_again_for_the_shards_of_others(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = shard_lock(tmp_path / "cache", "train", 0)
+    with another_process(f"held = try_lock(Path({str(lock)!r}))\nheld.__enter__()") as holder:
+
+        def pause(_: float) -> None:
+            holder.kill()
+            holder.wait()
+
+        monkeypatch.setattr("time.sleep", pause)
+        extract(request(place, tmp_path / "cache", views=1))
+    assert Cache(tmp_path / "cache").units("train")[0].complete
 
 
 def test_the_teacher_sees_batches_of_one_size(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

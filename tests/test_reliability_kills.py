@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import zygote
-from conftest import tree_digest
+from conftest import is_locked, tree_digest
 
-from cache_tools.storage import is_locked
 from cache_tools.verify import verify
 
 KILLED_AGAIN = 0.3  # the chance that a resuming process is killed too
@@ -84,7 +83,7 @@ def _trial(run: Run, place: Path, folder: Path, point: str, longest_s: float, dr
         process.join(after_s)
         process.kill()
         process.join()
-        while (lock := folder / "out.run" / "shard.lock").is_file() and is_locked(lock):
+        while is_locked(folder / "out" / ".run" / "shard.lock"):
             time.sleep(0.01)  # the watched process ends as soon as it sees that its watcher is gone
         last, log = not at and after_s is None, folder / "log.out"
         said = log.read_text() if log.is_file() else ""  # killed before its first line

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import zygote
-from conftest import tree_digest
+from conftest import is_locked, tree_digest
 
-from cache_tools.storage import is_locked
 from cache_tools.verify import verify
 
 VIEWS = 2
@@ -44,7 +43,7 @@ def disturb(processes: list[BaseProcess], victim: BaseProcess | None, draw: rand
 
 def commits_written(log: Path) -> Counter[str]:
     """How often each commit got its name, by all processes together."""
-    lines = (line.rsplit(" ", 1)[0] for line in log.read_text().splitlines())
+    lines = (line.rsplit(" ", 1)[0].replace(" link/", " out/") for line in log.read_text().splitlines())
     return Counter(line for line in lines if line.startswith("rename") and "/commits/" in line)
 
 
@@ -59,15 +58,21 @@ def test_extractors_share_one_cache(
     for race in range(races):
         folder, draw, workers = tmp_path / f"race{race}", random.Random(race), (2, 4)[race % 2]
         folder.mkdir()
-        run = (zygote.run_extract, place, folder / "out", folder / "log")
-        processes = [zygote.start(*run, views=VIEWS, worker=k, workers=workers) for k in range(workers)]
+        names = [folder / "out", folder / "link"]  # of one CACHE
+        names[0].mkdir()
+        names[1].symlink_to("out")
+        run = (zygote.run_extract, place)
+        processes = [
+            zygote.start(*run, names[k % 2], folder / "log", views=VIEWS, worker=k, workers=workers)
+            for k in range(workers)
+        ]
         victim = draw.choice(processes) if race % 4 >= 2 else None
         disturb(processes, victim, draw)
         codes = [process.exitcode for process in processes]
         killed, where = codes.count(-signal.SIGKILL), (f"race of seed {race}", (folder / "log.out").read_text())
         assert all(code == 0 or process is victim for code, process in zip(codes, processes, strict=True)), where
         if killed:  # the others may have ended before
-            last = zygote.start(*run, views=VIEWS)
+            last = zygote.start(*run, names[0], folder / "log", views=VIEWS)
             last.join()
             assert last.exitcode == 0, where
         again = commits_written(folder / "log")
@@ -86,7 +91,7 @@ def test_two_that_shard_into_one_folder(
     for race in range(races):
         folder, draw = tmp_path / f"race{race}", random.Random(race)
         folder.mkdir()
-        lock = folder / "out.run" / "shard.lock"
+        lock = folder / "out" / ".run" / "shard.lock"
         first = zygote.start(zygote.run_shard, place, folder / "out", folder / "log")
         while first.is_alive() and not lock.is_file():
             time.sleep(0.001)

@@ -104,7 +104,7 @@ def refuse(source: Path, match: str) -> None:
     out = source.parent / "refused-out"
     with pytest.raises(UsageError, match=match):
         shard(source, out, max_refused=1)
-    assert not out.exists() and not Path(f"{out}.run").exists()
+    assert not out.exists()
 
 
 # Folders
