@@ -38,6 +38,7 @@ def shard(
     """Shard `source` into the DATASET `out`, or continue one.
 
     `max_refused` is a share of a split's candidates; `val` is the share of split train that becomes split val.
+    The decoding processes import the main module again, as multiprocessing does: a script needs its usual guard.
 
     Raises: UsageError, IdentityError (another request was begun or finished there), TooManyRefused, Interrupted.
     """

@@ -403,8 +403,9 @@ def test_nothing_hostile_runs_writes_or_grows(tmp_path, tally):
     todo = {"sound": [(kind, kind, str(path)) for kind, path in good], "hostile": inputs}
     (tmp_path / "todo.json").write_text(json.dumps(todo))
     (tmp_path / "out").mkdir()
-    command = [sys.executable, str(ROOT / "tests/open_hostile.py"), str(tmp_path / "todo.json"), str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    code = "import open_hostile; open_hostile.main()"  # a script would be run again by each process of the pool
+    command = [sys.executable, "-c", code, str(tmp_path / "todo.json"), str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     ended = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(ended) == len(inputs) >= 200, done.stderr[-3000:]
