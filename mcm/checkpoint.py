@@ -91,7 +91,7 @@ def save(run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dic
     files = {}
     with atomic_folder(final) as temp:
         for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
-            save_file(tensors, temp / name)  # holds Python's lock for at most 5 ms; `save` holds it for 0.9 s per GB
+            _save_file(tensors, temp / name)
             with open(temp / name, "rb") as file:
                 os.fsync(file.fileno())
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -99,6 +99,19 @@ def save(run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dic
         write_atomic(temp / "state.json", encode_record(State(step=step, files=files, meta=meta)))
         remove_tree(final)  # only a damaged one can be in the way: a sound one would have been resumed from
     return final
+
+
+def _save_file(tensors: Tensors, path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises: OSError for a full disk; safetensors tells its number in the message alone.
+    """
+    try:
+        save_file(tensors, path)  # holds Python's lock for at most 5 ms; `save` for 0.9 s per GB
+    except SafetensorError as error:
+        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def complete(run_dir: Path) -> list[Path]:

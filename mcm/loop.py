@@ -338,12 +338,8 @@ class Loop:
 
     def _write(self, step: int, model: checkpoint.Tensors, optimizer: checkpoint.Tensors, meta: dict[str, Any]) -> None:
         run_dir = self.job.run_dir
-        try:
-            checkpoint.save(run_dir, step, model, optimizer, meta)
-            checkpoint.rotate(run_dir, self.saved_step, step, self.job.settings.keep_last)
-        except OSError:
-            checkpoint.clear_leftovers(run_dir)  # half a checkpoint would fill the disk further
-            raise
+        checkpoint.save(run_dir, step, model, optimizer, meta)
+        checkpoint.rotate(run_dir, self.saved_step, step, self.job.settings.keep_last)
         self.saved_step = step
 
     def _join_save(self, must: bool) -> None:

@@ -1,3 +1,4 @@
+import resource
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,17 @@ def test_everything_comes_back_by_name(tmp_path):
     theirs = checkpoint.optimizer_tensors(expected_model, expected_optimizer)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert checkpoint.latest(tmp_path, optimizer=False).optimizer == {}
+
+
+def test_a_disk_that_takes_no_more_is_an_error_of_the_system_and_leaves_nothing(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*model\.safetensors"):
+            save(tmp_path, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_another_model_is_refused(tmp_path):
