@@ -8,9 +8,7 @@ colour of it is ignored; any other picture with transparency is laid over white;
 
 import io
 import re
-import struct
 import warnings
-import zlib
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +20,6 @@ from .errors import CorruptionError, UsageError
 PICTURE_RULES = 1
 MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
-# What Pillow's decoders and its EXIF reader were seen to raise, or read to, on files that lie.
-DECODER_ERRORS: tuple[type[Exception], ...] = (OSError, ValueError, SyntaxError, LookupError, TypeError, AttributeError)
-DECODER_ERRORS += (ArithmeticError, EOFError, struct.error, zlib.error)
 RGB = npt.NDArray[np.uint8]
 
 
@@ -75,7 +70,9 @@ def decode_rgb(data: bytes) -> RGB:
             return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
     except Image.DecompressionBombError as error:
         raise PictureRefused("too-large", str(error)) from error
-    except DECODER_ERRORS as error:
+    except (PictureRefused, MemoryError):
+        raise
+    except Exception as error:  # whatever files that lie make Pillow's decoders and its EXIF reader raise
         raise PictureRefused("damaged", str(error)) from error
 
 

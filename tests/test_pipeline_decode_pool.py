@@ -92,11 +92,11 @@ def test_a_pool_stops_in_the_middle_of_large_results() -> None:
         assert len(next(pool.map(bytes, [1 << 26] * 8))) == 1 << 26
 
 
-def start(source: Path, out: Path, *more: object, mode: str = "crash") -> subprocess.Popen[str]:
+def start(source: Path, out: Path, *more: object, mode: str = "crash", verb: str = "shard") -> subprocess.Popen[str]:
     (out.parent / "sitecustomize.py").write_text(DECODER)
     places = os.pathsep.join(map(str, (out.parent, ROOT / "tests", ROOT)))
     environment = os.environ | {"PYTHONPATH": places, "MISBEHAVE": mode}
-    line = command("mcm-cache", "shard", source, out, "--rows-per-shard", 16, *more)
+    line = command("mcm-cache", verb, source, out, *(more if verb == "extract" else ("--rows-per-shard", 16, *more)))
     pipe = subprocess.PIPE
     return subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, start_new_session=True, env=environment)
 
@@ -128,6 +128,12 @@ def test_the_command_refuses_pictures_that_crash_or_hang_the_decoder(tmp_path: P
     ended(start(source, tmp_path / "straight", "--max-refused", 1, mode="refuse"), 0)
     assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "straight")
     tally("pictures that crash or hang the decoder", inputs=3, failures=0)
+
+
+def test_extraction_from_pictures_refuses_them_too(tmp_path: Path) -> None:
+    source = plant(make_source(tmp_path / "source", val=1), _001="SIGSEGV")
+    teacher = ["--teacher", "timm:vit_tiny_patch16_224", "--weights", "random", "--size", 224]
+    assert "found 1 decoder-crash" in ended(start(source, tmp_path / "cache", *teacher, verb="extract"), 3)
 
 
 def test_the_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
