@@ -241,5 +241,6 @@ def folded_state(encoder: VisionTransformer, encoder_fill: Tensor | None, s: flo
     state["patch_embed.proj.weight"] *= s
     state["patch_embed.proj.bias"] *= s
     if encoder_fill is not None:
-        state["patch_embed.proj.bias"] += (1.0 - s) * encoder_fill.detach()
+        bias = state["patch_embed.proj.bias"]
+        bias += (1.0 - s) * encoder_fill.detach().to(bias.device)
     return state
