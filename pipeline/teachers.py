@@ -102,7 +102,7 @@ def load_teacher(
         if not Path(architecture).is_dir():  # a name that we know: the mistake is not in a configuration from elsewhere
             raise
         raise UsageError(f"--teacher {name}: expected open_clip's configuration of a ViT; {error!r}") from error
-    teacher.tower.to(where).eval().requires_grad_(False)
+    teacher.tower.to(where)
     return teacher
 
 
@@ -235,6 +235,7 @@ def _describe(
     size: tuple[int, int], described: dict[str, Any], mean: Any, std: Any, activation: str,
     projection: Tensor | None, device: torch.device, precision: Precision,
 ) -> Teacher:  # fmt: skip
+    tower.eval().requires_grad_(False)  # in training mode, patch dropout would leave out tokens
     with torch.inference_mode():
         patch, cls = forward(torch.zeros(1, 3, *size))
     rows = round((patch.shape[1] * size[0] / size[1]) ** 0.5)

@@ -11,10 +11,10 @@ VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_s
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 
 
-def make_teacher(folder: Path, quick_gelu: bool = False, seed: int = 0) -> tuple[str, str]:
+def make_teacher(folder: Path, quick_gelu: bool = False, seed: int = 0, **vision: object) -> tuple[str, str]:
     """Write FOLDER; returns (--teacher, --weights)."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT, "quick_gelu": quick_gelu}
+    config = {"embed_dim": 16, "vision_cfg": VISION | vision, "text_cfg": TEXT, "quick_gelu": quick_gelu}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -57,6 +57,12 @@ def test_a_smaller_teacher_size_gives_a_smaller_grid(tmp_path: Path) -> None:
     assert teacher.grid == (3, 3) and teacher.features(torch.from_numpy(probe_pictures(24, 24)))[0].shape == (4, 9, 32)
 
 
+def test_the_grid_of_a_teacher_with_patch_dropout_is_that_of_its_features(tmp_path: Path) -> None:
+    name, weights = make_teacher(tmp_path / "clip", patch_dropout=0.75)
+    teacher = load_teacher(name, weights, device="cpu")
+    assert teacher.grid == (4, 4) and teacher.features(torch.from_numpy(probe_pictures(32, 32)))[0].shape == (4, 16, 32)
+
+
 @pytest.mark.parametrize(
     ("teacher", "weights", "error", "said"),
     [
