@@ -8,7 +8,7 @@ import stat
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import pydantic
 
@@ -22,8 +22,12 @@ _PACKAGE = Path(__file__).parent
 
 
 class Record(pydantic.BaseModel):
-    """Base of every record of ours: typed strictly, closed to unknown fields, immutable."""
+    """Base of every record of ours: typed strictly, closed to unknown fields, immutable.
 
+    `exclusive` names keys of which one is given: an override of one clears the others.
+    """
+
+    exclusive: ClassVar[tuple[str, ...]] = ()
     model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -166,6 +170,8 @@ def load_toml(
 ) -> R:
     """The configuration in `path` with `section.key=value` overrides (values in TOML syntax; bare words are strings).
 
+    An empty value is None where the key is optional.
+
     `flags` are values of keys that the command line names by options of its own; `path` may be None with them.
 
     Raises: UsageError naming the key, what was expected and the nearest known key.
@@ -177,7 +183,7 @@ def load_toml(
     payload |= flags or {}
     where = path or "the command line"
     for override in overrides:
-        _override(payload, override)
+        _override(cls, payload, override)
     try:
         return cls.model_validate_json(json.dumps(payload, default=str))  # a date of TOML's is then no number either
     except RecursionError as error:
@@ -188,20 +194,37 @@ def load_toml(
         raise UsageError(f"{where}: {_explain(cls, first)}") from error
 
 
-def _override(payload: dict[str, Any], override: str) -> None:
+def _override(cls: type[Record], payload: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals:
         raise UsageError(f"--set {override!r}: expected key=value, such as optim.lr=1e-3")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
     *sections, key = dotted.strip().split(".")
     for section in sections:
-        payload = payload.setdefault(section, {})
+        payload, cls = payload.setdefault(section, {}), _section(cls, section)
         if not isinstance(payload, dict):
             raise UsageError(f"--set {override!r}: {section!r} is a value, not a section")
-    payload[key] = value
+    payload[key] = None if not text and type(None) in _kinds(cls, key) else _value(text)
+    for other in set(cls.exclusive) - {key} if key in cls.exclusive else ():
+        payload.pop(other, None)
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _kinds(cls: type[Record], key: str) -> tuple[Any, ...]:
+    """The type of a field, and the types that it is made of."""
+    field = cls.model_fields.get(key)
+    return (field.annotation, *get_args(field.annotation)) if field else ()
+
+
+def _section(cls: type[Record], key: str) -> type[Record]:
+    """The record that a section holds; Record itself, which has no keys, where it holds none."""
+    kinds = (kind for kind in _kinds(cls, key) if isinstance(kind, type) and issubclass(kind, Record))
+    return next(kinds, Record)
 
 
 def _location(loc: Sequence[int | str]) -> str:
@@ -219,13 +242,10 @@ def _explain(cls: type[Record], detail: Any) -> str:
     return f"{where}: {message}; found {repr(detail['input'])[:MAX_SHOWN]}"
 
 
-def _known_keys(cls: type[pydantic.BaseModel], prefix: str = "") -> list[str]:
+def _known_keys(cls: type[Record], prefix: str = "") -> list[str]:
     keys = []
-    for name, field in cls.model_fields.items():
-        keys.append(prefix + name)
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
-                keys += _known_keys(kind, f"{prefix}{name}.")
+    for name in cls.model_fields:
+        keys += [prefix + name, *_known_keys(_section(cls, name), f"{prefix}{name}.")]
     return keys
 
 

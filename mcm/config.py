@@ -1,6 +1,6 @@
 """What a run is: one strict record a TOML file, its sections named as the user types them."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -89,6 +89,7 @@ class Loss(Record):
 class Optim(Record):
     """AdamW; `lr` is the peak learning rate, `blr` the same for a global batch of 256; clip_norm 0 is off."""
 
+    exclusive: ClassVar[tuple[str, ...]] = ("lr", "blr")
     lr: PositiveFloat | None = None
     blr: PositiveFloat | None = None
     beta1: BelowOne = 0.9

@@ -65,7 +65,9 @@ def test_header_says_how_to_run_it_and_the_resolved_config_reads_back(path, tmp_
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("optim.blr=1e-4", "exactly one of optim.lr and optim.blr"),
+        ("optim.lr=", "exactly one of optim.lr and optim.blr"),
+        ("optim={lr=1e-3, blr=1e-4}", "exactly one of optim.lr and optim.blr"),
+        ("train.seed=", "train.seed"),
         ("optim.rl=1e-4", "optim.lr"),
         ("optim.lr='high'", "optim.lr"),
         ("student.heads=3", "student.heads = 3 must divide student.width = 128"),
@@ -86,10 +88,16 @@ def test_wrong_setting_is_named(override, named):
     assert "\n" not in str(caught.value)
 
 
-def test_neither_learning_rate_is_an_error_too(tmp_path):
-    (tmp_path / "c.toml").write_text(DEMO.read_text().replace("\nlr = 1e-3", ""))
-    with pytest.raises(UsageError, match="exactly one of optim.lr and optim.blr"):
-        load_toml(PretrainConfig, tmp_path / "c.toml")
+@pytest.mark.parametrize("path", PRETRAIN + FINETUNE, ids=lambda path: f"{path.parent.stem}/{path.stem}")
+def test_either_learning_rate_replaces_the_other(path):
+    for key, other in (("lr", "blr"), ("blr", "lr")):
+        optim = load_toml(KINDS[path.parent.stem], path, [f"optim.{other}=1", f"optim.{key}=0.5"]).optim
+        assert (getattr(optim, key), getattr(optim, other)) == (0.5, None)
+
+
+def test_an_empty_value_is_none_where_the_key_is_optional():
+    assert load_toml(PretrainConfig, DEMO, ["mask.final_ratio=0.9", "mask.final_ratio="]).mask.final_ratio is None
+    assert load_toml(FinetuneConfig, CONFIGS / "finetune/demo.toml", ["student=", "augment.recipe="]).student is None
 
 
 def test_patch_must_tile_the_picture():
