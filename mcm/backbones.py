@@ -7,35 +7,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import pydantic
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
 from timm.layers import Mlp
-from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from cache_tools.errors import IdentityError, UsageError
+from cache_tools.errors import McmError, UsageError
 from cache_tools.records import Record, nearest, read_json, read_record
 from cache_tools.storage import file_sha256
-from cache_tools.weights import is_torchscript
+from cache_tools.weights import load_whole, read_weights
 from mcm import checkpoint
 from mcm.config import PretrainConfig, SizedStudent
 from mcm.model import MaskedChannelModel, build_encoder
 from mcm.run_folder import PretrainRun, recorded, recorded_config
 
-SHOWN_NAMES = 4  # tensors named in a message
 BATCHNORM_EPS = 1e-6  # of a frozen run's head, as MAE
 CROP_PCT = 1.0  # a student of ours is evaluated on the whole centre square, as the held-out views are cut
-# What timm and torch were seen to raise on arguments that make no model.
-NOT_A_CONFIG = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
-# What safetensors and torch were seen to raise on files that lie; MemoryError for one that asks for too much.
-NOT_WEIGHTS = (*NOT_A_CONFIG, SafetensorError, UnpicklingError, EOFError, MemoryError)
+HEADS = ("head",)  # what a headless model leaves out of a file of weights
 ANY_VIT = "vit_base_patch16_224"  # the timm entry point whose arguments can say any plain ViT
 
 
@@ -112,43 +105,6 @@ def pooled(model: VisionTransformer, tokens_BND: Tensor, features: str = "mean")
     return torch.cat([model.fc_norm(parts[name]) for name in chosen], dim=1)
 
 
-def load_whole(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load `state` into a headless model; classifier heads in it are left out.
-
-    Raises: IdentityError unless every tensor of the model is there in its shape and nothing is left over.
-    """
-    own = model.state_dict()
-    missing = sorted(name for name in own if name not in state or state[name].shape != own[name].shape)
-    unexpected = sorted(name for name in state if name not in own and not name.startswith("head"))
-    if missing or unexpected:
-        share = 100 * (1 - len(missing) / len(own))
-        raise IdentityError(
-            f"{where}: expected 100 % of the encoder's {len(own)} tensors; found {share:.1f} %, missing or of another "
-            f"shape: {_names(missing)}; unexpected: {_names(unexpected)}; give the weights of this architecture"
-        )
-    model.load_state_dict({name: state[name] for name in own})
-
-
-def read_weights(path: Path) -> dict[str, Any]:
-    """The tensors of a .safetensors or torch file, or OpenAI's TorchScript; a pickle may hold nothing but weights.
-
-    Raises: UsageError when it is no such file.
-    """
-    try:
-        if is_torchscript(path):
-            scripted = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-            return {name: value.float() if value.is_floating_point() else value for name, value in scripted.items()}
-        state: dict[str, Any] = load_state_dict(str(path), weights_only=True)
-    except NOT_WEIGHTS as error:
-        raise UsageError(f"{path}: expected weights (safetensors, or torch's without code); {error}") from error
-    return state
-
-
-def _names(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return ", ".join(names[:SHOWN_NAMES]) + more if names else "none"
-
-
 def _from_config(student: SizedStudent | None, seed: int) -> Backbone:
     if student is None:
         raise UsageError("random: expected a [student] section with width, depth, heads, size and patch; it is missing")
@@ -167,7 +123,7 @@ def _from_timm(spec: str, weights: Path | None) -> Backbone:
     if not isinstance(model, VisionTransformer):
         raise UsageError(f"{spec}: expected a plain vision transformer of timm; found {type(model).__name__}")
     if weights is not None:
-        load_whole(model, checkpoint_filter_fn(read_weights(weights), model), str(weights))
+        load_whole(model, checkpoint_filter_fn(read_weights(weights), model), str(weights), HEADS)
     return _described(model, spec, "pretrained" if weights is None else f"sha256:{file_sha256(weights)}")
 
 
@@ -198,7 +154,7 @@ def _load_newest(model: nn.Module, folder: Path) -> str:
     found = checkpoint.latest(folder, optimizer=False)
     if found is None:
         raise UsageError(f"{folder}: expected a checkpoint; it has none yet; let it train until it saves one")
-    load_whole(model, _plain_head(found.model), str(found.path))
+    load_whole(model, _plain_head(found.model), str(found.path), HEADS)
     return f"{found.path.name} sha256:{found.model_sha256[:12]}"
 
 
@@ -215,22 +171,25 @@ def _plain_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _from_export(folder: Path) -> Backbone:
     path = folder / "model.safetensors"
+    state = read_weights(path)
     read_json(folder / "config.json", UsageError)  # its size and kind, before timm reads it
     with _arguments_of(folder / "config.json"):
         model = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
         if not isinstance(model, VisionTransformer):
             raise TypeError(f"a {type(model).__name__}")
         backbone = _described(model, str(folder), f"sha256:{file_sha256(path)}")
-    load_whole(model, read_weights(path), str(path))
+    load_whole(model, state, str(path), HEADS)
     return backbone
 
 
 @contextmanager
 def _arguments_of(path: Path) -> Iterator[None]:
-    """Whoever wrote `path` chose the arguments of the model that is made inside."""
+    """Refuse the arguments in `path` if no model can be made of them inside the block."""
     try:
         yield
-    except NOT_A_CONFIG as error:
+    except McmError:
+        raise
+    except Exception as error:
         raise UsageError(f"{path}: expected a vision transformer that timm can make; {error!r}") from error
 
 

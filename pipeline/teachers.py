@@ -8,30 +8,24 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError  # what torch.load(weights_only=True) refuses with
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cache_tools.draws import uniform
-from cache_tools.errors import IdentityError, ResourceError, UsageError
+from cache_tools.errors import IdentityError, McmError, ResourceError, UsageError
 from cache_tools.identity import TeacherIdentity
 from cache_tools.images import RGB, resize_rgb
 from cache_tools.records import nearest, read_json, sha256_hex
-from cache_tools.weights import is_torchscript
+from cache_tools.weights import load_whole, read_weights
 
 RANDOM = "random"  # weights that say so: for shapes, timings and controls
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-# What files and configurations that lie were seen to raise in safetensors, torch and open_clip.
-NOT_A_MODEL = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError)
-NOT_WEIGHTS = (*NOT_A_MODEL, SafetensorError, OSError, EOFError, UnpicklingError, MemoryError)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-State = dict[str, Tensor]
 Precision = Literal["fp32", "fp16", "bf16"]
 
 
@@ -98,8 +92,10 @@ def load_teacher(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # the weights of "random"
             teacher = load(architecture, weights, size, where, cast(Precision, precision))
-    except NOT_A_MODEL as error:
-        if not Path(architecture).is_dir():  # a name that we know: the mistake is not in a configuration from elsewhere
+    except Exception as error:
+        if (
+            isinstance(error, McmError) or not Path(architecture).is_dir()
+        ):  # a name that we know: the mistake is not in a configuration from elsewhere
             raise
         raise UsageError(f"--teacher {name}: expected open_clip's configuration of a ViT; {error!r}") from error
     teacher.tower.to(where)
@@ -125,12 +121,12 @@ def _load_open_clip(name: str, weights: str, size: int | None, device: torch.dev
                 file = open_clip.download_pretrained(tag)
             except (OSError, RuntimeError, ValueError) as error:
                 raise ResourceError(f"--weights {weights}: cannot be fetched: {error}; give a local file") from error
-        state = _read_state(Path(file))
+        state = read_weights(Path(file))
         if "input_resolution" in state and not quick_gelu:
             raise IdentityError(f"{weights}: OpenAI's weights need QuickGELU; found {name}; use {name}-quickgelu")
         resize_pos_embed(state, SimpleNamespace(visual=tower))  # it asks a model for its visual alone
         visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-        _load_whole(tower, visual, weights)
+        load_whole(tower, visual, weights)
 
     def forward(x_B3HW: Tensor) -> tuple[Tensor, Tensor | None]:
         out = tower.forward_intermediates(
@@ -210,9 +206,8 @@ def _load_timm(name: str, weights: str, size: int | None, device: torch.device, 
     if not hub and weights != RANDOM:
         from timm.models.vision_transformer import checkpoint_filter_fn
 
-        state = checkpoint_filter_fn(_read_state(Path(weights)), model)
-        heads = ("head", "fc_norm")
-        _load_whole(model, {key: value for key, value in state.items() if not key.startswith(heads)}, weights)
+        state = checkpoint_filter_fn(read_weights(Path(weights)), model)
+        load_whole(model, state, weights, heads=("head", "fc_norm"))
 
     def forward(x_B3HW: Tensor) -> tuple[Tensor, Tensor | None]:
         out = model.forward_intermediates(
@@ -269,36 +264,7 @@ def _first_token(prefix: Any) -> Tensor | None:
     return token
 
 
-def _read_state(path: Path) -> State:
-    """Tensors of a safetensors file, a checkpoint (never unpickled beyond tensors) or OpenAI's TorchScript archive."""
-    from open_clip.factory import load_state_dict
-
-    if is_torchscript(path):
-        scripted: State = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-        return {key: value.float() if value.is_floating_point() else value for key, value in scripted.items()}
-    try:
-        state: State = load_state_dict(str(path), weights_only=True)
-    except NOT_WEIGHTS as error:
-        raise IdentityError(f"{path}: expected a file of weights; it does not read: {error}") from error
-    return dict(state)
-
-
-def _load_whole(tower: nn.Module, state: State, where: str) -> None:
-    """Load every tensor of the tower, none missing and none left over.
-
-    Raises: IdentityError naming the first that does not fit.
-    """
-    own = tower.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    for problem, keys in (("missing", missing), ("unknown", extra), ("of another shape", sorted(shapes))):
-        if keys:
-            share = f"{len(keys)} of {len(own)} tensors {problem}, first {keys[0]}"
-            raise IdentityError(f"{where}: expected the weights of this teacher; {share}; check --teacher and the file")
-    tower.load_state_dict(state)
-
-
-def state_sha256(state: State) -> str:
+def state_sha256(state: dict[str, Tensor]) -> str:
     """Digest of names, types, shapes and values, whatever file they came from."""
     digest = hashlib.sha256()
     for name in sorted(state):

@@ -26,11 +26,12 @@ from cache_tools.info import describe, info
 from cache_tools.records import load_toml
 from cache_tools.tars import read_npy
 from cache_tools.verify import verify
+from cache_tools.weights import read_weights
 from mcm import checkpoint
-from mcm.backbones import load_encoder, read_weights
+from mcm.backbones import load_encoder
 from mcm.config import PretrainConfig
 from pipeline.shard import shard
-from pipeline.teachers import _read_state, load_teacher
+from pipeline.teachers import load_teacher
 
 FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "pty.spawn")
 FORBIDDEN += ("socket.__new__", "socket.connect", "ctypes.dlopen", "pickle.find_class")
@@ -67,7 +68,6 @@ ENTRIES = {
     "npy": lambda path, out: read_npy(path),
     "config": lambda path, out: load_toml(PretrainConfig, path),
     "weights": lambda path, out: read_weights(path),
-    "state": lambda path, out: _read_state(path),
     "teacher": lambda path, out: load_teacher(f"open_clip:{path}", "random"),
     "encoder": lambda path, out: load_encoder(str(path)),
     "checkpoint": lambda path, out: checkpoint.latest(path),

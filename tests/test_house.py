@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,14 @@ def imports_of(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_arms_and_waist_import_only_what_they_may(path: Path) -> None:
     roots = {name.split(".")[0] for name in imports_of(path)}
-    assert not roots & FORBIDDEN[path.parent.name]
+    allowed = {"torch"} if path.name == "weights.py" else set()  # inside its function: the next test
+    assert not roots & FORBIDDEN[path.parent.name] - allowed
+
+
+def test_cache_tools_imports_without_torch() -> None:
+    names = ", ".join(f"cache_tools.{path.stem}" for path in FILES if path.parent.name == "cache_tools")
+    code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_no_cycles() -> None:
@@ -51,7 +60,7 @@ def test_no_cycles() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_only_storage_writes(path: Path) -> None:
     if path.name != "storage.py":
-        text = path.read_text().replace("save_file(tensors, temp / name)", "")  # into a folder that storage publishes
+        text = path.read_text().replace("save_file(tensors, path)", "")  # into a folder that storage publishes
         assert not WRITES.findall(text)
 
 

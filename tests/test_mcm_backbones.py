@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cache_tools.errors import IdentityError, UsageError
-from mcm.backbones import load_encoder, model_args, pooled, read_weights
+from cache_tools.weights import read_weights
+from mcm.backbones import load_encoder, model_args, pooled
 from mcm.config import SizedStudent
 from mcm.model import encode_tokens
 
@@ -85,9 +86,20 @@ def test_a_damaged_file_and_a_pickle_with_code_are_refused(small_file, tmp_path)
     small_file.write_bytes(small_file.read_bytes()[:100_000])
     with pytest.raises(UsageError, match="expected weights"):
         load_encoder("timm:vit_tiny_patch16_224", small_file)
-    torch.save({"model": print}, tmp_path / "code.pt")
-    with pytest.raises(UsageError, match="expected weights"):
-        load_encoder("timm:vit_tiny_patch16_224", tmp_path / "code.pt")
+    for content in ({"model": print}, {"cls_token": 3}, [torch.zeros(1)]):
+        torch.save(content, tmp_path / "wrong.pt")
+        with pytest.raises(UsageError, match="expected weights"):
+            load_encoder("timm:vit_tiny_patch16_224", tmp_path / "wrong.pt")
+
+
+def test_a_checkpoint_gives_its_ema_without_the_prefixes_of_wrappers(tmp_path):
+    state, ema = ({f"module._orig_mod.{name}": torch.full((1,), value) for name in "ab"} for value in (0.0, 1.0))
+    for checkpoint, expected in (({"model": state, "model_ema": ema}, 1), ({"state_dict": state}, 0), (ema, 1)):
+        torch.save(checkpoint, tmp_path / "checkpoint.pt")
+        assert read_weights(tmp_path / "checkpoint.pt") == {
+            "a": torch.tensor([expected]),
+            "b": torch.tensor([expected]),
+        }
 
 
 @pytest.mark.parametrize(

@@ -85,15 +85,15 @@ def test_wrong_weight_files(tmp_path: Path) -> None:
     state = load_file(weights)
     shapes = state | {"visual.class_embedding": torch.zeros(48)}
     for change, said in (
-        ({k: v for k, v in state.items() if "ln_post" not in k}, "tensors missing, first ln_post.bias"),
-        (state | {"visual.extra": torch.zeros(1)}, "tensors unknown, first extra"),
-        (shapes, "of another shape, first class_embedding"),
+        ({k: v for k, v in state.items() if "ln_post" not in k}, "shape: ln_post.bias, ln_post.weight; unexp"),
+        (state | {"visual.extra": torch.zeros(1)}, "unexpected: extra;"),
+        (shapes, "another shape: class_embedding;"),
     ):
         save_file(change, tmp_path / "wrong.safetensors")
         with pytest.raises(IdentityError, match=said):
             load_teacher(name, str(tmp_path / "wrong.safetensors"), device="cpu")
     (tmp_path / "junk.safetensors").write_bytes(b"junk" * 100)
-    with pytest.raises(IdentityError, match="does not read"):
+    with pytest.raises(UsageError, match="expected weights"):
         load_teacher(name, str(tmp_path / "junk.safetensors"), device="cpu")
 
 

@@ -15,7 +15,7 @@ from test_mcm_checkpoint import save
 
 import pipeline.extract
 from cache_tools.cache import Cache, Unit
-from cache_tools.errors import CorruptionError, IdentityError
+from cache_tools.errors import CorruptionError, IdentityError, UsageError
 from cache_tools.images import decode_view_into, encode_view
 from cache_tools.records import decode_record, encode_record
 from cache_tools.storage import publish, shard_lock, try_lock, write_atomic
@@ -200,7 +200,7 @@ class Canary:
 
 def test_a_pickle_is_not_executed(place: Path, tmp_path: Path) -> None:
     torch.save({"state_dict": Canary(tmp_path / "canary")}, tmp_path / "weights.pt")
-    with pytest.raises(IdentityError, match=r"weights\.pt"):
+    with pytest.raises(UsageError, match=r"weights\.pt"):
         load_teacher(f"open_clip:{place / 'clip'}", str(tmp_path / "weights.pt"), device="cpu")
     assert not (tmp_path / "canary").exists()
 

@@ -286,8 +286,7 @@ def weights(box: Path) -> Hostile:
         (box / f"{number}.safetensors").write_bytes(data)
     names = dict(zip((box / f"{number}.safetensors" for number in range(len(files))), files, strict=True))
     for path in sorted(box.iterdir()):
-        for kind in ("weights", "state"):
-            yield f"weights: {names.get(path, path.name)} ({kind})", kind, path
+        yield f"weights: {names.get(path, path.name)}", "weights", path
 
 
 def models(box: Path) -> Hostile:
@@ -394,7 +393,6 @@ def test_nothing_hostile_runs_writes_or_grows(tmp_path, tally):
     good += [("verify", sound / "datasets/dataset"), ("verify", sound / "caches/cache")]
     good += [("teacher", sound / "models/clip"), ("checkpoint", sound / "runs/run")]
     good += [("shard", sound / "good"), ("weights", sound / "good.pt"), ("config", sound / "good.toml")]
-    good += [("state", sound / "models/clip/open_clip_model.safetensors")]
     (sound / "good/a").mkdir(parents=True)
     for number in range(3):
         (sound / f"good/a/{number}.img").write_bytes(picture(number))
