@@ -332,9 +332,9 @@ GUARDS = [
     Guard(
         "old checkpoints go behind the new one",
         "mcm/loop.py",
-        "            checkpoint.save(run_dir",
-        "            checkpoint.rotate(run_dir, self.saved_step, step, self.job.settings.keep_last)\n"
-        "            checkpoint.save(run_dir",
+        "        checkpoint.save(run_dir",
+        "        checkpoint.rotate(run_dir, self.saved_step, step, self.job.settings.keep_last)\n"
+        "        checkpoint.save(run_dir",
         ROTATED,
     ),
     Guard(
