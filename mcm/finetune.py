@@ -22,7 +22,7 @@ from mcm.loop import Job, engine, to_device, train
 from mcm.optim import build_optimizer
 from mcm.order import EvalOrder, Order
 from mcm.probe import labelled, warn_of_copies
-from mcm.run_folder import claim, describe_run, identity_config, last_eval, recorded_exit
+from mcm.run_folder import claim, describe_run, identity_config, recorded_exit
 from mcm.stream import Batch, DatasetSource, Stream, batches
 
 HEAD_STD, PROBE_STD = 2e-5, 0.01  # as MAE: fine-tuning starts from predictions that are uniform, a linear probe not
@@ -64,7 +64,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
             if accelerator.is_main_process:
                 warn_of_copies(dataset, quiet=False)
                 describe_run(out, config, dataset=str(data), init=init, processes=world, rows=len(rows))
-            train(
+            top1 = train(
                 Job(
                     run_dir=out,
                     model=model,
@@ -77,8 +77,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
                     settings=config.train,
                 ),
                 accelerator,
-            )
-        top1 = last_eval(out)["top1"]
+            )["top1"]
         if accelerator.is_main_process:
             print(f"{out}: top-1 {100 * top1:.2f} % on {len(held.rows)} pictures of 'val'", flush=True)
     return top1

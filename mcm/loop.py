@@ -122,14 +122,16 @@ def _ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
     return batch
 
 
-def train(job: Job, accelerator: Accelerator) -> None:
-    """Train from the newest checkpoint, or from the start, to the last step.
+def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
+    """Train from the newest checkpoint, or from the start, to the last step; return the last evaluation.
 
     Raises: Interrupted once it has saved when asked to stop; Diverged on a loss that is not finite; errors of the data.
     """
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(cuda):  # each step seeds the generators
-        Loop(job, accelerator).run()
+        loop = Loop(job, accelerator)
+        loop.run()
+    return loop.metrics
 
 
 class Loop:
@@ -151,21 +153,23 @@ class Loop:
         self.hosts: Any = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if several else None
         self.writing: tuple[int, Future[None]] | None
         self.pending: list[Tensor] = []  # (loss, gradient norm) of steps that are still on the device
+        self.metrics: dict[str, float] = {}  # of the last evaluation
         self.window: list[float] = []  # losses since the last line of the log
         self.grad_norm, self.waited_s, self.logged_at = 0.0, 0.0, time.perf_counter()
         self.logged_step, self.saved_step, self.failed_saves, self.note = 0, -1, 0, ""
         self.writer, self.writing, self.saved_at = ThreadPoolExecutor(1), None, time.monotonic()
 
     def run(self) -> None:
-        """All steps that are left."""
+        """All steps that are left; a complete run is evaluated again, as its log may have lost the last line."""
         settings, order = self.job.settings, self.order
         found = self._newest()
-        step, evaluated = (found.step, bool(found.meta["evaluated"])) if found else (-1, False)
+        step = found.step if found else -1
+        evaluated = found is not None and bool(found.meta["evaluated"]) and step < self.total_steps
         log = Log(self.job.run_dir, step, evaluated, self.main, order.steps_per_epoch)
         then = "this step is finished and saved" if self.main else ""
         with StopFlag(then) as stop, closing(log) as self.log:
             if found:
-                self._restore(found)
+                self._restore(found, evaluated)
                 found = None  # frees a whole checkpoint
             step = max(step, 0)
             left = range(step * order.accumulation, self.total_steps * order.accumulation)
@@ -209,14 +213,14 @@ class Loop:
             checkpoint.clear_leftovers(run_dir)
         return found
 
-    def _restore(self, found: checkpoint.Checkpoint) -> None:
+    def _restore(self, found: checkpoint.Checkpoint, evaluated: bool) -> None:
         checkpoint.restore(found, self.job.model, self.optimizer.optimizer)
         swap_average(self.optimizer.optimizer)
         self.window = list(found.meta["window"])
         self.logged_step = self.saved_step = found.step
         if self.main:
             print(f"{self.job.run_dir}: resumes after step {found.step} of {self.total_steps}", flush=True)
-        if found.step % self.order.steps_per_epoch == 0 and not found.meta["evaluated"]:
+        if found.step % self.order.steps_per_epoch == 0 and not evaluated:
             self._evaluate(found.step)
 
     def step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> int:
@@ -309,12 +313,12 @@ class Loop:
         start = time.perf_counter()
         self.model.eval()
         swap_average(self.optimizer.optimizer)
-        metrics = self.job.evaluate(step // self.order.steps_per_epoch)
+        self.metrics = self.job.evaluate(step // self.order.steps_per_epoch)
         swap_average(self.optimizer.optimizer)
         self.model.train()
         self.logged_at += time.perf_counter() - start  # images_per_s is the speed of training
-        if metrics:
-            self.log.write(step, {"eval": metrics})
+        if self.metrics:
+            self.log.write(step, {"eval": self.metrics})
 
     def _save(self, step: int, evaluated: bool, must: bool) -> None:
         """A checkpoint by the main rank: a copy on the host, which a thread writes while training goes on.

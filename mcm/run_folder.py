@@ -123,6 +123,8 @@ def claim(run_dir: Path, run: Any, config: type[Record]) -> None:
         if kind == ours:
             there = read_record(type(run), path)
             unknown = {k: v for k, v in there if k in LATER and None in (v, getattr(run, k))}
+            if "sha256:" in getattr(run, "init_weights", ""):  # the digest names the weights, wherever they are
+                unknown["init"] = there.init
             run = run.model_copy(update=unknown)  # unknown is not different
             there = there.model_copy(update={"config": _filled(config, there.config)})
             found = differences(run, there)

@@ -1,6 +1,7 @@
 """Fine-tuning on the shared loop: it learns, resumes to the bit, and its RUN can be probed, exported and reported."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -78,6 +79,27 @@ def test_a_run_that_broke_resumes_to_the_bit(tuned, data, tmp_path, monkeypatch)
     monkeypatch.undo()
     assert finetune(settings, data.path, "random", None, tmp_path / "broken") == top1
     assert losses(tmp_path / "broken") == losses(run)
+
+
+def test_a_complete_run_that_lost_the_tail_of_its_log_is_evaluated_again(tuned, data, tmp_path):
+    (run, top1), wanted = tuned, losses(tuned[0])
+    shutil.copytree(run, tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(True) if "eval" not in line))
+    assert finetune(config(), data.path, "random", None, tmp_path / "run") == top1
+    assert losses(tmp_path / "run")[-1] == wanted[-1]
+
+
+def test_a_run_resumes_wherever_its_init_lies_and_with_no_other_weights(tuned, data, tmp_path, monkeypatch):
+    run, settings = tuned[0], config(student=None, schedule={"epochs": 2})
+    top1 = finetune(settings, data.path, str(run), None, tmp_path / "out")
+    kept = (tmp_path / "out" / "run.json").read_bytes()
+    shutil.copytree(run, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    assert finetune(settings, data.path, "moved", None, tmp_path / "out") == top1
+    assert (tmp_path / "out" / "run.json").read_bytes() == kept
+    with pytest.raises(IdentityError, match=r"init_weights: 'step_[0-9]+ sha256:"):
+        finetune(settings, data.path, "out", None, tmp_path / "out")
 
 
 LINEAR = {"frozen": True, "optim": {"lr": 10.0, "name": "lars", "weight_decay": 0.0, "layer_decay": 1.0}}
