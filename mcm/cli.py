@@ -1,6 +1,7 @@
 """`mcm-train`: stage two, a cache in and weights out. Only what a command needs is imported, when it runs."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -20,12 +21,20 @@ Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"mcm-train {version('masked-channel-modeling')}")
+        raise typer.Exit
+
+
 @app.callback()
-def mcm_train() -> None:
+def mcm_train(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
     """Masked channel modelling, stage two: pretrain on a cache, fine-tune, probe, export, report."""
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 @guarded
 def pretrain(
     config: Config,
@@ -35,7 +44,10 @@ def pretrain(
     set_: Set = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a student on the complete units of a cache. Under `accelerate launch --no_python` on many GPUs."""
+    """Train a student on the complete units of a cache. Under `accelerate launch --no_python` on many GPUs.
+
+    Example: mcm-train pretrain pretrain/demo --cache cache --out run
+    """
     from cache_tools.cache import Cache
     from cache_tools.dataset import Dataset
     from cache_tools.records import config_file, load_toml
@@ -50,7 +62,7 @@ def pretrain(
     run(settings, cache, out, data)
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 @guarded
 def finetune(
     config: Config,
@@ -61,7 +73,10 @@ def finetune(
     set_: Set = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a classifier on top of an encoder, all layers."""
+    """Train a classifier on top of an encoder, all layers.
+
+    Example: mcm-train finetune finetune/demo --data dataset --init run --out tuned
+    """
     from cache_tools.dataset import Dataset
     from cache_tools.records import config_file, load_toml
     from mcm.config import FinetuneConfig
@@ -73,7 +88,7 @@ def finetune(
     run(settings, data, init, weights, out)
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 @guarded
 def probe(
     subject: Annotated[str, typer.Argument(metavar="RUN|EXPORT|timm:NAME|CACHE")],
@@ -94,7 +109,10 @@ def probe(
     workers: Workers = 4,
     json: Json = False,
 ) -> None:
-    """Measure frozen features by k-NN and by a linear classifier (LBFGS)."""
+    """Measure frozen features by k-NN and by a linear classifier (LBFGS).
+
+    Example: mcm-train probe run --data dataset
+    """
     from mcm.probe import probe as run
 
     results = run(
@@ -134,7 +152,7 @@ def ablate(
     print(f"{table}, {out / 'report.html'}")
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 @guarded
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
@@ -142,7 +160,10 @@ def export(
     folded: Annotated[float | None, typer.Option(metavar="S", help="Fold x~ = e + S (x - e) into the weights.")] = None,
     json: Json = False,
 ) -> None:
-    """Write RUN's encoder as a folder that timm loads: timm.create_model("local-dir:OUT", pretrained=True)."""
+    """Write RUN's encoder as a folder that timm loads: timm.create_model("local-dir:OUT", pretrained=True).
+
+    Example: mcm-train export run encoder
+    """
     from mcm.export import export as write
 
     config = write(run, out, folded)
@@ -151,7 +172,7 @@ def export(
     print(f'{out}: {config["mcm"]["weights"]}; timm.create_model("local-dir:{out}", pretrained=True)')
 
 
-@app.command()
+@app.command(no_args_is_help=True)
 @guarded
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN|CACHE|ABLATIONS...")],
@@ -159,7 +180,10 @@ def report(
     note: Annotated[str, typer.Option(metavar="TEXT", help="Shown above the table.")] = "",
     json: Json = False,
 ) -> None:
-    """One static HTML file on all RUNs, and their table on stdout; a CACHE adds its teacher, ABLATIONS a section."""
+    """One static HTML file on all RUNs, and their table on stdout; a CACHE adds its teacher, ABLATIONS a section.
+
+    Example: mcm-train report run tuned cache --out report.html
+    """
     from mcm.report import report as write
 
     table = write(runs, out, note)

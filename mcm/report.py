@@ -74,15 +74,16 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
     """
     table = Table()
     sections = []
-    for path in runs:
+    labels = _labels(runs)
+    for path, label in labels.items():
         if (path / "cache.json").is_file():
             if (probed := run_folder(path) / "probe.json").is_file():
-                teacher = _add_probe(table, f"teacher {path.name}", probed, path.name).teacher
+                teacher = _add_probe(table, f"teacher {label}", probed, label).teacher
                 text = teacher.text() if teacher else "probed by an older version"
-                sections.append(f"<h2>teacher {html.escape(path.name)}</h2><pre>{text}</pre>")
+                sections.append(f"<h2>teacher {html.escape(label)}</h2><pre>{text}</pre>")
         elif (path / "run.json").is_file():
-            _add_run(table, path, runs)
-            sections.append(_run_section(path))
+            _add_run(table, path, labels)
+            sections.append(_run_section(path, label))
         elif ABLATIONS <= (results := _json(path / "results.json")).keys():
             sections.append(ablation_html(results))
         else:
@@ -95,6 +96,12 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
     return table
 
 
+def _labels(runs: Sequence[Path]) -> dict[Path, str]:
+    """The name of each folder, or its path where another folder has the same name."""
+    names = [run.name for run in dict.fromkeys(runs)]
+    return {run: run.name if names.count(run.name) == 1 else str(run) for run in runs}
+
+
 def _add_probe(table: Table, row: str, file: Path, run: str) -> ProbeResult:
     result = read_record(ProbeResult, file)
     table.put(row, f"k-NN {result.label}", result.knn, run)
@@ -102,19 +109,20 @@ def _add_probe(table: Table, row: str, file: Path, run: str) -> ProbeResult:
     return result
 
 
-def _add_run(table: Table, run: Path, runs: Sequence[Path]) -> None:
+def _add_run(table: Table, run: Path, labels: dict[Path, str]) -> None:
     """A pre-training run is a row; a fine-tuning run fills a cell in the row of what it began from."""
+    label = labels[run]
     for file in sorted((run / "probe").glob("*.json"), reverse=True):  # random init's row comes first
-        _add_probe(table, RANDOM if file.name.startswith("untrained-") else run.name, file, run.name)
+        _add_probe(table, RANDOM if file.name.startswith("untrained-") else label, file, label)
     newest = last_eval(run)
     for name, column in FIT.items():
-        table.put(run.name, column, newest.get(name), run.name)
+        table.put(label, column, newest.get(name), label)
     facts = _json(run / "run.json")
     if (init := facts.get("init")) is not None:
-        given = [other.name for other in runs if os.path.realpath(other) == os.path.realpath(init)]
+        given = [name for other, name in labels.items() if os.path.realpath(other) == os.path.realpath(init)]
         row = RANDOM if init == "random" else given[0] if given else init
         column = "linear (LARS)" if facts.get("config", {}).get("frozen") else "fine-tuned top-1"
-        table.put(row, column, newest.get("top1"), run.name)
+        table.put(row, column, newest.get("top1"), label)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -159,8 +167,8 @@ def _row_name(row: dict[str, Any]) -> str:
     return f"{row['name']} ({row['mark']})" if row["mark"] else str(row["name"])
 
 
-def _run_section(run: Path) -> str:
-    parts = [f"<h2>{html.escape(run.name)}</h2>", curves(_series(read_metrics(run)))]
+def _run_section(run: Path, label: str) -> str:
+    parts = [f"<h2>{html.escape(label)}</h2>", curves(_series(read_metrics(run)))]
     shown, channels = _tensors(run / "samples.safetensors"), _tensors(run / "channels.safetensors")
     grid = _json(run / "run.json").get("grid", ())
     parts += [samples(shown, grid)] if shown else []

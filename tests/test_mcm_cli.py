@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from make_cache import make_cache
@@ -29,6 +30,20 @@ def test_help_of_every_command_imports_nothing_heavy():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code, *COMMANDS], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--version"], 0, f"mcm-train {version('masked-channel-modeling')}\n"),
+        ([], 2, "Commands:\n  pretrain "),
+        (["pretrain"], 2, "Usage: python -m mcm.cli pretrain [OPTIONS]"),
+        (["report"], 2, "Example: mcm-train report "),
+    ],
+)
+def test_the_module_answers_in_plain_text(words, code, said):
+    done = subprocess.run([sys.executable, "-m", "mcm.cli", *words], capture_output=True, text=True)
+    assert done.returncode == code and said in done.stdout + done.stderr
 
 
 def test_probe_export_and_report_from_the_command_line(tmp_path):

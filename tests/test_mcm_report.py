@@ -118,6 +118,16 @@ def test_the_file_stands_alone_and_holds_everything(runs, tmp_path):
     assert all(f"<td>{cell}</td>" in page for line in table.lines()[1:] for cell in line)
 
 
+def test_runs_of_one_name_keep_their_own_rows(tmp_path):
+    runs = [make_run(tmp_path / parent / "run") for parent in "abc"]
+    for run, knn in zip(runs, (0.5, 0.6, 0.7), strict=True):
+        put(run / "probe" / "full.json", "full", knn, None)
+    tuned = [tuned_run(tmp_path / f"{n}" / "tuned", str(runs[0]), n / 10) for n in (7, 8, 9)]
+    rows = report([*runs, *tuned], tmp_path / "r.html").cells
+    assert [rows[str(run)]["k-NN full"] for run in runs] == [0.5, 0.6, 0.7]
+    assert [cells["fine-tuned top-1"] for cells in rows.values() if "fine-tuned top-1" in cells] == [0.7, 0.8, 0.9]
+
+
 def test_a_second_value_for_a_cell_gets_its_own_row():
     table = Table()
     for run, value in (("a", 0.5), ("b", 0.6)):
