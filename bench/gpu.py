@@ -40,8 +40,11 @@ TABLE = (
 
 
 def print_table(out: Path) -> None:
-    """Measured, bar and forecast, of the parts that were run."""
-    found = {path.stem: json.loads(path.read_text())["table"] for path in sorted(out.glob("*.json"))}
+    """Measured, bar and forecast of the parts that were run; their JSON goes together into gpu.json."""
+    names = {part for part, *_ in TABLE} | {"variants"}
+    parts = {name: json.loads((out / f"{name}.json").read_text()) for name in names if (out / f"{name}.json").exists()}
+    (out / "gpu.json").write_text(json.dumps(parts, indent=1, sort_keys=True) + "\n")
+    found = {name: part["table"] for name, part in parts.items()}
     print(f"{found.get('machine', {}).get('where', {}).get('device', 'unknown device')}")
     print(f"{'':44}{'measured':>12}{'bar':>10}  forecast")
     for part, row, column, text, bar, forecast in TABLE:

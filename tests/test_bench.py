@@ -26,10 +26,6 @@ COLUMNS = {
         "tiny CLIP, 4 views",
         {"forward", "render", "extract", "limit", "of_limit", "split", "encoding_share"} | {"peak_mb", "gpu_mb"},
     ),
-    "gpu": (
-        "B online",
-        {"teacher_ms", "step_ms", "cached_ms", "online_ms", "gain", "bound", "ratio", "part_s"},
-    ),
 }
 
 
@@ -41,3 +37,14 @@ def test_bench_runs(name: str, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "table.json").read_text())
     row, columns = COLUMNS[name]
     assert result["table"][row].keys() == columns and result["hardware"] and result["versions"]["numpy"]
+
+
+def test_gpu_run_on_a_cpu(tmp_path: Path) -> None:
+    line = [ROOT / "scripts" / "gpu", "speed", "--quick", "--out", tmp_path, "online", "road"]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads((tmp_path / "gpu.json").read_text())
+    row = parts["online"]["table"]["tiny, eager teacher"]
+    assert row.keys() == {"teacher_ms", "step_ms", "cached_ms", "online_ms", "gain", "bound", "ratio", "row_s"}
+    assert [parts["road"]["table"][f"{name} command"]["exit"] for name in ("first", "second")] == [75, 0]
+    assert "ViT-L/16, share of the matrix rate" in done.stdout
