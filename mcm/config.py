@@ -1,5 +1,6 @@
 """What a run is: one strict record a TOML file, its sections named as the user types them."""
 
+import os
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -133,6 +134,15 @@ class Schedule(Record):
         return self
 
 
+def default_workers() -> int:
+    """Return the number of the stream's workers per rank: the cores of the rank but one, and at most 8.
+
+    On 16 cores, 12 workers made the step of ViT-S slower than 8 (docs/performance.md).
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(8, len(os.sched_getaffinity(0)) // ranks - 1))
+
+
 class Train(Record):
     """The engine. micro_batch: the most rows per device at once.
 
@@ -147,7 +157,7 @@ class Train(Record):
     precision: Literal["bf16", "fp32"] = "bf16"
     residual: Literal["bf16", "fp32"] = "fp32"
     compile: bool = False
-    workers: NonNegativeInt = 4
+    workers: NonNegativeInt = Field(default_factory=default_workers)
     log_steps: PositiveInt = 50
     checkpoint_minutes: PositiveFloat = 10.0
     checkpoint_steps: NonNegativeInt | None = None

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from cache_tools.console import StopFlag, describe, progress
@@ -58,11 +58,15 @@ class Job:
 def engine(precision: str) -> Iterator[Accelerator]:
     """Accelerate, on the CPU where there is no GPU; its process group ends with the block.
 
-    Raises: UsageError for a mode of the launcher that is neither one process nor DDP.
+    Raises: UsageError for a mode of the launcher that is neither one process nor DDP, and for bf16 on a GPU without it.
     """
     _check_launcher()
     torch.backends.cudnn.allow_tf32 = False  # True by default for convolutions: fp32 must mean float32
-    mixed, handlers = "bf16" if precision == "bf16" else "no", [InitProcessGroupKwargs(timeout=TIMEOUT)]
+    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        raise UsageError('train.precision = "bf16": this GPU has no bfloat16; use --set train.precision=fp32')
+    mixed = "bf16" if precision == "bf16" else "no"
+    # The gradients lie in the buckets that the ranks reduce, which saves a copy of each.
+    handlers = [InitProcessGroupKwargs(timeout=TIMEOUT), DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
     try:
         if (kind := accelerator.distributed_type) not in MODES:

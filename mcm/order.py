@@ -36,9 +36,12 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.global_batch % (self.world * CHUNK_ROWS) or self.micro_batch < CHUNK_ROWS:
+            multiples = self.global_batch // CHUNK_ROWS
+            worlds = [w for w in range(1, multiples + 1) if self.global_batch % (w * CHUNK_ROWS) == 0]
             raise UsageError(
                 f"train.global_batch: expected a multiple of {CHUNK_ROWS} rows x {self.world} processes, and"
-                f" train.micro_batch >= {CHUNK_ROWS}; found {self.global_batch} and {self.micro_batch}"
+                f" train.micro_batch >= {CHUNK_ROWS}; found {self.global_batch} and {self.micro_batch};"
+                f" numbers of processes that fit: {', '.join(map(str, worlds)) or 'none'}"
             )
         if self.steps_per_epoch == 0:
             raise UsageError(

@@ -172,6 +172,8 @@ def describe_run(run_dir: Path, config: Record, **facts: Any) -> None:
     """Write config.toml, the resolved configuration, and env.json: versions, device and `facts`."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     ours = {"software": software(), "python": platform.python_version(), "device": device}
+    # Not the wheel's where LD_LIBRARY_PATH has another.
+    ours["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
     env = ours | versions("torch", "timm", "accelerate", "numpy", "zarr") | facts
     write_atomic(run_dir / "config.toml", write_toml(config).encode())
     write_atomic(run_dir / "env.json", json.dumps(env, indent=2, sort_keys=True).encode())

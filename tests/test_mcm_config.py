@@ -7,8 +7,9 @@ import torch
 
 from cache_tools.errors import UsageError
 from cache_tools.records import config_file, load_toml, write_toml
-from mcm.config import FinetuneConfig, PretrainConfig
+from mcm.config import FinetuneConfig, PretrainConfig, Train
 from mcm.model import MaskedChannelModel, build_encoder
+from mcm.order import Order
 from mcm.plan import Plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -103,3 +104,15 @@ def test_an_empty_value_is_none_where_the_key_is_optional():
 def test_patch_must_tile_the_picture():
     with pytest.raises(UsageError, match="student.patch = 7 must divide student.size = 32"):
         load_toml(FinetuneConfig, CONFIGS / "finetune/demo.toml", ["student.patch=7"])
+
+
+def test_workers_are_the_cores_of_the_rank_but_one(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(16))
+    for ranks, workers in (("1", 8), ("2", 7), ("16", 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert Train(global_batch=16, micro_batch=16).workers == workers
+
+
+def test_an_impossible_number_of_ranks_is_told_the_possible_ones():
+    with pytest.raises(UsageError, match="processes that fit: 1, 2, 3, 6"):
+        Order(960, 16, 96, 16, world=4)
