@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import pydantic
+import tomli_w
 
 from .errors import CorruptionError, IdentityError, McmError, UsageError
 
@@ -251,11 +252,4 @@ def _known_keys(cls: type[Record], prefix: str = "") -> list[str]:
 
 def write_toml(record: Record) -> str:
     """The record as TOML text that `load_toml` reads back; keys that are None are left out."""
-    lines: list[str] = []
-    payload = record.model_dump(mode="json", exclude_none=True)
-    for section, values in sorted(payload.items(), key=lambda item: isinstance(item[1], dict)):
-        if isinstance(values, dict):
-            lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-        else:
-            lines.append(f"{section} = {json.dumps(values)}")
-    return "\n".join(lines).lstrip("\n") + "\n"
+    return tomli_w.dumps(record.model_dump(mode="json", exclude_none=True))

@@ -57,8 +57,6 @@ def test_header_says_how_to_run_it_and_the_resolved_config_reads_back(path, tmp_
         assert words in header, words
     cls = KINDS[kind]
     cfg = load_toml(cls, path)
-    if kind == "ablate":
-        return  # rows are tables in a table, which write_toml does not write
     (tmp_path / "config.toml").write_text(write_toml(cfg))
     assert load_toml(cls, tmp_path / "config.toml") == cfg
 
