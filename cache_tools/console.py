@@ -15,7 +15,6 @@ from types import FrameType, TracebackType
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from .errors import Interrupted, McmError, ResourceError
-from .images import ignore_metadata_warnings
 from .storage import free_bytes
 
 P = ParamSpec("P")
@@ -64,6 +63,8 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        from .images import ignore_metadata_warnings  # imports numpy, which --help does not need
+
         try:
             with warnings.catch_warnings():
                 ignore_metadata_warnings()
