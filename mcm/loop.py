@@ -1,6 +1,5 @@
 """One loop for pre-training and fine-tuning: clip, step, log, evaluate, save, stop; resumes to the bit on a CPU."""
 
-import logging
 import math
 import os
 import time
@@ -133,27 +132,10 @@ def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
     Raises: Interrupted once it has saved when asked to stop; Diverged on a loss that is not finite; errors of the data.
     """
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), fallback_warning():  # each step seeds the generators
+    with torch.random.fork_rng(cuda):  # each step seeds the generators
         loop = Loop(job, accelerator)
         loop.run()
     return loop.metrics
-
-
-@contextmanager
-def fallback_warning() -> Iterator[None]:
-    """Print a warning when torch.compile reaches its limit of recompilations and goes on without compilation."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "torch._dynamo hit config." in str(record.msg):
-                print("warning: torch.compile fell back to eager mode: the rest runs uncompiled and slower", flush=True)
-
-    logger, handler = logging.getLogger("torch._dynamo.convert_frame"), Handler()
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 class Loop:

@@ -12,7 +12,7 @@ from cache_tools.errors import CorruptionError, Interrupted, McmError, ResourceE
 from cache_tools.records import read_record
 from mcm import checkpoint
 from mcm.config import Optim, Schedule, Train
-from mcm.loop import Job, Loop, engine, fallback_warning, train
+from mcm.loop import Job, Loop, engine, train
 from mcm.order import Order
 from mcm.run_folder import ExitRecord, recorded_exit
 from mcm.stream import Stream
@@ -266,19 +266,3 @@ def test_checkpoints_by_minutes_are_written_while_training_goes_on(tmp_path, min
     job = make_job(tmp_path / "run", checkpoint_steps=None, checkpoint_minutes=minutes, keep_last=9)
     assert run_job(job) == straight
     assert [int(path.name[-1]) for path in checkpoint.complete(tmp_path / "run")] == list(kept)
-
-
-def test_a_fallback_of_torch_compile_is_told(capsys):
-    class Model(nn.Module):
-        def forward(self, x):
-            return x * len(self.name)
-
-    torch._dynamo.reset()
-    with fallback_warning(), torch._dynamo.config.patch(recompile_limit=3):
-        for length in range(4):
-            assert "fell back to eager" not in capsys.readouterr().out
-            model = Model()
-            model.name = "x" * length
-            model.compile(backend="eager")
-            model(torch.ones(1))
-    assert capsys.readouterr().out.count("fell back to eager") == 1
