@@ -1,221 +1,275 @@
-"""`mcm-train ablate`: each row of a plan pre-trained, probed and fine-tuned in ordinary run folders; one table.
+"""`mcm-train ablate`: the rows of a plan, each as commands of `mcm-train`, and one table of them.
 
-Processes share a plan by locks: start the same command once a GPU.
+Several processes share a plan by one lock per run folder: start the same command once per GPU.
 """
 
 import json
+import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from cache_tools.cache import Cache
 from cache_tools.dataset import Dataset
-from cache_tools.errors import Diverged, IdentityError
-from cache_tools.records import Record, differences, encode_record, read_record
-from cache_tools.storage import file_sha256, try_lock, write_atomic
-from mcm.backbones import load_encoder
-from mcm.diagnostics import Collapsed
-from mcm.finetune import finetune
-from mcm.plan import Outcome, Places, Plan
-from mcm.pretrain import pretrain
-from mcm.probe import ProbeResult, labelled, probe, warn_of_copies
-from mcm.prober import Prober
-from mcm.report import FIT, ablation_markdown, report
-from mcm.run_folder import is_complete, last_eval, read_metrics, software
+from cache_tools.errors import UsageError
+from cache_tools.records import Record, config_file, load_toml, read_record, sha256_hex
+from cache_tools.storage import file_sha256, run_folder, try_lock, write_atomic
+from mcm.config import FinetuneConfig, PretrainConfig
+from mcm.probe import ProbeResult, check_kind, labelled
+from mcm.report import FIT, MINUTES, ablation_markdown, report
+from mcm.run_folder import ExitRecord, last_eval, read_metrics, recorded, software
 
-UNDERFITTED = 0.2  # held-out R^2 at the run's ratio; below it a table says little about what a target teaches
-WAIT_S = 5.0  # between two looks at what other processes have finished
+UNDERFITTED = 0.2  # held-out R^2; below it an accuracy tells little about the target
+WAIT_S = 2.0  # between two looks at the runs of other processes
+TAIL = 20  # lines of a failed command that are shown again
+MARKS = {"Collapsed": "collapsed", "Diverged": "diverged"}  # an error of exit.json to its mark
 
 
-class Compared(Record):
-    """What the runs of a folder have in common: compared.json, sha256s by name."""
+class Row(Record):
+    """A line of the table: `set` changes the base; `cache` names another cache beside CACHE.
 
-    data: str
-    caches: dict[str, str]
-    weights: str | None
+    A row with an `init`, "random" or timm:NAME, is not pre-trained; `set` changes its fine-tuning.
+    """
+
+    set: tuple[str, ...] = ()
+    cache: str = ""
+    init: Annotated[str, Field(pattern="^(random|timm:.+)?$")] = ""
+    finetune: str = ""
 
 
-def ablate(plan: Plan, cache: Path, data: Path, out: Path, weights: Path | None = None, workers: int = 4) -> Path:
-    """Run what is left of a plan and write OUT/results.json, table.md and report.html; returns the table's file.
+class Plan(Record):
+    """What is compared. `set` changes the base of every row.
 
-    Raises: UsageError or IdentityError before any training; what `pretrain`, `finetune` and `probe` raise.
+    With `lr`, every row that is pre-trained becomes one row per learning rate.
+    """
+
+    note: str = ""
+    base: str
+    set: tuple[str, ...] = ()
+    finetune: str = ""
+    seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    lr: tuple[PositiveFloat, ...] = ()
+    inputs: tuple[str, ...] = ("full", "folded", "masked:8")
+    rows: dict[str, Row]
+
+    def all_rows(self) -> dict[str, Row]:
+        """The rows with the plan's overrides, one per learning rate."""
+        rows = {}
+        for name, row in self.rows.items():
+            for lr in self.lr if self.lr and not row.init else (None,):
+                rate = () if lr is None else (f"optim.lr={lr}",)
+                changes = row.set if row.init else (*self.set, *row.set, *rate)
+                rows[name + (f", lr {lr:g}" if rate else "")] = row.model_copy(
+                    update={"set": changes, "finetune": row.finetune or self.finetune}
+                )
+        return rows
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of `mcm-train` that writes to the folder `run`; `key` has digests for its paths."""
+
+    run: Path
+    args: tuple[str, ...]
+    key: str
+    files: tuple[Path, ...] = ()  # a probe's results
+
+    @property
+    def record(self) -> Path:
+        """The file that is written once the step is done; it holds the mark."""
+        return run_folder(self.run) / "ablate" / f"{self.args[0]}-{sha256_hex(self.key.encode())}"
+
+    @property
+    def mark(self) -> str | None:
+        """ "", or why the training cannot go on; None while the step is left."""
+        return self.record.read_text() if self.record.is_file() else None
+
+
+class Ablation:
+    """A plan in the folder `out`, which holds run folders in runs/ and finetune/."""
+
+    def __init__(self, plan: Plan, cache: Path, data: Path, out: Path, weights: Path | None, workers: int) -> None:
+        """Read every configuration, cache and dataset before a command runs.
+
+        Raises: UsageError.
+        """
+        self.plan, self.rows = plan, plan.all_rows()
+        self.cache, self.data, self.out, self.weights = cache, data, out, weights
+        self.workers, self.failed = workers, dict[Step, int]()
+        for kind in plan.inputs:
+            check_kind(kind)
+        self.digests = {str(data): labelled(Dataset(data)).sha256}
+        self.digests |= {} if weights is None else {str(weights): file_sha256(weights)}
+        self.digests |= {str(path): Cache(path).sha256 for path in map(self._cache_of, self.rows.values())}
+        base = config_file(plan.base)
+        self.configs = {n: load_toml(PretrainConfig, base, row.set) for n, row in self.rows.items() if not row.init}
+        self.first = next(iter(self.configs), "")  # "random" is what this row began with
+        teacher = run_folder(cache) / "probe.json"
+        self.teacher = self._step(out, "probe", cache, "--features", "mean", files=(teacher,))
+        self.steps = {(name, seed): list(self._steps(name, seed)) for seed in plan.seeds for name in self.rows}
+
+    def _cache_of(self, row: Row) -> Path:
+        return self.cache.parent / row.cache if row.cache else self.cache
+
+    def _steps(self, name: str, seed: int) -> Iterator[Step]:
+        """The commands of a row in order."""
+        row, init, seeded = self.rows[name], self.rows[name].init, ("--set", f"train.seed={seed}")
+        if source := self.first if init == "random" else "" if init else name:
+            trained, run = self.rows[source], self.out / "runs" / _folder(source, seed)
+            paths = ("--cache", self._cache_of(trained), "--out", run)
+            yield self._step(run, "pretrain", self.plan.base, *paths, *_sets(trained.set), *seeded)
+            kinds = self.plan.inputs if self.configs[source].mask.mode != "none" else ("full",)
+            names = [f"{'untrained-' * bool(init)}{kind.replace(':', '-')}.json" for kind in kinds]
+            options = [*(f"--input={kind}" for kind in kinds), *["--untrained"] * bool(init)]
+            files = tuple(run / "probe" / name for name in names)
+            yield self._step(run, "probe", run, "--data", self.data, *options, files=files)
+            self.digests[str(run)] = run.name
+            init = init or str(run)
+        if row.finetune:
+            changes = row.set if row.init else ()
+            load_toml(FinetuneConfig, config_file(row.finetune), changes)
+            weights = ("--weights", self.weights) if self.weights and init.startswith("timm:") else ()
+            run = self.out / "finetune" / _folder(name, seed)
+            paths = ("--data", self.data, "--init", init, *weights, "--out", run)
+            yield self._step(run, "finetune", row.finetune, *paths, *_sets(changes), *seeded)
+        elif init.startswith("timm:"):
+            raise UsageError(f"the plan: expected a `finetune` for rows.{name}, which has an init; found none")
+
+    def _step(self, run: Path, *parts: object, files: tuple[Path, ...] = ()) -> Step:
+        args, digests = tuple(map(str, parts)), self.digests | {str(run): run.name}
+        return Step(run, args, " ".join(digests.get(arg, arg) for arg in args), files)
+
+    def run(self) -> None:
+        """Run every row with the first seed, then with the next, and wait for other processes."""
+        left = [[self.teacher], *self.steps.values()]
+        while left := [steps for steps in left if not self._advance(steps)]:
+            time.sleep(WAIT_S)
+
+    def _advance(self, steps: list[Step]) -> bool:
+        """Run the steps that are left; returns False when another process works on one."""
+        for step in steps:
+            if step.mark is None and step not in self.failed:
+                with try_lock(run_folder(step.run) / "ablate" / "lock") as ours:
+                    if not ours or not _is_idle(step.run):
+                        return False
+                    if step.mark is None:
+                        self._run(step)
+            if step in self.failed or step.mark:
+                return True
+        return True
+
+    def _run(self, step: Step) -> None:
+        """Run a step, relay its output, and record that it is done or that it failed."""
+        print(f"{step.run}: {step.args[0]}", flush=True)
+        workers = ["--workers", str(self.workers)] if step.args[0] == "probe" else []
+        command, tail = [sys.executable, "-m", "mcm.cli", *step.args, *workers], deque[str]([], TAIL)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            try:
+                for line in process.stdout or ():
+                    print(line, end="", flush=True)
+                    tail.append(line.rstrip("\n"))
+            except KeyboardInterrupt:
+                process.terminate()
+                print("stopping: the running command saves and ends", file=sys.stderr, flush=True)
+                process.communicate()
+                raise
+        mark = _mark(step.run / "exit.json") if process.returncode == 1 else ""
+        if process.returncode and not mark:
+            self.failed[step] = process.returncode
+            last = f"{step.run}: {step.args[0]} failed with exit code {process.returncode}; its last lines:"
+            print(last, *tail, sep="\n", file=sys.stderr, flush=True)
+        else:
+            write_atomic(step.record, mark.encode())
+
+    def results(self) -> dict[str, Any]:
+        """The table: the values of every row over its seeds, fractions of 1, and minutes."""
+        rows = [_row("teacher's features", [self.teacher])]
+        for name, row in self.rows.items():
+            steps = [step for seed in self.plan.seeds for step in self.steps[name, seed]]
+            rows.append(_row(name, [step for step in steps if not row.init or step.args[0] != "pretrain"]))
+        found = dict.fromkeys(column for row in rows for column in row["values"])
+        columns = sorted(found, key=lambda column: column in {*FIT.values(), MINUTES})
+        facts = {"config": self.plan.model_dump(mode="json"), "software": software()}
+        return {"note": self.plan.note, "columns": columns, "rows": rows, **facts}
+
+
+def ablate(
+    plan: Plan, cache: Path, data: Path, out: Path, weights: Path | None = None, workers: int = 4
+) -> dict[Step, int]:
+    """Run what is left of a plan and write OUT/results.json, table.md and report.html.
+
+    Returns the steps that failed with their exit codes.
+    Raises: UsageError before a command runs; KeyboardInterrupt once the running command has ended.
     """
     ablation = Ablation(plan, cache, data, out, weights, workers)
     try:
         ablation.run()
-    finally:  # whoever stops it has the table of what is done
-        if (out / "runs").is_dir():
-            results = ablation.results()
-            write_atomic(out / "results.json", json.dumps(results, indent=1).encode())
-            write_atomic(out / "table.md", ablation_markdown(results).encode())
-            report([out], out / "report.html")
-    return out / "table.md"
+    finally:  # an interrupted ablation has a table too
+        results = ablation.results()
+        write_atomic(out / "results.json", json.dumps(results, indent=1).encode())
+        write_atomic(out / "table.md", ablation_markdown(results).encode())
+        report([out], out / "report.html")
+    return ablation.failed
 
 
-class Ablation:
-    """A plan under way in the folder `out`: runs/ and finetune/ hold run folders, locks/ who works on what."""
-
-    def __init__(
-        self, plan: Plan, cache: Path, data: Path, out: Path, weights: Path | None = None, workers: int = 4
-    ) -> None:
-        """Raises: UsageError for what could stop a later row; IdentityError for a folder with other data's runs."""
-        self.plan, self.at, self.dataset = plan, Places(plan, cache, out), labelled(Dataset(data))
-        self.weights, self.workers = weights, workers
-        caches = {row.cache or "CACHE": Cache(self.at.cache_of(name)).sha256 for name, row in plan.rows.items()}
-        digest = None if weights is None else file_sha256(weights)
-        self.compared = Compared(data=self.dataset.sha256, caches=caches, weights=digest)
-        path = out / "compared.json"
-        there = read_record(Compared, path) if path.is_file() else self.compared
-        grown = there.model_copy(update={"caches": caches | there.caches})  # a plan may have got rows
-        if found := differences(self.compared.model_copy(update={"caches": there.caches | caches}), grown):
-            raise IdentityError(
-                f"{out} compares something else (asked != found): {'; '.join(found)}; use another --out"
-            )
-
-    def run(self) -> None:
-        """Every row with the first seed, then with the next; what another process works on is waited for at the end."""
-        write_atomic(self.at.out / "compared.json", encode_record(self.compared))
-        warn_of_copies(self.dataset, quiet=False)
-        parts = [self.plan.seeds[: count + 1] for count in range(len(self.plan.seeds))]
-        while not all(
-            [self._teacher_probed(), *(self._row(name, seeds) for seeds in parts for name in self.plan.rows)]
-        ):
-            time.sleep(WAIT_S)
-
-    def _row(self, name: str, seeds: Sequence[int]) -> bool:
-        """Do what can be done of a row now; tells whether all of it is done."""
-        init, first = self.plan.rows[name].init, seeds[0]
-        if not init and not all([self._pretrained(name, lr, first) for lr in self.at.rates]):
-            return False
-        if not self.at.is_decided(name):  # another row's runs, which another process works on
-            return False
-        if not init and not all([self._pretrained(name, self.at.chosen_lr(name), seed) for seed in seeds]):
-            return False
-        if self.at.mark(name):
-            return True
-        if not all([self._probed(name, seed) for seed in seeds]):
-            return False
-        if not self.at.tunes(name):
-            return True
-        if not all([self._finetuned(name, lr, first) for lr in self.at.finetune_rates]):
-            return False
-        return all([self._finetuned(name, self.at.chosen_finetune_lr(name), seed) for seed in seeds])
-
-    def _done(self, folder: Path, finished: Callable[[], bool], work: Callable[[], object]) -> bool:
-        """Have a folder's work done, here or by another process; False while another one is at it."""
-        if finished():
-            return True
-        with try_lock(self.at.out / "locks" / f"{folder.parent.name}-{folder.name}") as ours:
-            if ours and not finished():
-                work()
-        return ours
-
-    def _teacher_probed(self) -> bool:
-        def work() -> None:
-            found = probe(str(self.at.cache), None, quiet=True, features=["mean"])[0]
-            write_atomic(self.at.teacher, encode_record(found))
-
-        return self._done(self.at.teacher, self.at.teacher.is_file, work)
-
-    def _pretrained(self, name: str, lr: float | None, seed: int) -> bool:
-        """Trained to its end, or given up; where a learning rate is to be chosen also measured for that."""
-        run, config = self.at.path(name, lr, seed), self.at.config(name, lr, seed)
-        chooses = len(self.at.rates) > 1 and seed == self.at.first_seed
-
-        def finished() -> bool:
-            outcome = self.at.outcome(name, lr, seed)
-            return bool(outcome and outcome.mark) or (is_complete(run, config) and (not chooses or bool(outcome)))
-
-        def work() -> None:
-            try:
-                pretrain(config, self.at.cache_of(name), run)
-            except Diverged as error:
-                outcome = Outcome(mark="collapsed" if isinstance(error, Collapsed) else "diverged")
-                print(f"{run}: given up: {error}", flush=True)
-                write_atomic(run / "outcome.json", encode_record(outcome))
-                return
-            if chooses:
-                prober = Prober(load_encoder(str(run)), self.dataset, 0, self.workers, quiet=True)
-                outcome = Outcome(knn_held_out=prober.held_out_knn(prober.full()))
-                write_atomic(run / "outcome.json", encode_record(outcome))
-
-        return self._done(run, finished, work)
-
-    def _probed(self, name: str, seed: int) -> bool:
-        """k-NN and linear on every input."""
-        if not (run := self.at.probed_run(name, seed)).is_dir():
-            return False
-        files, untrained = self.at.probe_files(name, seed), bool(self.plan.rows[name].init)
-
-        def work() -> None:
-            print(f"{run}: probes", flush=True)
-            probe(str(run), self.dataset.path, (), list(files), None, untrained, workers=self.workers, quiet=True)
-
-        return self._done(run, lambda: all(file.is_file() for file in files.values()), work)
-
-    def _finetuned(self, name: str, lr: float | None, seed: int) -> bool:
-        run, config = self.at.finetune_path(name, lr, seed), self.at.finetune_config(name, lr, seed)
-        init = self.plan.rows[name].init or str(self.at.probed_run(name, seed))
-        weights = self.weights if init.startswith("timm:") else None
-        return self._done(
-            run,
-            lambda: self.at.is_tuned(name, lr, seed),
-            lambda: finetune(config, self.dataset.path, init, weights, run),
-        )
-
-    def results(self) -> dict[str, Any]:
-        """The table: every row's values over the seeds that are done, fractions of 1, and minutes of training."""
-        rows = [self._teacher(), *(self._results_of(name) for name in self.plan.rows)]
-        columns = list(dict.fromkeys(column for row in rows for column in row["values"]))
-        found = {"note": self.plan.note, "columns": columns, "rows": rows}
-        return found | {"config": self.plan.model_dump(mode="json"), "software": software(), **dict(self.compared)}
-
-    def _teacher(self) -> dict[str, Any]:
-        found = _columns(read_record(ProbeResult, self.at.teacher)) if self.at.teacher.is_file() else {}
-        values = {column: [value] for column, value in found.items()}
-        return {"name": "teacher's features", "lr": None, "seeds": [], "values": values, "mark": ""}
-
-    def _results_of(self, name: str) -> dict[str, Any]:
-        seeds = [seed for seed in self.plan.seeds if self.at.measured(name, seed)]
-        found = [self._values(name, seed) for seed in seeds]
-        values = {column: [one[column] for one in found] for column in (found[0] if found else ())}
-        mark, lr = self.at.mark(name), None
-        if not self.plan.rows[name].init:
-            lr = self.at.chosen_lr(name) if found else None
-            moves = self.at.config(name, lr, self.at.first_seed).mask.final_ratio is not None  # masks are the first's
-            fit = values.get("R^2 full" if moves or "R^2 masked" not in values else "R^2 masked")
-            mark = mark or ("underfitted" if fit and mean(fit) < UNDERFITTED else "")
-        return {"name": name, "lr": lr, "seeds": seeds, "values": values, "mark": mark}
-
-    def _values(self, name: str, seed: int) -> dict[str, float]:
-        init, found = self.plan.rows[name].init, dict[str, float]()
-        if init in ("", "random"):
-            for file in self.at.probe_files(name, seed).values():
-                found |= _columns(read_record(ProbeResult, file))
-        if self.at.tunes(name):
-            lr = self.at.chosen_finetune_lr(name)
-            column = "linear (LARS)" if self.at.finetune_config(name, lr, seed).frozen else "fine-tuned"
-            found[column] = last_eval(self.at.finetune_path(name, lr, seed))["top1"]
-        if not init:
-            run = self.at.probed_run(name, seed)
-            newest = last_eval(run)
-            found |= {column: newest[key] for key, column in FIT.items() if key in newest}
-            found["minutes"] = _minutes(run, self.at.config(name, None, seed).train.global_batch)
-        return found
+def _folder(name: str, seed: int) -> str:
+    return f"{re.sub('[^a-z0-9.]+', '-', name.lower()).strip('-')}-s{seed}"
 
 
-def _columns(result: ProbeResult) -> dict[str, float]:
-    values = {f"k-NN {result.input}": result.knn, f"linear {result.input}": result.linear}
-    return {column: value for column, value in values.items() if value is not None}
+def _sets(changes: tuple[str, ...]) -> list[str]:
+    return [arg for change in changes for arg in ("--set", change)]
 
 
-def _minutes(run: Path, global_batch: int) -> float:
+def _is_idle(run: Path) -> bool:
+    """Whether no command trains in a run; the command of a killed ablation may still do that."""
+    with try_lock(run_folder(run) / "lock") as idle:
+        return idle
+
+
+def _mark(file: Path) -> str:
+    message = read_record(ExitRecord, file).message if file.is_file() else ""
+    return MARKS.get(message.partition(":")[0], "")
+
+
+def _row(name: str, steps: Sequence[Step]) -> dict[str, Any]:
+    values: dict[str, list[float]] = {}
+    for step in steps:
+        for column, value in _figures(step).items() if step.mark == "" else ():
+            values.setdefault(column, []).append(value)
+    fit = [mean(values[column]) for column in FIT.values() if column in values]
+    mark = next((step.mark for step in steps if step.mark), "")
+    return {"name": name, "values": values, "mark": mark or "underfitted" * (bool(fit) and max(fit) < UNDERFITTED)}
+
+
+def _figures(step: Step) -> dict[str, float]:
+    """What a finished step measured, by column."""
+    if step.args[0] == "probe":
+        results = [read_record(ProbeResult, file) for file in step.files]
+        pairs = [(result.input, (result.knn, result.linear)) for result in results]
+        found = [
+            (f"{name} {kind}", x) for kind, both in pairs for name, x in zip(("k-NN", "linear"), both, strict=True)
+        ]
+        return {column: value for column, value in found if value is not None}
+    newest = last_eval(step.run)
+    if step.args[0] == "finetune":
+        frozen = recorded(step.run)["config"]["frozen"]
+        return {"linear (LARS)" if frozen else "fine-tuned": newest["top1"]}
+    return {column: newest[key] for key, column in FIT.items() if key in newest} | {MINUTES: _minutes(step.run)}
+
+
+def _minutes(run: Path) -> float:
     """Minutes of training and saving, without evaluation."""
-    seconds, before = 0.0, 0
+    rows, seconds, before = recorded(run)["config"]["train"]["global_batch"], 0.0, 0
     for line in read_metrics(run):
         if "images_per_s" in line:
-            seconds += (line["step"] - before) * global_batch / line["images_per_s"]
+            seconds += (line["step"] - before) * rows / line["images_per_s"]
             before = line["step"]
     return seconds / 60

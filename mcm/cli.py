@@ -1,6 +1,8 @@
 """`mcm-train`: stage two, a cache in and weights out. Only what a command needs is imported, when it runs."""
 
 import os
+import signal
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -139,17 +141,22 @@ def ablate(
     weights: Weights = None,
     workers: Workers = 4,
 ) -> None:
-    """Compare the rows of a plan over seeds. On several GPUs start it once a GPU: processes share the plan by locks."""
+    """Compare the rows of a plan over seeds. With several GPUs start it once per GPU."""
     from cache_tools.errors import UsageError
     from cache_tools.records import config_file, load_toml
+    from mcm.ablate import Plan
     from mcm.ablate import ablate as run
-    from mcm.plan import Plan
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("mcm-train ablate: expected one process; found a launcher's; start it once a GPU instead")
-    table = run(load_toml(Plan, config_file(plan)), cache, data, out, weights, workers)
-    print(table.read_text(encoding="utf-8"), end="")
-    print(f"{table}, {out / 'report.html'}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the running command too
+    failed = run(load_toml(Plan, config_file(plan)), cache, data, out, weights, workers)
+    print((out / "table.md").read_text(encoding="utf-8"), end="")
+    print(f"{out / 'table.md'}, {out / 'report.html'}")
+    if failed:
+        names = ", ".join(f"{step.args[0]} of {step.run}" for step in failed)
+        print(f"error: {len(failed)} commands failed: {names}", file=sys.stderr)
+        sys.exit(max(1, *failed.values()))
 
 
 @app.command(no_args_is_help=True)

@@ -99,18 +99,6 @@ def _filled(cls: type[Record], config: dict[str, Any]) -> dict[str, Any]:
         return config  # it differs, and is shown as it is
 
 
-def is_complete(run_dir: Path, config: Record) -> bool:
-    """Whether the last command on this folder trained this configuration to its end.
-
-    Raises: IdentityError when the folder holds another configuration.
-    """
-    if not (run_dir / "exit.json").is_file():
-        return False
-    if _filled(type(config), recorded(run_dir).get("config", {})) != identity_config(config):
-        raise IdentityError(f"{run_dir} holds a run of another configuration; use another --out, or remove it")
-    return read_record(ExitRecord, run_dir / "exit.json").code == 0
-
-
 def claim(run_dir: Path, run: Any, config: type[Record]) -> None:
     """Publish run.json, or find that it is this very run.
 

@@ -7,10 +7,10 @@ import torch
 
 from cache_tools.errors import UsageError
 from cache_tools.records import config_file, load_toml, write_toml
+from mcm.ablate import Plan
 from mcm.config import FinetuneConfig, PretrainConfig, Train
 from mcm.model import MaskedChannelModel, build_encoder
 from mcm.order import Order
-from mcm.plan import Plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 KINDS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "ablate": Plan}
@@ -41,10 +41,10 @@ def test_finetune_config_builds_on_meta(path):
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_every_row_of_a_plan_is_a_configuration(path):
     plan = load_toml(Plan, path)
-    for row in plan.rows.values():
+    for row in plan.all_rows().values():
         if not row.init:
-            load_toml(PretrainConfig, config_file(plan.base), [*plan.set, *row.set])
-        if name := row.finetune or plan.finetune:
+            load_toml(PretrainConfig, config_file(plan.base), row.set)
+        if name := row.finetune:
             config = load_toml(FinetuneConfig, config_file(name))
             assert row.init != "random" or config.student is not None
 
