@@ -87,9 +87,12 @@ def files(out):
 @pytest.fixture(scope="module")
 def shared(place):
     """What three processes that start at once make, and what they print."""
-    logs = [place / f"log{number}" for number in range(3)]
-    arguments, out = command(place, place / "shared"), {"env": environment(), "stderr": subprocess.STDOUT}
-    together = [subprocess.Popen(arguments, stdout=log.open("wb"), **out) for log in logs]
+    logs, together = [place / f"log{number}" for number in range(3)], []
+    for log in logs:
+        with log.open("wb") as out:
+            together.append(
+                subprocess.Popen(command(place, place / "shared"), env=environment(), stdout=out, stderr=out)
+            )
     codes, printed = [process.wait(timeout=500) for process in together], "".join(log.read_text() for log in logs)
     assert codes == [0, 0, 0], printed
     return place / "shared", printed
