@@ -62,6 +62,7 @@ def engine(precision: str) -> Iterator[Accelerator]:
     """
     _check_launcher()
     torch.backends.cudnn.allow_tf32 = False  # True by default for convolutions: fp32 must mean float32
+    torch._dynamo.config.recompile_limit = 8  # timm.optim sets 1,000,000; torch warns beyond the limit
     if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
         raise UsageError('train.precision = "bf16": this GPU has no bfloat16; use --set train.precision=fp32')
     mixed = "bf16" if precision == "bf16" else "no"

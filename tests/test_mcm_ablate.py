@@ -53,6 +53,23 @@ ODD_ROWS = """
 "none" = { cache = "float16", set = ["mask.mode=none", "data.views=1"] }
 """
 
+FALLBACK = """
+import torch
+from cache_tools.console import guarded
+from mcm.loop import engine
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return x * self.factor
+@guarded
+def run():
+    with engine("fp32"):
+        model = Model()
+        model.compile(backend="eager")
+        for model.factor in range(12):
+            model(torch.ones(2))
+run()
+"""
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -110,7 +127,7 @@ def test_three_processes_share_a_plan_and_each_command_runs_once(shared):
     for run in runs:
         for kind, count in {"runs": {"pretrain": 1, "probe": 2}, "finetune": {"finetune": 1}}[run.parent.name].items():
             assert printed.count(f"{run}: {kind}\n") == count
-    assert [printed.count(f"| {name} |") for name in ("channel .75 (underfitted)", "random init")] == [3, 3]
+    assert [printed.count(f"| {name} |") for name in ("channel .75", "random init")] == [3, 3]
 
 
 def test_the_table_holds_every_row_seed_and_column(shared):
@@ -172,6 +189,11 @@ def test_a_sweep_of_learning_rates_is_more_rows(place):
     rows = load_toml(Plan, place / "plan.toml", ["lr=[1e-3, 4e-3]"]).all_rows()
     assert list(rows) == ["channel .75, lr 0.001", "channel .75, lr 0.004", "random init"]
     assert rows["channel .75, lr 0.004"].set == ("schedule.epochs=2", "optim.lr=0.004")
+
+
+def test_a_run_whose_compiled_model_falls_back_to_eager_says_so():
+    done = subprocess.run([sys.executable, "-c", FALLBACK], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "hit config.recompile_limit" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
