@@ -17,10 +17,10 @@ from fastcrc.crc32 import iscsi as crc32c
 from .arrays import array_json, chunk_places, group_json, read_chunk
 from .dataset import CHUNK_ROWS, shard_name
 from .errors import CorruptionError, IdentityError, UsageError
-from .identity import CacheIdentity, Commit, Manifest
+from .identity import CacheIdentity, Commit, Manifest, ProbeRecord
 from .quantize import decode
 from .records import read_record, record_sha256, sha256_hex
-from .storage import read_at
+from .storage import file_sha256, read_at
 from .tars import INDEX_DTYPE, VIEW_INDEX_DTYPE, checked_picture, encode_npy, read_npy
 
 if TYPE_CHECKING:
@@ -327,6 +327,19 @@ class Cache:
             raise UsageError(f"{self.path}: expected a complete unit; found no {split}/v{view}; there is {names}")
         units[split, view].check_arrays()
         return zarr.open_group(units[split, view].group, mode="r")
+
+
+def read_probe(cache: Path) -> npt.NDArray[np.float32]:
+    """The teacher's features of the probe pictures, float32 [pictures, N, C].
+
+    Raises: CorruptionError if probe.npy is not the file whose sha256 probe.json holds.
+    """
+    path, record = cache / "probe.npy", read_record(ProbeRecord, cache / "probe.json")
+    if not path.is_file() or file_sha256(path) != record.features_sha256:
+        raise CorruptionError(
+            f"{path}: expected the sha256 in probe.json; the file is damaged; run `mcm-cache verify --repair`"
+        )
+    return read_npy(path)
 
 
 def index_crc32cs(index: npt.NDArray[np.void]) -> tuple[int, ...]:

@@ -101,6 +101,14 @@ class CacheIdentity(Record):
         return specs
 
 
+class ProbeRecord(Record):
+    """probe.json: the digest of probe.npy, the teacher's float32 features of the probe pictures."""
+
+    format: Literal["mcm-probe"] = "mcm-probe"
+    version: Literal[1] = 1
+    features_sha256: str
+
+
 class Fingerprint(Record):
     """What the bytes depend on besides the request: the same one gives the same bytes."""
 

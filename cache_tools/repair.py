@@ -1,9 +1,9 @@
 """`verify --repair`: damaged files move to PATH/.run/quarantine; the same `extract` or `shard` makes them again.
 
 Nothing is mended here. A CACHE is a pure function of the request: without its commit a shard counts as never made, and
-without its manifest a unit is unfinished, which `extract` finishes with every zarr.json; cache.json, projection.npy and
-probe.npy it writes where they are missing. Commits leave first: whatever moment this dies at, no commit vouches for a
-file that is gone, and a damaged file left behind is overwritten or found again.
+without its manifest a unit is unfinished, which `extract` finishes with every zarr.json; cache.json, projection.npy,
+probe.npy and probe.json it writes where they are missing. Commits leave first: whatever moment this dies at, no commit
+vouches for a file that is gone, and a damaged file left behind is overwritten or found again.
 """
 
 from dataclasses import dataclass, field
@@ -69,7 +69,7 @@ def _leaving(root: Path, problems: list[Problem]) -> list[Path]:
     """Files that leave for the problems of one shard or of one unit, in order: commit, manifest, the damaged ones."""
     first, files = problems[0], [Path(problem.file) for problem in problems if problem.what != "dataset.json"]
     if first.unit is None:
-        return files
+        return [*files, root / "probe.json"] if any(problem.what == "probe" for problem in problems) else files
     manifest = root / first.unit / "manifest.json"
     commit = root / first.unit / "commits" / f"{shard_name(first.shard)}.json" if first.shard is not None else manifest
     return list(dict.fromkeys([commit, manifest, *files]))

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import read_chunk
-from .cache import Cache, Unit, index_crc32cs
+from .cache import Cache, Unit, index_crc32cs, read_probe
 from .console import progress
 from .dataset import Dataset, info_json
 from .draws import hash_u64
@@ -27,7 +27,7 @@ from .errors import CorruptionError, IdentityError, UsageError
 from .identity import Commit, FileEntry
 from .records import read_capped
 from .storage import file_sha256
-from .tars import read_picture, read_sealed_npy
+from .tars import read_picture
 
 MAX_NAMED = 8  # damaged parts of a file in a message
 _DAMAGE = (errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # others say nothing about the bytes
@@ -172,9 +172,9 @@ def _cache_parts(path: Path, report: Report) -> list[_Part]:
     if expected:
         with whole.file(projection, "projection"):
             cache.projection()
-    if probe.is_file():  # where it is missing, `extract` writes it
+    if (path / "probe.json").is_file():  # where it is missing, `extract` writes it
         with whole.file(probe, "probe"):
-            read_sealed_npy(probe)
+            read_probe(path)
     report.add(whole)
     for unit in cache.all_units():
         found = Found(unit.split, str(unit))

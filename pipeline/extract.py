@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from cache_tools.cache import Unit
+from cache_tools.cache import Unit, read_probe
 from cache_tools.console import Progress, StopFlag, progress
 from cache_tools.dataset import Dataset
 from cache_tools.errors import IdentityError, Interrupted, UsageError
-from cache_tools.identity import CacheIdentity, Fingerprint
+from cache_tools.identity import CacheIdentity, Fingerprint, ProbeRecord
 from cache_tools.images import PICTURE_RULES
-from cache_tools.records import read_record, write_toml
-from cache_tools.storage import locks_work, publish, run_folder, settle, shard_lock, try_lock
-from cache_tools.tars import encode_npy, read_sealed_npy, seal
+from cache_tools.records import encode_record, read_record, write_toml
+from cache_tools.storage import file_sha256, locks_work, publish, run_folder, settle, shard_lock, try_lock
+from cache_tools.tars import encode_npy
 from cache_tools.writer import finish_unit, publish_identity
 
 from .config import ExtractConfig
@@ -187,7 +187,9 @@ def publish_teacher(cache: Path, teacher: Teacher) -> float:
         publish(cache / "projection.npy", encode_npy(teacher.projection))
     pictures = torch.from_numpy(probe_pictures(teacher.identity.height, teacher.identity.width))
     exact, found = (teacher.features(pictures, p)[0].cpu().numpy() for p in ("fp32", teacher.precision))
-    publish(cache / "probe.npy", seal(encode_npy(exact)), compare=False)
+    publish(cache / "probe.npy", encode_npy(exact), compare=False)
+    record = ProbeRecord(features_sha256=file_sha256(cache / "probe.npy"))
+    publish(cache / "probe.json", encode_record(record), compare=False)
     compare_probe(cache, exact)
     precision_mse = relative_mse(found, exact)
     if not math.isfinite(precision_mse):
@@ -202,12 +204,12 @@ def compare_probe(cache: Path, exact: np.ndarray) -> None:
 
     Raises: IdentityError when they differ; CorruptionError when the stored ones are damaged.
     """
-    path = cache / "probe.npy"
-    difference = relative_mse(exact, read_sealed_npy(path))
+    difference = relative_mse(exact, read_probe(cache))
     if not difference <= PROBE_TOLERANCE:
         raise IdentityError(
-            f"{path}: this teacher's features of the probe pictures differ by {difference:.1e} (relative MSE, at most "
-            f"{PROBE_TOLERANCE:.0e}); expected the weights, activation and layer that began this cache"
+            f"{cache}/probe.npy: this teacher's features of the probe pictures differ by {difference:.1e} "
+            f"(relative MSE, at most {PROBE_TOLERANCE:.0e}); "
+            "expected the weights, activation and layer that began this cache"
         )
 
 

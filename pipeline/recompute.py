@@ -75,7 +75,7 @@ def _load(cache: Cache, name: str, weights: str, device: str | None) -> Teacher:
     if found := differences(teacher.identity, theirs):
         other = f"{cache.path}: this is not the teacher of the cache (asked != found)"
         raise IdentityError(f"{other}: {'; '.join(found)}")
-    if (cache.path / "probe.npy").is_file():
+    if (cache.path / "probe.json").is_file():
         pictures = torch.from_numpy(probe_pictures(theirs.height, theirs.width))
         compare_probe(cache.path, teacher.features(pictures, "fp32")[0].cpu().numpy())
     return teacher

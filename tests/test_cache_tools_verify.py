@@ -76,7 +76,7 @@ def test_one_damaged_file_hides_no_other(cache: Path) -> None:
     damaged += [second.tar(1), second.group / "patch" / "zarr.json"]
     for path in damaged:
         flip(path, 200)
-    (cache / "probe.npy").write_bytes(b"no array")
+    (cache / "probe.json").write_bytes(b"no record")
     report = verify(cache, quiet=True)
     assert {problem.file for problem in report.problems} == {str(path) for path in (*damaged, cache / "probe.npy")}
     assert {problem.shard for problem in report.problems if problem.what in ("manifest", "zarr.json")} == {None}

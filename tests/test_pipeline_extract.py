@@ -276,9 +276,21 @@ def test_a_damaged_probe_is_named(place: Path, cache: Path) -> None:
     path = cache / "probe.npy"
     good = path.read_bytes()
     path.write_bytes(good[:300] + bytes([good[300] ^ 1]) + good[301:])
-    with pytest.raises(CorruptionError, match=r"probe\.npy: expected an array with its crc32c"):
+    with pytest.raises(CorruptionError, match=r"probe\.npy: expected the sha256 in probe\.json"):
         extract(request(place, cache))
     path.write_bytes(good)
+
+
+def test_a_probe_that_ends_in_its_crc32c_is_read(place: Path, cache: Path) -> None:
+    """The first caches had that, and no probe.json."""
+    path, record = cache / "probe.npy", cache / "probe.json"
+    before = path.read_bytes(), record.read_bytes()
+    path.write_bytes(before[0] + b"\0\1\2\3")
+    record.unlink()
+    extract(request(place, cache))
+    assert not verify(cache, quiet=True).problems and record.read_bytes() != before[1]
+    path.write_bytes(before[0])
+    record.write_bytes(before[1])
 
 
 def test_a_cache_of_before_goes_on_without_a_digest_of_pixels(

@@ -29,7 +29,7 @@ KINDS = ["int8", "float16", "dataset"]
 # No row depends on it, and no hash of it is kept.
 NOTES = {"quarantine.jsonl", "extract.toml"}
 # Where they are missing the work counts as unfinished: the unit is not read, the same command writes them.
-MADE_AGAIN = {"manifest.json", "_info.json", "probe.npy"}
+MADE_AGAIN = {"manifest.json", "_info.json", "probe.json"}
 
 
 @pytest.fixture(scope="module")
