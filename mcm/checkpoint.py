@@ -109,7 +109,8 @@ def _save_file(tensors: Tensors, path: Path) -> None:
     try:
         save_file(tensors, path)  # holds Python's lock for at most 5 ms; `save` for 0.9 s per GB
     except SafetensorError as error:
-        if not (number := re.search(r"\(os error (\d+)\)", str(error))):
+        number = re.search(r"(?:os error |code: )(\d+)", str(error))  # safetensors 0.5: "code: 28"
+        if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 

@@ -32,7 +32,7 @@ def test_timm_alone_loads_it_with_the_same_features(tmp_path):
     expected, found = (outputs(model, lambda m: m.forward_features(PICTURES)) for model in (ours, loaded))
     assert torch.allclose(expected, found, atol=1e-5)
     data = timm.data.resolve_model_data_config(loaded)
-    assert (list(data["mean"]), list(data["std"]), data["input_size"]) == ([0.5] * 3, [0.25] * 3, (3, 32, 32))
+    assert [list(data[name]) for name in ("mean", "std", "input_size")] == [[0.5] * 3, [0.25] * 3, [3, 32, 32]]
     assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 1.0)
 
 
