@@ -208,15 +208,12 @@ class Loop:
             raise Interrupted(f"stopped after step {step} of {self.total_steps}, saved; the same command resumes")
 
     def _newest(self) -> checkpoint.Checkpoint | None:
-        """The newest sound checkpoint, the same one for every process."""
-        run_dir = self.job.run_dir
-        step = found.step if (found := checkpoint.latest(run_dir)) else -1
-        newest, oldest = self._agree(step), -self._agree(-step)  # every rank takes part in both
-        if newest != oldest:
-            raise UsageError(f"{run_dir}: expected one RUN folder for all processes; their checkpoints differ")
+        """The newest sound checkpoint, on every rank; the main rank reads and verifies it."""
+        found = None
         if self.main:
-            checkpoint.clear_leftovers(run_dir)
-        return found
+            found = checkpoint.latest(self.job.run_dir)
+            checkpoint.clear_leftovers(self.job.run_dir)
+        return found if self.hosts is None else checkpoint.shared(found, self.hosts)
 
     def _restore(self, found: checkpoint.Checkpoint, evaluated: bool) -> None:
         checkpoint.restore(found, self.job.model, self.optimizer.optimizer)

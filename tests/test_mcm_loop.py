@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import signal
+import socket
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from cache_tools.errors import CorruptionError, Interrupted, McmError, ResourceE
 from cache_tools.records import read_record
 from mcm import checkpoint
 from mcm.config import Optim, Schedule, Train
-from mcm.loop import Job, Loop, engine, train
+from mcm.loop import Job, engine, train
 from mcm.order import Order
 from mcm.run_folder import ExitRecord, recorded_exit
 from mcm.stream import Stream
@@ -149,12 +150,25 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path
     assert [path.name[-1] for path in sorted((run / "checkpoints").iterdir())] == ["6", "8", "9"]
 
 
-def test_ranks_with_other_checkpoints_are_refused_by_every_rank(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(Loop, "_agree", lambda loop, value: calls.append(value) or 5)
-    with pytest.raises(UsageError, match="expected one RUN folder for all processes; their checkpoints differ"):
-        run_job(make_job(tmp_path))
-    assert calls == [-1, 1]  # a rank that left out the second collective would leave the others waiting
+def receive(rank, port, run):
+    """A rank that has no folder of its own to read from, unless it is the main one."""
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=rank == 0)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    found = checkpoint.shared(checkpoint.latest(run) if rank == 0 else None, torch.distributed.group.WORLD)
+    expected = checkpoint.latest(run)
+    assert (found.step, found.meta, found.model_sha256) == (expected.step, expected.meta, expected.model_sha256)
+    for part in ("model", "optimizer"):
+        ours, theirs = getattr(found, part), getattr(expected, part)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    torch.distributed.destroy_process_group()
+
+
+def test_one_rank_reads_a_checkpoint_and_the_others_receive_it(tmp_path):
+    run_job(make_job(tmp_path))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(receive, (port, tmp_path), nprocs=2)
 
 
 @pytest.mark.parametrize("log_steps", [1, 50])
