@@ -1,4 +1,4 @@
-"""What single guards guard, where no larger test would miss one: the order of writes, what binds pieces, locks."""
+"""Single promises that no larger harness tests: the order of writes, what binds the pieces of a cache, locks."""
 
 import json
 import shutil
