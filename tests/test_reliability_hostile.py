@@ -428,7 +428,7 @@ WRONG = re.compile(
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_file_of_ours_loads_code(path):
-    # Two programs are started by a list of arguments, without a shell: git, for the name of our own commit, and mcm-train.
+    # Two programs are started, by a list of arguments without a shell: git names our commit, and mcm-train trains.
     started = {"run_folder.py": 2, "ablate.py": 4}
     assert WRONG.findall(path.read_text()) == ["subprocess"] * started.get(path.name, 0)
     scripts = path.read_text().count("torch.jit.load(")
