@@ -3,10 +3,11 @@
 import os
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
 from cache_tools.records import Record
 
+Count = Annotated[int, Field(gt=0, lt=1 << 31)]  # bounded, so that every product with a float is finite
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -14,9 +15,9 @@ BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Student(Record):
     """The encoder, a plain ViT; the picture size, patch size and token grid come from the cache."""
 
-    width: PositiveInt
-    depth: PositiveInt
-    heads: PositiveInt
+    width: Count
+    depth: Count
+    heads: Count
     mlp_ratio: PositiveFloat = 4.0
     drop_path: BelowOne = 0.0
 
@@ -32,8 +33,8 @@ class Student(Record):
 class SizedStudent(Student):
     """An encoder for `--init random`, where nothing else gives the picture's size and the patch (pixels)."""
 
-    size: PositiveInt
-    patch: PositiveInt
+    size: Count
+    patch: Count
 
     @model_validator(mode="after")
     def _tiles(self) -> Self:
@@ -61,7 +62,7 @@ class Mask(Record):
     unmasked_fraction: BelowOne = 0.0
     fill: Literal["vector", "scalar"] = "vector"
     second_fill: bool = True
-    pool: PositiveInt = 4096
+    pool: Count = 4096
 
 
 class Target(Record):
@@ -123,7 +124,7 @@ class FinetuneOptim(Optim):
 class Schedule(Record):
     """Linear warm-up from zero, then a cosine down to min_lr at the last step."""
 
-    epochs: PositiveInt
+    epochs: Count
     warmup_epochs: NonNegativeInt = 0
     min_lr: NonNegativeFloat = 0.0
 
@@ -152,16 +153,16 @@ class Train(Record):
     """
 
     seed: NonNegativeInt = 0
-    global_batch: PositiveInt
-    micro_batch: PositiveInt
+    global_batch: Count
+    micro_batch: Count
     precision: Literal["bf16", "fp32"] = "bf16"
     residual: Literal["bf16", "fp32"] = "fp32"
     compile: bool = False
     workers: NonNegativeInt = Field(default_factory=default_workers)
-    log_steps: PositiveInt = 50
+    log_steps: Count = 50
     checkpoint_minutes: PositiveFloat = 10.0
     checkpoint_steps: NonNegativeInt | None = None
-    keep_last: PositiveInt = 3
+    keep_last: Count = 3
     eval_epochs: NonNegativeInt = 1
     knn_epochs: NonNegativeInt = 0
 

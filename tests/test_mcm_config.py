@@ -69,6 +69,7 @@ def test_header_says_how_to_run_it_and_the_resolved_config_reads_back(path, tmp_
         ("train.seed=", "train.seed"),
         ("optim.rl=1e-4", "optim.lr"),
         ("optim.lr='high'", "optim.lr"),
+        (f"student.width={10**400}", "student.width"),  # was an OverflowError
         ("student.heads=3", "student.heads = 3 must divide student.width = 128"),
         ("mask.ratio=1.0", "mask.ratio"),
         ("mask.ratio=0.001", "mask.ratio = 0.001 hides 0 of student.width = 128 channels"),
