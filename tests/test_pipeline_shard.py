@@ -23,7 +23,7 @@ from pipeline.sources import list_sources
 
 COMMAND = Path(sys.executable).with_name("mcm-cache")
 
-# The golden outcome of ../shared/data/odd-images: these are refused, the other 36 get rows.
+# The golden outcome of odd-images/ in the test data: these are refused, the other 36 get rows.
 REFUSED = {
     "exif/LICENSE": "format",
     "made/n00000004_truncated_header.JPEG": "damaged",
