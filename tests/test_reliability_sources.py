@@ -28,7 +28,7 @@ from pipeline.candidates import printable
 from pipeline.shard import shard
 
 PNG = picture(0)
-# Height, width and mean colour of what is accepted in odd-images/ of the test data (test_pipeline_shard.py: what is not).
+# Height, width and mean colour of what is accepted in odd-images/ of the test data (see test_pipeline_shard.py).
 GOLDEN = {f"exif/Landscape_{i}.jpg": (1200, 1800, 98, 116, 134) for i in range(9)} | {
     "made/jpeg_named.png": (263, 376, 70, 76, 52),
     "made/n00000002_cmyk.JPEG": (375, 500, 106, 111, 95),
