@@ -315,7 +315,7 @@ class Cache:
     def zarr(self, split: str, view: int = 0) -> "zarr.Group":
         """The arrays of a complete unit, as a read-only group of zarr-python.
 
-        docs/format.md tells how codes decode. zarr-python reads a missing shard as fill values;
+        docs/format.md describes how codes decode. zarr-python reads a missing shard as fill values;
         `Unit.chunk` raises.
         Raises: UsageError naming the complete units; CorruptionError when a zarr.json is changed.
         """

@@ -72,7 +72,7 @@ def decode_rgb(data: bytes) -> RGB:
         raise PictureRefused("too-large", str(error)) from error
     except (PictureRefused, MemoryError):
         raise
-    except Exception as error:  # whatever files that lie make Pillow's decoders and its EXIF reader raise
+    except Exception as error:  # Pillow raises many kinds of errors on damaged files
         raise PictureRefused("damaged", str(error)) from error
 
 

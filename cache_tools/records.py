@@ -23,7 +23,7 @@ _PACKAGE = Path(__file__).parent
 
 
 class Record(pydantic.BaseModel):
-    """Base of every record of ours: typed strictly, closed to unknown fields, immutable.
+    """Base of every record: typed strictly, closed to unknown fields, immutable.
 
     `exclusive` names keys of which one is given: an override of one clears the others.
     """

@@ -27,7 +27,7 @@ from mcm.probe import ProbeResult, check_kind, labelled
 from mcm.report import FIT, MINUTES, ablation_markdown, report
 from mcm.run_folder import ExitRecord, last_eval, read_metrics, recorded, software
 
-UNDERFITTED = 0.2  # held-out R^2; below it an accuracy tells little about the target
+UNDERFITTED = 0.2  # held-out R^2; below it, an accuracy says little about the target
 WAIT_S = 2.0  # between two looks at the runs of other processes
 TAIL = 20  # lines of a failed command that are shown again
 MARKS = {"Collapsed": "collapsed", "Diverged": "diverged"}  # an error of exit.json to its mark

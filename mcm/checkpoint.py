@@ -104,7 +104,7 @@ def save(run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dic
 def _save_file(tensors: Tensors, path: Path) -> None:
     """Write a safetensors file.
 
-    Raises: OSError for a full disk; safetensors tells its number in the message alone.
+    Raises: OSError for a full disk; safetensors gives its number in the message alone.
     """
     try:
         save_file(tensors, path)  # holds Python's lock for at most 5 ms; `save` for 0.9 s per GB

@@ -55,7 +55,7 @@ class HeldOut:
         self, kind: str, h_BND: Tensor, prediction_BNC: Tensor, target_BNC: Tensor, mask: Tensor | None,
         weight_B: Tensor,
     ) -> None:  # fmt: skip
-        """Add a batch of one kind; a mask of patches [B, N, 1] tells the hidden values of the target from the visible.
+        """Add a batch of one kind; a mask of patches [B, N, 1] separates hidden from visible values of the target.
 
         A mask of student channels says nothing about the channels of the target.
         """

@@ -226,7 +226,7 @@ class Loop:
             self._evaluate(found.step)
 
     def step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> int:
-        """One optimizer step on batches on the device; returns what all ranks do after it: GO_ON, SAVE or STOP."""
+        """One optimizer step on batches on the device; returns what all ranks do next: GO_ON, SAVE or STOP."""
         job, micro_steps = self.job, self.order.accumulation
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(step) * group["lr_scale"]

@@ -1,6 +1,6 @@
 """`mcm-cache verify --recompute`: chosen rows pass the teacher again and must give what is stored.
 
-B rows, N patch tokens, C channels. Checksums tell that bytes are what was committed; this tells
+B rows, N patch tokens, C channels. Checksums show that bytes are what was committed; this shows
 that they were right, such as that no feature belongs to another row.
 """
 

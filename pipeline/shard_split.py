@@ -94,7 +94,7 @@ class SplitWriter:
     def write_again(self, shard: int, entry: SplitEntry) -> ShardEntry:
         """Write one shard of a finished split once more.
 
-        Raises: UsageError when no record tells where its candidates begin.
+        Raises: UsageError when no record says where its candidates begin.
         """
         rows, first = entry.shards[shard].rows, shard * self.plan.rows_per_shard
         if entry.refused:

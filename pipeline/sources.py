@@ -216,7 +216,7 @@ class _Headers(io.FileIO):
 def _scan_tar(path: Path, candidates: Candidates) -> int:
     """Add the picture of every sample of a tar; returns how many members were skipped.
 
-    webdataset groups the members into samples. Its own iterator is not used: it reads every picture, tells no offset,
+    webdataset groups the members into samples. Its own iterator is not used: it reads every picture, gives no offset,
     and lets a cut tar pass.
     """
     from webdataset.tariterators import group_by_keys
@@ -236,7 +236,7 @@ def _scan_tar(path: Path, candidates: Candidates) -> int:
                 _add_sample(f"{path}: {printable(key)}", file.fileno(), sample, candidates)
     except (UsageError, OSError):
         raise
-    except Exception as error:  # whatever headers that lie make tarfile raise, or webdataset a key
+    except Exception as error:  # tarfile and webdataset raise many kinds of errors on damaged tars
         said = error.args[0] if error.args else repr(error)
         raise UsageError(f"{path}: expected a whole, uncompressed tar; it does not read: {said}") from error
     return len(skipped)
