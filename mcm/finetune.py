@@ -60,7 +60,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
                 broadcast(buffer)
             return accuracy(model, held, held_order, config.train.workers, accelerator)
 
-        with recorded_exit(out, accelerator.is_main_process):
+        with recorded_exit(out, accelerator.is_main_process) as stop:
             if accelerator.is_main_process:
                 warn_of_copies(dataset, quiet=False)
                 describe_run(out, config, dataset=str(data), init=init, processes=world, rows=len(rows))
@@ -77,6 +77,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
                     settings=config.train,
                 ),
                 accelerator,
+                stop,
             )["top1"]
         if accelerator.is_main_process:
             print(f"{out}: top-1 {100 * top1:.2f} % on {len(held.rows)} pictures of 'val'", flush=True)

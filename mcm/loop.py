@@ -127,7 +127,7 @@ def _ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
     return batch
 
 
-def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
+def train(job: Job, accelerator: Accelerator, stop: StopFlag) -> dict[str, float]:
     """Train from the newest checkpoint, or from the start, to the last step; return the last evaluation.
 
     Raises: Interrupted once it has saved when asked to stop; Diverged on a loss that is not finite; errors of the data.
@@ -135,7 +135,7 @@ def train(job: Job, accelerator: Accelerator) -> dict[str, float]:
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(cuda):  # each step seeds the generators
         loop = Loop(job, accelerator)
-        loop.run()
+        loop.run(stop)
     return loop.metrics
 
 
@@ -164,15 +164,14 @@ class Loop:
         self.logged_step, self.saved_step, self.failed_saves, self.note = 0, -1, 0, ""
         self.writer, self.writing, self.saved_at = ThreadPoolExecutor(1), None, time.monotonic()
 
-    def run(self) -> None:
+    def run(self, stop: StopFlag) -> None:
         """All steps that are left; a complete run is evaluated again, as its log may have lost the last line."""
         settings, order = self.job.settings, self.order
         found = self._newest()
         step = found.step if found else -1
         evaluated = found is not None and bool(found.meta["evaluated"]) and step < self.total_steps
         log = Log(self.job.run_dir, step, evaluated, self.main, order.steps_per_epoch)
-        then = "this step is finished and saved" if self.main else ""
-        with StopFlag(then) as stop, closing(log) as self.log:
+        with closing(log) as self.log:
             if found:
                 self._restore(found, evaluated)
                 found = None  # frees a whole checkpoint

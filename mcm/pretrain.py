@@ -33,12 +33,12 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
         order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
         task = build_task(config, run, cache, units, accelerator)
         claim(out, run, PretrainConfig)
-        with recorded_exit(out, main):
+        with recorded_exit(out, main) as stop:
             if main:
                 describe_run(out, config, cache=str(cache_path), processes=world, rows=order.rows)
                 announce(cache, units, val, order, bool(config.train.knn_epochs and dataset is None))
             task.hold_out(out, units, val, order, dataset)
-            train(task.job(out, units, order), accelerator)
+            train(task.job(out, units, order), accelerator, stop)
             if main:
                 write_atomic(out / "samples.safetensors", safetensors_bytes(task.samples()))
 

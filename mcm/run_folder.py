@@ -14,7 +14,7 @@ import pydantic
 import torch
 from torch.distributed import DistError
 
-from cache_tools.console import describe, exit_code
+from cache_tools.console import StopFlag, describe, exit_code
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.errors import CorruptionError, IdentityError, Interrupted, ResourceError, UsageError
 from cache_tools.identity import CacheIdentity
@@ -168,10 +168,11 @@ def describe_run(run_dir: Path, config: Record, **facts: Any) -> None:
 
 
 @contextmanager
-def recorded_exit(run_dir: Path, main: bool) -> Iterator[None]:
+def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
     """Keep exit.json: "running" at first, then success by the main process, or the first error of any process.
 
-    The main process holds the RUN's lock, removes what killed ones left, and then writes.
+    The main process holds the RUN's lock, removes what killed ones left, and then writes. SIGTERM sets the flag
+    until exit.json is written: a launcher sends it 0.1 s after a rank has died, and the others must still say why.
     Raises: UsageError while another process trains in this RUN; ResourceError where the connection
     to another rank is lost.
     """
@@ -180,13 +181,14 @@ def recorded_exit(run_dir: Path, main: bool) -> Iterator[None]:
     def write(code: int | None, message: str) -> None:
         write_atomic(path, encode_record(ExitRecord(code=code, message=message)))
 
-    with _held(run_dir) if main else nullcontext():
+    then = "this step is finished and saved" if main else ""
+    with _held(run_dir) if main else nullcontext(), StopFlag(then) as stop:
         if main:
             settle(run_dir)
             write(None, "running")
         try:
             with _lost_rank():
-                yield
+                yield stop
         except BaseException as error:
             with suppress(OSError):  # a full disk must not hide the error
                 first = read_record(ExitRecord, path).code is None

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from cache_tools.console import StopFlag
 from cache_tools.errors import CorruptionError, Interrupted, McmError, ResourceError, UsageError
 from cache_tools.records import read_record
 from mcm import checkpoint
@@ -75,8 +76,8 @@ def make_job(run, micro_batch=32, source=None, dropout=0.3, hook=lambda step: No
 
 def run_job(job):
     state = torch.get_rng_state()
-    with engine("fp32") as accelerator:
-        train(job, accelerator)
+    with engine("fp32") as accelerator, StopFlag() as stop:
+        train(job, accelerator, stop)
     assert torch.equal(torch.get_rng_state(), state)  # of the host process
     return metrics(job.run_dir)
 
@@ -199,6 +200,7 @@ def test_every_outcome_is_recorded(tmp_path, error, code):
     assert read_record(ExitRecord, tmp_path / "exit.json").code == 0
     with pytest.raises(type(error)), recorded_exit(tmp_path, main=True):
         running = read_record(ExitRecord, tmp_path / "exit.json")  # what a killed command leaves
+        os.kill(os.getpid(), signal.SIGTERM)  # a launcher stops the other ranks when one has ended
         raise error
     assert (running.code, running.message) == (None, "running")
     assert read_record(ExitRecord, tmp_path / "exit.json").code == code

@@ -215,7 +215,7 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes_in_another_world(alone
     wait_for(9, process := start(one), run)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert 4 <= checkpoint.latest(run).step < 8
+    assert 0 < checkpoint.latest(run).step < 8  # a thread saves, which may lag behind the log
     subprocess.run(two, env=environment(), check=True, capture_output=True, timeout=120)
     assert_same_losses(run, alone)
 
