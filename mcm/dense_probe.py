@@ -1,0 +1,186 @@
+"""The dense probe: softmax regression of frozen patch tokens on masks, scored over every pixel.
+
+Letters: B batch, N patches, D width, K classes, R patches of the training split, h w the grid, H W pixels.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cache_tools.draws import hash_u64, permutation
+from cache_tools.errors import UsageError
+from cache_tools.labels import IGNORED, Mask
+
+L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of the mean cross-entropy
+MAX_ITERATIONS, GRADIENT_TOLERANCE = 500, 1e-5
+CHOICE_PICTURES = 6000  # training pictures that choose L2 and s; a fifth of them is held out
+MAX_VALUES = 1 << 30  # float32 values of the training patches in memory: 4 GiB
+RANDOM_PATCHES = 64  # per picture, where all patches are more than MAX_VALUES
+FIT_ROWS, PIXEL_LOGITS = 1 << 16, 1 << 26  # computed at once
+
+Scene = tuple[int, Tensor, Mask]  # row, patch tokens [N, D], mask [H, W]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Patch tokens x [R, D], the share of each class in each patch y [R, K], and the rows of their pictures [R]."""
+
+    x: Tensor
+    y: Tensor
+    rows: Tensor
+
+    def of(self, rows: npt.NDArray[np.int64]) -> "Patches":
+        """Return the patches of some pictures."""
+        chosen = torch.isin(self.rows, torch.from_numpy(rows).to(self.rows.device))
+        return Patches(self.x[chosen], self.y[chosen], self.rows[chosen])
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear classifier of tokens; `converged` says whether L-BFGS ended by its tolerance."""
+
+    weight_KD: Tensor
+    bias_K: Tensor
+    converged: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return logits [..., K] of tokens [..., D]."""
+        return functional.linear(x, self.weight_KD, self.bias_K)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over the classes that occur, as fractions of 1, and the IoU of each class: None where it is absent."""
+
+    miou: float
+    mean_accuracy: float
+    pixel_accuracy: float
+    iou: tuple[float | None, ...]
+
+
+def label_shares(mask_HW: Mask, grid: tuple[int, int], num_classes: int) -> npt.NDArray[np.float32]:
+    """Return [N, K]: the share of each patch's pixels that each class labels; an ignored pixel counts for no class.
+
+    The borders of patches are rounded to whole pixels, so that a picture of any size has N patches.
+    """
+    (height, width), (h, w) = mask_HW.shape, grid
+    patch_HW = (np.arange(height) * h // height)[:, None] * w + np.arange(width) * w // width
+    known = mask_HW != IGNORED
+    labels = patch_HW[known] * num_classes + mask_HW[known]
+    counts_NK = np.bincount(labels, minlength=h * w * num_classes).reshape(h * w, num_classes)
+    pixels_N = np.bincount(patch_HW.ravel(), minlength=h * w)
+    return (counts_NK / np.maximum(pixels_N, 1)[:, None]).astype(np.float32)
+
+
+def patches_per_picture(pictures: int, patches: int, width: int) -> int:
+    """Return how many patches of a picture are kept: all, or where memory asks for it at most RANDOM_PATCHES."""
+    if pictures * patches * width <= MAX_VALUES:
+        return patches
+    return max(1, min(patches, RANDOM_PATCHES, MAX_VALUES // (pictures * width)))
+
+
+def collect(scenes: Iterable[Scene], pictures: int, grid: tuple[int, int], num_classes: int, seed: int) -> Patches:
+    """Return the labelled patches of `pictures` scenes, at most `patches_per_picture` of each, drawn by (seed, row)."""
+    filled, x, y, rows = 0, torch.empty(0), torch.empty(0), torch.empty(0)
+    for row, tokens_ND, mask_HW in scenes:
+        kept = patches_per_picture(pictures, *tokens_ND.shape)
+        if not filled:
+            x, y = (tokens_ND.new_empty(pictures * kept, wide) for wide in (tokens_ND.shape[1], num_classes))
+            rows = torch.empty(pictures * kept, dtype=torch.int64, device=x.device)
+        shares_NK = label_shares(mask_HW, grid, num_classes)
+        order = np.argsort(hash_u64(seed, "dense_patches", row, np.arange(len(shares_NK))), kind="stable")
+        drawn = np.sort(order[:kept])
+        drawn = drawn[shares_NK[drawn].any(1)]
+        span = slice(filled, filled := filled + len(drawn))
+        x[span] = tokens_ND[torch.from_numpy(drawn).to(x.device)]
+        y[span] = torch.from_numpy(shares_NK[drawn]).to(y.device)
+        rows[span] = row
+    return Patches(x[:filled], y[:filled], rows[:filled])
+
+
+def fit(patches: Patches, l2: float) -> Linear:
+    """Fit by full-batch L-BFGS with a strong Wolfe line search; the loss is the mean cross-entropy of the pixels."""
+    classes, width, pixels = patches.y.shape[1], patches.x.shape[1], patches.y.sum()
+    weight_KD = torch.zeros(classes, width, device=patches.x.device, requires_grad=True)
+    bias_K = torch.zeros(classes, device=patches.x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight_KD, bias_K], max_iter=MAX_ITERATIONS, tolerance_grad=GRADIENT_TOLERANCE, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        total = l2 / 2 * weight_KD.square().sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        for x, y in zip(*(torch.split(part, FIT_ROWS) for part in (patches.x, patches.y)), strict=True):
+            loss = -(y * functional.linear(x, weight_KD, bias_K).log_softmax(1)).sum() / pixels
+            loss.backward()
+            total = total.detach() + loss.detach()
+        return total
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    done = optimizer.state[weight_KD]
+    converged = done["n_iter"] < MAX_ITERATIONS and done["func_evals"] < MAX_ITERATIONS * 5 // 4
+    return Linear(weight_KD.detach(), bias_K.detach(), converged)
+
+
+def standardise(patches: Patches) -> tuple[Tensor, Tensor]:
+    """Give each channel of x mean 0 and std 1, in place; return (mean, std)."""
+    mean_D, std_D = patches.x.mean(0), patches.x.std(0).clamp_min(1e-6)
+    patches.x.sub_(mean_D).div_(std_D)
+    return mean_D, std_D
+
+
+def choose_l2(patches: Patches, seed: int) -> tuple[float, float]:
+    """Return (L2, mIoU on held-out training pictures); the strongest penalty wins ties.
+
+    Each patch counts as its most probable class, against the labels of all its pixels.
+    Raises: UsageError where fewer than two pictures have labelled pixels.
+    """
+    rows = torch.unique(patches.rows).cpu().numpy()
+    if len(rows) < 2:
+        raise UsageError(f"expected two training pictures or more with labelled pixels; found {len(rows)}")
+    order = rows[permutation(len(rows), seed, "dense_choice")[:CHOICE_PICTURES]]
+    split = max(1, len(order) // 5)
+    held, bank = patches.of(order[:split]), patches.of(order[split:])
+
+    def held_out_miou(l2: float) -> float:
+        predicted_RK = functional.one_hot(fit(bank, l2)(held.x).argmax(1), held.y.shape[1])
+        return scores(held.y.T.double() @ predicted_RK.double()).miou
+
+    found = {l2: held_out_miou(l2) for l2 in L2_GRID}
+    best = max(L2_GRID, key=lambda l2: (found[l2], l2))
+    return best, found[best]
+
+
+def predict(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the most probable class [H, W] of logits [K, h, w], bilinear to `size`, in strips of bounded memory."""
+    down, across = (
+        functional.interpolate(torch.eye(cells, device=logits_KHW.device)[None], pixels, mode="linear")[0].T
+        for cells, pixels in zip(logits_KHW.shape[1:], size, strict=True)
+    )
+    wide_KhW = logits_KHW @ across.T
+    strips = torch.split(down, max(1, PIXEL_LOGITS // wide_KhW[:, 0].numel()))
+    return torch.cat([torch.einsum("Hh,KhW->KHW", strip, wide_KhW).argmax(0) for strip in strips])
+
+
+def confusion(mask_HW: Mask, predicted_HW: Tensor, num_classes: int) -> Tensor:
+    """Return the pixels of each (true, predicted) class, int64 [K, K]; ignored pixels count nowhere."""
+    truth_HW = torch.from_numpy(mask_HW).to(predicted_HW.device).long()
+    known = truth_HW != IGNORED
+    pairs = truth_HW[known] * num_classes + predicted_HW[known]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def scores(confusion_KK: Tensor) -> Scores:
+    """Return the scores of a confusion; a class in neither truth nor prediction is left out of the mean IoU."""
+    hits, truth, found = confusion_KK.diagonal().double(), confusion_KK.sum(1).double(), confusion_KK.sum(0).double()
+    iou, accuracy = hits / (truth + found - hits), hits / truth
+    each = tuple(None if math.isnan(value) else value for value in iou.tolist())
+    pixels = float(hits.sum() / truth.sum())
+    return Scores(float(iou.nanmean()), float(accuracy.nanmean()), pixels, each)

@@ -1,0 +1,131 @@
+"""The dense probe: scores equal scikit-learn's, the fit is its own optimum, memory is bounded, real data separates."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix, jaccard_score
+from torch.nn import functional
+
+from cache_tools.errors import UsageError
+from mcm import dense_probe as module
+from mcm.dense_probe import (
+    Patches,
+    choose_l2,
+    collect,
+    confusion,
+    fit,
+    label_shares,
+    patches_per_picture,
+    predict,
+    scores,
+    standardise,
+)
+
+K, GRID = 6, (4, 5)
+
+
+def masks(count: int, size=(37, 23), seed=0, absent=()):
+    draw = np.random.default_rng(seed)
+    known = [k for k in range(K) if k not in absent]
+    return [draw.choice([*known, 255], size).astype(np.uint8) for _ in range(count)]
+
+
+@pytest.mark.parametrize("absent", [(), (2,), (0, 5)])
+def test_scores_equal_scikit_learns_with_ignored_pixels_and_absent_classes(absent):
+    truth, guess = masks(3, absent=absent), masks(3, seed=1, absent=absent)
+    guess = [np.where(mask == 255, 1, mask) for mask in guess]
+    found = sum(confusion(t, torch.from_numpy(g).long(), K) for t, g in zip(truth, guess, strict=True))
+    t, g = np.stack(truth).ravel(), np.stack(guess).ravel()
+    t, g = t[t != 255], g[t != 255]
+    assert found.dtype == torch.int64 and found.tolist() == confusion_matrix(t, g, labels=range(K)).tolist()
+    present = [k for k in range(K) if k not in absent]
+    expected, result = jaccard_score(t, g, average=None, labels=present), scores(found)
+    assert [result.iou[k] for k in present] == pytest.approx(expected.tolist(), abs=1e-12)
+    assert all(result.iou[k] is None for k in absent) and result.miou == pytest.approx(expected.mean(), abs=1e-12)
+    assert result.pixel_accuracy == pytest.approx((t == g).mean(), abs=1e-12)
+    recalls = [(g[t == k] == k).mean() for k in present]
+    assert result.mean_accuracy == pytest.approx(np.mean(recalls), abs=1e-12)
+
+
+def test_a_class_that_is_only_predicted_has_iou_zero():
+    mask = np.zeros((2, 2), np.uint8)
+    assert scores(confusion(mask, torch.tensor([[0, 0], [0, 1]]), 3)).iou == (0.75, 0.0, None)
+
+
+@pytest.mark.parametrize("size", [(37, 23), (8, 10), (3, 2)])
+def test_label_shares_are_a_histogram_of_each_patch(size):
+    (mask,), (h, w) = masks(1, size), GRID
+    expected = np.zeros((h * w, K))
+    pixels = np.zeros(h * w)
+    for i in range(size[0]):
+        for j in range(size[1]):
+            patch = i * h // size[0] * w + j * w // size[1]
+            pixels[patch] += 1
+            if mask[i, j] != 255:
+                expected[patch, mask[i, j]] += 1
+    shares = label_shares(mask, GRID, K)
+    assert np.allclose(shares, expected / np.maximum(pixels, 1)[:, None], atol=1e-6)
+
+
+def test_predict_is_torchs_bilinear_in_strips(monkeypatch):
+    logits = torch.randn(K, *GRID, generator=torch.Generator().manual_seed(0))
+    whole = functional.interpolate(logits[None], (37, 23), mode="bilinear")[0].argmax(0)
+    monkeypatch.setattr(module, "PIXEL_LOGITS", 5 * K * 23)
+    assert (predict(logits, (37, 23)) == whole).float().mean() > 0.999
+
+
+def blobs(pictures=20, patches=9, width=8, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 3, (pictures * patches,), generator=draw)
+    x = torch.randn(len(labels), width, generator=draw) + 0.7 * functional.one_hot(labels, width)
+    return Patches(x, functional.one_hot(labels, 3).float(), torch.arange(pictures).repeat_interleave(patches))
+
+
+def test_the_fit_is_logistic_regression_and_the_same_each_time(monkeypatch):
+    patches = blobs()
+    found = fit(patches, 1e-2)
+    sklearn = LogisticRegression(C=1 / (1e-2 * len(patches.x)), tol=1e-8, max_iter=1000)
+    sklearn.fit(patches.x.numpy(), patches.y.argmax(1).numpy())
+    expected = torch.from_numpy(sklearn.predict_proba(patches.x.numpy())).float()
+    assert found.converged and torch.allclose(found(patches.x).softmax(1), expected, atol=2e-3)
+    assert torch.equal(fit(patches, 1e-2).weight_KD, found.weight_KD)
+    monkeypatch.setattr(module, "FIT_ROWS", 50)
+    assert torch.allclose(fit(patches, 1e-2)(patches.x), found(patches.x), atol=1e-3)
+
+
+def test_l2_is_chosen_on_other_pictures_and_needs_two(monkeypatch):
+    patches = blobs()
+    l2, miou = choose_l2(patches, 0)
+    assert l2 in module.L2_GRID and 0.3 < miou < 1
+    with pytest.raises(UsageError, match="two training pictures or more with labelled pixels; found 1"):
+        choose_l2(patches.of(np.array([3])), 0)
+
+
+def scenes(count, patches=20, width=4):
+    draw = torch.Generator().manual_seed(1)
+    return [(row, torch.randn(patches, width, generator=draw), mask) for row, mask in enumerate(masks(count))]
+
+
+def test_memory_is_bounded_by_random_patches_drawn_by_hash(monkeypatch):
+    whole = collect(scenes(3), 3, GRID, K, 0)
+    assert len(whole.x) == 60
+    monkeypatch.setattr(module, "MAX_VALUES", 3 * 4 * 7)  # seven patches per picture
+    some = collect(scenes(3), 3, GRID, K, 0)
+    assert some.rows.tolist() == [0] * 7 + [1] * 7 + [2] * 7
+    positions = [(whole.x == x).all(1).nonzero().item() for x in some.x]
+    assert positions == sorted(positions) and [position // 20 for position in positions] == some.rows.tolist()
+    assert torch.equal(some.y, whole.y[positions])
+    assert not torch.equal(collect(scenes(3), 3, GRID, K, 1).x, some.x)
+    monkeypatch.undo()
+    assert patches_per_picture(40_000, 1024, 768) == 34 and patches_per_picture(300, 196, 192) == 196
+    assert patches_per_picture(20_210, 1024, 384) == 64 and patches_per_picture(1 << 24, 196, 768) == 1
+
+
+def test_patches_without_labels_are_left_out_and_a_mask_of_ignored_pixels_adds_none():
+    made = [(row, tokens, np.full_like(mask, 255) if row == 1 else mask) for row, tokens, mask in scenes(3)]
+    patches = collect(made, 3, GRID, K, 0)
+    assert patches.rows.unique().tolist() == [0, 2]
+    mean, std = standardise(patches)
+    assert torch.allclose(patches.x.mean(0), torch.zeros(4), atol=1e-5) and mean.shape == std.shape == (4,)
+    assert torch.allclose(patches.x.std(0), torch.ones(4), atol=1e-5)
