@@ -16,7 +16,7 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from .arrays import array_json, chunk_places, group_json, read_chunk
 from .dataset import CHUNK_ROWS, shard_name
-from .errors import CorruptionError, IdentityError, UsageError
+from .errors import CorruptionError, IdentityError, UsageError, found_at
 from .identity import CacheIdentity, Commit, Manifest, ProbeRecord
 from .quantize import decode
 from .records import read_record, record_sha256, sha256_hex
@@ -277,7 +277,8 @@ class Cache:
 
     def __init__(self, path: Path) -> None:
         if not (path / "cache.json").is_file():
-            raise UsageError(f"{path}: expected a CACHE (cache.json); make it with `mcm-cache extract`")
+            found = found_at(path)
+            raise UsageError(f"{path}: expected a CACHE (cache.json); found {found}; make one with `mcm-cache extract`")
         self.path = path
         self.identity = read_record(CacheIdentity, path / "cache.json")
         self.sha256 = record_sha256(self.identity)

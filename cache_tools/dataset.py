@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pydantic
 
-from .errors import CorruptionError, UsageError
+from .errors import CorruptionError, UsageError, found_at
 from .records import Amount, Count, Record, SplitName, nearest, read_record, record_sha256
 from .storage import file_sha256
 from .tars import INDEX_DTYPE, read_npy, read_picture
@@ -87,7 +87,8 @@ class Dataset:
 
     def __init__(self, path: Path) -> None:
         if not (path / "dataset.json").is_file():
-            raise UsageError(f"{path}: expected a finished DATASET (dataset.json); make it with `mcm-cache shard`")
+            expected = "expected a finished DATASET (dataset.json)"
+            raise UsageError(f"{path}: {expected}; found {found_at(path)}; make one with `mcm-cache shard`")
         self.path = path
         self.record = read_record(DatasetRecord, path / "dataset.json")
         self.sha256 = record_sha256(self.record)

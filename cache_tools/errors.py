@@ -10,6 +10,30 @@ McmError 1
 +-- Interrupted 75     stopped by a signal; the same command resumes
 """
 
+from os.path import exists, isdir, isfile, join
+
+_KINDS = {
+    "dataset.json": "a DATASET",
+    "cache.json": "a CACHE",
+    "run.json": "a RUN",
+    "config.json": "an exported folder",
+    "results.json": "an ablation",
+}
+
+
+def found_at(path: object) -> str:
+    """Say what lies at `path`: the "found" part of an error about a path."""
+    place = str(path)
+    if not isdir(place):
+        return "a file" if exists(place) else "nothing there"
+    return next((kind for name, kind in _KINDS.items() if isfile(join(place, name))), "another folder")
+
+
+def check_output(path: object, kind: str) -> None:
+    """Raise UsageError where `path` is a file or holds something other than `kind`; an unfinished folder passes."""
+    if (found := found_at(path)) not in ("nothing there", "another folder", kind):
+        raise UsageError(f"{path}: expected {kind} or a new folder; found {found}; choose another name")
+
 
 class McmError(Exception):
     """Base of all errors of this software; the message is one line for the user."""

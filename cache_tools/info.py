@@ -5,7 +5,7 @@ from typing import Any
 
 from .cache import Cache, Unit
 from .dataset import Dataset
-from .errors import UsageError
+from .errors import UsageError, found_at
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def info(path: Path) -> dict[str, Any]:
         known = {"kind": "dataset", "path": str(path), "sha256": dataset.sha256, "splits": splits}
         tar_bytes = sum(shard.tar_bytes for split in dataset.record.splits.values() for shard in split.shards)
         return known | {"classes": len(dataset.classes), "seed": dataset.record.seed, "bytes": tar_bytes}
-    raise UsageError(f"{path}: expected a DATASET (dataset.json) or a CACHE (cache.json)")
+    raise UsageError(f"{path}: expected a DATASET (dataset.json) or a CACHE (cache.json); found {found_at(path)}")
 
 
 def _cache_info(cache: Cache) -> dict[str, Any]:

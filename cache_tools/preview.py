@@ -19,7 +19,7 @@ from PIL import Image
 from .cache import Cache, Unit
 from .console import one_line
 from .dataset import CHUNK_ROWS, Dataset
-from .errors import IdentityError, UsageError
+from .errors import IdentityError, UsageError, found_at
 from .images import RGB, decode_rgb, decode_view_into
 from .storage import write_atomic
 
@@ -32,8 +32,8 @@ def preview(path: Path, out: Path, data: Path | None = None, rows: int = 8, spli
 
     Raises: UsageError, IdentityError when `data` is not the DATASET of the cache, CorruptionError.
     """
-    if out.suffix != ".png":
-        raise UsageError(f"--out {out}: expected a name that ends in .png")
+    if out.suffix != ".png" or out.is_dir():
+        raise UsageError(f"--out {out}: expected the name of a file that ends in .png; found {found_at(out)}")
     cache = Cache(path)
     units = [unit for unit in cache.all_units() if unit.split == split and unit.complete]
     if not units:

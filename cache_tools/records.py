@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_args
 import pydantic
 import tomli_w
 
-from .errors import CorruptionError, IdentityError, McmError, UsageError
+from .errors import CorruptionError, IdentityError, McmError, UsageError, found_at
 
 MAX_RECORD_BYTES = 64 << 20  # the manifest of a million shards is smaller
 MAX_CONFIG_BYTES = 64 << 10  # tomllib needs the square of a dotted key: 2 s here
@@ -163,7 +163,8 @@ def config_file(name: str) -> Path:
         if (root / f"{name}.toml").is_file():
             return root / f"{name}.toml"
     names = {path.relative_to(root).with_suffix("").as_posix() for root in roots for path in root.rglob("*.toml")}
-    raise UsageError(f"config {name!r}: no such file, nor one of {', '.join(sorted(names))}{nearest(name, names)}")
+    shipped = f"{', '.join(sorted(names))}{nearest(name, names)}"
+    raise UsageError(f"config {name!r}: expected a TOML file or one of {shipped}; found {found_at(name)}")
 
 
 def load_toml(

@@ -23,7 +23,7 @@ from .cache import Cache, Unit, index_crc32cs, read_probe
 from .console import progress
 from .dataset import Dataset, info_json
 from .draws import hash_u64
-from .errors import CorruptionError, IdentityError, UsageError
+from .errors import CorruptionError, IdentityError, UsageError, found_at
 from .identity import Commit, FileEntry
 from .records import read_capped
 from .storage import file_sha256
@@ -136,7 +136,7 @@ def _parts(path: Path, report: Report) -> list[_Part]:
             except CorruptionError as error:  # without it there is nothing to compare the rest with
                 report.problems.append(Problem(str(error), str(record), record.name))
                 return []
-    raise UsageError(f"{path}: expected a DATASET (dataset.json) or a CACHE (cache.json)")
+    raise UsageError(f"{path}: expected a DATASET (dataset.json) or a CACHE (cache.json); found {found_at(path)}")
 
 
 def _dataset_parts(path: Path, report: Report) -> list[_Part]:

@@ -19,7 +19,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from cache_tools.cache import Cache
 from cache_tools.dataset import Dataset
-from cache_tools.errors import UsageError
+from cache_tools.errors import UsageError, check_output
 from cache_tools.records import Record, config_file, load_toml, read_record, sha256_hex
 from cache_tools.storage import file_sha256, run_folder, try_lock, write_atomic
 from mcm.config import FinetuneConfig, PretrainConfig
@@ -101,6 +101,7 @@ class Ablation:
 
         Raises: UsageError.
         """
+        check_output(out, "an ablation")
         self.plan, self.rows = plan, plan.all_rows()
         self.cache, self.data, self.out, self.weights = cache, data, out, weights
         self.workers, self.failed = workers, dict[Step, int]()

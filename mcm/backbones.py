@@ -17,7 +17,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from cache_tools.errors import McmError, UsageError
+from cache_tools.errors import McmError, UsageError, found_at
 from cache_tools.records import Record, nearest, read_json, read_record
 from cache_tools.storage import file_sha256
 from cache_tools.weights import load_whole, read_weights
@@ -90,9 +90,8 @@ def load_encoder(
         return _from_pretraining(folder, untrained) if is_pretrain else _from_finetuning(folder, head)
     if (folder / "config.json").is_file():
         return _from_export(folder)
-    raise UsageError(
-        f"{spec}: expected a RUN (run.json), an exported folder (config.json), timm:NAME or random; it is none of them"
-    )
+    expected = "a RUN (run.json), an exported folder (config.json), timm:NAME or random"
+    raise UsageError(f"{spec}: expected {expected}; found {found_at(spec)}")
 
 
 def pooled(model: VisionTransformer, tokens_BND: Tensor, features: str = "mean") -> Tensor:

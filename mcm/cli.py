@@ -60,7 +60,7 @@ def pretrain(
     Cache(cache)  # a mistyped CACHE or DATASET must not cost the run that --overwrite removes
     if data is not None:
         Dataset(data)
-    _clear(out, overwrite)
+    _prepare(out, overwrite)
     run(settings, cache, out, data)
 
 
@@ -86,7 +86,7 @@ def finetune(
 
     settings = load_toml(FinetuneConfig, config_file(config), set_ or ())
     Dataset(data)
-    _clear(out, overwrite)
+    _prepare(out, overwrite)
     run(settings, data, init, weights, out)
 
 
@@ -200,11 +200,12 @@ def report(
     print(f"report: {out}")
 
 
-def _clear(out: Path, overwrite: bool) -> None:
-    """Remove the run in `out` if the user said so, and nothing that is not a run."""
-    from cache_tools.errors import UsageError
+def _prepare(out: Path, overwrite: bool) -> None:
+    """Check that `out` may hold a RUN, and remove the RUN in it with `overwrite`."""
+    from cache_tools.errors import UsageError, check_output
     from cache_tools.storage import remove_tree
 
+    check_output(out, "a RUN")
     if overwrite and out.exists():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UsageError(f"--overwrite: expected one process, found several; remove {out} before launching them")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from timm.models.vision_transformer import VisionTransformer
 
-from cache_tools.errors import IdentityError, McmError, UsageError
+from cache_tools.errors import McmError, UsageError, found_at
 from cache_tools.storage import atomic_folder, write_atomic
 from mcm.backbones import Backbone, load_encoder, model_args
 from mcm.model import folded_state
@@ -24,12 +24,12 @@ def export(run: Path, out: Path, fold_scale: float | None = None) -> dict[str, A
     """Write RUN's newest encoder (a fine-tuned RUN's with its head) to `out`; returns its config.json.
 
     `fold_scale` s folds x~ = e + s (x - e), e the encoder fill, into the patch embedding.
-    Raises: UsageError or IdentityError before anything is written; McmError when timm's features are not the RUN's.
+    Raises: UsageError before anything is written; McmError when timm's features are not the RUN's.
     """
     if not (run / "run.json").is_file():
-        raise UsageError(f"{run}: expected a RUN (run.json); make it with `mcm-train pretrain`")
+        raise UsageError(f"{run}: expected a RUN (run.json); found {found_at(run)}; make one with `mcm-train pretrain`")
     if out.exists():
-        raise IdentityError(f"{out}: expected no such folder; it exists; remove it or choose another name")
+        raise UsageError(f"{out}: expected a new name; found {found_at(out)}; remove it or choose another name")
     backbone = load_encoder(str(run), head=True)
     if fold_scale is not None:
         if backbone.masked is None or not 0 < fold_scale <= 1:

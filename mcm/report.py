@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from cache_tools.errors import CorruptionError, UsageError
+from cache_tools.errors import CorruptionError, UsageError, found_at
 from cache_tools.records import read_json, read_record
 from cache_tools.storage import run_folder, write_atomic
 from mcm.figures import Array, channel_figures, channel_maps, curves, dots, samples
@@ -72,6 +72,8 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
 
     Raises: UsageError for a folder that is no RUN, no CACHE and holds no ablations.
     """
+    if out.is_dir():
+        raise UsageError(f"--out {out}: expected the name of a file; found {found_at(out)}")
     table = Table()
     sections = []
     labels = _labels(runs)
@@ -87,7 +89,8 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
         elif ABLATIONS <= (results := _json(path / "results.json")).keys():
             sections.append(ablation_html(results))
         else:
-            raise UsageError(f"{path}: expected a RUN (run.json), CACHE (cache.json) or ablations (results.json)")
+            expected = "a RUN (run.json), a CACHE (cache.json) or an ablation (results.json)"
+            raise UsageError(f"{path}: expected {expected}; found {found_at(path)}")
     header = f"<p>{html.escape(note)}</p>" if note else ""
     overview = _html_table(table.lines(), CAPTION) if table.cells else ""
     body = f"<h1>Masked Channel Modeling</h1>{header}{overview}{''.join(sections)}"

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from cache_tools.console import StopFlag, progress
 from cache_tools.draws import permutation
-from cache_tools.errors import Interrupted, UsageError
+from cache_tools.errors import Interrupted, check_output
 from cache_tools.storage import atomic_folder, make_dir, write_atomic
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def demo_data(out: str | Path) -> dict[str, Any]:
     Returns what OUT/clip/training.json says. Raises: UsageError when OUT is a file; Interrupted on Ctrl-C.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: expected a folder or a new name; found a file; choose another OUT")
+    check_output(out, "pictures")
     done = out / "clip" / "training.json"
     if done.is_file():
         print(f"{out}: complete; delete the folder to make it anew")

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from cache_tools.cache import Unit, read_probe
 from cache_tools.console import Progress, StopFlag, progress
 from cache_tools.dataset import Dataset
-from cache_tools.errors import IdentityError, Interrupted, UsageError
+from cache_tools.errors import IdentityError, Interrupted, UsageError, check_output
 from cache_tools.identity import CacheIdentity, Fingerprint, ProbeRecord
 from cache_tools.images import PICTURE_RULES
 from cache_tools.records import encode_record, read_record, write_toml
@@ -55,6 +55,7 @@ def extract(request: Request) -> None:
     Raises: UsageError, IdentityError before any work; CorruptionError; Interrupted when stopped at a shard.
     """
     config, place = request.config, request.place
+    check_output(request.cache, "a CACHE")
     teacher = load_teacher(config.teacher, config.weights, config.teacher_size, place.device, config.precision)
     check_grid(config, teacher)
     dataset = open_source(request)

@@ -17,7 +17,7 @@ from cache_tools.dataset import (
     info_json,
     shard_name,
 )
-from cache_tools.errors import IdentityError, UsageError
+from cache_tools.errors import IdentityError, UsageError, check_output
 from cache_tools.records import differences, encode_record, read_record
 from cache_tools.storage import move_durably, publish, remove_tree, run_folder, settle, try_lock, write_atomic
 
@@ -134,8 +134,7 @@ def _check_request(
         raise UsageError(f"--val: expected a share from 0 to below 1, such as 0.1; found {val}")
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"--seed: expected 0 or a positive number; found {seed}")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out}: expected a folder or a new name; found a file; choose another DATASET")
+    check_output(out, "a DATASET")
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise UsageError(f"{out}: expected a DATASET outside its source {source}; choose another DATASET")
     begun = (out / "dataset.json").is_file() or (run / "shard" / "plan.json").is_file()

@@ -108,7 +108,7 @@ def test_a_checkpoint_gives_its_ema_without_the_prefixes_of_wrappers(tmp_path):
         ("timm:vit_tinny_patch16_224", None, "did you mean 'vit_tiny_patch16_224'"),
         ("timm:vit_tiny_patch16_224", "missing.safetensors", "expected a file"),
         ("timm:resnet18", "pyproject.toml", "expected a plain vision transformer"),
-        ("nowhere", None, "it is none of them"),
+        ("nowhere", None, "found nothing there"),
         ("random", None, r"\[student\]"),
         ("random", "x", "--weights goes with timm:NAME"),
     ],

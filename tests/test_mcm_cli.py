@@ -1,9 +1,11 @@
 """`mcm-train`: exit codes, JSON, and --help without the heavy libraries."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from make_cache import make_cache
@@ -60,6 +62,37 @@ def test_probe_export_and_report_from_the_command_line(tmp_path):
     answer = mcm_train("report", run, "--out", tmp_path / "r.html", "--note", "one run")
     assert answer.exit_code == 0 and "k-NN folded" in answer.stdout
     assert "one run" in (tmp_path / "r.html").read_text()
+
+
+def test_a_folder_of_another_kind_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_cache(tmp_path / "cache", 32, 16, 1), make_dataset(tmp_path / "data", 32, 16), make_run(tmp_path / "run")
+    Path("empty").mkdir(), Path("file").touch()
+    kinds = {"cache": "a CACHE", "data": "a DATASET", "run": "a RUN", "file": "a file", "empty": "another folder"}
+    lines = {
+        "pretrain pretrain/demo --out x --cache {}": "cache",
+        "pretrain pretrain/demo --out x --cache cache --data {}": "data",
+        "pretrain pretrain/demo --cache cache --out {}": "run empty",
+        "pretrain {} --cache cache --out x": "file",  # TOML
+        "finetune finetune/demo --out x --init random --data {}": "data",
+        "finetune finetune/demo --out x --data data --init {} --set data.shots=0 --set train.global_batch=16": "run",
+        "finetune finetune/demo --data data --init random --out {}": "run empty",
+        "probe run --data {}": "data",
+        "probe --data data {}": "run cache",
+        "export {} x": "run",
+        "export run {}": "",
+        "report --out x {}": "run cache",
+        "report run --out {}": "file",
+        "ablate ablate/demo --out x --data data --cache {}": "cache",
+        "ablate ablate/demo --out x --cache cache --data {}": "data",
+        "ablate ablate/demo --cache cache --data data --out {}": "empty",
+    }
+    for line, fitting in lines.items():
+        for name in kinds.keys() - set(fitting.split()):
+            answer = mcm_train(*line.format(name).split())
+            assert answer.exit_code == 2 and len(answer.stderr.splitlines()) == 1, (line, name, answer.stderr)
+            assert re.search(rf"\b{name}\b.*found {kinds[name]}", answer.stderr), (line, name, answer.stderr)
+    assert not Path("x").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from make_dataset import make_dataset
 from make_run import make_run
 from test_mcm_finetune import config
 
-from cache_tools.errors import IdentityError, McmError, UsageError
+from cache_tools.errors import McmError, UsageError
 from mcm import export as module
 from mcm.backbones import load_encoder, pooled
 from mcm.export import export
@@ -76,7 +76,7 @@ def test_bad_requests_and_another_folder_in_the_way(tmp_path):
     with pytest.raises(UsageError, match="--folded 0.5: .* trained with masks"):
         export(run, tmp_path / "out", 0.5)
     (tmp_path / "out").mkdir()
-    with pytest.raises(IdentityError, match="expected no such folder"):
+    with pytest.raises(UsageError, match="expected a new name; found another folder"):
         export(run, tmp_path / "out")
 
 
