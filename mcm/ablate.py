@@ -30,6 +30,14 @@ from mcm.run_folder import ExitRecord, last_eval, read_metrics, recorded, softwa
 UNDERFITTED = 0.2  # held-out R^2; below it, an accuracy says little about the target
 WAIT_S = 2.0  # between two looks at the runs of other processes
 TAIL = 20  # lines of a failed command that are shown again
+# `mcm-train` as a process that saves and ends when the ablation ends, whatever that died of: its stdin then closes.
+COMMAND = """
+import os, signal
+from cache_tools.processes import end_after
+end_after(lambda: os.read(0, 1), signal.SIGTERM)
+from mcm.cli import app
+app()
+"""
 MARKS = {"Collapsed": "collapsed", "Diverged": "diverged"}  # an error of exit.json to its mark
 
 
@@ -171,8 +179,9 @@ class Ablation:
         """Run a step, relay its output, and record that it is done or that it failed."""
         print(f"{step.run}: {step.args[0]}", flush=True)
         workers = ["--workers", str(self.workers)] if step.args[0] == "probe" else []
-        command, tail = [sys.executable, "-m", "mcm.cli", *step.args, *workers], deque[str]([], TAIL)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        command, tail = [sys.executable, "-c", COMMAND, *step.args, *workers], deque[str]([], TAIL)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
             try:
                 for line in process.stdout or ():
                     print(line, end="", flush=True)

@@ -25,6 +25,7 @@ from cache_tools.dataset import Dataset as PictureDataset
 from cache_tools.draws import hash_u64
 from cache_tools.errors import McmError, ResourceError
 from cache_tools.images import decode_view_into, ignore_metadata_warnings
+from cache_tools.processes import end_with_parent
 from mcm.masking import mask_picks
 from mcm.order import EvalOrder, Indices, Order
 
@@ -235,6 +236,7 @@ def batches(stream: Stream, start: int, end: int, workers: int, pin_memory: bool
 
 def _begin_worker(number: int) -> None:
     ignore_metadata_warnings()
+    end_with_parent()
 
 
 def _raising(items: Iterable[Batch | McmError | OSError]) -> Iterator[Batch]:

@@ -5,7 +5,6 @@ without naming its task. So the tasks that were in flight are then tried one by 
 """
 
 import multiprocessing
-import os
 import signal
 import threading
 from collections import deque
@@ -18,6 +17,7 @@ from typing import TypeVar, cast
 
 from cache_tools.errors import ResourceError
 from cache_tools.images import PictureRefused, ignore_metadata_warnings
+from cache_tools.processes import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -110,17 +110,10 @@ def _start(workers: int) -> ProcessPoolExecutor:
 
 
 def _begin() -> None:
-    """Of a worker: leave Ctrl-C to the parent, and exit with it; a killed parent closes no queue."""
+    """Prepare a worker: it leaves Ctrl-C to the parent, and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ignore_metadata_warnings()
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _ends(future: Future[Result]) -> bool:

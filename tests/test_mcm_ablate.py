@@ -16,7 +16,7 @@ from test_mcm_pretrain import environment, make_config, start
 from cache_tools.errors import UsageError
 from cache_tools.records import load_toml, read_record, write_toml
 from cache_tools.storage import run_folder, try_lock
-from mcm.ablate import Ablation, Plan
+from mcm.ablate import Ablation, Plan, _is_idle
 from mcm.run_folder import ExitRecord
 
 FINETUNE = """
@@ -160,7 +160,7 @@ def test_a_failed_row_is_shown_and_the_others_go_on(place, tmp_path):
     assert sorted(units) == ["train/v0", "val/v0"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_ablation_stops_its_command_which_saves(shared, place, tmp_path, number):
     shutil.copytree(shared[0], tmp_path / "out")
     plan = (place / "plan.toml").read_text().replace("[rows]", '[rows]\n"long" = { set = ["schedule.epochs=9999"] }')
@@ -171,8 +171,14 @@ def test_a_stopped_ablation_stops_its_command_which_saves(shared, place, tmp_pat
         time.sleep(0.05)
     os.kill(process.pid, number)
     stderr = process.communicate(timeout=120)[1].decode()
+    while not _is_idle(run):
+        time.sleep(0.05)
+    code = read_record(ExitRecord, run / "exit.json").code
+    if number == signal.SIGKILL:
+        assert process.returncode == -9 and code in (7, 75)  # 7: it printed before it met the signal
+        return
+    assert code == 75 and list((run / "checkpoints").iterdir())
     assert process.returncode == 75 and "stopping: the running command saves and ends" in stderr, stderr
-    assert read_record(ExitRecord, run / "exit.json").code == 75 and list((run / "checkpoints").iterdir())
     rows = {row["name"]: row["values"] for row in results(tmp_path / "out")["rows"]}
     assert rows["long"] == {} and len(rows["channel .75"]["fine-tuned"]) == 2
 
