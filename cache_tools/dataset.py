@@ -9,13 +9,18 @@ import numpy.typing as npt
 import pydantic
 
 from .errors import CorruptionError, UsageError, found_at
+from .labels import Mask, decode_mask
 from .records import Amount, Count, Record, SplitName, nearest, read_record, record_sha256
 from .storage import file_sha256
-from .tars import INDEX_DTYPE, read_npy, read_picture
+from .tars import INDEX_DTYPE, TARGETS_DTYPE, read_npy, read_picture
 
 CHUNK_ROWS = 16
 ROWS_PER_SHARD = 1024
 RowsPerShard = Annotated[Count, pydantic.Field(multiple_of=CHUNK_ROWS)]
+MASK = "mask.png"  # the extension of a row's mask in the tar
+_ABSENT = pydantic.Field(exclude_if=lambda value: value is None)
+Task = Annotated[Literal["segment"] | None, _ABSENT]
+Ignore = Annotated[tuple[int, ...] | None, _ABSENT]
 
 
 class ShardEntry(Record):
@@ -29,6 +34,7 @@ class ShardEntry(Record):
     tar_bytes: Amount
     tar_sha256: str
     index_sha256: str
+    targets_sha256: Annotated[str | None, _ABSENT] = None
 
 
 class SplitEntry(Record):
@@ -41,7 +47,11 @@ class SplitEntry(Record):
 
 
 class DatasetRecord(Record):
-    """dataset.json: written last, so that a folder without it is unfinished."""
+    """dataset.json: written last, so that a folder without it is unfinished.
+
+    `task` is "segment" where rows have masks, and absent where they have labels. `ignore` are the values of the
+    source's masks that mean unlabelled; class k was the k-th of the other values.
+    """
 
     format: Literal["mcm-dataset"] = "mcm-dataset"
     version: Literal[1] = 1
@@ -50,6 +60,8 @@ class DatasetRecord(Record):
     rows_per_shard: RowsPerShard
     picture_rules: int
     splits: dict[SplitName, SplitEntry]
+    task: Task = None
+    ignore: Ignore = None
 
     @pydantic.model_validator(mode="after")
     def _adds_up(self) -> Self:
@@ -58,6 +70,8 @@ class DatasetRecord(Record):
             rows.append(split.rows - sum(rows))
             if [entry.rows for entry in split.shards] != rows or rows[-1] > self.rows_per_shard:
                 raise ValueError(f"splits.{name}: its shards do not hold its {split.rows} rows")
+            if any((entry.targets_sha256 is None) != (self.task is None) for entry in split.shards):
+                raise ValueError(f"splits.{name}: expected targets_sha256 of every shard if task is segment, else none")
         return self
 
 
@@ -92,7 +106,7 @@ class Dataset:
         self.path = path
         self.record = read_record(DatasetRecord, path / "dataset.json")
         self.sha256 = record_sha256(self.record)
-        self._indexes: dict[tuple[str, int], npt.NDArray[np.void]] = {}
+        self._indexes: dict[tuple[str, int, str], npt.NDArray[np.void]] = {}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -130,16 +144,29 @@ class Dataset:
 
     def index(self, split: str, shard: int) -> npt.NDArray[np.void]:
         """The index of a shard, checked against dataset.json; 20 bytes a row stay in memory."""
-        if (split, shard) not in self._indexes:
-            entry = self.split(split).shards[shard]
-            path = self.tar(split, shard).with_suffix(".index.npy")
-            if not path.is_file() or file_sha256(path) != entry.index_sha256:
+        return self._index(split, shard, ".index.npy", self.split(split).shards[shard].index_sha256)
+
+    def targets(self, split: str, shard: int) -> npt.NDArray[np.void]:
+        """The index of a shard's masks, checked against dataset.json.
+
+        Raises: UsageError where rows have no masks.
+        """
+        sha256 = self.split(split).shards[shard].targets_sha256
+        if sha256 is None:
+            raise UsageError(f"{self.path}: expected a DATASET with masks; its task is classify")
+        return self._index(split, shard, ".targets.npy", sha256)
+
+    def _index(self, split: str, shard: int, suffix: str, sha256: str) -> npt.NDArray[np.void]:
+        key = (split, shard, suffix)
+        if key not in self._indexes:
+            path, rows = self.tar(split, shard).with_suffix(suffix), self.split(split).shards[shard].rows
+            if not path.is_file() or file_sha256(path) != sha256:
                 raise CorruptionError(f"{path}: expected the index that dataset.json names; it is missing or changed")
-            index = read_npy(path, INDEX_DTYPE)
-            if index.shape != (entry.rows,):
-                raise CorruptionError(f"{path}: expected {entry.rows} rows as dataset.json says; found {index.shape}")
-            self._indexes[split, shard] = index
-        return self._indexes[split, shard]
+            index = read_npy(path, TARGETS_DTYPE if suffix == ".targets.npy" else INDEX_DTYPE)
+            if index.shape != (rows,):
+                raise CorruptionError(f"{path}: expected {rows} rows as dataset.json says; found {index.shape}")
+            self._indexes[key] = index
+        return self._indexes[key]
 
     def labels(self, split: str) -> npt.NDArray[np.int32]:
         """Labels of all rows of a split."""
@@ -173,3 +200,11 @@ class Dataset:
         shard, position = divmod(row, self.record.rows_per_shard)
         place: Any = self.index(split, shard)[position]
         return read_picture(self.tar(split, shard), place, row), int(place["label"])
+
+    def mask(self, split: str, row: int) -> Mask:
+        """The labels [H, W] of a row's pixels, IGNORED where there are none; its crc32c is checked.
+
+        Raises: UsageError where rows have no masks; CorruptionError.
+        """
+        shard, position = divmod(row, self.record.rows_per_shard)
+        return decode_mask(read_picture(self.tar(split, shard), self.targets(split, shard)[position], row))

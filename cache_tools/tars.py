@@ -22,6 +22,7 @@ from .storage import AtomicFile, read_at
 
 Data = TypeVar("Data", bytes, memoryview)
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32c", "<u4"), ("label", "<i4")])
+TARGETS_DTYPE = np.dtype(INDEX_DTYPE.descr[:3])
 VIEW_INDEX_DTYPE = np.dtype(
     INDEX_DTYPE.descr
     + [(name, "<i4") for name in ("top", "left", "height", "width", "flip", "source_height", "source_width")]

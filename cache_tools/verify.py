@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,6 +161,9 @@ def _check_dataset_shard(dataset: Dataset, quick: bool, split: str, shard: int) 
     row0 = shard * dataset.record.rows_per_shard
     with found.file(tar.with_suffix(".index.npy"), "index"):
         parts = _damaged_rows(tar, dataset.index(split, shard), row0)
+    if entry.targets_sha256:
+        with found.file(tar.with_suffix(".targets.npy"), "targets"):
+            parts = chain(parts, _damaged_rows(tar, dataset.targets(split, shard), row0, "mask of row"))
     with found.file(tar, "tar"):
         _check_bytes(tar, FileEntry(bytes=entry.tar_bytes, sha256=entry.tar_sha256), quick, parts)
     found.rows = 0 if quick or found.problems else entry.rows
@@ -239,9 +243,9 @@ def _damaged(unit: Unit, commit: Commit, what: str) -> Iterator[str]:
     yield from (f"chunk {position}" for position, differs in enumerate(differ) if differs)
 
 
-def _damaged_rows(tar: Path, index: npt.NDArray[np.void], row0: int) -> Iterator[str]:
+def _damaged_rows(tar: Path, index: npt.NDArray[np.void], row0: int, what: str = "row") -> Iterator[str]:
     rows = enumerate(index, row0)
-    return (f"row {row}" for row, place in rows if _fails(read_picture, tar, place, row))
+    return (f"{what} {row}" for row, place in rows if _fails(read_picture, tar, place, row))
 
 
 def _fails(read: Callable[..., object], *arguments: object) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cache_tools.images import PictureRefused, decode_rgb
+from cache_tools.labels import MaskRule, stored_mask
 
 MAX_PICTURE_BYTES = 1 << 28
 LOST = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.EISDIR)
@@ -24,6 +25,7 @@ class SourceItem(NamedTuple):
     offset: int
     size: int | None
     label: int
+    mask: Path | None = None
 
 
 class Candidates:
@@ -31,6 +33,7 @@ class Candidates:
 
     def __init__(self) -> None:
         self.roots: list[Path] = []  # one folder, or tars
+        self.folders: tuple[str, str] | None = None  # of pictures and of masks, below the root
         self.labels = array("i")
         self._names = bytearray()
         self._ends, self._roots = array("Q"), array("I")
@@ -69,7 +72,11 @@ class Candidates:
         root = self.roots[self._roots[i]]
         if self._sizes:
             return SourceItem(f"{root.name}/{name}", root, self._offsets[i], self._sizes[i], self.labels[i])
-        return SourceItem(name, root / name, 0, None, self.labels[i])
+        mask = None
+        if self.folders:
+            pictures, masks = self.folders
+            mask = (root / masks / Path(name).relative_to(pictures)).with_suffix(".png")
+        return SourceItem(name, root / name, 0, None, self.labels[i], mask)
 
     def sha256(self) -> str:
         """Digest of names, labels and places in tars; where the source lies on the machine does not enter."""
@@ -82,11 +89,12 @@ class Candidates:
 
 @dataclass
 class Sources:
-    """All splits of a source; a label is a position in `classes`; `notes` say what was left out."""
+    """All splits of a source; a label is a position in `classes`; `notes` say what was left out; `rule` is of masks."""
 
     classes: tuple[str, ...] = ()
     splits: dict[str, Candidates] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    rule: MaskRule | None = None
 
 
 def printable(name: str) -> str:
@@ -123,11 +131,20 @@ def read_source(item: SourceItem) -> bytes:
     return data
 
 
-def read_picture(item: SourceItem) -> bytes:
-    """The bytes of a candidate that decodes.
+def read_picture(item: SourceItem, rule: MaskRule | None = None) -> tuple[bytes, bytes | None]:
+    """The bytes of a candidate that decodes and, with a `rule`, the mask to store.
 
-    Raises: PictureRefused.
+    Raises: PictureRefused; of the mask with the reason no-mask, or as `stored_mask`.
     """
     data = read_source(item)
-    decode_rgb(data)
-    return data
+    size = decode_rgb(data).shape[:2]
+    return data, None if rule is None else stored_mask(_read_mask(item), size, rule)
+
+
+def _read_mask(item: SourceItem) -> bytes:
+    assert item.mask is not None
+    name = printable(f"{item.mask.parent.name}/{item.mask.name}")
+    try:
+        return read_source(SourceItem(name, item.mask, 0, None, -1))
+    except PictureRefused as error:
+        raise PictureRefused("no-mask", f"expected the mask {name}: {error.detail}") from error

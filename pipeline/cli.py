@@ -52,7 +52,8 @@ def shard_command(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="ImageFolder (train/ and val/, or flat), or tars: a folder, a file, a glob, a quoted {a..b}.",
+            help="ImageFolder (train/ and val/, or flat), tars (a folder, a file, a glob, a quoted {a..b}), or masks: "
+            "ADE20K's folders, {train,val}/{images,masks}.",
         ),
     ],
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="New folder, or an unfinished one to continue.")],
@@ -61,6 +62,12 @@ def shard_command(
     max_refused: Annotated[float, typer.Option(help="Largest share of a split's pictures that may be refused.")] = 0.01,
     val: Annotated[float, typer.Option(help="Share of a source without val/ that becomes split val, by name.")] = 0.0,
     workers: Annotated[int | None, typer.Option(help="Decoding processes; one per core where left out.", min=1)] = None,
+    ignore: Annotated[
+        list[int] | None, typer.Option(help="Masks: a value that means unlabelled; may be repeated. ADE20K's is 0.")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Masks: a class name per line, in the order of their values.")
+    ] = None,
 ) -> None:
     """Check every picture and put it into WebDataset tars with an index; the same command resumes.
 
@@ -68,7 +75,7 @@ def shard_command(
     """
     from .shard import shard
 
-    record = shard(source, dataset, rows_per_shard, seed, max_refused, workers, val)
+    record = shard(source, dataset, rows_per_shard, seed, max_refused, workers, val, ignore or (), classes)
     for name, split in record.splits.items():
         print(f"{name}: {split.rows} rows in {len(split.shards)} shards, {split.refused} refused")
     print(f"{dataset}: {len(record.classes)} classes; next: mcm-cache extract {dataset} CACHE --teacher ...")

@@ -5,9 +5,10 @@ a prefix of shards behind, and the same command continues after it and ends with
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cache_tools.console import StopFlag, one_line
 from cache_tools.dataset import (
@@ -22,6 +23,7 @@ from cache_tools.records import differences, encode_record, read_record
 from cache_tools.storage import move_durably, publish, remove_tree, run_folder, settle, try_lock, write_atomic
 
 from .decode_pool import DecodePool
+from .dense_sources import list_scenes
 from .shard_split import ShardPlan, SplitPlan, SplitWriter
 from .sources import list_sources
 
@@ -34,15 +36,18 @@ def shard(
     max_refused: float = 0.01,
     workers: int | None = None,
     val: float = 0.0,
+    ignore: Sequence[int] = (),
+    classes: Path | None = None,
 ) -> DatasetRecord:
     """Shard `source` into the DATASET `out`, or continue one.
 
     `max_refused` is a share of a split's candidates; `val` is the share of split train that becomes split val.
+    Of masks, `ignore` are the values that mean unlabelled, and `classes` is a file with a class name per line.
     The decoding processes import the main module again, as multiprocessing does: a script needs its usual guard.
 
     Raises: UsageError, IdentityError (another request was begun or finished there), TooManyRefused, Interrupted.
     """
-    return _Job(source, out, rows_per_shard, seed, max_refused, workers, val).run()
+    return _Job(source, out, rows_per_shard, seed, max_refused, workers, val, ignore, classes).run()
 
 
 class _Job:
@@ -53,19 +58,27 @@ class _Job:
 
     def __init__(
         self, source: str | Path, out: str | Path, rows_per_shard: int, seed: int, max_refused: float,
-        workers: int | None, val: float,
+        workers: int | None, val: float, ignore: Sequence[int], classes: Path | None,
     ) -> None:  # fmt: skip
         self.out, self.max_refused = Path(out), max_refused
         self.workers = workers or len(os.sched_getaffinity(0))
         self.folder = run_folder(self.out)
         self.lock, self.work = self.folder / "shard.lock", self.folder / "shard"
         _check_request(source, self.out, self.folder, rows_per_shard, seed, max_refused, val)
-        sources = list_sources(source, val)
+        scenes = list_scenes(Path(source), ignore, classes)
+        if scenes and val:
+            raise UsageError(f"--val: expected a source without masks; {source} has folders of its own for its splits")
+        if not scenes and (ignore or classes):
+            raise UsageError(f"--ignore, --classes: expected a source with masks; found none in {source}")
+        sources = scenes or list_sources(source, val)
         for note in sources.notes:
             print(one_line(f"{source}: {note}"))
         self.candidates = sources.splits
         listing = {name: SplitPlan(candidates=len(c), listing_sha256=c.sha256()) for name, c in sources.splits.items()}
-        self.plan = ShardPlan(rows_per_shard=rows_per_shard, seed=seed, classes=sources.classes, splits=listing)
+        masks: dict[str, Any] = {"task": "segment", "ignore": sources.rule.ignore} if sources.rule else {}
+        self.plan = ShardPlan(
+            rows_per_shard=rows_per_shard, seed=seed, classes=sources.classes, splits=listing, **masks
+        )
 
     def run(self) -> DatasetRecord:
         """Make the DATASET, or continue one."""
@@ -96,7 +109,8 @@ class _Job:
         for name, entry in record.splits.items():
             for shard, committed in enumerate(entry.shards):
                 tar = self.out / name / f"{shard_name(shard)}.tar"
-                missing = [file for file in (tar, tar.with_suffix(".index.npy")) if not file.is_file()]
+                suffixes = (".tar", ".index.npy", *((".targets.npy",) if record.task else ()))
+                missing = [file for file in map(tar.with_suffix, suffixes) if not file.is_file()]
                 if not missing:
                     continue
                 made = self._split(name, again, 1, pool).write_again(shard, entry)
@@ -148,7 +162,10 @@ def _plan_of(record: DatasetRecord) -> ShardPlan:
         name: SplitPlan(candidates=entry.rows + entry.refused, listing_sha256=entry.listing_sha256)
         for name, entry in record.splits.items()
     }
-    return ShardPlan(**record.model_dump(include={"rows_per_shard", "seed", "picture_rules", "classes"}), splits=splits)
+    return ShardPlan(
+        **record.model_dump(include={"rows_per_shard", "seed", "picture_rules", "classes", "task", "ignore"}),
+        splits=splits,
+    )
 
 
 def _begin(out: Path, path: Path, plan: ShardPlan) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -10,13 +11,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from cache_tools.console import Progress, StopFlag, progress
-from cache_tools.dataset import ShardEntry, SplitEntry, info_json, row_key, shard_name
+from cache_tools.dataset import MASK, Ignore, ShardEntry, SplitEntry, Task, info_json, row_key, shard_name
 from cache_tools.draws import permutation
 from cache_tools.errors import CorruptionError, Interrupted, TooManyRefused, UsageError
 from cache_tools.images import PICTURE_RULES, PictureRefused, picture_extension
+from cache_tools.labels import MaskRule
 from cache_tools.records import Record, encode_record, read_record, sha256_hex
 from cache_tools.storage import make_dir, publish, write_atomic
-from cache_tools.tars import INDEX_DTYPE, TarShardWriter, encode_npy
+from cache_tools.tars import INDEX_DTYPE, TARGETS_DTYPE, TarShardWriter, encode_npy
 
 from .candidates import Candidates, SourceItem, printable, read_picture
 from .decode_pool import DecodePool
@@ -38,6 +40,13 @@ class ShardPlan(Record):
     picture_rules: int = PICTURE_RULES
     classes: tuple[str, ...]
     splits: dict[str, SplitPlan]
+    task: Task = None
+    ignore: Ignore = None
+
+    @property
+    def rule(self) -> MaskRule | None:
+        """How masks are read, where there are any."""
+        return None if self.ignore is None else MaskRule(len(self.classes), self.ignore)
 
 
 class Refusal(Record):
@@ -58,10 +67,11 @@ class ShardProgress(Record):
 
 
 class Picture(NamedTuple):
-    """A candidate that decodes, and its bytes."""
+    """A candidate that decodes, its bytes, and the mask to store."""
 
     item: SourceItem
     data: bytes
+    mask: bytes | None
 
 
 class SplitWriter:
@@ -127,14 +137,15 @@ class SplitWriter:
     def _accepted(self, first: int, bar: Progress) -> Iterator[Picture]:
         """The pictures that get a row, from position `first` of the order on; refused ones are noted in passing."""
         items, tasks = ((self.candidates[int(i)] for i in self.order[first:]) for _ in range(2))
-        for item, data in zip(items, self.pool.map(read_picture, tasks), strict=True):
+        read = partial(read_picture, rule=self.plan.rule)
+        for item, found in zip(items, self.pool.map(read, tasks), strict=True):
             bar.update(1, f"{len(self.refused)} refused" if self.refused else "")
-            if isinstance(data, PictureRefused):
-                source, detail = printable(item.name), printable(data.detail)
-                self.refused.append(Refusal(source=source, reason=data.reason, detail=detail))
+            if isinstance(found, PictureRefused):
+                source, detail = printable(item.name), printable(found.detail)
+                self.refused.append(Refusal(source=source, reason=found.reason, detail=detail))
                 self._check_budget(slack=self.plan.rows_per_shard)
             else:
-                yield Picture(item, data)
+                yield Picture(item, *found)
 
     def _write_shard(self, accepted: Iterator[Picture]) -> None:
         """Fill one shard and commit it; nothing is written when only refused candidates were left."""
@@ -149,20 +160,27 @@ class SplitWriter:
 
     def _write_tar(self, shard: int, first: int, pictures: Iterator[Picture]) -> ShardEntry:
         index, rows = np.zeros(self.plan.rows_per_shard, INDEX_DTYPE), 0
+        targets = np.zeros(self.plan.rows_per_shard, TARGETS_DTYPE)
         path, first_row = self.folder / f"{shard_name(shard)}.tar", shard * self.plan.rows_per_shard
         with TarShardWriter(path) as tar:
-            for rows, (item, data) in enumerate(pictures, start=1):
+            for rows, (item, data, mask) in enumerate(pictures, start=1):
+                key = row_key(first_row + rows - 1)
                 extension, source = picture_extension(data), json.dumps({"source": printable(item.name)}).encode()
                 fields = {extension: data, "cls": str(item.label).encode(), "json": source}
-                index[rows - 1] = (*tar.add(row_key(first_row + rows - 1), fields, extension), item.label)
-        index_npy = encode_npy(index[:rows])
+                index[rows - 1] = (*tar.add(key, fields, extension), item.label)
+                if mask is not None:
+                    targets[rows - 1] = tar.add(key, {MASK: mask}, MASK)
+        index_npy, targets_npy = encode_npy(index[:rows]), encode_npy(targets[:rows])
         write_atomic(path.with_suffix(".index.npy"), index_npy)
+        if self.plan.task:
+            write_atomic(path.with_suffix(".targets.npy"), targets_npy)
         return ShardEntry(
             rows=rows,
             first_candidate=first,
             tar_bytes=tar.file.bytes,
             tar_sha256=tar.file.sha256,
             index_sha256=sha256_hex(index_npy),
+            targets_sha256=sha256_hex(targets_npy) if self.plan.task else None,
         )
 
     def _check_budget(self, slack: int) -> None:

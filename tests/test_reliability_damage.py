@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from make_extract import make_extracted, make_place
+from make_scenes import make_ade
 
 from cache_tools.cache import Cache
 from cache_tools.dataset import Dataset, DatasetRecord
@@ -25,7 +26,7 @@ from pipeline.shard import shard
 
 Content = dict[str, bytes | Exception]
 DECLARED = (CorruptionError, IdentityError, UsageError)  # any other error fails a test
-KINDS = ["int8", "float16", "dataset"]
+KINDS = ["int8", "float16", "dataset", "scenes"]
 # No row depends on it, and no hash of it is kept.
 NOTES = {"quarantine.jsonl", "extract.toml"}
 # Where they are missing the work counts as unfinished: the unit is not read, the same command writes them.
@@ -34,11 +35,12 @@ MADE_AGAIN = {"manifest.json", "_info.json", "probe.json"}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DATASET, a CACHE of each dtype, and the CACHE that the same request with another seed makes."""
+    """A DATASET, one with masks, a CACHE of each dtype, and the CACHE that the same request with another seed makes."""
     root = make_place(tmp_path_factory.mktemp("damage"), refused=2)
     for dtype in ("int8", "float16"):
         make_extracted(root, dtype, dtype=dtype)
     make_extracted(root, "int8-other", seed=1)
+    shard(make_ade(root / "ade", 72, 8), root / "scenes", rows_per_shard=32)
     shard(str(root / "pictures"), root / "dataset-other", rows_per_shard=32, seed=1, max_refused=0.5)
     return root
 
@@ -67,7 +69,7 @@ def chunk_bytes(unit, number: int) -> bytes:
 
 
 def pictures_of(path: Path) -> Content:
-    """Every picture and label of a DATASET."""
+    """Every picture, label and mask of a DATASET."""
     try:
         dataset = Dataset(path)
     except DECLARED as error:
@@ -75,7 +77,8 @@ def pictures_of(path: Path) -> Content:
 
     def picture(split: str, row: int) -> bytes:
         data, label = dataset.picture(split, row)
-        return data + str(label).encode()
+        mask = dataset.mask(split, row).tobytes() if dataset.record.task else b""
+        return data + str(label).encode() + mask
 
     rows = ((split, row) for split, entry in dataset.record.splits.items() for row in range(entry.rows))
     return {f"{split} {row}": attempt(lambda s=split, r=row: picture(s, r)) for split, row in rows}
@@ -238,7 +241,7 @@ def swaps(path: Path) -> dict[str, list[tuple[Path, Path]]]:
     return {f"{a} and {b}": [(a, b)] for ((a, b),) in single} | named
 
 
-@pytest.mark.parametrize("kind", ["int8", "dataset"])
+@pytest.mark.parametrize("kind", ["int8", "dataset", "scenes"])
 def test_swapped_files_shards_units(place: Path, kind: str, how_many, tally) -> None:
     """Each piece is intact by itself: only what binds the pieces together can tell."""
     path = place / kind
@@ -268,11 +271,18 @@ def swap_members(tar: Path, extension: str, first: int, second: int) -> None:
             opened.addfile(member, io.BytesIO(data))
 
 
-@pytest.mark.parametrize(("kind", "tar"), [("int8", "train/v0/views/000001.tar"), ("dataset", "train/000001.tar")])
-def test_swapped_pictures_labels_and_chunks(place: Path, kind: str, tar: str, how_many, tally) -> None:
+@pytest.mark.parametrize(
+    ("kind", "tar", "extensions"),
+    [
+        ("int8", "train/v0/views/000001.tar", (".jpg", ".cls")),
+        ("dataset", "train/000001.tar", (".jpg", ".cls")),
+        ("scenes", "train/000001.tar", (".mask.png",)),
+    ],
+)
+def test_swapped_pictures_labels_and_chunks(place: Path, kind: str, tar: str, extensions, how_many, tally) -> None:
     path, count = place / kind, how_many(8, 31)
     good, file, done = read(path), place / kind / tar, 0
-    for extension, row in itertools.product((".jpg", ".cls"), range(count)):
+    for extension, row in itertools.product(extensions, range(count)):
         before = file.read_bytes()
         with restored(file):
             swap_members(file, extension, row, row + 1)

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 from disk import DIE, Disk
 from make_extract import request
+from make_scenes import make_ade
 from make_teacher import make_teacher
 from test_pipeline_shard import make_source
 
@@ -29,6 +30,7 @@ SERVER.set_forkserver_preload(["zygote"])
 def make_place(root: Path, train: int = 36) -> Path:
     """Pictures of two splits (shards of 16), their DATASET, a teacher; what is made from them goes beside."""
     make_source(root / "pictures", train=train, val=4)
+    make_ade(root / "ade", train, 4)
     make_teacher(root / "clip")
     run_shard(root, root / "dataset")
     return root
@@ -36,6 +38,10 @@ def make_place(root: Path, train: int = 36) -> Path:
 
 def run_shard(place: Path, out: Path) -> None:
     shard(place / "pictures", out, rows_per_shard=16, workers=2)
+
+
+def run_scenes(place: Path, out: Path) -> None:
+    shard(place / "ade", out, rows_per_shard=16, workers=2)
 
 
 def run_extract(place: Path, cache: Path, views: int = 1, worker: int = 0, workers: int = 1) -> None:
