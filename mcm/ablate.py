@@ -24,8 +24,8 @@ from cache_tools.records import Record, config_file, load_toml, read_record, sha
 from cache_tools.storage import file_sha256, run_folder, try_lock, write_atomic
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.probe import ProbeResult, check_kind, labelled
-from mcm.report import FIT, MINUTES, ablation_markdown, report
-from mcm.run_folder import ExitRecord, last_eval, read_metrics, recorded, software
+from mcm.report import FIT, MINUTES, ablation_markdown, fine_tuned, held_out, probed, report
+from mcm.run_folder import ExitRecord, read_metrics, recorded, software
 
 UNDERFITTED = 0.2  # held-out R^2; below it, an accuracy says little about the target
 WAIT_S = 2.0  # between two looks at the runs of other processes
@@ -115,6 +115,11 @@ class Ablation:
         self.workers, self.failed = workers, dict[Step, int]()
         for kind in plan.inputs:
             check_kind(kind)
+        for name in self.rows:
+            if len(twins := [other for other in self.rows if _folder(other, 0) == _folder(name, 0)]) > 1:
+                raise UsageError(
+                    f"the plan: expected rows with folders of their own; found {twins}; rename one of them"
+                )
         self.digests = {str(data): labelled(Dataset(data)).sha256}
         self.digests |= {} if weights is None else {str(weights): file_sha256(weights)}
         self.digests |= {str(path): Cache(path).sha256 for path in map(self._cache_of, self.rows.values())}
@@ -260,19 +265,13 @@ def _row(name: str, steps: Sequence[Step]) -> dict[str, Any]:
 
 
 def _figures(step: Step) -> dict[str, float]:
-    """What a finished step measured, by column."""
+    """Return what a finished step measured, by column."""
     if step.args[0] == "probe":
         results = [read_record(ProbeResult, file) for file in step.files]
-        pairs = [(result.input, (result.knn, result.linear)) for result in results]
-        found = [
-            (f"{name} {kind}", x) for kind, both in pairs for name, x in zip(("k-NN", "linear"), both, strict=True)
-        ]
-        return {column: value for column, value in found if value is not None}
-    newest = last_eval(step.run)
+        return {column: value for result in results for column, value in probed(result).items()}
     if step.args[0] == "finetune":
-        frozen = recorded(step.run)["config"]["frozen"]
-        return {"linear (LARS)" if frozen else "fine-tuned": newest["top1"]}
-    return {column: newest[key] for key, column in FIT.items() if key in newest} | {MINUTES: _minutes(step.run)}
+        return fine_tuned(step.run, seeded=False)
+    return held_out(step.run) | {MINUTES: _minutes(step.run)}
 
 
 def _minutes(run: Path) -> float:

@@ -154,7 +154,7 @@ def _load_newest(model: nn.Module, folder: Path) -> str:
     if found is None:
         raise UsageError(f"{folder}: expected a checkpoint; it has none yet; let it train until it saves one")
     load_whole(model, _plain_head(found.model), str(found.path), HEADS)
-    return f"{found.path.name} sha256:{found.model_sha256[:12]}"
+    return checkpoint.weights(found.path)
 
 
 def _plain_head(state: dict[str, Tensor]) -> dict[str, Tensor]:

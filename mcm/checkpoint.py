@@ -172,6 +172,15 @@ def _read_tensors(path: Path, digest: FileEntry) -> Tensors:
         raise CorruptionError(f"{path}: expected safetensors; its header does not read: {error}") from error
 
 
+def weights(path: Path) -> str:
+    """Return the name of a checkpoint's weights in other records: the step and the sha256 of the model.
+
+    Raises: CorruptionError where state.json is damaged.
+    """
+    entry = read_record(State, path / "state.json").files.get("model.safetensors")
+    return f"{path.name} sha256:{entry.sha256[:12] if entry else 'none'}"
+
+
 def latest(run_dir: Path, optimizer: bool = True) -> Checkpoint | None:
     """The newest checkpoint that verifies, None when there is none; a damaged one is named and the one before is used.
 

@@ -2,10 +2,9 @@
 
 import html
 import json
-import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +13,40 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cache_tools.errors import CorruptionError, UsageError, found_at
+from cache_tools.identity import CacheIdentity
 from cache_tools.records import read_json, read_record
 from cache_tools.storage import run_folder, write_atomic
+from mcm import checkpoint
 from mcm.figures import Array, channel_figures, channel_maps, curves, dots, samples
 from mcm.probe import ProbeResult
-from mcm.run_folder import last_eval, read_metrics
+from mcm.run_folder import last_eval, read_metrics, recorded
 
 FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full"}  # held out; masked at the run's ratio, and full
 ABLATIONS = {"columns", "rows"}  # of a results.json
 MINUTES = "minutes"  # of an ablation's row
 RANDOM = "random init"
-CAPTION = "accuracy in percent; the linear probe is fitted by LBFGS"
 STYLE = "body{font:15px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse}td,th{padding:.3em .8em;\
 border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#f4f4f4;\
 padding:1em;overflow:auto}img{max-width:100%}"
 
 
-@dataclass
-class Table:
-    """Accuracies and R^2 as fractions of 1: one row a model, in the order given; not measured, no cell."""
+class Table(dict[str, dict[str, float]]):
+    """Rows of columns: accuracies and R^2 of models on one DATASET, as fractions of 1."""
 
-    cells: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def put(self, row: str, column: str, value: float | None, run: str) -> None:
-        """Fill a cell; a second, other value for it gets a row of its own that names its run."""
-        if value is not None:
-            taken = self.cells.get(row, {}).get(column)
-            row = row if taken in (None, value) else f"{row} ({run})"
-            self.cells.setdefault(row, {})[column] = value
+    def put(self, row: str, values: Mapping[str, float], run: str) -> None:
+        """Fill cells of a row; a second, different value for a cell goes to a row that names its run."""
+        for column, value in values.items():
+            taken = self.get(row, {}).get(column, value)
+            self.setdefault(row if taken == value else f"{row} ({run})", {})[column] = value
 
     def lines(self) -> list[list[str]]:
-        """Header and rows as text, accuracies in percent."""
-        columns = dict.fromkeys(column for cells in self.cells.values() for column in cells)
-        rows = [[row, *(_shown(name, cells.get(name)) for name in columns)] for row, cells in self.cells.items()]
+        """Return the header and the rows as text, accuracies in percent."""
+        columns = dict.fromkeys(column for cells in self.values() for column in cells)
+        rows = [[row, *(_shown(name, cells.get(name)) for name in columns)] for row, cells in self.items()]
         return [["model", *columns], *rows]
 
     def text(self) -> str:
-        """Aligned columns for a terminal."""
+        """Return aligned columns for a terminal."""
         lines = self.lines()
         first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
         return "\n".join(
@@ -67,24 +63,47 @@ def _shown(column: str, value: float | None) -> str:
     return f"{value if column == MINUTES else 100 * value:.1f}"
 
 
-def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
-    """Write the HTML file and return its table.
+def probed(result: ProbeResult) -> dict[str, float]:
+    """Return the accuracies of a probe by column; a column names the input, the features, the shots and the seed."""
+    label = result.label + _seed(result.seed)
+    found = {f"k-NN {label}": result.knn, f"linear {label}": result.linear}
+    return {column: value for column, value in found.items() if value is not None}
 
-    Raises: UsageError for a folder that is no RUN, no CACHE and holds no ablations.
+
+def fine_tuned(run: Path, seeded: bool = True) -> dict[str, float]:
+    """Return the last accuracy of a fine-tuning run by column; a column names the shots and, if `seeded`, the seed."""
+    config = recorded(run)["config"]
+    shots = f", {shots} shots" if (shots := config["data"]["shots"]) else ""
+    column = ("linear (LARS)" if config["frozen"] else "fine-tuned") + shots
+    column += _seed(config["train"]["seed"]) if seeded else ""
+    newest = last_eval(run)
+    return {column: newest["top1"]} if newest else {}
+
+
+def held_out(run: Path) -> dict[str, float]:
+    """Return the last held-out R^2 of a pre-training run by column."""
+    newest = last_eval(run)
+    return {column: newest[key] for key, column in FIT.items() if key in newest}
+
+
+def _seed(seed: int) -> str:
+    return f", seed {seed}" if seed else ""
+
+
+def report(runs: Sequence[Path], out: Path, note: str = "") -> dict[str, Table]:
+    """Write the HTML file and return its tables by the sha256 of their DATASET.
+
+    Raises: UsageError for a folder that is no RUN, no CACHE and holds no ablation, or where `out` is a folder.
     """
     if out.is_dir():
         raise UsageError(f"--out {out}: expected the name of a file; found {found_at(out)}")
-    table = Table()
-    sections = []
-    labels = _labels(runs)
+    tables, sections, labels = defaultdict[str, Table](Table), [], _labels(runs)
+    rows = _rows(labels)
     for path, label in labels.items():
         if (path / "cache.json").is_file():
-            if (probed := run_folder(path) / "probe.json").is_file():
-                teacher = _add_probe(table, f"teacher {label}", probed, label).teacher
-                text = teacher.text() if teacher else "probed by an older version"
-                sections.append(f"<h2>teacher {html.escape(label)}</h2><pre>{text}</pre>")
+            sections.append(_add_teacher(tables, path, label))
         elif (path / "run.json").is_file():
-            _add_run(table, path, labels)
+            _add_run(tables, path, label, rows)
             sections.append(_run_section(path, label))
         elif ABLATIONS <= (results := _json(path / "results.json")).keys():
             sections.append(ablation_html(results))
@@ -92,40 +111,58 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> Table:
             expected = "a RUN (run.json), a CACHE (cache.json) or an ablation (results.json)"
             raise UsageError(f"{path}: expected {expected}; found {found_at(path)}")
     header = f"<p>{html.escape(note)}</p>" if note else ""
-    overview = _html_table(table.lines(), CAPTION) if table.cells else ""
+    overview = "".join(_html_table(table.lines(), caption(data)) for data, table in tables.items())
     body = f"<h1>Masked Channel Modeling</h1>{header}{overview}{''.join(sections)}"
     page = f"<!doctype html><meta charset=utf-8><title>Masked Channel Modeling</title><style>{STYLE}</style>{body}\n"
     write_atomic(out, page.encode())
-    return table
+    return dict(tables)
+
+
+def caption(data: str) -> str:
+    """Return the line above a table of the DATASET with this sha256."""
+    return f"DATASET {data[:12]}: accuracy in percent; the linear probe is fitted by LBFGS"
 
 
 def _labels(runs: Sequence[Path]) -> dict[Path, str]:
-    """The name of each folder, or its path where another folder has the same name."""
+    """Return the name of each folder, or its path where another folder has the same name."""
     names = [run.name for run in dict.fromkeys(runs)]
     return {run: run.name if names.count(run.name) == 1 else str(run) for run in runs}
 
 
-def _add_probe(table: Table, row: str, file: Path, run: str) -> ProbeResult:
-    result = read_record(ProbeResult, file)
-    table.put(row, f"k-NN {result.label}", result.knn, run)
-    table.put(row, f"linear {result.label}", result.linear, run)
-    return result
+def _rows(labels: Mapping[Path, str]) -> dict[str, str]:
+    """Return the row of each checkpoint's weights; weights that a later checkpoint followed have a row of their own."""
+    rows = {"untrained": RANDOM, "random": RANDOM}
+    for run, label in labels.items():
+        steps = checkpoint.complete(run)
+        for path in steps:
+            rows[checkpoint.weights(path)] = label if path == steps[-1] else f"{label} at {path.name}"
+    return rows
 
 
-def _add_run(table: Table, run: Path, labels: dict[Path, str]) -> None:
-    """A pre-training run is a row; a fine-tuning run fills a cell in the row of what it began from."""
-    label = labels[run]
+def _add_teacher(tables: dict[str, Table], cache: Path, label: str) -> str:
+    """Add the probes of a CACHE's mean features to the table of its DATASET; returns its section."""
+    section, data = "", read_record(CacheIdentity, cache / "cache.json").dataset_sha256
+    for file in sorted(run_folder(cache).glob("probe*.json")):
+        result = read_record(ProbeResult, file)
+        if result.features in (None, "mean") and result.teacher:
+            tables[data].put(f"teacher {label}", probed(result), label)
+            section = f"<h2>teacher {html.escape(label)}</h2><pre>{result.teacher.text()}</pre>"
+    return section
+
+
+def _add_run(tables: dict[str, Table], run: Path, label: str, rows: Mapping[str, str]) -> None:
+    """Add a RUN's figures: a pre-training run is a row, a fine-tuning run fills a cell of the weights it began with."""
+    facts = recorded(run)
     for file in sorted((run / "probe").glob("*.json"), reverse=True):  # random init's row comes first
-        _add_probe(table, RANDOM if file.name.startswith("untrained-") else label, file, label)
-    newest = last_eval(run)
-    for name, column in FIT.items():
-        table.put(label, column, newest.get(name), label)
-    facts = _json(run / "run.json")
-    if (init := facts.get("init")) is not None:
-        given = [name for other, name in labels.items() if os.path.realpath(other) == os.path.realpath(init)]
-        row = RANDOM if init == "random" else given[0] if given else init
-        column = "linear (LARS)" if facts.get("config", {}).get("frozen") else "fine-tuned top-1"
-        table.put(row, column, newest.get("top1"), label)
+        result = read_record(ProbeResult, file)
+        row = rows.get(result.weights, f"{label} at {result.weights}")
+        tables[result.data_sha256].put(row, probed(result), label)
+    if facts.get("kind") == "finetune":
+        init = facts["init_weights"]
+        row = rows.get(init, f"{facts['init']} ({init})")
+        tables[facts["dataset_sha256"]].put(row, fine_tuned(run), label)
+    elif figures := held_out(run):
+        tables[(facts.get("cache") or {}).get("dataset_sha256", facts["cache_sha256"])].put(label, figures, label)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -136,7 +173,7 @@ def _html_table(lines: Sequence[Sequence[str]], caption: str) -> str:
     rows = [[html.escape(cell) for cell in line] for line in lines]
     head = "".join(f"<th>{cell}</th>" for cell in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+    return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>"
 
 
 def ablation_lines(results: dict[str, Any]) -> list[list[str]]:

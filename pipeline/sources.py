@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cache_tools.errors import UsageError
+from cache_tools.errors import UsageError, found_at
 from cache_tools.records import read_capped, sha256_hex
 
 from .candidates import Candidates, Sources, printable
@@ -36,8 +36,8 @@ def list_sources(source: str | Path, val: float = 0.0) -> Sources:
     Raises: UsageError when it is none of the kinds above, empty, or its labels contradict each other.
     """
     root = Path(source)
-    if (root / "dataset.json").is_file():
-        raise UsageError(f"{root}: expected pictures to shard; found a DATASET, sharded already: use it as it is")
+    if (found := found_at(root)) in ("a DATASET", "a CACHE", "a RUN"):
+        raise UsageError(f"{root}: expected pictures to shard; found {found}; give the folder of its pictures")
     tars = _find_tars(str(source))
     sources = _tar_sources(root, tars) if tars else _folder_sources(root)
     if val:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from make_cache import make_identity
 
 from cache_tools.records import encode_record
 from cache_tools.storage import write_atomic
@@ -25,7 +26,7 @@ def make_run(path: Path, mode: str = "channel", step: int = 3) -> Path:
     config = PretrainConfig.model_validate_json(json.dumps(CONFIG | {"mask": {"mode": mode}}))
     run = PretrainRun(
         config=identity_config(config), cache_sha256="0" * 64, units={}, teacher="test", size=(32, 32), patch=8,
-        grid=(4, 4), channels=16, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic",
+        cache=make_identity({}), grid=(4, 4), channels=16, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic",
     )  # fmt: skip
     model = MaskedChannelModel(config, (4, 4), 8, 16)
     if mode == "channel":

@@ -212,6 +212,7 @@ def test_a_run_whose_compiled_model_falls_back_to_eager_says_so():
         ("seeds=[]", "seeds"),
         ("inputs=['folded', 'sideways']", "sideways"),
         ("rows.x.init=rnadom", "rows.x.init"),
+        ("rows.Random--Init.init=random", "found .'random init', 'Random--Init'.; rename"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_trained(place, tmp_path, override, named):

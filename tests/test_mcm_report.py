@@ -5,35 +5,40 @@ import re
 
 import numpy as np
 import pytest
-from make_cache import make_cache
+from make_cache import make_cache, make_identity
 from make_run import make_run
 from safetensors.numpy import save_file
+from test_mcm_checkpoint import save
 
 from cache_tools.errors import CorruptionError, UsageError
 from cache_tools.preview import pca_colours
 from cache_tools.records import encode_record
 from cache_tools.storage import write_atomic
-from mcm import figures
+from mcm import checkpoint, figures
 from mcm.probe import ProbeResult
-from mcm.report import Table, ablation_html, ablation_lines, ablation_markdown, report
+from mcm.report import ablation_html, ablation_lines, ablation_markdown, report
 from mcm.scorecard import Teacher
 
+DATA = make_identity({}).dataset_sha256
 FACTS = Teacher(channels=8, dead=(), outliers=(3,), effective_rank=6.5, relative_mse=1e-5, cosine=0.9999)
 
 
-def result(kind, knn, linear, teacher=None):
-    return ProbeResult(
-        subject="x", weights="w", input=kind, knn=knn, linear=linear, train_rows=1, val_rows=1, seed=0,
-        data_sha256="0", versions={}, teacher=teacher,
-    )  # fmt: skip
+def result(**facts):
+    known = {"subject": "x", "weights": "w", "train_rows": 1, "val_rows": 1, "seed": 0, "data_sha256": DATA}
+    return ProbeResult(**{**known, "versions": {}, "input": "full"} | facts)
 
 
-def put(path, kind, knn, linear, teacher=None):
-    write_atomic(path, encode_record(result(kind, knn, linear, teacher)))
+def put(run, kind, knn, linear=None, name=None, **facts):
+    facts = {"weights": checkpoint.weights(checkpoint.complete(run)[-1])} | facts
+    record = result(input=kind, knn=knn, linear=linear, **facts)
+    write_atomic(run / "probe" / (name or f"{kind.replace(':', '-')}.json"), encode_record(record))
 
 
-def tuned_run(path, init, top1, frozen=False):
-    facts = {"kind": "finetune", "init": init, "config": {"frozen": frozen}}
+def tuned_run(path, init, top1, frozen=False, data=DATA, seed=0, shots=0):
+    """A fine-tuning of the newest weights of the RUN `init`, or of random weights; its log has a torn line."""
+    weights = init if init == "random" else checkpoint.weights(checkpoint.complete(init)[-1])
+    facts = {"kind": "finetune", "init": "moved", "init_weights": weights, "dataset_sha256": data}
+    facts["config"] = {"frozen": frozen, "data": {"shots": shots}, "train": {"seed": seed}}
     write_atomic(path / "run.json", json.dumps(facts).encode())
     lines = [{"step": 5, "epoch": 1, "loss": 1.0}, {"step": 5, "epoch": 1, "eval": {"top1": top1, "loss": 0.3}}]
     torn = b'{"step": 6, "lo'
@@ -79,11 +84,12 @@ def titles(figure):
 @pytest.fixture
 def runs(tmp_path):
     run, cache = make_run(tmp_path / "mcm"), make_cache(tmp_path / "cache", 20, 16, 1).path
-    put(run / "probe" / "full.json", "full", 0.72, 0.78)
-    put(run / "probe" / "folded.json", "folded", 0.76, None)
-    put(run / "probe" / "masked-8.json", "masked:8", 0.7, None)
-    put(run / "probe" / "untrained-full.json", "full", 0.41, 0.59)
-    put(tmp_path / "cache" / ".run" / "probe.json", "full", 0.96, 0.97, FACTS)
+    put(run, "full", 0.72, 0.78)
+    put(run, "folded", 0.76)
+    put(run, "masked:8", 0.7)
+    put(run, "full", 0.41, 0.59, "untrained-full.json", weights="untrained")
+    teacher = result(knn=0.96, linear=0.97, teacher=FACTS)
+    write_atomic(cache / ".run" / "probe.json", encode_record(teacher))
     tokens = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float16)
     samples = {"views": np.zeros((2, 32, 32, 3), np.uint8), "target": tokens, "prediction": tokens + 1}
     save_file(samples, run / "samples.safetensors")
@@ -91,50 +97,72 @@ def runs(tmp_path):
     lines = [{"step": s, "epoch": s / 5, "loss": 1 / s, "lr": 0.1} for s in (1, 2, 3)]
     lines += [{"step": 3, "epoch": 0.6, "eval": {"r2_masked": 0.668, "r2_full": -0.25}}]
     write_atomic(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    first, second = tuned_run(tmp_path / "ft-random", "random", 0.775), tuned_run(tmp_path / "ft-mcm", str(run), 0.819)
-    return [run, first, second, cache]
+    return [run, tuned_run(tmp_path / "ft-random", "random", 0.775), tuned_run(tmp_path / "ft-mcm", run, 0.819), cache]
 
 
-def test_the_table_has_a_row_a_model_and_a_column_a_measurement(runs, tmp_path):
-    rows = report(runs, tmp_path / "r.html").cells
+def test_the_table_has_a_row_per_model_and_a_column_per_measurement(runs, tmp_path):
+    rows = report(runs, tmp_path / "r.html")[DATA]
     assert list(rows) == ["random init", "mcm", "teacher cache"]
-    assert rows["random init"]["k-NN full"] == 0.41 and rows["random init"]["fine-tuned top-1"] == 0.775
+    assert rows["random init"] == {"k-NN full": 0.41, "linear full": 0.59, "fine-tuned": 0.775}
     assert rows["mcm"] == {
         "k-NN full": 0.72, "k-NN folded": 0.76, "linear full": 0.78,
-        "fine-tuned top-1": 0.819, "k-NN masked:8": 0.7, "R^2 masked": 0.668, "R^2 full": -0.25,
+        "fine-tuned": 0.819, "k-NN masked:8": 0.7, "R^2 masked": 0.668, "R^2 full": -0.25,
     }  # fmt: skip
     assert rows["teacher cache"]["linear full"] == 0.97
-    frozen = tuned_run(tmp_path / "linear", str(runs[0]), 0.7, frozen=True)
-    assert report([runs[0], frozen], tmp_path / "r.html").cells["mcm"]["linear (LARS)"] == 0.7
+    frozen = tuned_run(tmp_path / "linear", runs[0], 0.7, frozen=True)
+    assert report([runs[0], frozen], tmp_path / "r.html")[DATA]["mcm"]["linear (LARS)"] == 0.7
+
+
+def test_figures_of_other_data_seeds_labels_and_weights_are_kept_apart(runs, tmp_path):
+    run, other = runs[0], "1" * 64
+    put(run, "full", 0.5, name="full-1.json", data_sha256=other)
+    put(run, "full", 0.6, name="full-2.json", seed=7)
+    put(run, "full", 0.1, name="full-3.json", weights="step_000000001 sha256:0123456789ab")
+    runs.append(tuned_run(tmp_path / "ft-other", run, 0.9, data=other))
+    runs.append(tuned_run(tmp_path / "ft-seed", run, 0.8, seed=7))
+    runs.append(tuned_run(tmp_path / "ft-shots", run, 0.3, shots=10))
+    tables = report(runs, tmp_path / "r.html")
+    assert tables[other] == {"mcm": {"k-NN full": 0.5, "fine-tuned": 0.9}}
+    row = tables[DATA]["mcm"]
+    assert (row["k-NN full"], row["k-NN full, seed 7"]) == (0.72, 0.6)
+    assert [row[f"fine-tuned{name}"] for name in ("", ", seed 7", ", 10 shots")] == [0.819, 0.8, 0.3]
+    assert tables[DATA]["mcm at step_000000001 sha256:0123456789ab"] == {"k-NN full": 0.1}
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("<table>") == 2 and f"DATASET {other[:12]}: " in page and f"DATASET {DATA[:12]}: " in page
+
+
+def test_a_fine_tuned_run_finds_the_row_of_its_weights_wherever_they_are(runs, tmp_path):
+    """The path in `init` is of no use once a run was moved, and may name other weights by now."""
+    run = runs[0].rename(tmp_path / "elsewhere")
+    make_run(tmp_path / "moved", step=9)
+    save(run, 4)
+    rows = report([tmp_path / "moved", run, runs[2]], tmp_path / "r.html")[DATA]
+    assert rows["elsewhere at step_000000003"]["fine-tuned"] == 0.819
+    alone = report([runs[2]], tmp_path / "r.html")[DATA]
+    assert [name.startswith("moved (step_000000003 sha256:") for name in alone] == [True]
 
 
 def test_the_file_stands_alone_and_holds_everything(runs, tmp_path):
-    table = report(runs, tmp_path / "r.html", note="the teacher <saw> the labels")
+    tables = report(runs, tmp_path / "r.html", note="the teacher <saw> the labels")
     page = (tmp_path / "r.html").read_text()
     assert "the teacher &lt;saw&gt; the labels" in page and FACTS.text() in page
     assert page.count("data:image/png;base64,") == 6  # curves of three runs, three figures of one
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "global_batch" in page and "cache_sha256" in page
-    assert all(f"<td>{cell}</td>" in page for line in table.lines()[1:] for cell in line)
+    assert all(f"<td>{cell}</td>" in page for table in tables.values() for line in table.lines()[1:] for cell in line)
 
 
 def test_runs_of_one_name_keep_their_own_rows(tmp_path):
-    runs = [make_run(tmp_path / parent / "run") for parent in "abc"]
+    runs = [make_run(tmp_path / parent / "run", step=step) for step, parent in enumerate("abc")]
     for run, knn in zip(runs, (0.5, 0.6, 0.7), strict=True):
-        put(run / "probe" / "full.json", "full", knn, None)
-    tuned = [tuned_run(tmp_path / f"{n}" / "tuned", str(runs[0]), n / 10) for n in (7, 8, 9)]
-    rows = report([*runs, *tuned], tmp_path / "r.html").cells
-    assert [rows[str(run)]["k-NN full"] for run in runs] == [0.5, 0.6, 0.7]
-    assert [cells["fine-tuned top-1"] for cells in rows.values() if "fine-tuned top-1" in cells] == [0.7, 0.8, 0.9]
-
-
-def test_a_second_value_for_a_cell_gets_its_own_row():
-    table = Table()
-    for run, value in (("a", 0.5), ("b", 0.6)):
-        table.put("random init", "k-NN full", value, run)
-    assert list(table.cells) == ["random init", "random init (b)"]
-    widths = {len(line) for line in table.text().splitlines()}
-    assert len(widths) == 1 and "50.0" in table.text() and "60.0" in table.text()
+        put(run, "full", knn)
+    tuned = [tuned_run(tmp_path / f"{n}" / "tuned", runs[0], n / 10) for n in (7, 8, 9)]
+    table = report([*runs, *tuned], tmp_path / "r.html")[DATA]
+    assert [table[str(run)]["k-NN full"] for run in runs] == [0.5, 0.6, 0.7]
+    assert [cells["fine-tuned"] for cells in table.values() if "fine-tuned" in cells] == [0.7, 0.8, 0.9]
+    assert list(table)[-1] == f"{runs[0]} ({tuned[2]})"
+    lines = table.text().splitlines()
+    assert len({len(line) for line in lines}) == 1 and "50.0" in lines[1]
 
 
 def test_pca_colours_lie_in_the_unit_cube_and_share_the_targets_basis():
@@ -230,7 +258,7 @@ def test_ablations_as_text_and_as_markdown():
 
 def test_ablations_are_a_section_with_a_dot_a_seed(drawn, tmp_path):
     write_atomic(tmp_path / "a" / "results.json", json.dumps(ABLATION).encode())
-    assert report([tmp_path / "a"], tmp_path / "r.html").cells == {}
+    assert report([tmp_path / "a"], tmp_path / "r.html") == {}
     page = (tmp_path / "r.html").read_text()
     assert ablation_html(ABLATION) in page and "3 &lt;hours&gt;" in page and page.count("<table>") == 1
     assert titles(drawn[0]) == ["k-NN full", "linear full"]

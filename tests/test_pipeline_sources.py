@@ -119,7 +119,8 @@ def test_names_that_are_not_utf8_survive(tmp_path):
         (["train/a/1.png", "val/b/1.png"], "'b'"),
         (["train/a/1.png", "val/1.png"], "every class of its sibling"),
         (["train/a/1.png", "train/b/.keep"], "found none"),
-        (["dataset.json"], "DATASET, sharded already"),
+        (["dataset.json"], "found a DATASET"),
+        (["cache.json", "train/v0/views/000000.tar"], "found a CACHE"),
         (["_info.json", "a.png"], "splits.<name>.filenames"),
     ],
 )
