@@ -73,7 +73,8 @@ def decode_rgb(data: bytes) -> RGB:
     except (PictureRefused, MemoryError):
         raise
     except Exception as error:  # Pillow raises many kinds of errors on damaged files
-        raise PictureRefused("damaged", str(error)) from error
+        # Pillow names the buffer by its address, which differs each time.
+        raise PictureRefused("damaged", re.sub(r" ?<[^>]* at 0x[0-9a-f]+>", "", str(error))) from error
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

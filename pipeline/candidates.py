@@ -107,8 +107,9 @@ def read_source(item: SourceItem) -> bytes:
 
     Raises: PictureRefused when the file is gone, unreadable, changed or over MAX_PICTURE_BYTES.
     """
+    no_link = os.O_NOFOLLOW if item.size is None else 0  # a tar may be a link, as in a snapshot of a hub
     try:
-        descriptor = os.open(item.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(item.path, os.O_RDONLY | os.O_NONBLOCK | no_link)
     except OSError as error:
         if error.errno not in LOST:  # too many open files, a failing disk: not the picture's fault
             raise

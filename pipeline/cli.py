@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cache_tools.console import guarded
+from cache_tools.console import guarded, print_json
+from cache_tools.errors import CorruptionError, UsageError
 
 if TYPE_CHECKING:  # imported where they are used: torch is slow to come
     from cache_tools.verify import Report
@@ -48,19 +49,21 @@ def demo_data_command(
 @app.command("shard", no_args_is_help=True)
 @guarded
 def shard_command(
-    source: Annotated[
-        str,
+    places: Annotated[
+        list[str],
         typer.Argument(
-            metavar="SOURCE",
-            help="ImageFolder (train/ and val/, or flat), tars (a folder, a file, a glob, a quoted {a..b}), or masks: "
-            "ADE20K's folders, {train,val}/{images,masks}.",
+            metavar="[SOURCE] DATASET",
+            help="SOURCE: an ImageFolder (train/ and val/, or flat), tars (a folder, a file, a glob, a quoted {a..b}), "
+            "or masks: ADE20K's folders, {train,val}/{images,masks}. DATASET: a new folder, or an unfinished one.",
         ),
     ],
-    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="New folder, or an unfinished one to continue.")],
+    train: Annotated[str | None, typer.Option(metavar="SOURCE", help="The source of split train by itself.")] = None,
+    val: Annotated[
+        str, typer.Option(metavar="SOURCE|SHARE", help="The source of split val, or its share of train, by name.")
+    ] = "0",
     rows_per_shard: Annotated[int, typer.Option(help="Pictures a tar; a multiple of 16.")] = 1024,
     seed: Annotated[int, typer.Option(help="Decides the order of the rows.")] = 0,
     max_refused: Annotated[float, typer.Option(help="Largest share of a split's pictures that may be refused.")] = 0.01,
-    val: Annotated[float, typer.Option(help="Share of a source without val/ that becomes split val, by name.")] = 0.0,
     workers: Annotated[int | None, typer.Option(help="Decoding processes; one per core where left out.", min=1)] = None,
     ignore: Annotated[
         list[int] | None, typer.Option(help="Masks: a value that means unlabelled; may be repeated. ADE20K's is 0.")
@@ -75,7 +78,17 @@ def shard_command(
     """
     from .shard import shard
 
-    record = shard(source, dataset, rows_per_shard, seed, max_refused, workers, val, ignore or (), classes)
+    *rest, dataset = places
+    try:
+        share, named = float(val), {"train": train}
+    except ValueError:
+        share, named = 0.0, {"train": train, "val": val}
+    by_split = {split: source for split, source in named.items() if source}
+    if len(rest) != (not by_split):
+        raise UsageError(f"expected SOURCE and DATASET, or DATASET with --train and --val; found {' '.join(places)}")
+    record = shard(
+        by_split or rest[0], dataset, rows_per_shard, seed, max_refused, workers, share, ignore or (), classes
+    )
     for name, split in record.splits.items():
         print(f"{name}: {split.rows} rows in {len(split.shards)} shards, {split.refused} refused")
     print(f"{dataset}: {len(record.classes)} classes; next: mcm-cache extract {dataset} CACHE --teacher ...")
@@ -132,7 +145,6 @@ def info_command(
 
     Example: mcm-cache info cache
     """
-    from cache_tools.console import print_json
     from cache_tools.info import describe, info
 
     known = info(path)
@@ -178,7 +190,6 @@ def verify_command(
 
     Example: mcm-cache verify cache
     """
-    from cache_tools.errors import UsageError
     from cache_tools.verify import verify
 
     share = re.fullmatch(r"([0-9]+\.?[0-9]*)%", subset)
@@ -202,8 +213,6 @@ def _conclude(report: "Report", again: "Recomputed | None", mend: bool, json: bo
     """Print what `verify` found and, with `mend`, move it; CorruptionError when it found something."""
     from dataclasses import asdict
 
-    from cache_tools.console import print_json
-    from cache_tools.errors import CorruptionError
     from cache_tools.repair import repair
 
     lines = [f"{again.rows} rows computed again, lowest cosine {again.lowest_cosine:.6f}"] if again else []

@@ -4,16 +4,18 @@ Decoders are C code, and one crafted picture could end a run of hours. A process
 without naming its task. So the tasks that were in flight are then tried one by one, in a process of their own.
 """
 
-import multiprocessing
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from types import TracebackType
-from typing import TypeVar, cast
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
+from types import ModuleType, TracebackType
+from typing import Any, TypeVar, cast
 
 from cache_tools.errors import ResourceError
 from cache_tools.images import PictureRefused, ignore_metadata_warnings
@@ -103,8 +105,24 @@ class DecodePool:
         raise refusal
 
 
+class _Process(ForkServerProcess):
+    """A process that does not run the main module again: a script may lack the guard, or import torch."""
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> Any:
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            return ForkServerProcess._Popen(process_obj)
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(ForkServerContext):  # a fork of this process would copy the locks of its threads
+    Process = _Process
+
+
 def _start(workers: int) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("forkserver")  # a fork of this process would copy locks of its threads
+    context = _Context()
     context.set_forkserver_preload(["pipeline.candidates"])
     return ProcessPoolExecutor(workers, context, _begin)
 

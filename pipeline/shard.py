@@ -5,7 +5,7 @@ a prefix of shards behind, and the same command continues after it and ends with
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from cache_tools.storage import move_durably, publish, remove_tree, run_folder, 
 from .decode_pool import DecodePool
 from .dense_sources import list_scenes
 from .shard_split import ShardPlan, SplitPlan, SplitWriter
-from .sources import list_sources
+from .sources import Source, list_sources
 
 
 def shard(
-    source: str | Path,
+    source: Source,
     out: str | Path,
     rows_per_shard: int = ROWS_PER_SHARD,
     seed: int = 0,
@@ -41,9 +41,9 @@ def shard(
 ) -> DatasetRecord:
     """Shard `source` into the DATASET `out`, or continue one.
 
-    `max_refused` is a share of a split's candidates; `val` is the share of split train that becomes split val.
-    Of masks, `ignore` are the values that mean unlabelled, and `classes` is a file with a class name per line.
-    The decoding processes import the main module again, as multiprocessing does: a script needs its usual guard.
+    `source` is one source, or one per split: `{"train": ..., "val": ...}`. `max_refused` is a share of a split's
+    candidates; `val` is the share of split train that becomes split val. Of masks, `ignore` are the values that mean
+    unlabelled, and `classes` is a file with a class name per line.
 
     Raises: UsageError, IdentityError (another request was begun or finished there), TooManyRefused, Interrupted.
     """
@@ -57,7 +57,7 @@ class _Job:
     """
 
     def __init__(
-        self, source: str | Path, out: str | Path, rows_per_shard: int, seed: int, max_refused: float,
+        self, source: Source, out: str | Path, rows_per_shard: int, seed: int, max_refused: float,
         workers: int | None, val: float, ignore: Sequence[int], classes: Path | None,
     ) -> None:  # fmt: skip
         self.out, self.max_refused = Path(out), max_refused
@@ -65,14 +65,14 @@ class _Job:
         self.folder = run_folder(self.out)
         self.lock, self.work = self.folder / "shard.lock", self.folder / "shard"
         _check_request(source, self.out, self.folder, rows_per_shard, seed, max_refused, val)
-        scenes = list_scenes(Path(source), ignore, classes)
+        scenes = None if isinstance(source, Mapping) else list_scenes(Path(source), ignore, classes)
         if scenes and val:
             raise UsageError(f"--val: expected a source without masks; {source} has folders of its own for its splits")
         if not scenes and (ignore or classes):
             raise UsageError(f"--ignore, --classes: expected a source with masks; found none in {source}")
-        sources = scenes or list_sources(source, val)
+        sources = scenes or list_sources(source, val, max_refused)
         for note in sources.notes:
-            print(one_line(f"{source}: {note}"))
+            print(one_line(note))
         self.candidates = sources.splits
         listing = {name: SplitPlan(candidates=len(c), listing_sha256=c.sha256()) for name, c in sources.splits.items()}
         masks: dict[str, Any] = {"task": "segment", "ignore": sources.rule.ignore} if sources.rule else {}
@@ -138,7 +138,7 @@ class _Job:
 
 
 def _check_request(
-    source: str | Path, out: Path, run: Path, rows_per_shard: int, seed: int, max_refused: float, val: float
+    source: Source, out: Path, run: Path, rows_per_shard: int, seed: int, max_refused: float, val: float
 ) -> None:
     if rows_per_shard < CHUNK_ROWS or rows_per_shard % CHUNK_ROWS:
         raise UsageError(f"--rows-per-shard: expected a multiple of {CHUNK_ROWS}, such as 1024; found {rows_per_shard}")
@@ -149,8 +149,9 @@ def _check_request(
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"--seed: expected 0 or a positive number; found {seed}")
     check_output(out, "a DATASET")
-    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
-        raise UsageError(f"{out}: expected a DATASET outside its source {source}; choose another DATASET")
+    for part in source.values() if isinstance(source, Mapping) else [source]:
+        if Path(part).is_dir() and out.resolve().is_relative_to(Path(part).resolve()):
+            raise UsageError(f"{out}: expected a DATASET outside its source {part}; choose another DATASET")
     begun = (out / "dataset.json").is_file() or (run / "shard" / "plan.json").is_file()
     if not begun and out.is_dir() and any(path != run for path in out.iterdir()):
         raise UsageError(f"{out}: expected a new or empty folder; found other files; choose another DATASET")

@@ -1,8 +1,9 @@
-"""What stands in a SOURCE: every candidate picture of an ImageFolder or of WebDataset tars, with its label.
+"""What a SOURCE holds: every candidate picture of an ImageFolder or of WebDataset tars, with its label.
 
-ImageFolder: train/<class>/** with val/, validation/, valid/ or test/ beside it, or <class>/** (split "train"), or
-pictures alone (no label: -1). Tars: one, a glob, a quoted brace pattern, a folder of them, with timm's _info.json or
-without; scanned once, never extracted. Hidden files are left out; links, FIFOs and the like too, and counted.
+ImageFolder: a folder for each split with class folders inside, class folders alone, or pictures alone (label -1).
+Tars: one file, a glob, a quoted brace pattern, or a folder of them, with or without timm's _info.json. They are scanned
+once and never extracted. `_WORDS` names the splits of folders and tars alike. A source whose splits or classes cannot
+be told is an error; hidden files, files of known other kinds, and links are left out and counted.
 """
 
 import glob
@@ -11,9 +12,11 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cache_tools.errors import UsageError, found_at
 from cache_tools.records import read_capped, sha256_hex
@@ -22,24 +25,44 @@ from .candidates import Candidates, Sources, printable
 
 MAX_LABEL = 1_000_000
 MAX_LABEL_BYTES = 1 << 20  # of a .cls or .json
-MAX_LISTING_BYTES = 64 << 20  # of timm's _info.json (20 bytes a tar) and of classes.txt
+MAX_LISTING_BYTES = 64 << 20  # of timm's _info.json (20 bytes per tar) and of classes.txt
 MAX_HEADER_BYTES = 64 << 10  # of a long name or extended header in a tar: tarfile asks for as much as it is told to
 _EXPECTED = "expected an ImageFolder (train/<class>/*, val/<class>/*, or <class>/*) or WebDataset tars"
+_UNLABELLED = "pretraining needs none, probes and fine-tuning do"
+_NAME_THEM = "name them: `mcm-cache shard DATASET --train SOURCE --val SOURCE`"
 _PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}  # the last four: refused by name, not unseen
-_SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
-_SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)(?:id|idation)?(?=[-_.]|$)")
+_ARCHIVES = {"7z", "arrow", "bz2", "gz", "h5", "hdf5", "lmdb", "mdb", "parquet", "rar", "rec", "tar", "tfrecord"}
+_ARCHIVES |= {"tgz", "xz", "zip", "zst"}
+_OTHERS = {"cfg", "cls", "csv", "db", "htm", "html", "ini", "json", "jsonl", "log", "lst", "mat", "md", "npy", "npz"}
+_OTHERS |= {"pdf", "pkl", "pt", "pth", "py", "rst", "sh", "toml", "tsv", "txt", "url", "xml", "yaml", "yml"}
+_HIDDEN = {"__MACOSX", "@eaDir"}  # folders that macOS and Synology add; they hold no pictures of the user's
+_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val"}
+_WORDS |= {"eval": "val", "evaluation": "val", "test": "test", "testing": "test"}
+_FILLERS = {"data", "image", "images", "img", "imgs", "set", "split"}  # train_images, Training Set
+_SPLITS = ("train", "val", "test")
+Source = str | Path | Mapping[str, str | Path]  # one source, or one per split
+_Place = tuple[Path, str] | list[Path]  # of a split: a root and the folder below it ("" or "name/"), or tars
 
 
-def list_sources(source: str | Path, val: float = 0.0) -> Sources:
-    """Every candidate picture of `source`; `val` is the share of split train that becomes split val.
+def list_sources(source: Source, val: float = 0.0, max_refused: float = 0.01) -> Sources:
+    """Every candidate picture of `source`, or of one source per split.
 
-    Raises: UsageError when it is none of the kinds above, empty, or its labels contradict each other.
+    `val` is the share of split train that becomes split val. `max_refused` is the share of links that is left out.
+
+    Raises: UsageError when it is none of the kinds above, empty, ambiguous, or its labels contradict each other.
     """
-    root = Path(source)
-    if (found := found_at(root)) in ("a DATASET", "a CACHE", "a RUN"):
-        raise UsageError(f"{root}: expected pictures to shard; found {found}; give the folder of its pictures")
-    tars = _find_tars(str(source))
-    sources = _tar_sources(root, tars) if tars else _folder_sources(root)
+    sources = Sources()
+    places = _places(source, sources.notes)
+    tars = {split: place for split, place in places.items() if isinstance(place, list)}
+    folders = {split: place for split, place in places.items() if not isinstance(place, list)}
+    if tars and folders:
+        found = f"tars ({', '.join(tars)}) and folders of pictures ({', '.join(folders)})"
+        raise UsageError(f"{source}: expected splits of one kind; found {found}; bring both into one form")
+    if tars:
+        root = next(iter(source.values())) if isinstance(source, Mapping) else source
+        _add_tars(Path(root), tars, sources)
+    else:
+        _add_folders(folders, sources, max_refused)
     if val:
         _hold_out(sources, val)
     for split, candidates in sources.splits.items():
@@ -51,150 +74,329 @@ def list_sources(source: str | Path, val: float = 0.0) -> Sources:
 def _hold_out(sources: Sources, share: float) -> None:
     """Split train into train and val by a hash of each name, so that a picture never changes sides."""
     if sources.splits.keys() != {"train"}:
-        raise UsageError(f"--val: expected a source of split train alone; it also has {', '.join(sources.splits)}")
+        raise UsageError(f"--val {share}: expected a source of split train alone; found {', '.join(sources.splits)}")
     train = sources.splits["train"]
     chosen = [int(sha256_hex(os.fsencode(train[i].name))[:8], 16) < share * (1 << 32) for i in range(len(train))]
     sources.splits = {"train": train.part([not held for held in chosen]), "val": train.part(chosen)}
 
 
-def _scan(path: Path) -> tuple[list[str], list[str], int]:
-    """(folders, files, number of links and the like) in a folder, sorted, without hidden ones."""
-    folders, files, skipped = [], [], 0
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.name)
-            elif entry.is_file(follow_symlinks=False):
-                files.append(entry.name)
-            else:
-                skipped += 1
-    return sorted(folders), sorted(files), skipped
+# Which splits a source holds
 
 
-def _folder_sources(root: Path) -> Sources:
-    if not root.is_dir():
-        raise UsageError(f"{root}: {_EXPECTED}; found {'another file' if root.exists() else 'nothing there'}")
-    sources, (folders, _, skipped) = Sources(), _scan(root)
-    prefixes = _split_folders(root, folders)
-    parts = {split: _scan(root / prefix) for split, prefix in prefixes.items()}
-    if "test" in parts and set(known := parts.get("train", ([],))[0]).isdisjoint(parts["test"][0]) and known:
-        sources.notes.append("test left out: it has no class folder of train")
-        del parts["test"]
-    classes = sorted({name for part in parts.values() for name in part[0]})
-    for split, (names, files, links) in parts.items():
-        if missing := [name for name in classes if name not in names and (split == "train" or not names)]:
-            folder = root / prefixes[split]
-            raise UsageError(f"{folder}: expected every class of its sibling; found no {printable(missing[0])!r}")
-        candidates = sources.splits[split] = Candidates()
-        candidates.roots.append(root)
-        for label, name in enumerate(classes) if classes else [(-1, "")]:
-            before = len(candidates)
-            skipped += _walk(root, prefixes[split] + name, label, candidates) if name in ("", *names) else 0
-            if name in names and len(candidates) == before:
-                raise UsageError(f"{root / prefixes[split] / name}: expected pictures of a class; found none")
-        if classes and (links or files):
-            sources.notes.append(f"{len(files) + links} files beside the class folders of {split} left out")
-    if len(prefixes) < len(folders) and "train" in folders:
-        others = ", ".join(printable(name) for name in folders if f"{name}/" not in prefixes.values())
-        sources.notes.append(f"left out beside the splits: {others}")
-    if skipped:
-        sources.notes.append(f"{skipped} links, FIFOs or devices left out: links are never followed")
-    sources.classes = tuple(printable(name) for name in classes)
-    return sources
+def _words(name: str) -> list[str]:
+    """The words of a name in lower case, a "set" behind one removed: "ILSVRC_ValSet01" gives ilsvrc, val."""
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)
+    return [word.lower().removesuffix("set") or "set" for word in words]
 
 
-def _split_folders(root: Path, folders: list[str]) -> dict[str, str]:
-    """The prefix of each split; the whole folder is split train where no folder is called train or val."""
-    if not {"train", "val"} & set(folders) and (not folders or set(folders) - _SPLIT_FOLDERS.keys()):
-        return {"train": ""}
-    prefixes: dict[str, str] = {}
-    for name in folders:
-        if split := _SPLIT_FOLDERS.get(name):
-            if split in prefixes:
-                raise UsageError(f"{root}: expected one folder of split {split}; found {prefixes[split]} and {name}/")
-            prefixes[split] = f"{name}/"
-    return dict(sorted(prefixes.items(), key=lambda item: list(_SPLIT_FOLDERS).index(item[0])))
+def _split_name(name: str) -> str | None:
+    """The split that a folder is named after, such as "Train", "val2017" or "test_images"; None for other names."""
+    first, *rest = _words(name) or [""]
+    return None if set(rest) - _FILLERS else _WORDS.get(first)
 
 
-def _walk(root: Path, below: str, label: int, candidates: Candidates) -> int:
-    """Add every file under root/below in sorted order; returns how many links and the like were skipped."""
-    todo, skipped = [below], 0
-    while todo:
-        below = todo.pop()
-        folders, files, links = _scan(root / below)
-        prefix = below if not below or below.endswith("/") else f"{below}/"
-        for name in files:
-            candidates.add(prefix + name, label)
-        todo += [prefix + name for name in reversed(folders)]
-        skipped += links
-    return skipped
+def _own_split(folder: Path) -> str | None:
+    return _split_name(os.path.basename(os.path.abspath(folder)))
 
 
-def _find_tars(source: str) -> list[tuple[str, Path]]:
-    """(split, tar) in order; empty when `source` is no source of tars."""
+def _places(source: Source, notes: list[str]) -> dict[str, _Place]:
+    """Where each split of `source` lies, in the order of `_SPLITS`."""
+    found: dict[str, _Place] = {}
+    if isinstance(source, Mapping):
+        for split, part in source.items():
+            parts = _find(str(part), notes, named=True)
+            if len(parts) > 1:
+                raise UsageError(f"--{split} {part}: expected one split; found {', '.join(parts)}; name one of them")
+            found[split] = next(iter(parts.values()))
+    else:
+        found = _find(str(source), notes)
+    return {split: found[split] for split in _SPLITS if split in found}
+
+
+def _find(source: str, notes: list[str], named: bool = False) -> dict[str, _Place]:
+    """The splits of one source; with `named`, the user says which split it is, and folders are its classes."""
     root = Path(source)
+    if (there := found_at(root)) in ("a DATASET", "a CACHE", "a RUN"):
+        raise UsageError(f"{root}: expected pictures to shard; found {there}; give the folder of its pictures")
     if (root / "_info.json").is_file():
         return _info_tars(root / "_info.json")
     if root.is_dir():
-        tars = sorted([*root.glob("*.tar"), *root.glob("train/*.tar"), *root.glob("val/*.tar")])
-        tars = [tar for tar in tars if not tar.is_dir()]  # a class may be called so
-    elif glob.has_magic(source) or "{" in source:
-        from webdataset.shardlists import expand_urls
-
-        try:
-            parts = {part: sorted(glob.glob(part)) for part in expand_urls(source)}
-        except Exception as error:
-            raise UsageError(f"{source}: expected tars by a pattern such as {{0000..0031}}.tar; {error}") from error
-        if missing := [part for part, found in parts.items() if not found]:
-            raise UsageError(f"{source}: expected tars; found no file {missing[0]}")
-        tars = [Path(path) for found in parts.values() for path in found]
-    else:
-        tars = [root] if root.suffix == ".tar" and root.is_file() else []
-    matches = [_SPLIT.search(tar.name) or _SPLIT.fullmatch(tar.parent.name) for tar in tars]
-    return [(match[1] if match else "train", tar) for match, tar in zip(matches, tars, strict=True)]
+        return _find_in_folder(root, notes, named)
+    if root.is_file():
+        if root.suffix.lower() != ".tar":
+            raise UsageError(f"{root}: {_EXPECTED}; found another file; unpack it if it is an archive")
+        return _by_name([root])
+    if not (glob.has_magic(source) or "{" in source):
+        raise UsageError(f"{root}: {_EXPECTED}; found nothing there")
+    return _by_name(_expand(source))
 
 
-def _info_tars(info: Path) -> list[tuple[str, Path]]:
-    """The tars that timm's _info.json names (timm/data/readers/reader_wds.py)."""
+def _expand(pattern: str) -> list[Path]:
+    from webdataset.shardlists import expand_urls
+
+    try:  # a part that names a file means it: a folder may be called "old [1]"
+        parts = {part: [part] if os.path.exists(part) else sorted(glob.glob(part)) for part in expand_urls(pattern)}
+    except Exception as error:
+        raise UsageError(f"{pattern}: expected tars by a pattern such as {{0000..0031}}.tar; {error}") from error
+    if missing := [part for part, found in parts.items() if not found]:
+        raise UsageError(f"{pattern}: expected tars; found no file {missing[0]}")
+    return [Path(path) for found in parts.values() for path in found]
+
+
+def _by_name(tars: list[Path]) -> dict[str, _Place]:
+    """The tars of each split, by a word in their names, else by their folder's name; train where none says it."""
+    splits: dict[str, list[Path]] = {}
+    for tar in tars:
+        names = {_WORDS[word] for word in _words(tar.stem) if word in _WORDS}
+        if len(names) > 1:
+            raise UsageError(f"{tar}: expected the name of one split; found {' and '.join(sorted(names))}; rename it")
+        splits.setdefault(names.pop() if names else _split_name(tar.absolute().parent.name) or "", []).append(tar)
+    if "" in splits and len(splits) > 1:
+        others = ", ".join(split for split in splits if split)
+        raise UsageError(f"{splits[''][0]}: expected a split in its name, as {others} beside it; {_NAME_THEM}")
+    return {split or "train": tars for split, tars in splits.items()}
+
+
+def _find_in_folder(root: Path, notes: list[str], named: bool) -> dict[str, _Place]:
+    """The splits below a folder: its tars, its split folders, or itself."""
+    if tars := _tars_of(root):
+        return _by_name(tars)
+    here = _scan(root, no_links=True)
+    splits = {} if named else {name: split for name in here.folders if (split := _split_name(name))}
+    found: dict[str, _Place] = {}
+    for name, split in splits.items():
+        if split in found:
+            first = next(other for other in splits if splits[other] == split)
+            raise UsageError(f"{root}: expected one folder of split {split}; found {first}/ and {name}/; {_NAME_THEM}")
+        found[split] = _tars_of(root / name) or (root, f"{name}/")
+    others = [f"{name}/" for name in here.folders if name not in splits]
+    if splits and others and not ("train" in found and len(found) > 1):
+        raise UsageError(
+            f"{root}: expected folders of splits or of classes; found {', '.join(splits)} beside "
+            f"{printable(others[0])}; {_NAME_THEM}"
+        )
+    if splits and (beside := others + here.files):
+        notes.append(f"left out beside the splits: {', '.join(map(printable, beside[:5]))} ({len(beside)} in all)")
+    alike = {_WORDS[word] for name in others for word in _words(name) if word in _WORDS} if not named else set()
+    if not splits and len(alike) > 1:
+        raise UsageError(
+            f"{root}: expected train/ and val/, or classes; found {', '.join(map(printable, others[:4]))}; {_NAME_THEM}"
+        )
+    return found or {_own_split(root) or "train": (root, "")}
+
+
+def _tars_of(folder: Path) -> list[Path]:
+    """The tars directly in a folder, which then holds nothing else that a source could be."""
+    here = _scan(folder)
+    tars = [name for name in here.files if _ending(name) == "tar"]
+    others = [f"{name}/" for name in here.folders] + [name for name in here.files if _ending(name) in _PICTURES]
+    if tars and others:
+        raise UsageError(
+            f"{folder}: expected tars or pictures; found both, {printable(tars[0])} and {printable(others[0])}; give "
+            f"one kind: '{folder}/*.tar', or {_NAME_THEM.removeprefix('name them: ')}"
+        )
+    return [folder / name for name in tars]
+
+
+def _info_tars(info: Path) -> dict[str, _Place]:
+    """The tars that timm's _info.json names (timm/data/readers/reader_wds.py), by its own splits."""
+    found: dict[str, _Place] = {}
     try:
         splits = json.loads(read_capped(info, MAX_LISTING_BYTES, UsageError))["splits"]
-        tars = [(_split_name(info, split), info.parent / n) for split in splits for n in splits[split]["filenames"]]
+        listed = {split: [info.parent / name for name in splits[split]["filenames"]] for split in splits}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{info}: expected timm's splits.<name>.filenames; found {error!r}") from error
-    if outside := [tar for _, tar in tars if ".." in tar.parts or not tar.is_relative_to(info.parent)]:
-        raise UsageError(f"{info}: expected tars beside it or below; found {printable(str(outside[0]))}")
-    if missing := [tar for _, tar in tars if not tar.is_file()]:
-        raise UsageError(f"{info}: expected the tars that it names; {missing[0]} is not there")
-    return tars
+    for name, tars in listed.items():
+        if (split := _split_name(name)) is None or split in found:
+            raise UsageError(f"{info}: expected the splits train, val (validation) or test; found {printable(name)!r}")
+        if outside := [tar for tar in tars if ".." in tar.parts or not tar.is_relative_to(info.parent)]:
+            raise UsageError(f"{info}: expected tars beside it or below; found {printable(str(outside[0]))}")
+        if missing := [tar for tar in tars if not tar.is_file()]:
+            raise UsageError(f"{info}: expected the tars that it names; {missing[0]} is not there")
+        found[split] = tars
+    return found
 
 
-def _split_name(info: Path, name: str) -> str:
-    """train, val or test: "validation" and "valid" are val, as training asks for it."""
-    if match := _SPLIT.fullmatch(name):
-        return match[1]
-    raise UsageError(f"{info}: expected the splits train, val (validation) or test; found {printable(name)!r}")
+# Folders
 
 
-def _tar_sources(root: Path, tars: list[tuple[str, Path]]) -> Sources:
-    sources, skipped = Sources(), 0
-    for split, tar in tars:
-        candidates = sources.splits.setdefault(split, Candidates())
-        candidates.roots.append(tar)
-        skipped += _scan_tar(tar, candidates)
-    lowest = min(min(candidates.labels, default=-1) for candidates in sources.splits.values())
+class _Folder(NamedTuple):
+    """The names in a folder, sorted; `links` are FIFOs, devices and sockets too."""
+
+    folders: list[str]
+    files: list[str]
+    links: list[str]
+    hidden: list[str]
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2].lower() if "." in name else ""
+
+
+def _is_hidden(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return name.startswith(".") or name in _HIDDEN
+
+
+def _scan(path: Path, no_links: bool = False) -> _Folder:
+    """The names in a folder. A tar may be a link, as in a snapshot of a hub; with `no_links`, a folder may not."""
+    here = _Folder([], [], [], [])
+    with os.scandir(path) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if _is_hidden(entry.name):
+                here.hidden.append(entry.name)
+            elif entry.is_dir(follow_symlinks=False):
+                here.folders.append(entry.name)
+            elif entry.is_file(follow_symlinks=False) or _ending(entry.name) == "tar":
+                here.files.append(entry.name)
+            elif no_links and entry.is_dir():
+                raise UsageError(
+                    f"{path / entry.name}: expected a folder; found a link to one, which is not followed; copy it "
+                    f"with `cp -rL`, or {_NAME_THEM}"
+                )
+            else:
+                here.links.append(entry.name)
+    return here
+
+
+def _add_folders(places: Mapping[str, tuple[Path, str]], sources: Sources, max_refused: float) -> None:
+    """Add the pictures of folders; a label is the position of a class among those of all splits."""
+    parts = {split: _classes(root / below) for split, (root, below) in places.items()}
+    _check_sorted(places, parts, sources.notes)
+    classes = sorted({name for part in parts.values() for name in part})
+    left: Counter[str] = Counter()
+    for split, names in parts.items():
+        root, below = places[split]
+        if missing := [name for name in classes if name not in names and (split == "train" or not names)]:
+            raise UsageError(f"{root / below}: expected every class of its sibling; found no {printable(missing[0])!r}")
+        own: Counter[str] = Counter()
+        candidates = sources.splits[split] = _folder_candidates(root, below, names, classes, own)
+        if own["links"] > max_refused * (own["links"] + len(candidates)):
+            raise UsageError(
+                f"{root / below}: expected files; found {len(candidates)} and {own['links']} links, FIFOs or devices; "
+                "links are not followed; copy the pictures with `cp -rL`"
+            )
+        if own["beside"]:
+            sources.notes.append(f"{own['beside']} files beside the class folders of {split} left out")
+        left += own
+    said = {"hidden": "hidden files", "other": "files of other kinds by their names (such as .txt, .xml or .db)"}
+    said["links"] = "links, FIFOs or devices: links are never followed"
+    sources.notes += [f"{left[kind]} {text} left out" for kind, text in said.items() if left[kind]]
+    sources.classes = tuple(map(printable, classes))
+    if not classes:
+        sources.notes.append(f"no labels: the pictures are in no class folders; {_UNLABELLED}")
+
+
+def _check_sorted(places: Mapping[str, tuple[Path, str]], parts: dict[str, dict[str, str]], notes: list[str]) -> None:
+    """Drop a split test without a class of train; UsageError for such a split val."""
+    train = parts.get("train", {})
+    for split in [split for split in parts if train and not train.keys() & parts[split].keys()]:
+        if split == "val":
+            root, below = places[split]
+            found = ", ".join(map(printable, [*parts[split]][:3])) or "no folder"
+            raise UsageError(
+                f"{root / below}: expected the class folders of train; found {found}: this split is not sorted into "
+                "classes; sort it, or shard train alone with --val 0.1"
+            )
+        notes.append("test left out: it has no class folder of train")
+        del parts[split]
+
+
+def _classes(folder: Path) -> dict[str, str]:
+    """{class: the name of its folder}. Names that differ only in their Unicode normal form are one class."""
+    names = _scan(folder, no_links=True).folders
+    _refuse_splits(folder, names)
+    classes = {unicodedata.normalize("NFC", name): name for name in names}
+    if len(classes) < len(names):
+        raise UsageError(f"{folder}: expected one folder per class; found two whose names look alike; join them")
+    return classes
+
+
+def _refuse_splits(folder: Path, names: list[str]) -> None:
+    """Raises: UsageError when the folders in a split or class are splits; one class may be called "train"."""
+    splits = {name: split for name in names if (split := _split_name(name))}
+    if splits and (len(splits) == len(names) or len({*splits.values()}) > 1):
+        found = ", ".join(f"{name}/" for name in splits)
+        raise UsageError(f"{folder}: expected classes or pictures; found {found}; give this folder, or {_NAME_THEM}")
+
+
+def _folder_candidates(
+    root: Path, below: str, names: dict[str, str], classes: list[str], left: Counter[str]
+) -> Candidates:
+    """The pictures of one split; what is left out is counted by its kind."""
+    candidates = Candidates()
+    candidates.roots.append(root)
+    if not classes:
+        _walk(root, below, -1, candidates, left)
+        return candidates
+    here = _scan(root / below)
+    left.update(beside=len(here.files), links=len(here.links), hidden=len(here.hidden))
+    for label, name in enumerate(classes):
+        before = len(candidates)
+        if name in names:
+            _walk(root, below + names[name], label, candidates, left)
+            if len(candidates) == before:
+                raise UsageError(f"{root / below / names[name]}: expected pictures of a class; found none")
+    return candidates
+
+
+def _walk(root: Path, below: str, label: int, candidates: Candidates, left: Counter[str]) -> None:
+    """Add every file under root/below in sorted order; files of other kinds by their names are left out."""
+    todo = [below]
+    while todo:
+        below = todo.pop()
+        here, prefix = _scan(root / below), below if not below or below.endswith("/") else f"{below}/"
+        _refuse_splits(root / below, here.folders)
+        for name in here.files:
+            if (ending := _ending(name)) in _ARCHIVES:
+                raise UsageError(
+                    f"{root / prefix / name}: expected a picture; found an archive (.{ending}); unpack it or move it "
+                    "away; WebDataset tars are read from SOURCE itself or its train/ and val/"
+                )
+            if ending in _OTHERS:
+                left["other"] += 1
+            else:
+                candidates.add(prefix + name, label)
+        todo += [prefix + name for name in reversed(here.folders)]
+        left.update(links=len(here.links), hidden=len(here.hidden))
+
+
+# Tars
+
+
+def _add_tars(root: Path, places: Mapping[str, list[Path]], sources: Sources) -> None:
+    """Add the samples of tars; every picture has a label, or none has. `root` may hold classes.txt."""
+    left: Counter[str] = Counter()  # members left out by extension, "" for those without a key
+    for split, tars in places.items():
+        candidates = sources.splits[split] = Candidates()
+        for tar in tars:
+            candidates.roots.append(tar)
+            _scan_tar(tar, candidates, left)
+    if skipped := left.pop("", 0):
+        sources.notes.append(f"{skipped} members of tars left out: hidden, no regular files, or without an extension")
     highest = max(max(candidates.labels, default=-1) for candidates in sources.splits.values())
-    if lowest < 0 <= highest:
-        raise UsageError(f"{root}: expected a label (.cls or .json's label) for every picture or for none; found both")
+    if highest < 0:
+        others = ", ".join(f"{number} .{kind}" for kind, number in left.most_common(3)) or "none"
+        found = f"{left.total()} members of unknown kinds ({others}); names of tars are no labels"
+        sources.notes.append(f'no labels: found no .cls, no "label" in a .json, and {found}; {_UNLABELLED}')
+    else:
+        _refuse_unlabelled(sources)
     names = root / "classes.txt"
     named = _lines(names) if names.is_file() else None
     sources.classes = tuple(map(str, range(highest + 1)) if named is None else named)
     if len(sources.classes) <= highest:
-        raise UsageError(f"{names}: expected a line a class; found {len(sources.classes)} and the label {highest}")
-    if skipped:
-        sources.notes.append(f"{skipped} members of tars left out: no regular files, or without key and extension")
-    return sources
+        raise UsageError(f"{names}: expected one line per class; found {len(sources.classes)} and the label {highest}")
+
+
+def _refuse_unlabelled(sources: Sources) -> None:
+    """Raises: UsageError naming the first picture without a label and how many its split has."""
+    for split, candidates in sources.splits.items():
+        if bare := [i for i, label in enumerate(candidates.labels) if label < 0]:
+            raise UsageError(
+                f"{candidates[bare[0]].path}: expected a label (.cls or .json's label) for every picture or for none; "
+                f"split {split} has {len(bare)} of {len(candidates)} pictures without one, the first "
+                f"{printable(candidates[bare[0]].name)}; leave its tars out, or {_NAME_THEM}"
+            )
 
 
 def _lines(path: Path) -> list[str]:
@@ -213,8 +415,8 @@ class _Headers(io.FileIO):
         return super().read(size) or b""
 
 
-def _scan_tar(path: Path, candidates: Candidates) -> int:
-    """Add the picture of every sample of a tar; returns how many members were skipped.
+def _scan_tar(path: Path, candidates: Candidates, left: Counter[str]) -> None:
+    """Add the picture of every sample of a tar; count the members left out.
 
     webdataset groups the members into samples. Its own iterator is not used: it reads every picture, gives no offset,
     and lets a cut tar pass.
@@ -223,27 +425,26 @@ def _scan_tar(path: Path, candidates: Candidates) -> int:
 
     if not path.is_file():
         raise UsageError(f"{path}: expected a tar; found no regular file")
-    keys, skipped = set[str](), list[str]()
+    keys = set[str]()
     try:
         with _Headers(path) as file:
-            for sample in group_by_keys(_members(path, file, skipped)):
+            for sample in group_by_keys(_members(path, file, left)):
                 key = sample["__key__"]
                 if key in keys:
                     raise UsageError(
                         f"{path}: expected the members of a key side by side; {printable(key)!r} comes twice"
                     )
                 keys.add(key)
-                _add_sample(f"{path}: {printable(key)}", file.fileno(), sample, candidates)
+                _add_sample(f"{path}: {printable(key)}", file.fileno(), sample, candidates, left)
     except (UsageError, OSError):
         raise
     except Exception as error:  # tarfile and webdataset raise many kinds of errors on damaged tars
         said = error.args[0] if error.args else repr(error)
         raise UsageError(f"{path}: expected a whole, uncompressed tar; it does not read: {said}") from error
-    return len(skipped)
 
 
-def _members(path: Path, file: _Headers, skipped: list[str]) -> Iterator[dict[str, Any]]:
-    """The regular members that have a key, as webdataset's iterator yields them, but with the header as data."""
+def _members(path: Path, file: _Headers, left: Counter[str]) -> Iterator[dict[str, Any]]:
+    """The regular members with a key that are not hidden, as webdataset yields them, but with the header as data."""
     from webdataset.tariterators import base_plus_ext
 
     end, size = 0, path.stat().st_size
@@ -253,17 +454,22 @@ def _members(path: Path, file: _Headers, skipped: list[str]) -> Iterator[dict[st
             if not end < tar.offset <= size or member.size < 0:  # tarfile would seek anywhere, backwards too
                 raise tarfile.ReadError(f"{printable(member.name)} does not end inside the file")
             end = tar.offset
-            if member.isreg() and not member.issparse() and base_plus_ext(member.name)[0] is not None:
+            regular = member.isreg() and not member.issparse() and not _is_hidden(member.name)
+            if regular and base_plus_ext(member.name)[0] is not None:
                 yield {"fname": member.name, "data": member, "__url__": str(path)}
             elif not member.isdir():
-                skipped.append(member.name)
+                left[""] += 1
     if not (mark := os.pread(file.fileno(), 512, end)) or any(mark):
         raise UsageError(f"{path}: expected a whole tar; it is cut short (no end mark): copy it again")
 
 
-def _add_sample(where: str, descriptor: int, sample: dict[str, Any], candidates: Candidates) -> None:
+def _add_sample(
+    where: str, descriptor: int, sample: dict[str, Any], candidates: Candidates, left: Counter[str]
+) -> None:
     """Add the picture of a sample; a .cls goes before a .json."""
-    pictures = [sample[name] for name in sample if name.rpartition(".")[2] in _PICTURES]
+    members = {name: sample[name] for name in sample if not name.startswith("__")}
+    pictures = [members[name] for name in members if name.rpartition(".")[2] in _PICTURES]
+    left.update(name for name in members if name not in ("cls", "json") and members[name] not in pictures)
     if len(pictures) > 1:
         both = " and ".join(printable(member.name) for member in pictures[:2])
         raise UsageError(f"{where}: expected one picture per key; found {both}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tree_digest
+from conftest import run, tree_digest
 from PIL import Image
 
 from cache_tools.dataset import Dataset
@@ -248,8 +248,36 @@ def _bytes(folder: Path) -> int:
 
 
 def test_the_command_ends_in_one_line_and_the_right_code(tmp_path):
-    source = make_source(tmp_path / "source", bad=6)
-    run = subprocess.run([COMMAND, "shard", source, tmp_path / "out"], capture_output=True, text=True)
-    assert run.returncode == 3 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
-    run = subprocess.run([COMMAND, "shard", tmp_path / "none", tmp_path / "out2"], capture_output=True, text=True)
-    assert run.returncode == 2 and "expected an ImageFolder" in run.stderr
+    source, out = make_source(tmp_path / "source", bad=6), tmp_path / "out"
+    said = run("mcm-cache", "shard", source, out, expect=3)
+    assert "error: " in said and f"resume by `mcm-cache shard SOURCE {out}` with a --max-refused above" in said
+    for words in ([tmp_path / "none", out], [source, out, "--train", source], [out], [source, "x", out]):
+        said = run("mcm-cache", "shard", *words, expect=2)
+        assert "expected an ImageFolder" in said or "expected SOURCE and DATASET, or DATASET with --train" in said
+
+
+def test_the_command_takes_a_source_per_split_or_a_share(tmp_path):
+    source = make_source(tmp_path / "source", train=30)
+    run("mcm-cache", "shard", tmp_path / "a", "--val", source / "val", "--train", source / "train")
+    assert [Dataset(tmp_path / "a").rows(split) for split in ("train", "val")] == [30, 10]
+    run("mcm-cache", "shard", source / "train", tmp_path / "b", "--val", "0.4")
+    assert 30 == sum(Dataset(tmp_path / "b").rows(split) for split in ("train", "val"))
+
+
+def test_a_script_shards_without_the_guard_of_multiprocessing(tmp_path):
+    """Its decoding processes do not run it again: they would import torch, or shard without end."""
+    make_source(tmp_path / "source", train=2, val=1)
+    script = tmp_path / "script.py"
+    script.write_text("print('begun')\nfrom pipeline.shard import shard\nshard('source', 'out', workers=2)\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("begun") == 1 and not done.stderr
+
+
+def test_a_refusal_is_written_in_the_same_bytes_each_time(tmp_path):
+    make_source(tmp_path / "source", train=4, val=1)
+    (tmp_path / "source/train/class0/000.img").write_bytes(picture(0)[:30])  # Pillow's error holds an address
+    for name in ("a", "b"):
+        shard(tmp_path / "source", tmp_path / name, max_refused=1)
+    assert tree_digest(tmp_path / "a") == tree_digest(tmp_path / "b")
+    detail = json.loads((tmp_path / "a/train/quarantine.jsonl").read_text())["detail"]
+    assert detail == "cannot identify image file"

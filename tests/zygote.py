@@ -1,11 +1,13 @@
-"""The small runs that the reliability harnesses break, and real processes for them at the price of a fork each.
+"""The small runs that the reliability harnesses break, and real processes for them, one fork each.
 
-One server process imports torch and all of stage one (6 s), computes nothing, and forks the others.
+One server process imports torch and all of stage one (6 s), computes nothing and forks the others. A process has one
+forkserver, and its first start decides what it imports. So `_server` replaces the one that a decode pool started.
 """
 
 import multiprocessing
 import os
 from collections.abc import Callable
+from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,7 +26,6 @@ from pipeline import extract as extract_module
 from pipeline.shard import shard
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["zygote"])
 
 
 def make_place(root: Path, train: int = 36) -> Path:
@@ -48,11 +49,19 @@ def run_extract(place: Path, cache: Path, views: int = 1, worker: int = 0, worke
     extract_module.extract(request(place, cache, worker=(worker, workers), views=views))
 
 
-def start(run: Callable[..., None], place: Path, out: Path, log: Path, at: str = "", **options: Any) -> BaseProcess:
-    """A process that does `run(place, out, **options)` as the command line would, and dies before operation `at`."""
+@cache
+def _server() -> None:
+    """Start the forkserver that has imported this file; one that runs already ends."""
+    forkserver._forkserver._stop()
+    SERVER.set_forkserver_preload(["zygote"])
     with pytest.MonkeyPatch.context() as patch:  # the server looks for this file when it starts
         patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}{os.pathsep}{ROOT}")
         forkserver.ensure_running()
+
+
+def start(run: Callable[..., None], place: Path, out: Path, log: Path, at: str = "", **options: Any) -> BaseProcess:
+    """A process that does `run(place, out, **options)` as the command line would, and dies before operation `at`."""
+    _server()
     process = SERVER.Process(target=_work, args=(run, place, out, log, at), kwargs=options)
     process.start()
     return process
