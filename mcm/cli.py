@@ -206,6 +206,7 @@ def _prepare(out: Path, overwrite: bool) -> None:
     """Check that `out` may hold a RUN, and remove the RUN in it with `overwrite`."""
     from cache_tools.errors import UsageError, check_output
     from cache_tools.storage import remove_tree
+    from mcm.run_folder import held
 
     check_output(out, "a RUN")
     if overwrite and out.exists():
@@ -213,7 +214,8 @@ def _prepare(out: Path, overwrite: bool) -> None:
             raise UsageError(f"--overwrite: expected one process, found several; remove {out} before launching them")
         if not (out / "run.json").is_file():
             raise UsageError(f"--overwrite: expected a RUN (run.json) in {out}; found none; remove it yourself")
-        remove_tree(out)
+        with held(out):
+            remove_tree(out)
 
 
 if __name__ == "__main__":

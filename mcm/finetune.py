@@ -3,6 +3,7 @@
 Letters: B batch, K classes, H W pixels.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cache_tools.dataset import Dataset
+from mcm import checkpoint
 from mcm.augment import Mixer, eval_transform, train_transform
 from mcm.backbones import BATCHNORM_EPS, Backbone, FinetuneRun, load_encoder, model_args
 from mcm.classify import training_rows
@@ -22,7 +24,7 @@ from mcm.loop import Job, engine, to_device, train
 from mcm.optim import build_optimizer
 from mcm.order import EvalOrder, Order
 from mcm.probe import labelled, warn_of_copies
-from mcm.run_folder import claim, describe_run, identity_config, recorded_exit
+from mcm.run_folder import claim, describe_run, identity_config, recorded, recorded_exit
 from mcm.stream import Batch, DatasetSource, Stream, batches
 
 HEAD_STD, PROBE_STD = 2e-5, 0.01  # as MAE: fine-tuning starts from predictions that are uniform, a linear probe not
@@ -38,11 +40,11 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
     with engine(config.train.precision) as accelerator:
         world, rank = accelerator.num_processes, accelerator.process_index
         order = Order(len(rows), 1, config.train.global_batch, config.train.micro_batch, world, rank, seed)
-        backbone = load_encoder(init, weights, config.student, seed)
+        backbone = starting_point(out, config, init, weights)
         model = make_classifier(
             backbone.model, len(dataset.classes), config.pool, config.drop_path, seed, config.frozen
         )
-        claim(out, describe(config, dataset, init, backbone, order), FinetuneConfig)
+        claim(out, describe(config, dataset, init, backbone, order))
         mixer = Mixer(config.augment, len(dataset.classes), seed)
         source = DatasetSource(dataset, "train", train_transform(config.augment, backbone), seed, rows)
         held = DatasetSource(dataset, "val", eval_transform(backbone), seed)
@@ -82,6 +84,19 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
         if accelerator.is_main_process:
             print(f"{out}: top-1 {100 * top1:.2f} % on {len(held.rows)} pictures of 'val'", flush=True)
     return top1
+
+
+def starting_point(out: Path, config: FinetuneConfig, init: str, weights: Path | None) -> Backbone:
+    """Return the encoder of `init`, or the run's own where `init` is gone: after a checkpoint, its weights are unused.
+
+    Raises: what `load_encoder` raises.
+    """
+    built = init == "random" or init.startswith("timm:")
+    source = weights or (None if built else Path(init))
+    if source is None or source.exists() or not checkpoint.complete(out):
+        return load_encoder(init, weights, config.student, config.train.seed)
+    print(f"{source}: it does not exist; {out} resumes from its own checkpoint", flush=True)
+    return replace(load_encoder(str(out)), weights=recorded(out)["init_weights"])
 
 
 def describe(config: FinetuneConfig, dataset: Dataset, init: str, backbone: Backbone, order: Order) -> FinetuneRun:

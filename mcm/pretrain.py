@@ -1,6 +1,6 @@
 """Pre-training: a cache in, a RUN with checkpoints and held-out figures out."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from safetensors.torch import save as safetensors_bytes
@@ -15,7 +15,7 @@ from mcm.config import PretrainConfig
 from mcm.loop import engine, train
 from mcm.order import Order
 from mcm.probe import labelled
-from mcm.run_folder import PretrainRun, claim, describe_run, identity_config, recorded_exit, recorded_units
+from mcm.run_folder import PretrainRun, claim, describe_run, identity_config, recorded, recorded_exit
 from mcm.task import build_task
 
 
@@ -26,13 +26,13 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
     """
     dataset = labelled(Dataset(data)) if data is not None else None
     cache = Cache(cache_path)
-    units, val = choose_units(cache, recorded_units(out), config.data.views)
+    units, val = choose_units(cache, recorded(out).get("units", ()), config.data.views)
     run, seed = describe(config, cache, [*units, *val], dataset), config.train.seed
     with engine(config.train.precision) as accelerator:
         main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
         order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
         task = build_task(config, run, cache, units, accelerator)
-        claim(out, run, PretrainConfig)
+        claim(out, run)
         with recorded_exit(out, main) as stop:
             if main:
                 describe_run(out, config, cache=str(cache_path), processes=world, rows=order.rows)
@@ -43,7 +43,7 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
                 write_atomic(out / "samples.safetensors", safetensors_bytes(task.samples()))
 
 
-def choose_units(cache: Cache, recorded: Sequence[str], views: int = 0) -> tuple[list[Unit], list[Unit]]:
+def choose_units(cache: Cache, recorded: Collection[str], views: int = 0) -> tuple[list[Unit], list[Unit]]:
     """The complete units of "train", or the first `views`, and one of "val" or none; a run that has begun keeps the
     `recorded` ones.
 

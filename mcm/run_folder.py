@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
 import torch
 from torch.distributed import DistError
 
@@ -19,35 +18,19 @@ from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.errors import CorruptionError, IdentityError, Interrupted, ResourceError, UsageError
 from cache_tools.identity import CacheIdentity
 from cache_tools.records import R, Record, differences, encode_record, read_json, read_record, write_toml
-from cache_tools.storage import (
-    append_line,
-    keep_lines,
-    publish,
-    run_folder,
-    settle,
-    try_lock,
-    write_atomic,
-)
+from cache_tools.storage import append_line, keep_lines, publish, run_folder, settle, try_lock, write_atomic
 
 # What may change between two commands on one run: no picture, mask or learning rate depends on it.
 ENGINE_FIELDS = {
-    "micro_batch",
-    "compile",
-    "workers",
-    "log_steps",
-    "checkpoint_minutes",
-    "checkpoint_steps",
-    "keep_last",
-}
-ENGINE_FIELDS |= {"eval_epochs", "knn_epochs"}
-LATER = {"cache", "data_sha256", "micro_batch", "ranks"}  # fields of run.json that older runs lack
+    "micro_batch", "compile", "workers", "log_steps", "checkpoint_minutes", "checkpoint_steps", "keep_last",
+    "eval_epochs", "knn_epochs",
+}  # fmt: skip
 
 
 class PretrainRun(Record):
     """run.json of a pre-training run: what its weights depend on, and what the student's pictures must be.
 
-    `cache` is there to tell which field differs; None, and left out, in the runs of before. So is `data_sha256`, the
-    DATASET of the k-NN probe, in a run without one.
+    `cache` names the field that differs where `cache_sha256` differs. `data_sha256` is the DATASET of the k-NN probe.
     """
 
     kind: Literal["pretrain"] = "pretrain"
@@ -63,8 +46,8 @@ class PretrainRun(Record):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
-    cache: CacheIdentity | None = pydantic.Field(None, exclude_if=lambda value: value is None)
-    data_sha256: str | None = pydantic.Field(None, exclude_if=lambda value: value is None)
+    cache: CacheIdentity
+    data_sha256: str | None = None
 
 
 class ExitRecord(Record):
@@ -83,57 +66,43 @@ def identity_config(config: Record) -> dict[str, Any]:
 
 
 def recorded_config(cls: type[R], config: dict[str, Any]) -> R:
-    """A config of run.json, perhaps of an older version: what came later has its default, as it did not exist.
+    """The config of a run.json, whose engine fields have their defaults.
 
     Raises: ValueError or LookupError when it is no such config.
     """
-    # The identity has no engine fields; micro_batch alone has no default, and moves no weight.
-    payload = config | {"train": config["train"] | {"micro_batch": CHUNK_ROWS}}
+    payload = config | {"train": config["train"] | {"micro_batch": CHUNK_ROWS}}  # it has no default
     return cls.model_validate_json(json.dumps(payload))
 
 
-def _filled(cls: type[Record], config: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return identity_config(recorded_config(cls, config))
-    except (ValueError, LookupError, TypeError):
-        return config  # it differs, and is shown as it is
+def claim(run_dir: Path, run: Any) -> None:
+    """Publish run.json, or check that the folder holds this very run.
 
-
-def claim(run_dir: Path, run: Any, config: type[Record]) -> None:
-    """Publish run.json, or find that it is this very run.
-
+    The digest in `init_weights` identifies the weights, wherever `init` lies. A command may leave out `data`.
     Raises: IdentityError with every field that differs when the folder holds another run.
     """
     path = run_dir / "run.json"
-    if path.is_file():
-        kind, ours = recorded(run_dir).get("kind"), run.model_dump()["kind"]
-        found = [f"kind: {ours!r} != {kind!r}"]
-        if kind == ours:
-            there = read_record(type(run), path)
-            unknown = {k: v for k, v in there if k in LATER and None in (v, getattr(run, k))}
-            if "sha256:" in getattr(run, "init_weights", ""):  # the digest names the weights, wherever they are
-                unknown["init"] = there.init
-            run = run.model_copy(update=unknown)  # unknown is not different
-            there = there.model_copy(update={"config": _filled(config, there.config)})
-            found = differences(run, there)
-        if found:
-            raise IdentityError(f"{run_dir} holds another run (asked != found): {'; '.join(found)}; use another --out")
-        return
-    publish(path, encode_record(run))
+    if not path.is_file():
+        return publish(path, encode_record(run))
+    kind, found = recorded(run_dir).get("kind"), []
+    if kind != run.kind:
+        found = [f"kind: {run.kind!r} != {kind!r}"]
+    else:
+        there = read_record(type(run), path)
+        same = {"init"} if "sha256:" in getattr(run, "init_weights", "") else set()
+        if None in (getattr(run, "data_sha256", ""), getattr(there, "data_sha256", "")):
+            same.add("data_sha256")
+        found = differences(run.model_copy(update=there.model_dump(include=same)), there)
+    if found:
+        raise IdentityError(f"{run_dir} holds another run (asked != found): {'; '.join(found)}; use another --out")
 
 
 def recorded(run_dir: Path) -> dict[str, Any]:
-    """What run.json says, of whatever kind and not checked yet; nothing where there is no run.
+    """The fields of run.json, of either kind and not checked; empty where there is no run.
 
     Raises: CorruptionError when it does not read.
     """
     path = run_dir / "run.json"
     return read_json(path) if path.is_file() else {}
-
-
-def recorded_units(run_dir: Path) -> list[str]:
-    """The units that the run in this folder began with; none where there is no run yet."""
-    return list(recorded(run_dir).get("units", ()))
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -168,6 +137,19 @@ def describe_run(run_dir: Path, config: Record, **facts: Any) -> None:
 
 
 @contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Hold the RUN's lock.
+
+    Raises: UsageError while another process trains in this RUN.
+    """
+    lock = run_folder(run_dir) / "lock"
+    with try_lock(lock) as ours:
+        if not ours:
+            raise UsageError(f"{lock}: another process trains in {run_dir}; wait until it ends")
+        yield
+
+
+@contextmanager
 def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
     """Keep exit.json: "running" at first, then success by the main process, or the first error of any process.
 
@@ -182,7 +164,7 @@ def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
         write_atomic(path, encode_record(ExitRecord(code=code, message=message)))
 
     then = "this step is finished and saved" if main else ""
-    with _held(run_dir) if main else nullcontext(), StopFlag(then) as stop:
+    with held(run_dir) if main else nullcontext(), StopFlag(then) as stop:
         if main:
             settle(run_dir)
             write(None, "running")
@@ -197,15 +179,6 @@ def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
             raise
         if main:
             write(0, "complete")
-
-
-@contextmanager
-def _held(run_dir: Path) -> Iterator[None]:
-    lock = run_folder(run_dir) / "lock"
-    with try_lock(lock) as held:
-        if not held:
-            raise UsageError(f"{lock}: another process trains in {run_dir}; wait until it ends")
-        yield
 
 
 @contextmanager

@@ -90,16 +90,23 @@ def test_a_complete_run_that_lost_the_tail_of_its_log_is_evaluated_again(tuned, 
     assert losses(tmp_path / "run")[-1] == wanted[-1]
 
 
-def test_a_run_resumes_wherever_its_init_lies_and_with_no_other_weights(tuned, data, tmp_path, monkeypatch):
-    run, settings = tuned[0], config(student=None, schedule={"epochs": 2})
+@pytest.mark.parametrize("changes", [{}, {"frozen": True}], ids=["all layers", "frozen"])
+def test_a_run_resumes_wherever_its_init_lies_and_with_no_other_weights(changes, tuned, data, tmp_path, monkeypatch):
+    run = tuned[0]
+    settings = config(student=None, schedule={"epochs": 2}, train={"checkpoint_steps": 2}, **changes)
     top1 = finetune(settings, data.path, str(run), None, tmp_path / "out")
     kept = (tmp_path / "out" / "run.json").read_bytes()
     shutil.copytree(run, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    assert finetune(settings, data.path, "moved", None, tmp_path / "out") == top1
-    assert (tmp_path / "out" / "run.json").read_bytes() == kept
+    for init in ("moved", "gone"):
+        shutil.rmtree(checkpoint.complete(tmp_path / "out")[-1])
+        assert finetune(settings, data.path, init, None, tmp_path / "out") == top1
+        assert (tmp_path / "out" / "run.json").read_bytes() == kept
     with pytest.raises(IdentityError, match=r"init_weights: 'step_[0-9]+ sha256:"):
         finetune(settings, data.path, "out", None, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoints")
+    with pytest.raises(UsageError, match="gone: expected a RUN"):
+        finetune(settings, data.path, "gone", None, tmp_path / "out")
 
 
 LINEAR = {"frozen": True, "optim": {"lr": 10.0, "name": "lars", "weight_decay": 0.0, "layer_decay": 1.0}}

@@ -7,12 +7,14 @@ import socket
 import numpy as np
 import pytest
 import torch
+from conftest import tree_digest
 from torch import nn
 
 from cache_tools.console import StopFlag
 from cache_tools.errors import CorruptionError, Interrupted, McmError, ResourceError, UsageError
 from cache_tools.records import read_record
 from mcm import checkpoint
+from mcm.cli import _prepare
 from mcm.config import Optim, Schedule, Train
 from mcm.loop import Job, engine, train
 from mcm.order import Order
@@ -207,11 +209,16 @@ def test_every_outcome_is_recorded(tmp_path, error, code):
 
 
 def test_two_commands_on_one_run_do_not_meet(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
     with recorded_exit(tmp_path, main=True):
-        before = (tmp_path / "exit.json").read_bytes()
+        before = tree_digest(tmp_path)
         with pytest.raises(UsageError, match="another process trains"), recorded_exit(tmp_path, main=True):
             pass
-        assert (tmp_path / "exit.json").read_bytes() == before
+        with pytest.raises(UsageError, match="another process trains"):
+            _prepare(tmp_path, overwrite=True)
+        assert tree_digest(tmp_path) == before
+    _prepare(tmp_path, overwrite=True)
+    assert not tmp_path.exists()
 
 
 def test_the_first_error_of_any_rank_is_recorded(tmp_path):

@@ -195,13 +195,11 @@ def test_copies_elsewhere_are_the_same(place, trained, teacher, tmp_path) -> Non
     assert one and other and all(torch.equal(one.model[name], other.model[name]) for name in one.model)
 
 
-def test_a_run_of_before_goes_on(trained, tmp_path) -> None:
-    """run.json had no identity of the cache and no digest of the data; a command may leave --data out."""
+def test_a_command_may_leave_out_the_data_of_the_probe(trained, tmp_path) -> None:
     run = Path(shutil.copytree(trained / "run", tmp_path / "run"))
     pretrain(make_config(**ONE_EPOCH), trained / "cache", run)
-    payload = json.loads((run / "run.json").read_bytes())
-    write_record(run / "run.json", {k: v for k, v in payload.items() if k not in ("sha256", "cache", "data_sha256")})
-    pretrain(make_config(**ONE_EPOCH), trained / "cache", run, trained / "data")
+    pretrain(make_config(**ONE_EPOCH), trained / "cache", tmp_path / "plain")
+    pretrain(make_config(**ONE_EPOCH), trained / "cache", tmp_path / "plain", trained / "data")
 
 
 def wrong_layer(teacher: Teacher, index: int, normalised: bool) -> None:
