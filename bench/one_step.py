@@ -96,5 +96,5 @@ class OneStep:
             end = time.perf_counter()
         gb = sum(path.stat().st_size for path in writing.result().iterdir()) / 1e9
         lost_s = end - start - steps * plain_s
-        share = lost_s / (60 * self.job.settings.checkpoint_minutes)
+        share = lost_s / (60 * self.job.config.train.checkpoint_minutes)
         return {"copy_s": copied - start, "write_s": end - copied, "gb": gb, "lost_s": lost_s, "share": share}

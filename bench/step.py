@@ -93,7 +93,7 @@ class Bench:
 
     def adamw(self) -> Row:
         """The update alone: fused, as a run has it, and foreach."""
-        model, optim = self.own.task.model, self.own.job.optim
+        model, optim = self.own.task.model, self.own.job.config.optim
         foreach = torch.optim.AdamW(param_groups(model, optim.weight_decay), lr=0.0, foreach=True)
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None

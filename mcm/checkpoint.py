@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -86,12 +86,17 @@ def save(run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dic
     """Write RUN/checkpoints/step_000001234/{model,optimizer}.safetensors and state.json, and rename them into place.
 
     Whenever the process dies, the folder is there whole or not at all.
+    Raises: OSError, for a full disk too: safetensors gives its number in the message alone.
     """
-    final = folder(run_dir, step)
-    files = {}
+    final, files = folder(run_dir, step), {}
     with atomic_folder(final) as temp:
         for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
-            _save_file(tensors, temp / name)
+            try:
+                save_file(tensors, temp / name)  # holds Python's lock for at most 5 ms; its `save` for 0.9 s per GB
+            except SafetensorError as error:
+                if (number := re.search(r"(?:os error |code: )(\d+)", str(error))) is None:  # 0.5: "code: 28"
+                    raise
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(temp / name)) from error
             with open(temp / name, "rb") as file:
                 os.fsync(file.fileno())
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -99,20 +104,6 @@ def save(run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dic
         write_atomic(temp / "state.json", encode_record(State(step=step, files=files, meta=meta)))
         remove_tree(final)  # only a damaged one can be in the way: a sound one would have been resumed from
     return final
-
-
-def _save_file(tensors: Tensors, path: Path) -> None:
-    """Write a safetensors file.
-
-    Raises: OSError for a full disk; safetensors gives its number in the message alone.
-    """
-    try:
-        save_file(tensors, path)  # holds Python's lock for at most 5 ms; `save` for 0.9 s per GB
-    except SafetensorError as error:
-        number = re.search(r"(?:os error |code: )(\d+)", str(error))  # safetensors 0.5: "code: 28"
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def complete(run_dir: Path) -> list[Path]:
@@ -124,21 +115,11 @@ def complete(run_dir: Path) -> list[Path]:
 def rotate(run_dir: Path, previous: int, step: int, keep_last: int) -> None:
     """After `save` of `step`: keep it and the newest up to the `previous` one, `keep_last` in all.
 
-    What lies between the two, or after `step`, was damaged and has been trained anew.
+    The others are damaged, or what killed processes left.
     """
     older = [path for path in complete(run_dir) if int(path.name.removeprefix("step_")) <= previous]
     keep = [*older[max(0, len(older) + 1 - keep_last) :], folder(run_dir, step)]
-    _remove(path for path in (run_dir / "checkpoints").iterdir() if path not in keep)
-
-
-def clear_leftovers(run_dir: Path) -> None:
-    """Remove what killed processes left behind: folders that were never, or are no longer, whole."""
-    whole = complete(run_dir)
-    _remove(path for path in (run_dir / "checkpoints").glob("*") if path not in whole)
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in list(paths):
+    for path in [path for path in (run_dir / "checkpoints").iterdir() if path not in keep]:
         remove(path / "state.json")  # first, so that half a folder is never taken for a checkpoint
         remove_tree(path)
 

@@ -21,7 +21,7 @@ from cache_tools.console import StopFlag, describe, progress
 from cache_tools.draws import hash_u64
 from cache_tools.errors import Diverged, Interrupted, UsageError
 from mcm import checkpoint
-from mcm.config import Optim, Schedule, Train
+from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.optim import swap_average
 from mcm.order import Order
 from mcm.run_folder import Log
@@ -39,8 +39,8 @@ TIMEOUT = timedelta(minutes=10)  # the longest wait of a rank: for the main proc
 class Job:
     """What one run trains. The model is not wrapped; `stream.order` is an `Order` for this process.
 
-    `loss(model, batch)` gets the wrapped model and a batch on the device and returns the float32 mean over its rows;
-    `evaluate(epochs_done)` runs on every process at the ends of epochs and returns numbers for the log, or none.
+    `loss(model, batch)` gets the wrapped model and a batch on the device and returns the float32 mean over its rows.
+    `evaluate(epochs_done)` runs on every process at the end of an epoch and returns numbers for the log, or none.
     """
 
     run_dir: Path
@@ -49,9 +49,7 @@ class Job:
     stream: Stream
     loss: Callable[[nn.Module, Batch], Tensor]
     evaluate: Callable[[int], dict[str, float]]
-    optim: Optim
-    schedule: Schedule
-    settings: Train
+    config: PretrainConfig | FinetuneConfig
 
 
 @contextmanager
@@ -82,20 +80,19 @@ def _check_launcher() -> None:
 
     Raises: UsageError naming the option that must be left out.
     """
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            option = f"--use_{name.lower()}"
-            raise UsageError(f"accelerate launch: expected one process or DDP; found {option}; leave it out")
-    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
-        raise UsageError(
-            f"accelerate launch: expected --dynamo_backend no; found {backend}; set train.compile = true instead"
-        )
+    for name in ("USE_FSDP", "USE_DEEPSPEED", "DYNAMO_BACKEND"):
+        if (value := os.environ.get(f"ACCELERATE_{name}", "no").lower()) not in ("no", "false"):
+            option = f"--{name.lower()}" + f" {value}" * (value != "true")
+            raise UsageError(
+                f"accelerate launch: expected one process or DDP; found {option}; leave it out"
+                " (train.compile = true compiles the model)"
+            )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on the device; row numbers are read on the host."""
-    moved = {k for k, v in batch.items() if isinstance(v, Tensor) and k != "rows"}
-    return {k: v.to(device, non_blocking=True) if k in moved else v for k, v in batch.items()}
+    stays = {k for k, v in batch.items() if not isinstance(v, Tensor) or k == "rows"}
+    return {k: v if k in stays else v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
 def on_device(items: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -134,9 +131,7 @@ def train(job: Job, accelerator: Accelerator, stop: StopFlag) -> dict[str, float
     """
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(cuda):  # each step seeds the generators
-        loop = Loop(job, accelerator)
-        loop.run(stop)
-    return loop.metrics
+        return Loop(job, accelerator).run(stop)
 
 
 class Loop:
@@ -146,27 +141,27 @@ class Loop:
         assert isinstance(job.stream.order, Order)
         self.job, self.order = job, job.stream.order
         self.accelerator, self.main = accelerator, accelerator.is_main_process
-        self.total_steps = job.schedule.epochs * self.order.steps_per_epoch
-        self.warmup_steps = job.schedule.warmup_epochs * self.order.steps_per_epoch
-        self.peak_lr = peak_lr(job.optim, self.order.global_batch)
-        if job.settings.compile:
+        self.total_steps = job.config.schedule.epochs * self.order.steps_per_epoch
+        self.warmup_steps = job.config.schedule.warmup_epochs * self.order.steps_per_epoch
+        self.peak_lr = peak_lr(job.config.optim, self.order.global_batch)
+        if job.config.train.compile:
             job.model.compile()  # in place: names of the state stay
         self.model, self.optimizer = accelerator.prepare(job.model, job.optimizer)
         self.model.train()
         # What the processes agree on at each step must not wait for the GPU: it goes through the hosts.
         several = accelerator.num_processes > 1
         self.hosts: Any = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if several else None
-        self.writing: tuple[int, Future[None]] | None
         self.pending: list[Tensor] = []  # (loss, gradient norm) of steps that are still on the device
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.window: list[float] = []  # losses since the last line of the log
         self.grad_norm, self.waited_s, self.logged_at = 0.0, 0.0, time.perf_counter()
         self.logged_step, self.saved_step, self.failed_saves, self.note = 0, -1, 0, ""
-        self.writer, self.writing, self.saved_at = ThreadPoolExecutor(1), None, time.monotonic()
+        self.writer, self.saved_at = ThreadPoolExecutor(1), time.monotonic()
+        self.writing: tuple[int, Future[None]] | None = None
 
-    def run(self, stop: StopFlag) -> None:
-        """All steps that are left; a complete run is evaluated again, as its log may have lost the last line."""
-        settings, order = self.job.settings, self.order
+    def run(self, stop: StopFlag) -> dict[str, float]:
+        """Take the steps that are left; a complete run is evaluated again, as its log may have lost the last line."""
+        settings, order, cuda = self.job.config.train, self.order, self.accelerator.device.type == "cuda"
         found = self._newest()
         step = found.step if found else -1
         evaluated = found is not None and bool(found.meta["evaluated"]) and step < self.total_steps
@@ -177,10 +172,9 @@ class Loop:
                 found = None  # frees a whole checkpoint
             step = max(step, 0)
             left = range(step * order.accumulation, self.total_steps * order.accumulation)
-            pin, label = self.accelerator.device.type == "cuda", f"training {self.job.run_dir}"
             with (
-                progress(self.total_steps, label, "steps", step, quiet=not self.main) as bar,
-                batches(self.job.stream, left.start, left.stop, settings.workers if left else 0, pin) as loaded,
+                progress(self.total_steps, f"training {self.job.run_dir}", "steps", step, not self.main) as bar,
+                batches(self.job.stream, left.start, left.stop, settings.workers if left else 0, cuda) as loaded,
             ):
                 items = on_device(loaded, self.accelerator.device)
                 try:
@@ -193,11 +187,13 @@ class Loop:
                         self._end_of_step(step, asked)
                 finally:
                     self._join_save(must=False)
+        return self.metrics
 
     def _end_of_step(self, step: int, asked: int) -> None:
         """Evaluate at the end of an epoch, save if it is time to, and stop if asked to."""
-        epoch_ends, every = step % self.order.steps_per_epoch == 0, self.job.settings.checkpoint_steps
-        last, stopping = step == self.total_steps, asked == STOP and step < self.total_steps
+        epoch_ends, every = step % self.order.steps_per_epoch == 0, self.job.config.train.checkpoint_steps
+        last = step == self.total_steps
+        stopping = asked == STOP and not last
         due = asked == SAVE if every is None else step % every == 0 if every else epoch_ends
         if epoch_ends and not stopping:
             self._evaluate(step)
@@ -208,10 +204,7 @@ class Loop:
 
     def _newest(self) -> checkpoint.Checkpoint | None:
         """The newest sound checkpoint, on every rank; the main rank reads and verifies it."""
-        found = None
-        if self.main:
-            found = checkpoint.latest(self.job.run_dir)
-            checkpoint.clear_leftovers(self.job.run_dir)
+        found = checkpoint.latest(self.job.run_dir) if self.main else None
         return found if self.hosts is None else checkpoint.shared(found, self.hosts)
 
     def _restore(self, found: checkpoint.Checkpoint, evaluated: bool) -> None:
@@ -230,44 +223,38 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr(step) * group["lr_scale"]
         # Dropout and drop-path draw from here: a pure function of the step, so that no generator is saved.
-        torch.manual_seed(int(hash_u64(job.settings.seed, "step", step, self.order.rank)) >> 1)
+        torch.manual_seed(int(hash_u64(job.config.train.seed, "step", step, self.order.rank)) >> 1)
         total = torch.zeros((), device=self.accelerator.device)
         for left in reversed(range(micro_steps)):
             batch = self._next(items)
-            asked = GO_ON if left else self._agree(self._wish(stop))
+            asked = GO_ON if left else self._agree(stop)
             with self.accelerator.no_sync(self.model) if left else nullcontext():
                 loss = job.loss(self.model, batch) / micro_steps
                 # Not accelerator.backward: it divides by the launcher's own accumulation; bf16 needs no scaler.
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), job.optim.clip_norm or math.inf)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), job.config.optim.clip_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.pending.append(torch.stack([total, norm.to(total)]))
         return asked
 
-    def _wish(self, stop: StopFlag) -> int:
-        """What this rank asks for; the main rank's clock decides when to save."""
-        due = self.main and time.monotonic() - self.saved_at >= 60 * self.job.settings.checkpoint_minutes
-        return STOP if stop.requested else SAVE if due else GO_ON
-
     def _lr(self, step: int) -> float:
-        return learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.job.schedule.min_lr)
+        return learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.job.config.schedule.min_lr)
 
     def _next(self, items: Iterator[Batch]) -> Batch:
         start = time.perf_counter()
-        try:
-            return next(items)
-        finally:
-            self.waited_s += time.perf_counter() - start
+        batch = next(items)
+        self.waited_s += time.perf_counter() - start
+        return batch
 
-    def _agree(self, value: int) -> int:
-        """The largest `value` of all processes."""
-        if self.hosts is None:
-            return value
-        shared = torch.tensor(value)
-        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX, group=self.hosts)
-        return int(shared)
+    def _agree(self, stop: StopFlag) -> int:
+        """The largest wish of all ranks; the main rank's clock decides when to save."""
+        due = self.main and time.monotonic() - self.saved_at >= 60 * self.job.config.train.checkpoint_minutes
+        wish = torch.tensor(STOP if stop.requested else SAVE if due else GO_ON)
+        if self.hosts is not None:
+            torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX, group=self.hosts)
+        return int(wish)
 
     def _drain(self, step: int) -> None:
         """Bring the losses of the steps up to `step` to the host, averaged over the processes.
@@ -288,14 +275,13 @@ class Loop:
         rows = self.job.stream.source.rows_of(self.order.step_chunks(step)[1])
         spans = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
         shown = ", ".join(f"{span[0]}-{span[-1]}" for span in spans[:SHOWN_SPANS]) + " ..." * (len(spans) > SHOWN_SPANS)
-        good = checkpoint.complete(self.job.run_dir)[-1:]
         return Diverged(
             f"step {step + 1}: expected a finite loss and gradient norm; found {loss} and {norm} on rows {shown};"
-            f" last checkpoint: {good[0] if good else 'none'}; lower optim.lr, or check the rows"
+            f" the checkpoints in {self.job.run_dir} are of steps before; lower optim.lr, or check the rows"
         )
 
     def _log(self, step: int) -> None:
-        """A line of metrics.jsonl: the mean loss since the last one, and how fast it went."""
+        """Log the mean loss and the speed since the last line."""
         self._drain(step)
         now, loss = time.perf_counter(), math.fsum(self.window) / len(self.window)
         elapsed_s, steps = now - self.logged_at, step - self.logged_step
@@ -322,10 +308,10 @@ class Loop:
             self.log.write(step, {"eval": self.metrics})
 
     def _save(self, step: int, evaluated: bool, must: bool) -> None:
-        """A checkpoint by the main rank: a copy on the host, which a thread writes while training goes on.
+        """Save a checkpoint on the main rank: it copies to the host, and a thread writes while training goes on.
 
-        Averages stand in the place of the weights, for whoever loads the run, and the weights in theirs.
-        The ranks wait for one that `must` be written, as a launcher ends them all when one is gone.
+        The file `model` holds the averaged weights, where there are some, and `optimizer` the weights.
+        With `must`, all ranks wait until it is written, as a launcher ends them all when one ends.
         """
         self._drain(step)
         self.saved_at = time.monotonic()
@@ -344,13 +330,13 @@ class Loop:
     def _write(self, step: int, model: checkpoint.Tensors, optimizer: checkpoint.Tensors, meta: dict[str, Any]) -> None:
         run_dir = self.job.run_dir
         checkpoint.save(run_dir, step, model, optimizer, meta)
-        checkpoint.rotate(run_dir, self.saved_step, step, self.job.settings.keep_last)
+        checkpoint.rotate(run_dir, self.saved_step, step, self.job.config.train.keep_last)
         self.saved_step = step
 
     def _join_save(self, must: bool) -> None:
         """Wait for the checkpoint that is being written, if there is one.
 
-        A full disk costs a warning and the checkpoint, not the run, until it `must` be or FAILED_SAVES failed in a row.
+        A full disk costs a warning and the checkpoint. It ends the run with `must`, or after FAILED_SAVES in a row.
         """
         if self.writing is None:
             return

@@ -81,9 +81,7 @@ class Task:
             stream=Stream(order, self.source(units, config.mask.unmasked_fraction)),
             loss=self.loss,
             evaluate=self.evaluate,
-            optim=config.optim,
-            schedule=config.schedule,
-            settings=config.train,
+            config=config,
         )
 
     def source(self, units: Sequence[Unit], unmasked_fraction: float = 0.0) -> CacheSource:

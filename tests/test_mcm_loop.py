@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,6 +50,8 @@ def make_job(run, micro_batch=32, source=None, dropout=0.3, hook=lambda step: No
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 2))
     fast, slow = ({"params": list(model[i].parameters()), "lr_scale": s} for i, s in ((0, 1.0), (3, 0.5)))
     order = Order(ROWS, 16, 32, micro_batch)
+    fixed = {"global_batch": 32, "micro_batch": micro_batch, "precision": "fp32", "workers": 0, "log_steps": 1}
+    train = Train(**{**fixed, "checkpoint_steps": 2, **settings})
     calls = []
 
     def loss(wrapped, batch):
@@ -67,12 +70,9 @@ def make_job(run, micro_batch=32, source=None, dropout=0.3, hook=lambda step: No
         stream=Stream(order, source or Source()),
         loss=loss,
         evaluate=evaluate,
-        optim=Optim(lr=1e-2, clip_norm=1.0),
-        schedule=Schedule(epochs=EPOCHS, warmup_epochs=1),
-        settings=Train(**{
-            "global_batch": 32, "micro_batch": micro_batch, "precision": "fp32", "workers": 0, "log_steps": 1,
-            "checkpoint_steps": 2, **settings,
-        }),
+        config=SimpleNamespace(
+            optim=Optim(lr=1e-2, clip_norm=1.0), schedule=Schedule(epochs=EPOCHS, warmup_epochs=1), train=train
+        ),
     )  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def test_compiled_in_place_keeps_the_names(tmp_path):
     [
         ("USE_FSDP", "true", "expected one process or DDP; found --use_fsdp; leave it out"),
         ("USE_DEEPSPEED", "true", "expected one process or DDP; found --use_deepspeed; leave it out"),
-        ("DYNAMO_BACKEND", "INDUCTOR", "expected --dynamo_backend no; found INDUCTOR; set train.compile = true"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "found --dynamo_backend inductor; leave it out .train.compile = true"),
     ],
 )
 def test_a_launcher_mode_that_is_not_supported_is_refused(monkeypatch, name, value, message):
