@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,11 @@ from cache_tools.records import Record, config_file, load_toml, read_record, sha
 from cache_tools.storage import file_sha256, run_folder, try_lock, write_atomic
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.probe import ProbeResult, check_kind, labelled
-from mcm.report import FIT, MINUTES, ablation_markdown, fine_tuned, held_out, probed, report
+from mcm.report import FIT, MINUTES, ablation_lines, fine_tuned, held_out, markdown, probed, report
 from mcm.run_folder import ExitRecord, read_metrics, recorded, software
 
 UNDERFITTED = 0.2  # held-out R^2; below it, an accuracy says little about the target
 WAIT_S = 2.0  # between two looks at the runs of other processes
-TAIL = 20  # lines of a failed command that are shown again
 # `mcm-train` as a process that saves and ends when the ablation ends, whatever that died of: its stdin then closes.
 COMMAND = """
 import os, signal
@@ -117,9 +115,7 @@ class Ablation:
             check_kind(kind)
         for name in self.rows:
             if len(twins := [other for other in self.rows if _folder(other, 0) == _folder(name, 0)]) > 1:
-                raise UsageError(
-                    f"the plan: expected rows with folders of their own; found {twins}; rename one of them"
-                )
+                raise UsageError(f"the plan: expected rows with folders of their own; found {twins}; rename one")
         self.digests = {str(data): labelled(Dataset(data)).sha256}
         self.digests |= {} if weights is None else {str(weights): file_sha256(weights)}
         self.digests |= {str(path): Cache(path).sha256 for path in map(self._cache_of, self.rows.values())}
@@ -181,26 +177,21 @@ class Ablation:
         return True
 
     def _run(self, step: Step) -> None:
-        """Run a step, relay its output, and record that it is done or that it failed."""
+        """Run a step, and record that it is done or that it failed."""
         print(f"{step.run}: {step.args[0]}", flush=True)
         workers = ["--workers", str(self.workers)] if step.args[0] == "probe" else []
-        command, tail = [sys.executable, "-c", COMMAND, *step.args, *workers], deque[str]([], TAIL)
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
+        with subprocess.Popen([sys.executable, "-c", COMMAND, *step.args, *workers], stdin=subprocess.PIPE) as process:
             try:
-                for line in process.stdout or ():
-                    print(line, end="", flush=True)
-                    tail.append(line.rstrip("\n"))
+                process.wait()
             except KeyboardInterrupt:
                 process.terminate()
                 print("stopping: the running command saves and ends", file=sys.stderr, flush=True)
-                process.communicate()
+                process.wait()
                 raise
         mark = _mark(step.run / "exit.json") if process.returncode == 1 else ""
         if process.returncode and not mark:
             self.failed[step] = process.returncode
-            last = f"{step.run}: {step.args[0]} failed with exit code {process.returncode}; its last lines:"
-            print(last, *tail, sep="\n", file=sys.stderr, flush=True)
+            print(f"{step.run}: {step.args[0]} failed with exit code {process.returncode}", file=sys.stderr, flush=True)
         else:
             write_atomic(step.record, mark.encode())
 
@@ -230,7 +221,7 @@ def ablate(
     finally:  # an interrupted ablation has a table too
         results = ablation.results()
         write_atomic(out / "results.json", json.dumps(results, indent=1).encode())
-        write_atomic(out / "table.md", ablation_markdown(results).encode())
+        write_atomic(out / "table.md", markdown(ablation_lines(results)).encode())
         report([out], out / "report.html")
     return ablation.failed
 

@@ -191,14 +191,14 @@ def report(
 
     Example: mcm-train report run tuned cache --out report.html
     """
-    from mcm.report import caption
+    from mcm.report import caption, markdown
     from mcm.report import report as write
 
     tables = write(runs, out, note)
     if json:
         return print_json(tables)
     for data, table in tables.items():
-        print(f"{caption(data)}\n{table.text()}")
+        print(f"{caption(data)}\n\n{markdown(table.lines())}")
     print(f"report: {out}")
 
 

@@ -45,15 +45,6 @@ class Table(dict[str, dict[str, float]]):
         rows = [[row, *(_shown(name, cells.get(name)) for name in columns)] for row, cells in self.items()]
         return [["model", *columns], *rows]
 
-    def text(self) -> str:
-        """Return aligned columns for a terminal."""
-        lines = self.lines()
-        first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
-        return "\n".join(
-            "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
-            for name, *cells in lines
-        )
-
 
 def _shown(column: str, value: float | None) -> str:
     if value is None:
@@ -188,10 +179,13 @@ def ablation_lines(results: dict[str, Any]) -> list[list[str]]:
     return [["variant", *columns], *rows]
 
 
-def ablation_markdown(results: dict[str, Any]) -> str:
-    """The table in GitHub's Markdown."""
-    head, *rows = [[cell.replace("|", "\\|") for cell in line] for line in ablation_lines(results)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---", *["---:"] * (len(head) - 1)], *rows))
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in GitHub's Markdown, its columns aligned."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    first, *others = (max(3, *map(len, column)) for column in zip(*lines, strict=True))
+    rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
+    padded = [[n.ljust(first), *map(str.rjust, cells, others)] for n, *cells in [lines[0], rule, *lines[1:]]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in padded)
 
 
 def ablation_html(results: dict[str, Any]) -> str:
