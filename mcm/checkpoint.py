@@ -91,13 +91,14 @@ def save(run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dic
     final, files = folder(run_dir, step), {}
     with atomic_folder(final) as temp:
         for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
+            path = temp / name
             try:
-                save_file(tensors, temp / name)  # holds Python's lock for at most 5 ms; its `save` for 0.9 s per GB
+                save_file(tensors, path)  # holds Python's lock for at most 5 ms; its `save` for 0.9 s per GB
             except SafetensorError as error:
                 if (number := re.search(r"(?:os error |code: )(\d+)", str(error))) is None:  # 0.5: "code: 28"
                     raise
-                raise OSError(int(number[1]), os.strerror(int(number[1])), str(temp / name)) from error
-            with open(temp / name, "rb") as file:
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+            with open(path, "rb") as file:
                 os.fsync(file.fileno())
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 files[name] = FileEntry(bytes=file.tell(), sha256=digest)
