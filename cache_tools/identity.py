@@ -32,13 +32,14 @@ class TeacherIdentity(Record):
     weights_sha256: str
     activation: str
     layer: Literal["last"] = "last"
-    norm: Literal["final"] = "final"
+    norm: Literal["final", "none"] = "final"
     height: int
     width: int
     kernel: Literal["bicubic"] = "bicubic"
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     projection_sha256: str | None = None
+    weights_set: str | None = pydantic.Field(None, exclude_if=lambda value: value is None)
 
 
 class CacheIdentity(Record):

@@ -1,11 +1,13 @@
 """`mcm-cache info`: what a DATASET or CACHE is and what of it is done. It takes no locks."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
 from .cache import Cache, Unit
 from .dataset import Dataset
 from .errors import UsageError, found_at
+from .records import read_capped
 
 
 def info(path: Path) -> dict[str, Any]:
@@ -27,11 +29,26 @@ def info(path: Path) -> dict[str, Any]:
     raise UsageError(f"{path}: expected a DATASET (dataset.json) or a CACHE (cache.json); found {found_at(path)}")
 
 
+def guessed(path: Path) -> str:
+    """A warning where the teacher's mean and std were guessed: a file's, before extract.toml recorded their values."""
+    request = path / "extract.toml"
+    try:
+        asked = tomllib.loads(read_capped(request, error=UsageError).decode()) if request.is_file() else {}
+    except ValueError as error:
+        raise UsageError(f"{request}: expected TOML; it does not read: {error}") from error
+    teacher, weights = str(asked.get("teacher")), str(asked.get("weights"))
+    folder = "/" in teacher or teacher.startswith("timm:") and "." in teacher  # it states them
+    if "teacher_mean" in asked or folder or not {"/", "."} & set(weights):
+        return ""
+    return f"{path}: the teacher's mean and std were guessed, as {weights} states none; compare them with its source"
+
+
 def _cache_info(cache: Cache) -> dict[str, Any]:
     return {
         "kind": "cache",
         "path": str(cache.path),
         "sha256": cache.sha256,
+        "warning": guessed(cache.path),
         "identity": cache.identity.model_dump(mode="json", exclude={"classes"}),
         "units": {str(unit): _unit_info(unit) for unit in cache.all_units()},
     }
@@ -68,6 +85,7 @@ def describe(known: dict[str, Any]) -> str:
     lines = [
         f"CACHE {known['path']} ({known['sha256'][:12]})",
         f"  teacher  {teacher['name']}, {teacher['activation']}, {teacher['height']}x{teacher['width']} px",
+        f"  pixels   mean {teacher['mean']}, std {teacher['std']}, {teacher['kernel']}",
         f"  features {grid[0]}x{grid[1]} tokens x {identity['channels']} channels, {identity['dtype']}"
         + (f" by {identity['compress']}" if identity.get("compress") else "")
         + (", CLS" if identity["has_cls"] else ""),
@@ -80,4 +98,4 @@ def describe(known: dict[str, Any]) -> str:
         if "cosine" in unit:
             line += f", {unit['bytes'] / 1e6:.1f} MB, error {unit['relative_mse']:.1e}, cosine {unit['cosine']:.6f}"
         lines.append(line + (f", about {unit['eta_s']} s left at the pace so far" if "eta_s" in unit else ""))
-    return "\n".join(lines)
+    return "\n".join(lines + [f"warning: {known['warning']}"] * bool(known["warning"]))

@@ -22,7 +22,7 @@ from cache_tools.errors import UsageError, check_output
 from cache_tools.records import Record, config_file, load_toml, read_record, sha256_hex
 from cache_tools.storage import file_sha256, run_folder, try_lock, write_atomic
 from mcm.config import FinetuneConfig, PretrainConfig
-from mcm.probe import ProbeResult, check_kind, labelled
+from mcm.probe import ProbeResult, check_kind, labelled, record_name
 from mcm.report import FIT, MINUTES, ablation_lines, fine_tuned, held_out, markdown, probed, report
 from mcm.run_folder import ExitRecord, read_metrics, recorded, software
 
@@ -96,7 +96,8 @@ class Step:
     @property
     def mark(self) -> str | None:
         """ "", or why the training cannot go on; None while the step is left."""
-        return self.record.read_text() if self.record.is_file() else None
+        done = self.record.is_file() and all(file.is_file() for file in self.files)
+        return self.record.read_text() if done else None
 
 
 class Ablation:
@@ -137,7 +138,7 @@ class Ablation:
             paths = ("--cache", self._cache_of(trained), "--out", run)
             yield self._step(run, "pretrain", self.plan.base, *paths, *_sets(trained.set), *seeded)
             kinds = self.plan.inputs if self.configs[source].mask.mode != "none" else ("full",)
-            names = [f"{'untrained-' * bool(init)}{kind.replace(':', '-')}.json" for kind in kinds]
+            names = [record_name(kind, self.digests[str(self.data)], 0, bool(init)) for kind in kinds]
             options = [*(f"--input={kind}" for kind in kinds), *["--untrained"] * bool(init)]
             files = tuple(run / "probe" / name for name in names)
             yield self._step(run, "probe", run, "--data", self.data, *options, files=files)

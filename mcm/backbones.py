@@ -14,16 +14,16 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
 from timm.layers import Mlp
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cache_tools.errors import McmError, UsageError, found_at
-from cache_tools.records import Record, nearest, read_json, read_record
+from cache_tools.records import Record, read_json, read_record
 from cache_tools.storage import file_sha256
-from cache_tools.weights import load_whole, read_weights
+from cache_tools.weights import PRETRAINED, load_timm, load_whole, read_weights, weights_file
 from mcm import checkpoint
 from mcm.config import PretrainConfig, SizedStudent
-from mcm.model import MaskedChannelModel, build_encoder
+from mcm.model import MaskedChannelModel, build_encoder, encode_tokens
 from mcm.run_folder import PretrainRun, recorded, recorded_config
 
 BATCHNORM_EPS = 1e-6  # of a frozen run's head, as MAE
@@ -113,17 +113,22 @@ def _from_config(student: SizedStudent | None, seed: int) -> Backbone:
 
 
 def _from_timm(spec: str, weights: Path | None) -> Backbone:
-    name = spec.removeprefix("timm:")
-    if not timm.is_model(name):
-        raise UsageError(f"{spec}: timm knows no such model{nearest(name, timm.list_models())}")
-    if weights is not None and not weights.is_file():
-        raise UsageError(f"--weights {weights}: expected a file; there is none")
-    model = timm.create_model(name, pretrained=weights is None, num_classes=0)
-    if not isinstance(model, VisionTransformer):
-        raise UsageError(f"{spec}: expected a plain vision transformer of timm; found {type(model).__name__}")
-    if weights is not None:
-        load_whole(model, checkpoint_filter_fn(read_weights(weights), model), str(weights), HEADS)
-    return _described(model, spec, "pretrained" if weights is None else f"sha256:{file_sha256(weights)}")
+    advice = "or put beside the file its own config.json"
+    model, _, chosen = load_timm(spec.removeprefix("timm:"), weights or PRETRAINED, HEADS, advice)
+    try:
+        with torch.device("meta"):  # what probe, finetune and export do with it: a model that timm makes again
+            architecture, arguments = model_args(model)
+            twin = timm.create_model(architecture, **arguments)
+            pooled(twin, encode_tokens(twin, torch.empty(1, 3, *model.patch_embed.img_size)))
+            twin.reset_classifier(2, "avg")
+        if twin.state_dict().keys() - model.state_dict().keys() != {"head.weight", "head.bias"}:
+            raise TypeError("timm makes another model of its arguments")
+    except Exception as error:
+        raise UsageError(
+            f"{spec}: expected a plain vision transformer of timm; found {type(model).__name__}, {error!r}"
+        ) from error
+    digest = weights and f"sha256:{file_sha256(weights_file(weights)[0])}{chosen and f'#{chosen}'}"
+    return _described(model, spec, digest or PRETRAINED)
 
 
 def _from_pretraining(folder: Path, untrained: bool) -> Backbone:
@@ -170,7 +175,7 @@ def _plain_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _from_export(folder: Path) -> Backbone:
     path = folder / "model.safetensors"
-    state = read_weights(path)
+    state, _ = read_weights(path)
     read_json(folder / "config.json", UsageError)  # its size and kind, before timm reads it
     with _arguments_of(folder / "config.json"):
         model = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)

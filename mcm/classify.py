@@ -51,15 +51,18 @@ def knn_hits(train: Features, val: Features, device: torch.device | str = "cpu")
     return correct
 
 
-def linear_probe(train: Features, val: Features, seed: int) -> tuple[float, float, bool]:
+def linear_probe(train: Features, val: Features, seed: int) -> tuple[float, float, bool] | None:
     """(accuracy, C, converged) of logistic regression by LBFGS on standardised features.
 
-    C comes from C_GRID by accuracy on held-out training rows; the smallest wins ties.
+    C comes from C_GRID by accuracy on held-out training rows; the smallest wins ties. None where no class has a row to
+    hold out, or only one class has rows.
     """
+    bank, held = choice_rows(train.y.numpy(), seed)
+    if not len(held) or train.y.min() == train.y.max():
+        return None
     mean_D, std_D = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
     train, val = Features((train.x - mean_D) / std_D, train.y), Features((val.x - mean_D) / std_D, val.y)
-    bank, held = (train.rows(rows) for rows in choice_rows(len(train.y), seed))
-    scores = {c: _fit(bank, held, c)[0] for c in C_GRID}
+    scores = {c: _fit(train.rows(bank), train.rows(held), c)[0] for c in C_GRID}
     c = max(C_GRID, key=lambda c: (scores[c], -c))
     accuracy, converged = _fit(train, val, c)
     return accuracy, c, converged
@@ -75,11 +78,19 @@ def _fit(train: Features, val: Features, c: float) -> tuple[float, bool]:
     return float(model.score(val.x.numpy(), val.y.numpy())), bool(model.n_iter_.max() < model.max_iter)
 
 
-def choice_rows(rows: int, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(bank, held out) rows of the training split."""
-    order = permutation(rows, seed, "probe_choice")[:CHOICE_ROWS]
-    held = max(1, len(order) // 5)
-    return order[held:], order[:held]
+def choice_rows(labels: npt.NDArray[np.integer], seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(bank, held out) rows of the training split, drawn by class: a first row of every class, then a second one.
+
+    A fifth of each class is held out, at least one row of every class with two; the bank has a row of every class.
+    """
+    order = permutation(len(labels), seed, "probe_choice")
+    _, counts = np.unique(labels, return_counts=True)
+    by_class = np.argsort(labels[order], kind="stable")
+    rank = np.empty(len(labels), np.int64)  # of each row in its class
+    rank[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    chosen = np.argsort(rank, kind="stable")[: max(CHOICE_ROWS, 2 * len(counts))]
+    held = rank[chosen] % 5 == 1
+    return order[chosen[~held]], order[chosen[held]]
 
 
 def training_rows(

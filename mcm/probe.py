@@ -1,6 +1,7 @@
 """Probes of frozen features: k-NN and a linear classifier, each naming the input and the tokens it saw."""
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Annotated, Any
 import pydantic
 
 from cache_tools.cache import Cache
+from cache_tools.console import describe
 from cache_tools.dataset import Dataset
-from cache_tools.errors import UsageError
+from cache_tools.errors import McmError, UsageError
 from cache_tools.records import Record, encode_record, nearest, read_record
 from cache_tools.storage import file_sha256, run_folder, write_atomic
 from mcm.backbones import load_encoder
@@ -60,6 +62,12 @@ class ProbeResult(Record):
         return f"{self.input}{features}" + (f"-shots-{self.shots}" if self.shots else "")
 
 
+def record_name(label: str, data_sha256: str, seed: int, untrained: bool = False) -> str:
+    """The file in RUN/probe: another DATASET or seed does not take its place."""
+    name = f"{'untrained-' * untrained}{label.replace(':', '-')}-{data_sha256[:12]}"
+    return f"{name}-seed-{seed}.json" if seed else f"{name}.json"
+
+
 def probe(
     spec: str, data: Path | None, methods: Sequence[str] = (), inputs: Sequence[str] = (), weights: Path | None = None,
     untrained: bool = False, seed: int = 0, workers: int = 4, quiet: bool = False, features: Sequence[str] = (),
@@ -67,7 +75,8 @@ def probe(
 ) -> list[ProbeResult]:  # fmt: skip
     """Probe a RUN, an exported folder, timm:NAME (features of `data`'s pictures) or a CACHE (its teacher's features).
 
-    Results of a RUN are written to RUN/probe/, those of a CACHE to CACHE/.run/probe*.json.
+    Results of a RUN are written to RUN/probe/, those of a CACHE to CACHE/.run/probe*.json. A result that cannot be
+    written, as the folder is another user's or the disk is full, is returned with a warning.
     Raises: UsageError before any picture is read.
     """
     chosen = tuple(methods) or METHODS
@@ -104,8 +113,8 @@ def probe(
             train, val = prober.features("train", encode, rows), prober.features("val", encode)
             named = {"subject": spec, "weights": backbone.weights, "input": kind, "fold_scale": s}
             result = _score(train, val, chosen, features=tokens, shots=shots, **named, **facts)
-            name = ("untrained-" if untrained else "") + result.label.replace(":", "-")
-            results.append(_store(run / "probe" / f"{name}.json", result) if is_run else result)
+            name = record_name(result.label, dataset.sha256, seed, untrained)
+            results.append(_store(run / "probe" / name, result) if is_run else result)
     return results
 
 
@@ -129,14 +138,18 @@ def _probe_teacher(
         columns = {"mean": slice(identity.channels), "cls": slice(identity.channels, None)}.get(tokens, slice(None))
         bank, held = (Features(split.x[:, columns], split.y) for split in (train, val))
         result = _score(bank, held, methods, features=tokens, shots=shots, input="full", **facts)
-        results.append(_store(run_folder(path) / f"probe{result.label.removeprefix('full')}.json", result))
+        name = f"probe{result.label.removeprefix('full')}" + (f"-seed-{seed}" if seed else "")
+        results.append(_store(run_folder(path) / f"{name}.json", result))
     return results
 
 
 def _score(train: Features, val: Features, methods: Sequence[str], **facts: Any) -> ProbeResult:
-    linear, c, converged = linear_probe(train, val, facts["seed"]) if "linear" in methods else (None, None, None)
+    found = linear_probe(train, val, facts["seed"]) if "linear" in methods else None
+    linear, c, converged = found or (None, None, None)
+    if "linear" in methods and found is None:
+        print("warning: no linear probe: expected two classes, and a class of two training rows", file=sys.stderr)
     return ProbeResult(
-        knn=knn_accuracy(train, val, device()) if "knn" in methods else None,
+        knn=knn_accuracy(train, val, device()) if found is None or "knn" in methods else None,
         linear=linear, linear_c=c, linear_converged=converged,
         train_rows=len(train.y), val_rows=len(val.y), software=software(),
         versions={name: version(name) for name in ("torch", "timm", "scikit-learn", "numpy")},
@@ -145,13 +158,16 @@ def _score(train: Features, val: Features, methods: Sequence[str], **facts: Any)
 
 
 def _store(path: Path, result: ProbeResult) -> ProbeResult:
-    """Write the result; the other method's number stays where nothing else has changed."""
+    """Write the result, or warn that it is not kept; the other method's number stays where nothing else has changed."""
     empty: dict[str, Any] = dict.fromkeys(("knn", "linear", "linear_c", "linear_converged"))
-    if path.is_file():
-        old = read_record(ProbeResult, path)
-        if old.model_copy(update=empty) == result.model_copy(update=empty):
-            result = old.model_copy(update=result.model_dump(include=set(empty), exclude_none=True))
-    write_atomic(path, encode_record(result))
+    try:
+        if path.is_file():
+            old = read_record(ProbeResult, path)
+            if old.model_copy(update=empty) == result.model_copy(update=empty):
+                result = old.model_copy(update=result.model_dump(include=set(empty), exclude_none=True))
+        write_atomic(path, encode_record(result))
+    except (McmError, OSError) as error:  # what was computed is still printed
+        print(f"warning: the result is not kept: {describe(error)}", file=sys.stderr)
     return result
 
 

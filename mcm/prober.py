@@ -100,9 +100,15 @@ class Prober:
         return encode
 
     def held_out_knn(self, encode: Encode) -> float:
-        """k-NN accuracy on a fifth of some training rows; the rest is the bank. What choices are made by."""
+        """k-NN accuracy on a fifth of some training rows, by which choices are made; the rest is the bank.
+
+        It is 0 where no class has a row to hold out.
+        """
         rows = self.rows()
-        bank, held = (self.features("train", encode, rows[part]) for part in choice_rows(len(rows), self.seed))
+        parts = choice_rows(self.data.labels("train")[rows], self.seed)
+        if not len(parts[1]):
+            return 0.0
+        bank, held = (self.features("train", encode, rows[part]) for part in parts)
         return knn_accuracy(bank, held, device())
 
     def encoder(self, kind: str) -> tuple[Encode, float | None]:

@@ -106,8 +106,15 @@ def extract_command(
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="open_clip:ARCH, open_clip:FOLDER or timm:NAME.")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="A tag (openai), a file, 'pretrained' (timm), or 'random'.")
+        str | None, typer.Option(help="A tag (openai), FILE or FILE#SET, 'pretrained' (timm), or 'random'.")
     ] = None,
+    teacher_size: Annotated[
+        int | None, typer.Option(help="Side of the teacher's input; a multiple of its patch.")
+    ] = None,
+    teacher_mean: Annotated[
+        str | None, typer.Option(metavar="R,G,B", help="Of pixels in [0, 1]; one number for all.")
+    ] = None,
+    teacher_std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Beside --teacher-mean.")] = None,
     views: Annotated[int | None, typer.Option(help="Views per training picture; more can be added later.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of a view in pixels: what the student sees.")] = None,
     dtype: Annotated[str | None, typer.Option(help="int8 or float16.")] = None,
@@ -131,6 +138,7 @@ def extract_command(
     from .launch import launched
 
     flags = dict(teacher=teacher, weights=weights, views=views, size=size, dtype=dtype, batch=batch, splits=split)
+    flags |= dict(teacher_size=teacher_size, teacher_mean=teacher_mean, teacher_std=teacher_std)
     request = load_config(config, flags, set_ or ())
     extract(Request(source, cache, request, launched(worker, workers, device, threads), dry_run))
 
@@ -190,6 +198,7 @@ def verify_command(
 
     Example: mcm-cache verify cache
     """
+    from cache_tools.info import guessed
     from cache_tools.verify import verify
 
     share = re.fullmatch(r"([0-9]+\.?[0-9]*)%", subset)
@@ -197,6 +206,8 @@ def verify_command(
         raise UsageError(f"--subset {subset!r}: expected a share such as 5%")
     if recompute and not (teacher and weights and (path / "cache.json").is_file()):
         raise UsageError("--recompute: expected a CACHE, and --teacher and --weights as in its `mcm-cache extract`")
+    if warning := guessed(path):
+        print(f"warning: {warning}", file=sys.stderr)
     report = verify(path, quick, float(share[1]) / 100, seed, quiet=json)
     again = None
     if recompute and report.problems:

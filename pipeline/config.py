@@ -14,12 +14,25 @@ from cache_tools.records import Count, Record, SplitName, config_file, load_toml
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 
 
+def _colours(value: Any) -> Any:
+    """Three numbers from "R,G,B", or from one number for all three."""
+    if value is None:
+        return None
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    return tuple(float(part) for part in parts) * (3 if len(parts) == 1 else 1)
+
+
+Colour = Annotated[float, pydantic.Field(ge=0, le=1)]
+Colours = Annotated[tuple[Colour, Colour, Colour] | None, pydantic.BeforeValidator(_colours)]
+
+
 class ExtractConfig(Record):
     """What an extraction computes; sizes are in pixels, `batch` in pictures.
 
     `size` is the side of a view, which the student sees; `patch` is the student's, checked against the teacher's grid.
-    `teacher_size` is the side of the teacher's input, None for its own. `crop` is that of split train; the others get
-    centre crops.
+    `teacher_size` is the side of the teacher's input, None for its own. `teacher_mean` and `teacher_std`, of pixels in
+    [0, 1], normalise it; None for what the weights' own configuration or the tags of the architecture state.
+    `crop` is that of split train; the others get centre crops.
     """
 
     teacher: str
@@ -29,6 +42,8 @@ class ExtractConfig(Record):
     size: Side = 224
     patch: Side | None = None
     teacher_size: Side | None = None
+    teacher_mean: Colours = None
+    teacher_std: Colours = None
     crop: CropPolicy = CropPolicy(kind="rrc")
     encoding: str = "jpeg:95:444"  # token cosine to the unrecompressed view 0.983; 0.949 at 92:420
     dtype: Literal["int8", "float16"] = "int8"
@@ -41,6 +56,8 @@ class ExtractConfig(Record):
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:
         check_encoding(self.encoding)
+        if (self.teacher_mean is None) != (self.teacher_std is None) or 0 in (self.teacher_std or ()):
+            raise ValueError("expected teacher_mean and teacher_std together, and a teacher_std above 0")
         (low, high), (narrow, wide) = self.crop.scale, self.crop.ratio
         if not 0 < low <= high <= 1 or not 0 < narrow <= wide or not 0 <= self.crop.flip <= 1:
             raise ValueError(
@@ -48,6 +65,11 @@ class ExtractConfig(Record):
                 f"[0, 1]; found {self.crop.scale}, {self.crop.ratio} and {self.crop.flip}"
             )
         return self
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
+        """The teacher's mean and std, where they are given."""
+        return (self.teacher_mean, self.teacher_std) if self.teacher_mean and self.teacher_std else None
 
 
 def load_config(name: str | None, flags: Mapping[str, Any], overrides: Sequence[str] = ()) -> ExtractConfig:

@@ -29,7 +29,7 @@ from .dry_run import print_plan
 from .launch import Place
 from .shard import shard
 from .shard_features import Extractor
-from .teachers import Teacher, load_teacher, probe_pictures
+from .teachers import Teacher, check_multiple, load_teacher, probe_pictures
 from .views import TRAIN, pixels_sha256
 
 # Largest relative MSE between the float32 probe features of two machines. GELU in the place of QuickGELU moves those of
@@ -56,7 +56,10 @@ def extract(request: Request) -> None:
     """
     config, place = request.config, request.place
     check_output(request.cache, "a CACHE")
-    teacher = load_teacher(config.teacher, config.weights, config.teacher_size, place.device, config.precision)
+    teacher = load_teacher(
+        config.teacher, config.weights, config.teacher_size, place.device, config.precision, config.normalisation
+    )
+    print("\n".join(teacher.notes), flush=True)
     check_grid(config, teacher)
     dataset = open_source(request)
     identity = describe(request, dataset, teacher)
@@ -68,7 +71,8 @@ def extract(request: Request) -> None:
         return print_plan(units, dataset, teacher, config.batch, request.cache)
     settle(request.cache)
     publish_identity(request.cache, identity)
-    publish(request.cache / "extract.toml", write_toml(config).encode(), compare=False)
+    resolved = {"teacher_mean": teacher.identity.mean, "teacher_std": teacher.identity.std}
+    publish(request.cache / "extract.toml", write_toml(config.model_copy(update=resolved)).encode(), compare=False)
     precision_mse = publish_teacher(request.cache, teacher)
     every_unit = [unit for group in units.values() for unit in group]
     total = sum(unit.rows for unit in every_unit)
@@ -131,6 +135,8 @@ def open_source(request: Request) -> Dataset:
 def check_grid(config: ExtractConfig, teacher: Teacher) -> None:
     """Raises: UsageError when the teacher's grid and the student's cannot be the same."""
     rows, columns = teacher.grid
+    if config.patch:
+        check_multiple("--size", config.size, config.patch)
     patch = config.patch or config.size // rows
     if config.patch is None and (config.size % rows or rows != columns):
         raise UsageError(f"--size {config.size}: expected a --size that {rows} divides, the teacher's tokens a side")
@@ -138,7 +144,7 @@ def check_grid(config: ExtractConfig, teacher: Teacher) -> None:
         fitting = teacher.identity.height // rows * (config.size // patch)
         raise UsageError(
             f"grids differ: views of {config.size} px in patches of {patch} against the teacher's {rows}x{columns} "
-            f"tokens; use --set teacher_size={fitting}, or another size or patch"
+            f"tokens; use --teacher-size {fitting}, or another size or patch"
         )
 
 

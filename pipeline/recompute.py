@@ -69,9 +69,9 @@ def recompute(
 
 def _load(cache: Cache, name: str, weights: str, device: str | None) -> Teacher:
     theirs = cache.identity.teacher
-    teacher = load_teacher(name, weights, None, device)
+    teacher = load_teacher(name, weights, None, device, None, (theirs.mean, theirs.std))
     if (teacher.identity.height, teacher.identity.width) != (theirs.height, theirs.width):
-        teacher = load_teacher(name, weights, theirs.height, device)
+        teacher = load_teacher(name, weights, theirs.height, device, None, (theirs.mean, theirs.std))
     if found := differences(teacher.identity, theirs):
         other = f"{cache.path}: this is not the teacher of the cache (asked != found)"
         raise IdentityError(f"{other}: {'; '.join(found)}")

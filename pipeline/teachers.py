@@ -1,4 +1,4 @@
-"""Frozen teachers: any open_clip image tower and any timm ViT, their weights checked, giving patch tokens and CLS.
+"""Frozen teachers: vision transformers of open_clip and timm, their weights checked, giving patch tokens and CLS.
 
 B batch, N patch tokens, C channels, H W pixels.
 """
@@ -21,12 +21,23 @@ from cache_tools.errors import IdentityError, McmError, ResourceError, UsageErro
 from cache_tools.identity import TeacherIdentity
 from cache_tools.images import RGB, resize_rgb
 from cache_tools.records import nearest, read_json, sha256_hex
-from cache_tools.weights import load_whole, read_weights
+from cache_tools.weights import (
+    RANDOM,
+    Preprocessing,
+    Triple,
+    config_beside,
+    load_timm,
+    load_whole,
+    preprocessing,
+    read_weights,
+    weights_file,
+)
 
-RANDOM = "random"  # weights that say so: for shapes, timings and controls
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean and std
+ADVICE = "--teacher-mean and --teacher-std, or put beside the file its own"
 Precision = Literal["fp32", "fp16", "bf16"]
+Forward = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass
@@ -35,13 +46,14 @@ class Teacher:
 
     identity: TeacherIdentity
     tower: nn.Module
-    forward: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    forward: Forward
     grid: tuple[int, int]
     channels: int
     has_cls: bool
     projection: npt.NDArray[np.float32] | None
     device: torch.device
     precision: Precision
+    notes: tuple[str, ...]  # for the user: the preprocessing and what states it
 
     def __post_init__(self) -> None:
         # Made once: a copy from the host per batch would wait for the GPU.
@@ -60,21 +72,43 @@ class Teacher:
         return patch_BNC.float(), None if cls_BC is None else cls_BC.float()
 
 
+@dataclass
+class Tower:
+    """What a loader made of a name and weights: the module, its forward, and what the identity records of them."""
+
+    name: str
+    module: nn.Module
+    forward: Forward
+    size: tuple[int, int]
+    patch: int
+    architecture: dict[str, Any]
+    activation: str
+    preprocessing: Preprocessing
+    weights_set: str
+    norm: Literal["final", "none"] = "final"
+    projection: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+
 def load_teacher(
-    name: str, weights: str, size: int | None = None, device: str | None = None, precision: str | None = None
-) -> Teacher:
-    """The teacher `open_clip:ARCH`, `open_clip:FOLDER` (open_clip_config.json) or `timm:NAME`.
+    name: str, weights: str, size: int | None = None, device: str | None = None, precision: str | None = None,
+    normalisation: tuple[Triple, Triple] | None = None,
+) -> Teacher:  # fmt: skip
+    """Load the teacher `open_clip:ARCH`, `open_clip:FOLDER` (open_clip_config.json) or `timm:NAME`.
 
-    `weights` is a tag ("openai", or "pretrained" for timm), a file, or "random"; `size` in pixels overrides its own.
+    `weights` is a tag ("openai", or "pretrained" for timm), FILE, FILE#SET, or "random"; `size` in pixels overrides
+    its own; `normalisation` is the mean and std of pixels in [0, 1] where the weights' own are not known.
 
-    Raises: UsageError (unknown name, tag or size), IdentityError (tensors missing or too many, QuickGELU mismatch),
-    ResourceError (a tag that cannot be fetched).
+    Raises: UsageError (unknown name, tag, size or normalisation), IdentityError (tensors missing or too many,
+    QuickGELU mismatch), ResourceError (a tag that cannot be fetched).
     """
     kind, _, architecture = name.partition(":")
     if kind not in ("open_clip", "timm") or not architecture:
         raise UsageError(f"--teacher {name!r}: expected open_clip:ARCH, open_clip:FOLDER or timm:NAME")
     if precision not in (None, *PRECISIONS):
         raise UsageError(f"--precision {precision!r}: expected {', '.join(PRECISIONS)}")
+    if size is not None and size < 1:
+        raise UsageError(f"--teacher-size {size}: expected a side in pixels, above 0")
     try:
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=where)
@@ -91,29 +125,39 @@ def load_teacher(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # the weights of "random"
-            teacher = load(architecture, weights, size, where, cast(Precision, precision))
-    except Exception as error:
-        if (
-            isinstance(error, McmError) or not Path(architecture).is_dir()
-        ):  # a name that we know: the mistake is not in a configuration from elsewhere
-            raise
-        raise UsageError(f"--teacher {name}: expected open_clip's configuration of a ViT; {error!r}") from error
+            tower = load(architecture, weights, size, normalisation)
+            teacher = _describe(tower, weights, where, cast(Precision, precision))
+    except (McmError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a name or a configuration that is no vision transformer as this file knows them
+        raise UsageError(f"--teacher {name}: expected a vision transformer; {error!r}") from error
     teacher.tower.to(where)
     return teacher
 
 
-def _load_open_clip(name: str, weights: str, size: int | None, device: torch.device, precision: Precision) -> Teacher:
-    import open_clip
-    from open_clip.model import TimmModel, VisionTransformer, _build_vision_tower, resize_pos_embed
+def check_multiple(option: str, size: int, patch: int) -> None:
+    """Raises: UsageError unless the patch divides the size (pixels): the last pixels would reach no token."""
+    if size <= 0 or size % patch:
+        below = size // patch * patch
+        fitting = f"{below} or {below + patch}" if below > 0 else f"{patch}"
+        raise UsageError(f"{option} {size}: expected a multiple of the patch, {patch} pixels; use {fitting}")
 
-    config, tag = _open_clip_config(name, weights)
+
+def _load_open_clip(name: str, weights: str, size: int | None, given: tuple[Triple, Triple] | None) -> Tower:
+    import open_clip
+    from open_clip.model import VisionTransformer, _build_vision_tower, resize_pos_embed
+
+    config, tag, notes = _open_clip_config(name, weights)
+    stated = _open_clip_preprocessing(name, weights, config, tag, given)
     vision, quick_gelu = dict(config["vision_cfg"]), bool(config.get("quick_gelu", False))
     if "timm_model_name" in vision and size not in (None, vision["image_size"]):
         raise UsageError(f"teacher_size {size}: {name} is a timm tower of {vision['image_size']} px; use timm:NAME")
     vision["image_size"] = size or vision.get("image_size", 224)
     tower = _build_vision_tower(config["embed_dim"], vision, quick_gelu)
-    if not isinstance(tower, VisionTransformer | TimmModel):
-        raise UsageError(f"--teacher open_clip:{name}: expected a vision transformer; found {type(tower).__name__}")
+    module = getattr(tower, "trunk", tower)
+    if not isinstance(tower, VisionTransformer) and not hasattr(module, "num_prefix_tokens"):
+        raise UsageError(f"--teacher open_clip:{name}: expected a vision transformer; found {type(module).__name__}")
+    chosen = ""
     if weights != RANDOM:
         file = weights
         if tag:
@@ -121,32 +165,31 @@ def _load_open_clip(name: str, weights: str, size: int | None, device: torch.dev
                 file = open_clip.download_pretrained(tag)
             except (OSError, RuntimeError, ValueError) as error:
                 raise ResourceError(f"--weights {weights}: cannot be fetched: {error}; give a local file") from error
-        state = read_weights(Path(file))
+        state, chosen = read_weights(file)
         if "input_resolution" in state and not quick_gelu:
             raise IdentityError(f"{weights}: OpenAI's weights need QuickGELU; found {name}; use {name}-quickgelu")
         resize_pos_embed(state, SimpleNamespace(visual=tower))  # it asks a model for its visual alone
         visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
         load_whole(tower, visual, weights)
+    pooled = getattr(tower, "attn_pool", None) is not None  # CoCa normalises behind the pool, in the pool's width
 
     def forward(x_B3HW: Tensor) -> tuple[Tensor, Tensor | None]:
         out = tower.forward_intermediates(
-            x_B3HW, indices=[-1], normalize_intermediates=True, output_fmt="NLC",
+            x_B3HW, indices=[-1], normalize_intermediates=not pooled, output_fmt="NLC",
             output_extra_tokens=True, intermediates_only=True,
         )  # fmt: skip
         return out["image_intermediates"][0], _first_token(out.get("image_intermediates_prefix"))
 
-    preprocess = tag or config.get("preprocess_cfg", {})
     described = {k: v for k, v in config.items() if k in ("embed_dim", "quick_gelu")} | {"vision_cfg": vision}
-    projection = getattr(tower, "proj", None)
-    return _describe(
-        f"open_clip:{Path(name).name}", weights, tower, forward, _pair(vision["image_size"]), described,
-        preprocess.get("mean", CLIP_MEAN), preprocess.get("std", CLIP_STD),
-        "quick_gelu" if quick_gelu else "gelu", projection, device, precision,
+    return Tower(
+        f"open_clip:{Path(name).name}", tower, forward, _pair(vision["image_size"]), _patch(tower), described,
+        "quick_gelu" if quick_gelu else "gelu", stated, chosen, "none" if pooled else "final",
+        None if pooled else getattr(tower, "proj", None), notes,
     )  # fmt: skip
 
 
-def _open_clip_config(name: str, weights: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(model config, the tag's config or nothing), QuickGELU compared with open_clip's tables."""
+def _open_clip_config(name: str, weights: str) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    """(model config, the tag's config or nothing, notes), QuickGELU compared with open_clip's tables."""
     import open_clip
 
     folder = Path(name) / "open_clip_config.json"
@@ -165,92 +208,103 @@ def _open_clip_config(name: str, weights: str) -> tuple[dict[str, Any], dict[str
     if config is None:
         known = open_clip.list_models()
         raise UsageError(f"--teacher open_clip:{name}: no such architecture, nor a folder of one{nearest(name, known)}")
-    if weights == RANDOM or Path(weights).is_file():
-        twin = f"{name}-quickgelu"
-        if weights != RANDOM and twin in open_clip.list_models():  # no table knows what a file was trained with
-            print(
-                f"{weights}: taken for weights of GELU; OpenAI's, DFN's and MetaCLIP's need open_clip:{twin}",
-                flush=True,
-            )
-        return config, {}
-    tag = open_clip.get_pretrained_cfg(name, weights)
+    if weights == RANDOM:
+        return config, {}, ()
+    tag = {} if Path(weights).is_file() else open_clip.get_pretrained_cfg(name, weights)
     if not tag:
         tags = open_clip.list_pretrained_tags_by_model(name)
-        found = f"neither a file nor a tag of {name} ({', '.join(tags)})"
-        raise UsageError(f"--weights {weights!r}: {found}{nearest(weights, tags)}")
+        try:
+            weights_file(weights)
+        except UsageError as error:
+            found = f"neither a file nor a tag of {name} ({', '.join(tags)})"
+            raise UsageError(f"--weights {weights!r}: {found}{nearest(weights, tags)}") from error
+        twin = f"{name}-quickgelu"  # no table knows what a file was trained with
+        gelu = f"{weights}: taken for weights of GELU; OpenAI's, DFN's and MetaCLIP's need open_clip:{twin}"
+        return config, {}, (gelu,) if twin in open_clip.list_models() else ()
     if bool(tag.get("quick_gelu", False)) != bool(config.get("quick_gelu", False)):
         other = name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{name}-quickgelu"
         raise IdentityError(f"--weights {weights}: its table and {name} differ in QuickGELU; use open_clip:{other}")
-    return config, tag
+    return config, tag, ()
 
 
-def _load_timm(name: str, weights: str, size: int | None, device: torch.device, precision: Precision) -> Teacher:
-    import timm
+def _open_clip_preprocessing(
+    name: str, weights: str, config: dict[str, Any], tag: dict[str, Any], given: tuple[Triple, Triple] | None
+) -> Preprocessing:
+    import open_clip
 
-    if not timm.is_model(name.split(".")[0]):
-        known = timm.list_models()
-        raise UsageError(f"--teacher timm:{name}: timm has no such model{nearest(name, known)}")
-    hub = weights == "pretrained"
-    if not hub and weights != RANDOM and not Path(weights).is_file():
-        raise UsageError(f"--weights {weights!r}: expected a file, 'pretrained' or 'random' for a timm teacher")
-    try:
-        model = timm.create_model(name, pretrained=hub, num_classes=0, **({"img_size": size} if size else {}))
-    except (OSError, RuntimeError) as error:
-        raise ResourceError(f"timm:{name}: cannot be made with weights {weights}: {error}") from error
-    except TypeError as error:
-        raise UsageError(f"timm:{name}: expected a ViT that takes img_size: {error}") from error
+    own, source = config.get("preprocess_cfg", {}), f"{name}/open_clip_config.json"
+    if tag:
+        own, source = tag, f"the tag {weights}"
+    elif weights != RANDOM:
+        beside = config_beside(weights, "open_clip_config.json")
+        if beside.get("model_cfg", {}).get("vision_cfg") == config["vision_cfg"]:
+            own, source = beside.get("preprocess_cfg", {}), "the open_clip_config.json beside the weights"
+    tags = {one: open_clip.get_pretrained_cfg(name, one) for one in open_clip.list_pretrained_tags_by_model(name)}
+    default, advice = CLIP if weights == RANDOM else None, f"use {ADVICE} open_clip_config.json"
+    return preprocessing(f"open_clip:{name}", given, own, source, tags, default, advice)
+
+
+def _load_timm(name: str, weights: str, size: int | None, given: tuple[Triple, Triple] | None) -> Tower:
+    model, stated, chosen = load_timm(name, weights, ("head", "fc_norm"), f"{ADVICE} config.json", given, size)
     if not hasattr(model, "num_prefix_tokens") or isinstance(getattr(model, "norm", None), nn.Identity | None):
-        raise UsageError(
-            f"--teacher timm:{name}: expected a vision transformer with a final norm; found {type(model).__name__}"
-        )
-    if not hub and weights != RANDOM:
-        from timm.models.vision_transformer import checkpoint_filter_fn
-
-        state = checkpoint_filter_fn(read_weights(Path(weights)), model)
-        load_whole(model, state, weights, heads=("head", "fc_norm"))
+        found = type(model).__name__
+        raise UsageError(f"--teacher timm:{name}: expected a vision transformer with a final norm; found {found}")
+    has_class_token = getattr(model, "cls_token", None) is not None
 
     def forward(x_B3HW: Tensor) -> tuple[Tensor, Tensor | None]:
         out = model.forward_intermediates(
             x_B3HW, indices=1, norm=True, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
         )[0]
         patch_BNC, prefix_BPC = out if isinstance(out, tuple) else (out, None)
-        return patch_BNC, _first_token([prefix_BPC] if model.has_class_token else None)
+        return patch_BNC, _first_token([prefix_BPC] if has_class_token else None)
 
-    data = timm.data.resolve_model_data_config(model)
-    activation = type(model.blocks[0].mlp.act).__name__.lower()
-    described = {"name": name, "img_size": list(_pair(model.patch_embed.img_size))}
-    return _describe(
-        f"timm:{name}", weights, model, forward, _pair(model.patch_embed.img_size), described,
-        data["mean"], data["std"], activation, None, device, precision,
-    )  # fmt: skip
+    names = [type(part).__name__.lower() for name, part in model.blocks.named_modules() if name.endswith("act")]
+    size_HW = _pair(model.patch_embed.img_size)
+    described = {"name": name, "img_size": list(size_HW)}
+    return Tower(f"timm:{name}", model, forward, size_HW, _patch(model), described, names[0], stated, chosen)
 
 
-def _describe(
-    name: str, weights: str, tower: nn.Module, forward: Callable[[Tensor], tuple[Tensor, Tensor | None]],
-    size: tuple[int, int], described: dict[str, Any], mean: Any, std: Any, activation: str,
-    projection: Tensor | None, device: torch.device, precision: Precision,
-) -> Teacher:  # fmt: skip
-    tower.eval().requires_grad_(False)  # in training mode, patch dropout would leave out tokens
+def _patch(tower: Any) -> int:
+    """Pixels per token of a side; a hybrid has a convolutional stem before its patches."""
+    if hasattr(tower, "patch_size"):
+        return _pair(tower.patch_size)[0]
+    return int(getattr(tower, "trunk", tower).patch_embed.feat_ratio())
+
+
+def _describe(tower: Tower, weights: str, device: torch.device, precision: Precision) -> Teacher:
+    tower.module.eval().requires_grad_(False)  # in training mode, patch dropout would leave out tokens
+    for side in tower.size:
+        check_multiple("--teacher-size", side, tower.patch)
     with torch.inference_mode():
-        patch, cls = forward(torch.zeros(1, 3, *size))
-    rows = round((patch.shape[1] * size[0] / size[1]) ** 0.5)
-    columns = patch.shape[1] // rows
-    if rows * columns != patch.shape[1] or rows * size[1] != columns * size[0]:
-        raise UsageError(f"{name}: expected a grid of square patches; found {patch.shape[1]} tokens of {size} pixels")
-    stored = None if projection is None else np.ascontiguousarray(projection.detach().numpy(), np.float32)
+        patch, cls = tower.forward(torch.zeros(1, 3, *tower.size))
+    rows, columns = (side // tower.patch for side in tower.size)
+    if rows * columns != patch.shape[1]:
+        found = f"{patch.shape[1]} tokens of {tower.size} pixels"
+        raise UsageError(f"{tower.name}: expected {rows}x{columns} square patches; found {found}")
+    stored = None
+    if tower.projection is not None:
+        stored = np.ascontiguousarray(tower.projection.detach().numpy(), np.float32)
+    stated = tower.preprocessing
     identity = TeacherIdentity(
-        name=f"{name} (random weights)" if weights == RANDOM else name,
-        architecture_sha256=sha256_hex(json.dumps(described, sort_keys=True).encode()),
-        weights_sha256=state_sha256(tower.state_dict()),
-        activation=activation,
-        height=size[0],
-        width=size[1],
-        mean=(float(mean[0]), float(mean[1]), float(mean[2])),
-        std=(float(std[0]), float(std[1]), float(std[2])),
+        name=f"{tower.name} (random weights)" if weights == RANDOM else tower.name,
+        architecture_sha256=sha256_hex(json.dumps(tower.architecture, sort_keys=True).encode()),
+        weights_sha256=state_sha256(tower.module.state_dict()),
+        weights_set=tower.weights_set or None,
+        activation=tower.activation,
+        norm=tower.norm,
+        height=tower.size[0],
+        width=tower.size[1],
+        mean=stated.mean,
+        std=stated.std,
         projection_sha256=None if stored is None else sha256_hex(stored.tobytes()),
     )
+    resize = "" if stated.interpolation == "bicubic" else "; views are resized by bicubic interpolation all the same"
+    notes = (f"teacher {identity.name}: {stated}, from {stated.source}{resize}", *tower.notes)
     channels = int(patch.shape[2])
-    return Teacher(identity, tower, forward, (rows, columns), channels, cls is not None, stored, device, precision)
+    return Teacher(
+        identity, tower.module, tower.forward, (rows, columns), channels, cls is not None, stored, device, precision,
+        notes,
+    )  # fmt: skip
 
 
 def _pair(size: Any) -> tuple[int, int]:

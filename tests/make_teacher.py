@@ -9,13 +9,14 @@ from safetensors.torch import save_file
 
 VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+PREPROCESS = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
 
 
 def make_teacher(folder: Path, quick_gelu: bool = False, seed: int = 0, **vision: object) -> tuple[str, str]:
     """Write FOLDER; returns (--teacher, --weights)."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"embed_dim": 16, "vision_cfg": VISION | vision, "text_cfg": TEXT, "quick_gelu": quick_gelu}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": PREPROCESS}))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         state = CLIP(**config).state_dict()

@@ -1,9 +1,10 @@
 """k-NN and the linear probe against plain references."""
 
+import numpy as np
 import torch
 from torch.nn import functional
 
-from mcm.classify import Features, knn_accuracy, linear_probe
+from mcm.classify import CHOICE_ROWS, Features, choice_rows, knn_accuracy, linear_probe
 
 
 def clusters(rows, seed):
@@ -31,3 +32,20 @@ def test_linear_probe_separates_what_is_linear_and_ignores_scale():
     scaled = [Features(part.x * torch.logspace(-3, 3, 8) + 5, part.y) for part in (train, val)]
     assert accuracy > 0.8 and converged
     assert linear_probe(*scaled, seed=0)[:2] == (accuracy, c)
+
+
+def test_rows_that_choose_are_drawn_by_class():
+    labels = np.where(np.arange(20_000) < 3, 1, 0)  # three defects in twenty thousand rows
+    bank, held = choice_rows(labels, seed=1)
+    assert len(bank) + len(held) == CHOICE_ROWS == len({*bank, *held})
+    assert sorted([labels[bank].sum(), labels[held].sum()]) == [1, 2] and 0.19 < len(held) / CHOICE_ROWS < 0.21
+    bank, held = choice_rows(np.arange(7000), seed=1)  # more classes than rows that choose
+    assert (len(bank), len(held)) == (7000, 0)
+
+
+def test_a_rare_class_is_fitted_and_one_that_cannot_be_is_none():
+    train, val = clusters(40, 0), clusters(30, 1)
+    rare = Features(train.x, (torch.arange(40) < 2).long())
+    assert all(linear_probe(rare, val, seed)[1] for seed in range(3))
+    assert linear_probe(Features(train.x[:3], torch.arange(3)), val, 0) is None
+    assert linear_probe(Features(train.x, torch.zeros(40).long()), val, 0) is None

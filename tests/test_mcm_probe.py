@@ -1,5 +1,7 @@
 """Probes: k-NN and linear agree with plain references, every input is named, results are stored."""
 
+import json
+import shutil
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -10,15 +12,17 @@ from make_cache import make_cache
 from make_dataset import make_dataset
 from make_run import make_run
 from timm.models.vision_transformer import VisionTransformer
+from typer.testing import CliRunner
 
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.records import encode_record, read_record
 from cache_tools.storage import file_sha256, write_atomic
 from mcm.backbones import load_encoder
-from mcm.classify import training_rows
+from mcm.classify import Features, training_rows
+from mcm.cli import app
 from mcm.masking import mask_picks, mask_pool
-from mcm.probe import ProbeResult, probe
+from mcm.probe import ProbeResult, _score, probe, record_name
 from mcm.prober import Prober
 from mcm.scorecard import odd_channels
 
@@ -26,6 +30,10 @@ from mcm.scorecard import odd_channels
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data") / "dataset").path
+
+
+def name(result, untrained=False):
+    return record_name(result.label, result.data_sha256, result.seed, untrained)
 
 
 def test_a_run_names_its_inputs_and_stores_them(data, tmp_path):
@@ -37,24 +45,59 @@ def test_a_run_names_its_inputs_and_stores_them(data, tmp_path):
         96,
         40,
     )
-    assert read_record(ProbeResult, run / "probe" / "folded.json") == results[1]
+    assert read_record(ProbeResult, run / "probe" / name(results[1])) == results[1]
 
 
 def test_methods_asked_for_one_by_one_end_in_one_file(data, tmp_path):
     run = make_run(tmp_path / "run")
     probe(str(run), data, ["knn"], ["full"], quiet=True)
-    probe(str(run), data, ["linear"], ["full"], quiet=True)
-    both = read_record(ProbeResult, run / "probe" / "full.json")
-    assert both == probe(str(run), data, inputs=["full"], quiet=True)[0]
-    probe(str(run), data, ["knn"], ["full"], seed=1, quiet=True)  # other draws: the old number is not carried over
-    assert read_record(ProbeResult, run / "probe" / "full.json").linear is None
+    (linear,) = probe(str(run), data, ["linear"], ["full"], quiet=True)
+    both = read_record(ProbeResult, run / "probe" / name(linear))
+    assert both == linear == probe(str(run), data, inputs=["full"], quiet=True)[0]
+
+
+def test_another_seed_or_dataset_takes_no_records_place(data, tmp_path):
+    run, other = make_run(tmp_path / "run"), make_dataset(tmp_path / "other", 48, 16).path
+    asked = ((data, 0), (data, 1), (other, 0))
+    results = [probe(str(run), source, ["knn"], ["full"], seed=seed, quiet=True)[0] for source, seed in asked]
+    assert len(list((run / "probe").iterdir())) == 3
+    assert [read_record(ProbeResult, run / "probe" / name(result)) for result in results] == results
+    cache = make_cache(tmp_path / "cache")
+    for seed in (0, 1):
+        probe(str(cache.path), None, ["knn"], quiet=True, features=["mean"], seed=seed)
+    assert {file.name for file in (cache.path / ".run").glob("*.json")} == {"probe.json", "probe-seed-1.json"}
+
+
+@pytest.mark.parametrize("obstacle", ["a file for the folder", "a damaged record"])
+def test_a_result_that_cannot_be_kept_is_given_with_a_warning(obstacle, data, tmp_path, capsys):
+    run, args = make_run(tmp_path / "run"), ["probe", str(tmp_path / "run"), "--data", str(data), "--method", "knn"]
+    (kept,) = probe(str(run), data, ["knn"], ["full"], quiet=True)
+    if obstacle == "a damaged record":
+        (run / "probe" / name(kept)).write_bytes(b"{}")
+    else:
+        shutil.rmtree(run / "probe")
+        (run / "probe").write_text("")
+    found = CliRunner().invoke(app, [*args, "--input", "full", "--workers", "0", "--json"])
+    assert found.exit_code == 0 and json.loads(found.stdout)[0]["knn"] == kept.knn
+    assert f"warning: the result is not kept: {run / 'probe'}" in found.stderr
+
+
+def test_classes_of_one_row_leave_knn_alone(tmp_path, capsys):
+    cache = make_cache(tmp_path / "cache")
+    (result,) = probe(str(cache.path), None, ["knn", "linear"], quiet=True, features=["mean"])
+    assert result.linear is not None
+    train, val = (Features(torch.randn(2, 4), torch.arange(2)) for _ in range(2))
+    facts = {"subject": "x", "weights": "x", "input": "full", "seed": 0, "data_sha256": "0"}
+    result = _score(train, val, ["linear"], **facts)
+    assert result.linear is None and result.knn is not None
+    assert "no linear probe: expected two classes, and a class of two training rows" in capsys.readouterr().err
 
 
 def test_untrained_is_the_model_as_it_began(data, tmp_path):
     run = make_run(tmp_path / "run")
     result = probe(str(run), data, ["knn"], ["full"], untrained=True, quiet=True)[0]
-    assert result.weights == "untrained" and (run / "probe" / "untrained-full.json").is_file()
-    assert not (run / "probe" / "full.json").exists()
+    assert result.weights == "untrained" and (run / "probe" / name(result, True)).is_file()
+    assert not (run / "probe" / name(result)).exists()
 
 
 def test_folded_and_masked_features_are_what_they_say(data, tmp_path):
@@ -75,8 +118,9 @@ def test_folded_and_masked_features_are_what_they_say(data, tmp_path):
 
 def test_a_patch_run_can_be_probed_masked_and_one_without_masks_cannot(data, tmp_path):
     patch = make_run(tmp_path / "patch", "patch")
-    assert [r.input for r in probe(str(patch), data, ["knn"], ["masked:2"], quiet=True)] == ["full", "masked:2"]
-    assert (patch / "probe" / "masked-2.json").is_file()
+    results = probe(str(patch), data, ["knn"], ["masked:2"], quiet=True)
+    assert [result.input for result in results] == ["full", "masked:2"]
+    assert (patch / "probe" / f"masked-2-{Dataset(data).sha256[:12]}.json").is_file()
     plain = make_run(tmp_path / "none", "none")
     assert [result.input for result in probe(str(plain), data, ["knn"], quiet=True)] == ["full"]
     with pytest.raises(UsageError, match="--input folded: expected a RUN trained with masks"):
@@ -133,7 +177,7 @@ def test_few_labels_and_other_features_have_files_of_their_own(data, tmp_path):
     run = make_run(tmp_path / "run")
     results = probe(str(run), data, inputs=["full"], quiet=True, features=["mean", "both"], shots=6)
     assert [(one.label, one.train_rows) for one in results] == [("full-shots-6", 12), ("full-both-shots-6", 12)]
-    assert sorted(path.name for path in (run / "probe").iterdir()) == ["full-both-shots-6.json", "full-shots-6.json"]
+    assert {path.name for path in (run / "probe").iterdir()} == set(map(name, results))
     dataset, prober = Dataset(data), Prober(load_encoder(str(run)), Dataset(data), 0, 0, True, shots=6)
     rows = training_rows(dataset.labels("train"), dataset.classes, 6, 0)
     assert prober.rows().tolist() == rows.tolist()

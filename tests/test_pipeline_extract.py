@@ -160,6 +160,8 @@ def test_views_are_added_without_touching_those_there(place: Path, tmp_path: Pat
     after = tree_digest(tmp_path / "cache")
     assert before.items() <= after.items() and after | {"extract.toml": ""} == tree_digest(cache) | {"extract.toml": ""}
     again = load_config(str(tmp_path / "cache" / "extract.toml"), {})
+    assert again.teacher_mean == Cache(tmp_path / "cache").identity.teacher.mean
+    again = again.model_copy(update={"teacher_mean": None, "teacher_std": None})
     assert again == request(place, cache, views=1, splits=("train",)).config  # the request that began it
 
 
@@ -212,7 +214,10 @@ def test_probe_features_tell_what_names_do_not(place: Path, cache: Path, monkeyp
     ("changes", "said"),
     [
         (dict(size=42), "a --size that 4 divides"),
-        (dict(patch=16), "use --set teacher_size=16"),
+        (dict(patch=16), "use --teacher-size 16"),
+        (dict(size=40, patch=16), "--size 40: expected a multiple of the patch, 16 pixels; use 32 or 48"),
+        (dict(teacher_mean="0.5"), "expected teacher_mean and teacher_std together"),
+        (dict(teacher_mean="123,117,104", teacher_std="1"), "teacher_mean.0: Input should be less than or equal to 1"),
         (dict(batch=20), "batch: Input should be a multiple of 16"),
         (dict(dtype="int3"), "dtype: Input should be 'int8' or 'float16'"),
         (dict(compress="lz4"), "compress: Input should be 'zstd'"),

@@ -1,5 +1,7 @@
 """Teachers: the right tensors, all of them, or an error that names what is wrong before any work."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,10 @@ import timm
 import torch
 from make_teacher import make_teacher
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from cache_tools.errors import IdentityError, UsageError
+from pipeline.cli import app
 from pipeline.teachers import load_teacher, probe_pictures
 
 
@@ -64,6 +68,116 @@ def test_the_grid_of_a_teacher_with_patch_dropout_is_that_of_its_features(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("size", "clip", "timm_vit"),
+    [(0, "above 0", "above 0"), (20, "use 16 or 24", "use 16 or 32"), (36, "use 32 or 40", "use 32 or 48")],
+)
+def test_a_size_that_the_patch_does_not_divide(size: int, clip: str, timm_vit: str, tmp_path: Path) -> None:
+    for name, weights, said in ((*make_teacher(tmp_path / "clip"), clip), ("timm:test_vit", "random", timm_vit)):
+        with pytest.raises(UsageError, match=f"--teacher-size {size}: expected .*{said}"):
+            load_teacher(name, weights, size, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("timm:test_vit", (10, 10)),
+        ("timm:deit_tiny_distilled_patch16_224", (14, 14)),
+        ("timm:vit_tiny_r_s16_p8_224", (7, 7)),
+        ("timm:vit_small_patch16_dinov3", (16, 16)),
+        ("open_clip:coca_ViT-B-32", (7, 7)),
+        ("timm:test_vit.nope", "expected a tag of test_vit: r160_in1k"),
+        *((name, "expected a vision transformer") for name in (
+            "timm:test_vit2", "timm:xcit_nano_12_p16_224", "timm:cait_xxs24_224", "timm:mvitv2_tiny", "timm:pit_ti_224",
+            "timm:test_convnext", "timm:eva02_tiny_patch14_224", "timm:vit_srelpos_small_patch16_224", "open_clip:RN50",
+            "open_clip:MobileCLIP-S1",
+        )),
+    ],
+)  # fmt: skip
+def test_every_name_gives_features_or_one_line(name: str, found: object) -> None:
+    if isinstance(found, tuple):
+        return assert_equal(load_teacher(name, "random", device="cpu").grid, found)
+    with pytest.raises(UsageError, match=str(found)):
+        load_teacher(name, "random", device="cpu")
+
+
+def assert_equal(one: object, other: object) -> None:
+    assert one == other
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of weights of an architecture that open_clip knows by name, without a configuration beside it."""
+    import open_clip
+
+    make_teacher(tmp_path / "clip")
+    (tmp_path / "models").mkdir()
+    config = json.loads((tmp_path / "clip" / "open_clip_config.json").read_text())
+    (tmp_path / "models" / "tiny.json").write_text(json.dumps(config["model_cfg"]))
+    open_clip.add_model_config(tmp_path / "models")
+    return shutil.move(tmp_path / "clip" / "open_clip_model.safetensors", tmp_path / "weights.safetensors")
+
+
+def test_the_mean_of_a_file_is_what_states_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import open_clip
+
+    def mean(given: tuple[tuple[float, ...], tuple[float, ...]] | None = None, weights: str = str(tiny)) -> float:
+        return load_teacher("open_clip:tiny", weights, None, "cpu", None, given).identity.mean[0]
+
+    tags = {"a": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda _: list(tags))
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda _, tag: tags.get(tag, {}))
+    assert mean() == 0.5  # every tag
+    tags["b"] = {"mean": (0.25,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear"}
+    for weights, known in ((str(tiny), tags), (str(tiny), {})):
+        monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda _, known=known: list(known))
+        with pytest.raises(UsageError, match=r"found (mean .* of a; .*bilinear of b|no tags); use --teacher-mean and"):
+            mean(None, weights)
+    assert mean(((0.125,) * 3, (0.5,) * 3)) == 0.125  # the options
+    assert mean(None, "random") > 0.48
+    own = json.loads((tiny.parent / "clip" / "open_clip_config.json").read_text())
+    own["preprocess_cfg"]["mean"] = [0.75] * 3
+    (tiny.parent / "open_clip_config.json").write_text(json.dumps(own))
+    assert mean() == 0.75  # the configuration beside the file
+    own["model_cfg"]["vision_cfg"]["layers"] = 3  # of another model
+    (tiny.parent / "open_clip_config.json").write_text(json.dumps(own))
+    with pytest.raises(UsageError, match="found no tags"):
+        mean()
+
+
+@pytest.mark.parametrize(
+    ("request_toml", "said"),
+    [
+        ('teacher = "open_clip:ViT-B-32-SigLIP2-256"\nweights = "siglip.safetensors"', True),
+        ('teacher = "timm:vit_base_patch16_224"\nweights = "/models/mae"', True),
+        ('teacher = "timm:vit_base_patch16_224.mae"\nweights = "/models/mae"', False),
+        ('teacher = "open_clip:ViT-B-16"\nweights = "laion2b_s34b_b88k"', False),
+        ('teacher = "open_clip:ViT-B-16"\nweights = "x.pt"\nteacher_mean = [0.5, 0.5, 0.5]', False),
+    ],
+)
+def test_a_cache_of_a_guessed_mean_is_named(request_toml: str, said: bool, tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parent / "data" / "cache-v1", tmp_path / "cache")
+    (tmp_path / "cache" / "extract.toml").write_text(request_toml)
+    for command in ("info", "verify"):
+        found = CliRunner().invoke(app, [command, str(tmp_path / "cache")])
+        assert found.exit_code == 0 and ("mean and std were guessed" in found.output) == said, found.output
+
+
+def test_a_set_of_weights_is_in_the_identity(tmp_path: Path) -> None:
+    name, weights = make_teacher(tmp_path / "clip")
+    plain, state = load_teacher(name, weights, device="cpu").identity, load_file(weights)
+    assert (
+        "weights_set" not in plain.model_dump() and "from the open_clip_config" in load_teacher(name, weights).notes[0]
+    )
+    ema = {f"{key}_ema": value + 1 for key, value in state.items()}
+    save_file(state | ema, tmp_path / "two.safetensors")
+    with pytest.raises(UsageError, match=r"two.safetensors#model or .*two.safetensors#ema"):
+        load_teacher(name, str(tmp_path / "two.safetensors"), device="cpu")
+    found = [load_teacher(name, f"{tmp_path}/two.safetensors#{one}", device="cpu").identity for one in ("model", "ema")]
+    assert [one.weights_set for one in found] == ["model", "ema"]
+    assert found[0].weights_sha256 == plain.weights_sha256 != found[1].weights_sha256
+
+
+@pytest.mark.parametrize(
     ("teacher", "weights", "error", "said"),
     [
         ("ViT-B-16", "openai", UsageError, "expected open_clip:ARCH"),
@@ -73,6 +187,7 @@ def test_the_grid_of_a_teacher_with_patch_dropout_is_that_of_its_features(tmp_pa
         ("open_clip:ViT-B-16-quickgelu", "laion2b_s34b_b88k", UsageError, "neither a file nor a tag"),
         ("timm:vit_tinny_patch16_224", "random", UsageError, "did you mean 'vit_tiny_patch16_224'"),
         ("timm:resnet18", "random", UsageError, "expected a vision transformer with a final norm"),
+        ("open_clip:ViT-B-32", "openai#ema", UsageError, "neither a file nor a tag"),
     ],
 )
 def test_wrong_requests(teacher: str, weights: str, error: type[Exception], said: str) -> None:
@@ -116,8 +231,6 @@ def test_deit_through_timm_and_through_open_clip_agree(shared_data: Path, tmp_pa
     vision = {"image_size": 224, "layers": 12, "width": 192, "head_width": 64, "patch_size": 16, "no_ln_pre": True}
     config = {"embed_dim": 192, "vision_cfg": vision | {"norm_kwargs": {"eps": 1e-6}}, "text_cfg": {}}
     imagenet = {"mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
-    import json
-
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": imagenet}))
     files = [shared_data / "deit-tiny" / f"deit_tiny_{end}.safetensors" for end in ("patch16_224", "openclip_visual")]
     ours = load_teacher("timm:deit_tiny_patch16_224", str(files[0]), device="cpu")
