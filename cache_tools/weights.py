@@ -187,7 +187,7 @@ def preprocessing(
     """
     if given:
         return Preprocessing(*given, own.get("interpolation", "bicubic"), "the options")
-    if own.get("mean") is not None and own.get("std") is not None:
+    if "mean" in own or "std" in own:
         return _stated(own, source)
     stated: dict[str, list[str]] = {}
     for tag, config in tags.items():
@@ -205,8 +205,8 @@ def _stated(config: Mapping[str, Any], source: str) -> Preprocessing:
         mean, std = (tuple(map(float, config[key])) for key in ("mean", "std"))
         if not len(mean) == len(std) == 3 or not all(map(math.isfinite, mean)) or not all(0 < x < 255 for x in std):
             raise ValueError(f"{mean} and {std}")
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{source}: expected a mean and a std of three colours; found {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{source}: expected a mean and a std of three colours; found {error!r}") from error
     return Preprocessing(mean, std, str(config.get("interpolation") or "bicubic"), source)
 
 
