@@ -232,14 +232,16 @@ def _open_clip_preprocessing(
 ) -> Preprocessing:
     import open_clip
 
+    clip = {"mean": CLIP[0], "std": CLIP[1]}  # of a tag that states none
     own, source = config.get("preprocess_cfg", {}), f"{name}/open_clip_config.json"
     if tag:
-        own, source = tag, f"the tag {weights}"
+        own, source = clip | tag, f"the tag {weights}"
     elif weights != RANDOM:
         beside = config_beside(weights, "open_clip_config.json")
         if beside.get("model_cfg", {}).get("vision_cfg") == config["vision_cfg"]:
             own, source = beside.get("preprocess_cfg", {}), "the open_clip_config.json beside the weights"
-    tags = {one: open_clip.get_pretrained_cfg(name, one) for one in open_clip.list_pretrained_tags_by_model(name)}
+    names = open_clip.list_pretrained_tags_by_model(name)
+    tags = {one: clip | open_clip.get_pretrained_cfg(name, one) for one in names}
     default, advice = CLIP if weights == RANDOM else None, f"use {ADVICE} open_clip_config.json"
     return preprocessing(f"open_clip:{name}", given, own, source, tags, default, advice)
 
