@@ -91,11 +91,16 @@ def train_transform(augment: Augment, spec: InputSpec) -> SeededTransform:
     )
 
 
-def eval_transform(spec: InputSpec) -> SeededTransform:
-    """Resize and centre crop; the seed changes nothing."""
+def eval_transform(spec: InputSpec, whole: bool = False) -> SeededTransform:
+    """Resize and centre crop, or squash the `whole` picture to the size; the seed changes nothing."""
     return SeededTransform(
         create_transform(
-            (3, *spec.size), interpolation=spec.interpolation, mean=spec.mean, std=spec.std, crop_pct=spec.crop_pct
+            (3, *spec.size),
+            interpolation=spec.interpolation,
+            mean=spec.mean,
+            std=spec.std,
+            crop_pct=1.0 if whole else spec.crop_pct,
+            crop_mode="squash" if whole else "center",
         )
     )
 

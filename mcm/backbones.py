@@ -97,10 +97,12 @@ def load_encoder(
 def pooled(model: VisionTransformer, tokens_BND: Tensor, features: str = "mean") -> Tensor:
     """Features [B, D] of tokens after the final norm (behind the pool in some timm models); of "both" [B, 2 D].
 
-    "mean" is the mean of the patch tokens, "cls" the class token, "both" one beside the other.
+    "mean" is the mean of the patch tokens, "cls" the class token, "both" one beside the other. "patch" is every patch
+    token [B, N, D].
     """
-    parts = {"mean": tokens_BND[:, model.num_prefix_tokens :].mean(1), "cls": tokens_BND[:, 0]}
-    chosen = parts if features == "both" else [features]
+    patch_BND = tokens_BND[:, model.num_prefix_tokens :]
+    parts = {"mean": patch_BND.mean(1), "cls": tokens_BND[:, 0], "patch": patch_BND}
+    chosen = ("mean", "cls") if features == "both" else (features,)
     return torch.cat([model.fc_norm(parts[name]) for name in chosen], dim=1)
 
 

@@ -4,8 +4,10 @@ Letters: B batch, N patches, D width, K classes, R patches of the training split
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,16 +15,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cache_tools.console import progress
+from cache_tools.dataset import Dataset
 from cache_tools.draws import hash_u64, permutation
 from cache_tools.errors import UsageError
 from cache_tools.labels import IGNORED, Mask
+from cache_tools.records import Record, encode_record
+from cache_tools.storage import file_sha256, write_atomic
+from mcm.augment import eval_transform
+from mcm.backbones import load_encoder
+from mcm.order import EvalOrder
+from mcm.probe import input_kinds, warn_of_copies
+from mcm.prober import Encode, Prober, device
+from mcm.run_folder import software, versions
+from mcm.stream import DatasetSource, Stream, batches
 
 L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of the mean cross-entropy
 MAX_ITERATIONS, GRADIENT_TOLERANCE = 500, 1e-5
 CHOICE_PICTURES = 6000  # training pictures that choose L2 and s; a fifth of them is held out
 MAX_VALUES = 1 << 30  # float32 values of the training patches in memory: 4 GiB
 RANDOM_PATCHES = 64  # per picture, where all patches are more than MAX_VALUES
-FIT_ROWS, PIXEL_LOGITS = 1 << 16, 1 << 26  # computed at once
+BATCH_PICTURES, FIT_ROWS, PIXEL_LOGITS = 32, 1 << 16, 1 << 26  # computed at once
 
 Scene = tuple[int, Tensor, Mask]  # row, patch tokens [N, D], mask [H, W]
 
@@ -54,14 +67,34 @@ class Linear:
         return functional.linear(x, self.weight_KD, self.bias_K)
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(Record):
     """Means over the classes that occur, as fractions of 1, and the IoU of each class: None where it is absent."""
 
     miou: float
     mean_accuracy: float
     pixel_accuracy: float
     iou: tuple[float | None, ...]
+
+
+class DenseResult(Scores):
+    """The scores of one input, and what they were measured with; `patches` are those that the classifier saw."""
+
+    kind: Literal["dense"] = "dense"
+    subject: str
+    weights: str
+    input: str
+    fold_scale: float | None
+    classes: tuple[str, ...]
+    l2: float
+    converged: bool
+    patches: int
+    train_rows: int
+    val_rows: int
+    seed: int
+    data_sha256: str
+    run_sha256: str | None
+    versions: dict[str, str]
+    software: str
 
 
 def label_shares(mask_HW: Mask, grid: tuple[int, int], num_classes: int) -> npt.NDArray[np.float32]:
@@ -171,7 +204,7 @@ def predict(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
 
 def confusion(mask_HW: Mask, predicted_HW: Tensor, num_classes: int) -> Tensor:
     """Return the pixels of each (true, predicted) class, int64 [K, K]; ignored pixels count nowhere."""
-    truth_HW = torch.from_numpy(mask_HW).to(predicted_HW.device).long()
+    truth_HW = torch.tensor(mask_HW, dtype=torch.int64, device=predicted_HW.device)
     known = truth_HW != IGNORED
     pairs = truth_HW[known] * num_classes + predicted_HW[known]
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
@@ -183,4 +216,91 @@ def scores(confusion_KK: Tensor) -> Scores:
     iou, accuracy = hits / (truth + found - hits), hits / truth
     each = tuple(None if math.isnan(value) else value for value in iou.tolist())
     pixels = float(hits.sum() / truth.sum())
-    return Scores(float(iou.nanmean()), float(accuracy.nanmean()), pixels, each)
+    return Scores(miou=float(iou.nanmean()), mean_accuracy=float(accuracy.nanmean()), pixel_accuracy=pixels, iou=each)
+
+
+def dense_probe(
+    spec: str, data: Path, inputs: Sequence[str] = (), weights: Path | None = None, untrained: bool = False,
+    seed: int = 0, workers: int = 4, quiet: bool = False,
+) -> list[DenseResult]:  # fmt: skip
+    """Probe a RUN, an exported folder or timm:NAME on a DATASET with masks; a RUN's results are kept in RUN/dense/.
+
+    Raises: UsageError before any picture is read.
+    """
+    dataset, run = Dataset(data), Path(spec) / "run.json"
+    backbone = load_encoder(spec, weights, untrained=untrained)
+    kinds = input_kinds(backbone, inputs, spec)
+    warn_of_copies(dataset, quiet)
+    prober = Prober(backbone, dataset, seed, workers, quiet, "patch")
+    results = []
+    for kind in kinds:
+        encode, s = prober.encoder(kind, lambda encode: _train(prober, encode, CHOICE_PICTURES)[-1])
+        linear, patches, l2, _ = _train(prober, encode)
+        found = _confusion(prober, encode, linear)
+        results.append(
+            DenseResult(
+                **scores(found).model_dump(), subject=spec, weights=backbone.weights, input=kind, fold_scale=s,
+                classes=dataset.classes, l2=l2, converged=linear.converged, patches=patches, seed=seed,
+                train_rows=dataset.rows("train"), val_rows=dataset.rows("val"), data_sha256=dataset.sha256,
+                run_sha256=file_sha256(run) if run.is_file() else None, software=software(),
+                versions=versions("torch", "timm", "numpy"),
+            )
+        )  # fmt: skip
+        if run.is_file():
+            name = f"{'untrained-' * untrained}{kind.replace(':', '-')}-{dataset.sha256[:12]}-seed-{seed}.json"
+            write_atomic(run.parent / "dense" / name, encode_record(results[-1]))
+        if not quiet:
+            print(text(results[-1]), flush=True)
+    return results
+
+
+def text(result: DenseResult) -> str:
+    """The scores in percent as lines for a terminal, "-" for a class that does not occur."""
+    shown = {
+        name: "-" if iou is None else f"{100 * iou:.1f}" for name, iou in zip(result.classes, result.iou, strict=True)
+    }
+    scale = "" if result.fold_scale is None else f" (s = {result.fold_scale:.3g})"
+    means = (result.miou, result.mean_accuracy, result.pixel_accuracy)
+    figures = "mIoU {:.1f} %  mean accuracy {:.1f} %  pixels {:.1f} %".format(*(100 * value for value in means))
+    each = "  ".join(f"{name} {iou}" for name, iou in shown.items())
+    return f"{result.subject} {result.weights}: {result.input}{scale}: dense linear (LBFGS) {figures}\n  IoU: {each}"
+
+
+def _train(prober: Prober, encode: Encode, pictures: int | None = None) -> tuple[Linear, int, float, float]:
+    """(classifier of raw tokens, patches it saw, L2, held-out mIoU) of all training pictures, or of some."""
+    rows = permutation(prober.data.rows("train"), prober.seed, "dense_choice")[:pictures]
+    scenes, classes = _scenes(prober, "train", encode, np.sort(rows)), len(prober.data.classes)
+    grid = prober.backbone.model.patch_embed.grid_size
+    patches = collect(scenes, len(rows), grid, classes, prober.seed)
+    mean_D, std_D = standardise(patches)
+    l2, miou = choose_l2(patches, prober.seed)
+    linear = fit(patches, l2)
+    weight_KD = linear.weight_KD / std_D
+    return Linear(weight_KD, linear.bias_K - weight_KD @ mean_D, linear.converged), len(patches.x), l2, miou
+
+
+def _confusion(prober: Prober, encode: Encode, linear: Linear) -> Tensor:
+    """The confusion of every pixel of the val split."""
+    classes, grid = len(prober.data.classes), prober.backbone.model.patch_embed.grid_size
+    total = torch.zeros(classes, classes, dtype=torch.int64, device=device())
+    for _, tokens_ND, mask_HW in _scenes(prober, "val", encode):
+        logits_KHW = linear(tokens_ND).T.reshape(classes, *grid)
+        total += confusion(mask_HW, predict(logits_KHW, mask_HW.shape), classes)
+    return total
+
+
+def _scenes(prober: Prober, split: str, encode: Encode, rows: npt.NDArray[np.int64] | None = None) -> Iterator[Scene]:
+    """The patch tokens and the mask of every picture, squashed to the model's size."""
+    source = DatasetSource(prober.data, split, eval_transform(prober.backbone, whole=True), prober.seed, rows)
+    order = EvalOrder(len(source.rows), 1, BATCH_PICTURES)
+    with (
+        batches(Stream(order, source), 0, len(order), prober.workers) as items,
+        progress(order.rows, f"patch tokens of {split}", "pictures", quiet=prober.quiet) as bar,
+    ):
+        for batch in items:
+            with torch.no_grad():
+                tokens_BND = encode(batch["pictures"].to(device()), batch["rows"].numpy()).float()
+            kept = batch["rows"][: int(batch["weight"].sum())].tolist()
+            for row, tokens_ND in zip(kept, tokens_BND, strict=False):  # the last batch is padded
+                yield row, tokens_ND, prober.data.mask(split, row)
+            bar.update(len(kept))

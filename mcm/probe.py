@@ -15,7 +15,7 @@ from cache_tools.dataset import Dataset
 from cache_tools.errors import McmError, UsageError
 from cache_tools.records import Record, encode_record, nearest, read_record
 from cache_tools.storage import file_sha256, run_folder, write_atomic
-from mcm.backbones import load_encoder
+from mcm.backbones import Backbone, load_encoder
 from mcm.classify import Features, knn_accuracy, linear_probe, training_rows
 from mcm.diagnostics import Gram
 from mcm.prober import Prober, device
@@ -92,11 +92,7 @@ def probe(
         raise UsageError(f"{spec}: expected --data DATASET with the pictures to probe on; it is missing")
     dataset = labelled(Dataset(data))
     backbone = load_encoder(spec, weights, untrained=untrained)
-    kinds = tuple(inputs) or (("full", "folded") if backbone.masked is not None else ("full",))
-    for kind in kinds:
-        check_kind(kind)
-        if kind != "full" and backbone.masked is None:
-            raise UsageError(f"--input {kind}: expected a RUN trained with masks; {spec} is not; use full")
+    kinds = input_kinds(backbone, inputs, spec)
     wanted = dict.fromkeys(features or FEATURES[:1])
     _check_features(wanted, backbone.model.has_class_token, spec)
     run, is_run = Path(spec), (Path(spec) / "run.json").is_file()
@@ -108,7 +104,7 @@ def probe(
     for tokens in wanted:
         prober = Prober(backbone, dataset, seed, workers, quiet, tokens, shots)
         rows = prober.rows() if shots else None
-        for kind in dict.fromkeys(("full", *kinds)):  # full is always printed
+        for kind in kinds:
             encode, s = prober.encoder(kind)
             train, val = prober.features("train", encode, rows), prober.features("val", encode)
             named = {"subject": spec, "weights": backbone.weights, "input": kind, "fold_scale": s}
@@ -178,7 +174,9 @@ def labelled(dataset: Dataset) -> Dataset:
     """
     for split in ("train", "val"):
         if not dataset.rows(split) or (dataset.labels(split) < 0).any() or len(dataset.classes) < 2:
-            raise UsageError(f"{dataset.path}: expected labels for every picture of {split!r}, of two classes or more")
+            hint = "; it has masks: use `mcm-train probe`" if dataset.record.task else ""
+            wanted = f"expected labels for every picture of {split!r}, of two classes or more"
+            raise UsageError(f"{dataset.path}: {wanted}{hint}")
     return dataset
 
 
@@ -189,6 +187,19 @@ def warn_of_copies(dataset: Dataset, quiet: bool) -> int:
         found = f"{len(rows)} of {dataset.rows('val')} pictures of 'val' are also in 'train', byte for byte"
         print(f"warning: {dataset.path}: {found}, such as row {rows[0]}", flush=True)
     return len(rows)
+
+
+def input_kinds(backbone: Backbone, inputs: Sequence[str], spec: str) -> list[str]:
+    """The inputs to probe, "full" first.
+
+    Raises: UsageError for the name of no input, and for one that needs a model trained with masks.
+    """
+    kinds = tuple(inputs) or (("full", "folded") if backbone.masked is not None else ("full",))
+    for kind in kinds:
+        check_kind(kind)
+        if kind != "full" and backbone.masked is None:
+            raise UsageError(f"--input {kind}: expected a RUN trained with masks; {spec} is not; use full")
+    return list(dict.fromkeys(("full", *kinds)))
 
 
 def check_kind(kind: str) -> None:

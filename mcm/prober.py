@@ -111,15 +111,16 @@ class Prober:
         bank, held = (self.features("train", encode, rows[part]) for part in parts)
         return knn_accuracy(bank, held, device())
 
-    def encoder(self, kind: str) -> tuple[Encode, float | None]:
+    def encoder(self, kind: str, held_out: Callable[[Encode], float] | None = None) -> tuple[Encode, float | None]:
         """(encode, s) of an input called full, folded or masked:K.
 
-        s is the one of {1, sqrt(1 - r), 1 - r} with the best k-NN on held-out training rows; the first wins ties.
+        s is the one of {1, sqrt(1 - r), 1 - r} with the best `held_out` score, k-NN by default; the first wins ties.
         """
         if kind == "folded":
             masked: Any = self.backbone.masked
             kept = 1 - float(masked.ratio)
-            s = max((1.0, kept**0.5, kept), key=lambda s: self.held_out_knn(self.folded(s)))
+            score = held_out or self.held_out_knn
+            s = max((1.0, kept**0.5, kept), key=lambda s: score(self.folded(s)))
             return self.folded(s), s
         return (self.full() if kind == "full" else self.masked(int(kind.partition(":")[2]))), None
 

@@ -59,10 +59,11 @@ def _classes(root: Path, file: Path | None, ignore: tuple[int, ...]) -> tuple[tu
         return tuple(lines), MaskRule(len(lines), ignore)
     rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     rule = MaskRule(len(rows), ignore)
-    if [row["Idx"] for row in rows] != list(map(str, rule.values())) or not all(row.get("Name") for row in rows):
+    names = tuple((row.get("Name") or "").strip() for row in rows)
+    if [row["Idx"].strip() for row in rows] != list(map(str, rule.values())) or "" in names:
         span = f"{rule.values()[0]} to {rule.values()[-1]}, as --ignore {list(ignore)} leaves them"
         raise UsageError(f"{found[0]}: expected names of the values {span}; found others")
-    return tuple(row["Name"] for row in rows), rule
+    return names, rule
 
 
 def _listed(root: Path, pictures: str, masks: str, notes: list[str]) -> Candidates:

@@ -33,7 +33,7 @@ def make_ade(root: Path, train: int = 20, val: int = 6) -> Path:
             picture, labels = scene(row + 1000 * (split == "validation"))
             _write(root / "images" / split / f"{row:03d}.png", png(picture))
             _write(root / "annotations" / split / f"{row:03d}.png", png(labels + 1))  # 255 + 1 is 0
-    lines = ["Idx\tRatio\tName", *(f"{k}\t0.1\t{name}" for k, name in enumerate(CLASSES, 1))]
+    lines = ["Idx\tRatio\tName", *(f"{k} \t0.1\t{name}" for k, name in enumerate(CLASSES, 1))]
     _write(root / "objectInfo3.txt", "\n".join(lines).encode())
     return root
 

@@ -1,26 +1,42 @@
 """The dense probe: scores equal scikit-learn's, the fit is its own optimum, memory is bounded, real data separates."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
+import timm
 import torch
+from conftest import run as run_command
+from make_run import make_run
+from make_scenes import CLASSES, make_ade
+from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, jaccard_score
+from test_mcm_finetune import config
 from torch.nn import functional
 
+from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
+from cache_tools.records import read_record
 from mcm import dense_probe as module
 from mcm.dense_probe import (
+    DenseResult,
     Patches,
     choose_l2,
     collect,
     confusion,
+    dense_probe,
     fit,
     label_shares,
     patches_per_picture,
     predict,
     scores,
     standardise,
+    text,
 )
+from mcm.finetune import finetune
+from pipeline.shard import shard
 
 K, GRID = 6, (4, 5)
 
@@ -129,3 +145,71 @@ def test_patches_without_labels_are_left_out_and_a_mask_of_ignored_pixels_adds_n
     mean, std = standardise(patches)
     assert torch.allclose(patches.x.mean(0), torch.zeros(4), atol=1e-5) and mean.shape == std.shape == (4,)
     assert torch.allclose(patches.x.std(0), torch.ones(4), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    shard(make_ade(root / "ade"), root / "dataset", workers=1)
+    return root / "dataset"
+
+
+def test_a_run_names_its_inputs_and_keeps_them(data, tmp_path):
+    run = make_run(tmp_path / "run")
+    results = dense_probe(str(run), data, ["full", "folded", "masked:2"], workers=0, quiet=True)
+    assert [result.input for result in results] == ["full", "folded", "masked:2"]
+    assert results[1].fold_scale in (1.0, 0.5, 0.25) and results[0].fold_scale is None
+    full = results[0]
+    assert (full.train_rows, full.val_rows, full.patches, full.classes) == (20, 6, 20 * 16, CLASSES)
+    assert full.weights.startswith("step_000000003 sha256:") and full.data_sha256 == Dataset(data).sha256
+    kept = {record.input: record for record in (read_record(DenseResult, file) for file in (run / "dense").iterdir())}
+    assert kept == {result.input: result for result in results}
+    assert dense_probe(str(run), data, ["full"], workers=0, quiet=True)[0] == full  # the same bits again
+    untrained = dense_probe(str(run), data, ["full"], untrained=True, workers=0, quiet=True)[0]
+    assert untrained.weights == "untrained" and len(list((run / "dense").iterdir())) == 4
+
+
+def test_the_picture_is_told_apart_where_its_pixels_tell(data, tmp_path):
+    (result,) = dense_probe(str(make_run(tmp_path / "run", "none")), data, workers=0, quiet=True)
+    assert result.pixel_accuracy > 0.8 and result.miou > 0.5 and result.converged
+    lines = text(result.model_copy(update={"iou": (0.5, None, 1.0)}))
+    assert lines.endswith("IoU: ground 50.0  left -  right 100.0") and f"mIoU {100 * result.miou:.1f} %" in lines
+
+
+def test_the_command_prints_json_and_refuses_what_needs_labels(data, tmp_path):
+    run = make_run(tmp_path / "run", "none")
+    command = ["mcm-train", "probe", run, "--data", data, "--workers", "0"]
+    (printed,) = json.loads(run_command(*command, "--json"))
+    assert printed["kind"] == "dense" and printed["miou"] > 0.5 and len(printed["iou"]) == 3
+    assert "dense linear (LBFGS) mIoU" in run_command(*command)
+    assert "expected none of them" in run_command(*command, "--shots", "5", expect=2)
+    assert "expected a RUN trained with masks" in run_command(*command, "--input", "folded", expect=2)
+
+
+def test_a_dataset_of_the_other_task_is_one_line(data, tmp_path):
+    with pytest.raises(
+        UsageError, match="expected labels for every picture of 'train'.*it has masks: use `mcm-train probe`"
+    ):
+        finetune(config(), data, str(make_run(tmp_path / "run")), None, tmp_path / "out")
+
+
+def test_a_real_vit_knows_pets_and_a_random_one_does_not(shared_data, tmp_path):
+    shard(shared_data / "downstream" / "pets-160", tmp_path / "pets")
+    weights = shared_data / "deit-tiny" / "deit_tiny_patch16_224.safetensors"
+    (trained,) = dense_probe("timm:deit_tiny_patch16_224", tmp_path / "pets", (), weights, workers=0, quiet=True)
+    torch.manual_seed(0)
+    save_file(timm.create_model("deit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "random.safetensors")
+    (drawn,) = dense_probe(
+        "timm:deit_tiny_patch16_224", tmp_path / "pets", (), tmp_path / "random.safetensors", workers=0, quiet=True
+    )
+    assert trained.miou >= 0.70 and drawn.miou <= 0.30
+
+
+def test_real_ade_pictures_end_to_end(shared_data, tmp_path):
+    root = shutil.copytree(shared_data / "downstream" / "ade20k-sample", tmp_path / "ade")
+    for folder in ("images", "annotations"):
+        shutil.copytree(root / folder / "validation", root / folder / "training")
+    shard(root, tmp_path / "dataset", workers=1)
+    (result,) = dense_probe(str(make_run(tmp_path / "run", "none")), tmp_path / "dataset", workers=0, quiet=True)
+    assert len(result.classes) == 150 and result.classes[:2] == ("wall", "building, edifice")
+    assert result.iou.count(None) > 100 and 0 < result.miou < 1
