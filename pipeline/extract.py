@@ -19,7 +19,7 @@ from cache_tools.dataset import Dataset
 from cache_tools.errors import IdentityError, Interrupted, UsageError, check_output
 from cache_tools.identity import CacheIdentity, Fingerprint, ProbeRecord
 from cache_tools.images import PICTURE_RULES
-from cache_tools.records import encode_record, read_record, write_toml
+from cache_tools.records import encode_record, write_toml
 from cache_tools.storage import file_sha256, locks_work, publish, run_folder, settle, shard_lock, try_lock
 from cache_tools.tars import encode_npy
 from cache_tools.writer import finish_unit, publish_identity
@@ -165,7 +165,7 @@ def describe(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdent
             picture_rules=PICTURE_RULES,
             dtype=config.dtype,
             compress=config.compress,
-            pixels_sha256=pixels_sha256(config.encoding) if _tells_pixels(request.cache / "cache.json") else None,
+            pixels_sha256=pixels_sha256(config.encoding),
             grid=teacher.grid,
             channels=teacher.channels,
             has_cls=teacher.has_cls,
@@ -177,11 +177,6 @@ def describe(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdent
     except ValidationError as error:
         said = error.errors()[0]["msg"]
         raise UsageError(f"{request.cache}: expected a request that a cache can hold: {said}") from error
-
-
-def _tells_pixels(path: Path) -> bool:
-    """Whether a cache that is to be continued holds a digest of pixels; the first ones did not."""
-    return not path.is_file() or read_record(CacheIdentity, path).pixels_sha256 is not None
 
 
 def publish_teacher(cache: Path, teacher: Teacher) -> float:

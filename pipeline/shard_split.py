@@ -102,19 +102,10 @@ class SplitWriter:
         return self._finish()
 
     def write_again(self, shard: int, entry: SplitEntry) -> ShardEntry:
-        """Write one shard of a finished split once more.
-
-        Raises: UsageError when no record says where its candidates begin.
-        """
-        rows, first = entry.shards[shard].rows, shard * self.plan.rows_per_shard
-        if entry.refused:
-            recorded = entry.shards[shard].first_candidate
-            if recorded is None:
-                raise UsageError(
-                    f"{self.folder}: expected first_candidate in dataset.json; an older version left it out; shard "
-                    "the pictures into a new DATASET"
-                )
-            first = recorded
+        """Write one shard of a finished split once more."""
+        rows, first = entry.shards[shard].rows, entry.shards[shard].first_candidate
+        if first is None:  # the first datasets left it out
+            first = shard * self.plan.rows_per_shard
         make_dir(self.folder)
         with progress(rows, f"shard {self.name} {shard_name(shard)}", "pictures") as bar:
             return self._write_tar(shard, first, islice(self._accepted(first, bar), rows))

@@ -15,6 +15,7 @@ import tarfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,9 +109,21 @@ def _places(source: Source, notes: list[str]) -> dict[str, _Place]:
             if len(parts) > 1:
                 raise UsageError(f"--{split} {part}: expected one split; found {', '.join(parts)}; name one of them")
             found[split] = next(iter(parts.values()))
+        _check_apart(found)
     else:
         found = _find(str(source), notes)
     return {split: found[split] for split in _SPLITS if split in found}
+
+
+def _check_apart(places: Mapping[str, _Place]) -> None:
+    """Raises: UsageError when a folder or tar of one split is, or lies in, that of another."""
+    roots = {
+        split: {Path(path).resolve() for path in (place if isinstance(place, list) else [place[0] / place[1]])}
+        for split, place in places.items()
+    }
+    for split, other in permutations(roots, 2):
+        if shared := [path for path in roots[split] if not roots[other].isdisjoint((path, *path.parents))]:
+            raise UsageError(f"--{split} {shared[0]}: expected pictures of its own; it is also in --{other}")
 
 
 def _find(source: str, notes: list[str], named: bool = False) -> dict[str, _Place]:
@@ -175,7 +188,7 @@ def _find_in_folder(root: Path, notes: list[str], named: bool) -> dict[str, _Pla
             f"{root}: expected folders of splits or of classes; found {', '.join(splits)} beside "
             f"{printable(others[0])}; {_NAME_THEM}"
         )
-    if splits and (beside := others + here.files):
+    if splits and (beside := others + here.files + here.links):
         notes.append(f"left out beside the splits: {', '.join(map(printable, beside[:5]))} ({len(beside)} in all)")
     alike = {_WORDS[word] for name in others for word in _words(name) if word in _WORDS} if not named else set()
     if not splits and len(alike) > 1:
@@ -189,7 +202,8 @@ def _tars_of(folder: Path) -> list[Path]:
     """The tars directly in a folder, which then holds nothing else that a source could be."""
     here = _scan(folder)
     tars = [name for name in here.files if _ending(name) == "tar"]
-    others = [f"{name}/" for name in here.folders] + [name for name in here.files if _ending(name) in _PICTURES]
+    kinds = _PICTURES | _ARCHIVES - {"tar", "parquet"}  # img2dataset leaves its tables beside the tars
+    others = [f"{name}/" for name in here.folders] + [name for name in here.files if _ending(name) in kinds]
     if tars and others:
         raise UsageError(
             f"{folder}: expected tars or pictures; found both, {printable(tars[0])} and {printable(others[0])}; give "

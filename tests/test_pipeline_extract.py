@@ -298,17 +298,6 @@ def test_a_probe_that_ends_in_its_crc32c_is_read(place: Path, cache: Path) -> No
     record.write_bytes(before[1])
 
 
-def test_a_cache_of_before_goes_on_without_a_digest_of_pixels(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("pipeline.extract.pixels_sha256", lambda encoding: None)
-        extract(request(place, tmp_path / "cache", views=1, splits=("train",)))
-    extract(request(place, tmp_path / "cache", views=2, splits=("train",)))
-    opened = Cache(tmp_path / "cache")
-    assert opened.identity.pixels_sha256 is None and len(opened.complete_units("train")) == 2
-
-
 def test_a_library_that_changes_pixels_is_refused(place: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As another Pillow would: its resize rounds otherwise."""
     from pipeline import views

@@ -117,6 +117,8 @@ LAYOUTS = {  # files -> the rows of each split and a note, or what the error say
     "a class that val lacks": (["train/a/1.png", *two("val")], "train: expected every class .* 'b'"),
     "an empty class": (["train/a/1.png", "train/b/.keep"], "train/b: expected pictures of a class; found none"),
     "a tar beside splits": ([*two("train"), *two("val"), "ILSVRC2012_img_val.tar"], "found both"),
+    "img2dataset": (["00000.tar", "00000.parquet", "00000_stats.json", "00001.tar"], {"train": 2}, ""),
+    "a tar and a tar.gz": (["train.tar", "val.tar.gz"], "found both, train.tar and val.tar.gz"),
     "pictures beside tars": (["0.tar", "1.png"], "expected tars or pictures; found both, 0.tar and 1.png"),
     "folders and tars": ([*two("train"), "val/0.tar"], "found tars .val. and folders of pictures .train."),
     "tars two folders down": (["data/train/0.tar", "data/val/0.tar"], "data: .* found train/, val/; give this folder"),
@@ -154,6 +156,9 @@ def test_sources_can_be_named_by_split(tmp_path: Path) -> None:
     assert listed(tars) == {"train": [("0.tar/k.jpg", 0)], "val": [("9.tar/k.jpg", 0)]}
     with pytest.raises(UsageError, match="found tars .val. and folders of pictures .train."):
         list_sources(named | {"val": tmp_path / "v"})
+    for val in (tmp_path / "my_train", tmp_path / "my_train" / "a"):
+        with pytest.raises(UsageError, match="expected pictures of its own; it is also in --"):
+            list_sources(named | {"val": val})
     fill(tmp_path / "both", "train-0.tar", "val-0.tar")
     with pytest.raises(UsageError, match="--train .*both: expected one split; found train, val"):
         list_sources({"train": tmp_path / "both"})
