@@ -31,7 +31,7 @@ from cache_tools.cache import Unit
 from cache_tools.console import progress
 from cache_tools.dataset import Dataset
 from cache_tools.identity import CacheIdentity, Fingerprint
-from cache_tools.writer import UnitShardWriter, publish_identity
+from cache_tools.writer import publish_identity, unit_writer
 from pipeline import extract, launch
 from pipeline.config import ExtractConfig
 from pipeline.shard_features import Extractor, Spent, UnitEncoder, render_views
@@ -101,7 +101,7 @@ class Place:
     def encoding_share(self, forward: float) -> float:
         """Encoding on the device (codes, loss, statistics) of a batch, of that and its forward at that rate."""
         patch_BNC, cls_BC = self.teacher.features(self.pictures())
-        with ThreadPoolExecutor(1) as behind, UnitShardWriter(self.units()[0], 0) as writer:
+        with ThreadPoolExecutor(1) as behind, unit_writer(self.units()[0], 0) as writer:
             encoder = Unwritten(writer, behind, Spent())
             for _ in range(-(-encoder.rows // BATCH) + 1):  # calibrates on the first rows
                 encoder.add(patch_BNC, cls_BC)

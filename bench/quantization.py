@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from record import write_results
 
-from cache_tools.arrays import ArraySpec, ShardWriter
+from cache_tools.arrays import ArraySpec, shard_writer
 from cache_tools.identity import CropPolicy
 from cache_tools.images import decode_rgb
 from cache_tools.quantize import CALIBRATION_ROWS, channel_stats, decode, encode
@@ -71,7 +71,7 @@ def stored_bytes(arrays: dict[str, np.ndarray], compress: str | None) -> int:
             spec = ArraySpec(
                 name, array.shape, array.dtype.name, CHUNK_ROWS, rows, compress if name == "patch" else None
             )
-            with ShardWriter(Path(folder), spec, 0) as writer:
+            with shard_writer(Path(folder), spec, 0) as writer:
                 for start in range(0, rows, CHUNK_ROWS):
                     writer.append(array[start : start + CHUNK_ROWS])
             total += writer.file.bytes

@@ -18,7 +18,7 @@ from cache_tools.draws import uniform
 from cache_tools.identity import CacheIdentity, CropPolicy, Fidelity, Fingerprint, TeacherIdentity
 from cache_tools.images import PICTURE_RULES, decode_rgb, encode_view, resize_rgb
 from cache_tools.quantize import channel_stats, decode, encode
-from cache_tools.writer import UnitShardWriter, finish_unit, publish_identity
+from cache_tools.writer import finish_unit, publish_identity, unit_writer
 from pipeline.views import draw_crop, render
 
 NO_SHA = "0" * 64
@@ -100,7 +100,7 @@ def write_unit(unit: Unit, views: Sequence[bytes]) -> None:
     flat, endless = x_BNC.reshape(-1, known.channels).astype(np.float64), cycle(views)
     for shard in range(unit.num_shards):
         rows = unit.shard_rows(shard)
-        with UnitShardWriter(unit, shard) as writer:
+        with unit_writer(unit, shard) as writer:
             for row, view in enumerate(islice(endless, rows)):
                 writer.add_view(view, row % 10, (0, 0, known.view_height, known.view_width, 0, 1, 1))
             for start in range(0, rows, FEATURE_ROWS):

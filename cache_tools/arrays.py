@@ -9,11 +9,11 @@ With `compress`, chunks are compressed by numcodecs before their crc32c; then on
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from .errors import CorruptionError
 from .quantize import FILL_INT8
-from .storage import AtomicFile, Buffer, read_at, read_into
+from .storage import AtomicFile, Buffer, atomic_file, read_at, read_into
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
@@ -95,16 +95,6 @@ def array_json(spec: ArraySpec) -> bytes:
     })  # fmt: skip
 
 
-def check_metadata(spec: ArraySpec) -> None:
-    """Create the metadata of the array by zarr-python, which raises ValueError for an invalid one.
-
-    Its JSON is not stored: `array_json` must have the same bytes with every version of zarr-python.
-    """
-    from zarr.core.metadata import ArrayV3Metadata  # 0.6 s
-
-    assert ArrayV3Metadata.from_dict(json.loads(array_json(spec))).shape == spec.shape
-
-
 def _zstd() -> Any:
     """The codec of numcodecs, imported where it is used: most caches are not compressed."""
     import numcodecs
@@ -117,18 +107,12 @@ def _json(payload: dict[str, Any]) -> bytes:
 
 
 class ShardWriter:
-    """Writes one shard chunk by chunk; `crc32cs` holds each chunk's checksum."""
+    """What `shard_writer` yields; `crc32cs` holds the checksum of each chunk."""
 
-    def __init__(self, group: Path, spec: ArraySpec, shard: int) -> None:
-        self.spec = spec
-        self.file = AtomicFile(group / spec.shard_file(shard))
+    def __init__(self, file: AtomicFile, spec: ArraySpec) -> None:
+        self.file, self.spec = file, spec
         self.crc32cs: list[int] = []
         self._stored_bytes: list[int] = []
-        self._codec = _zstd() if spec.compress else None
-
-    def __enter__(self) -> "ShardWriter":
-        self.file.__enter__()
-        return self
 
     def append(self, rows: npt.NDArray[Any]) -> None:
         """Write the next chunk; one with fewer rows than `chunk_rows` is filled up and must be the last."""
@@ -140,30 +124,27 @@ class ShardWriter:
             padded[: len(rows)] = rows
             rows = padded
         contiguous = np.ascontiguousarray(rows)
-        data = self._codec.encode(contiguous) if self._codec else contiguous.data.cast("B")
+        data = _zstd().encode(contiguous) if spec.compress else contiguous.data.cast("B")
         checksum = crc32c(data)
         self._stored_bytes.append(self.file.write(data) + self.file.write(checksum.to_bytes(_CRC_BYTES, "little")))
         self.crc32cs.append(checksum)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self.file.write(shard_index(self.spec, self._stored_bytes))
-        except BaseException as failed:  # the last write: the file is closed and removed as after any other
-            self.file.__exit__(type(failed), failed, None)
-            raise
-        self.file.__exit__(kind, error, trace)
+    def index(self) -> bytes:
+        """The index at the end of the shard, with its crc32c."""
+        sizes, index = self._stored_bytes, np.full((self.spec.chunks_per_shard, 2), _ABSENT, "<u8")
+        index[: len(sizes), 1] = sizes
+        index[: len(sizes), 0] = np.cumsum([0, *sizes])[:-1]
+        data: bytes = index.tobytes()
+        return data + crc32c(data).to_bytes(_CRC_BYTES, "little")
 
 
-def shard_index(spec: ArraySpec, stored_bytes: Sequence[int]) -> bytes:
-    """The index at the end of a shard whose chunks have these sizes (checksums included), with its crc32c."""
-    index = np.full((spec.chunks_per_shard, 2), _ABSENT, "<u8")
-    index[: len(stored_bytes), 1] = stored_bytes
-    index[: len(stored_bytes), 0] = np.cumsum([0, *stored_bytes])[:-1]
-    data: bytes = index.tobytes()
-    return data + crc32c(data).to_bytes(_CRC_BYTES, "little")
+@contextmanager
+def shard_writer(group: Path, spec: ArraySpec, shard: int) -> Iterator[ShardWriter]:
+    """Write one shard chunk by chunk; it appears whole or not at all."""
+    with atomic_file(group / spec.shard_file(shard)) as file:
+        writer = ShardWriter(file, spec)
+        yield writer
+        file.write(writer.index())
 
 
 def read_chunk(
@@ -173,12 +154,10 @@ def read_chunk(
     position: int,
     expected_crc32c: int,
     out: npt.NDArray[Any] | None = None,
-    places: npt.NDArray[np.uint64] | None = None,
 ) -> npt.NDArray[Any]:
-    """Chunk number `position` of a shard, whose crc32c the commit holds; read straight into `out` where it is given.
+    """Chunk number `position` of a shard, as an array; read straight into `out` if it is given.
 
-    `places` are the `chunk_places` of a compressed shard; without them, they are read.
-
+    `expected_crc32c` is that of the commit, over the stored bytes.
     Raises: CorruptionError naming the file: missing, short, or other bytes.
     """
     path = group / spec.shard_file(shard)
@@ -186,38 +165,25 @@ def read_chunk(
     assert out.shape == spec.chunk_shape and out.dtype == spec.dtype and out.flags.c_contiguous
     buffer = out.data.cast("B")
     if spec.compress:
-        places = chunk_places(group, spec, shard) if places is None else places
-        offset, stored_bytes = places[position].tolist()
-        if not _CRC_BYTES <= stored_bytes <= 2 * spec.chunk_bytes:
-            found = f"{stored_bytes} bytes by its index"
-            raise CorruptionError(f"{path}: chunk {position}: {found}; run `mcm-cache verify`")
-        stored: Buffer = read_at(path, offset, stored_bytes - _CRC_BYTES)
+        stored: Buffer = _stored(path, spec, position)
     else:
         read_into(path, position * (spec.chunk_bytes + _CRC_BYTES), buffer)
         stored = buffer
     if crc32c(stored) != expected_crc32c:
         raise CorruptionError(f"{path}: chunk {position}: its crc32c is not the commit's; run `mcm-cache verify`")
     if spec.compress:
-        _decompress(path, stored, buffer)
+        try:
+            _zstd().decode(stored, buffer)  # into a buffer of the known size, so that no input makes it larger
+        except (RuntimeError, ValueError) as error:
+            raise CorruptionError(f"{path}: chunk {position} does not decompress: {error}") from error
     return out
 
 
-def chunk_places(group: Path, spec: ArraySpec, shard: int) -> npt.NDArray[np.uint64]:
-    """(offset, bytes) of every chunk of a shard, its checksum included, by the index at the end.
-
-    Raises: CorruptionError naming the file.
-    """
-    path = group / spec.shard_file(shard)
+def _stored(path: Path, spec: ArraySpec, position: int) -> bytes:
+    """The compressed bytes of a chunk, at the place that the index at the end of the shard says."""
     index_bytes = 16 * spec.chunks_per_shard + _CRC_BYTES
-    data = read_at(path, max(path.stat().st_size - index_bytes, 0) if path.is_file() else 0, index_bytes)
-    if crc32c(data[:-_CRC_BYTES]) != int.from_bytes(data[-_CRC_BYTES:], "little"):
-        raise CorruptionError(f"{path}: the crc32c of its index is wrong; run `mcm-cache verify`")
-    return np.frombuffer(data[:-_CRC_BYTES], "<u8").reshape(-1, 2)
-
-
-def _decompress(path: Path, stored: Buffer, out: memoryview) -> None:
-    """Decode a chunk into a buffer of its known size, so that no input makes it larger."""
-    try:
-        _zstd().decode(stored, out)
-    except (RuntimeError, ValueError) as error:
-        raise CorruptionError(f"{path}: a chunk does not decompress: {error}; run `mcm-cache verify`") from error
+    index = read_at(path, max(path.stat().st_size - index_bytes, 0) if path.is_file() else 0, index_bytes)
+    offset, stored_bytes = np.frombuffer(index[:-_CRC_BYTES], "<u8").reshape(-1, 2)[position].tolist()
+    if not _CRC_BYTES <= stored_bytes <= 2 * spec.chunk_bytes:
+        raise CorruptionError(f"{path}: chunk {position}: {stored_bytes} bytes by its index; run `mcm-cache verify`")
+    return read_at(path, offset, stored_bytes - _CRC_BYTES)

@@ -6,19 +6,19 @@ B rows, N tokens, C channels. See docs/format.md for every byte.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from fastcrc.crc32 import iscsi as crc32c
 
-from .arrays import array_json, chunk_places, group_json, read_chunk
+from .arrays import array_json, group_json, read_chunk
 from .dataset import CHUNK_ROWS, shard_name
 from .errors import CorruptionError, IdentityError, UsageError, found_at
 from .identity import CacheIdentity, Commit, Manifest, ProbeRecord
-from .quantize import decode
+from .quantize import Floats, decode
 from .records import read_record, record_sha256, sha256_hex
 from .storage import file_sha256, read_at
 from .tars import INDEX_DTYPE, VIEW_INDEX_DTYPE, checked_picture, encode_npy, read_npy
@@ -27,11 +27,9 @@ if TYPE_CHECKING:
     import zarr
 
 _INDEX_HEADER_BYTES = len(encode_npy(np.zeros(0, VIEW_INDEX_DTYPE)))  # numpy pads it, whatever the number of rows
-
-
-# Shards of a unit whose constants stay in memory: 27 MB with 1,024 rows and 768 channels. Chunks come
-# in random order, so that a small part of ImageNet's 1,252 shards would rarely be the right one.
-MAX_KNOWN = 1024
+# Shards whose constants stay in memory: 27 MB per 1,024 shards of 1,024 rows and 768 channels. Chunks come
+# in random order, so that a small part of ImageNet's 1,252 shards per view would rarely be the right one.
+MAX_KNOWN = 16_384
 _COMMIT, _VIEW = re.compile(r"([0-9]{6,})\.json"), re.compile(r"v(0|[1-9][0-9]{0,8})")
 
 
@@ -63,15 +61,6 @@ class Chunk:
         return features
 
 
-class _Constants(NamedTuple):
-    """What the chunks of a shard share; `records` is the index without geometry."""
-
-    records: npt.NDArray[np.void]
-    mean: npt.NDArray[np.float32] | None
-    std: npt.NDArray[np.float32] | None
-    places: npt.NDArray[np.uint64] | None
-
-
 class Unit:
     """One view number of one split: `CACHE/train/v0`."""
 
@@ -85,7 +74,6 @@ class Unit:
         self.chunks_per_shard = identity.rows_per_shard // CHUNK_ROWS
         self.specs = identity.arrays(split)
         self._crc32cs: dict[int, dict[str, npt.NDArray[np.uint32]]] = {}
-        self._known: dict[int, _Constants] = {}
 
     def __str__(self) -> str:
         return f"{self.split}/v{self.view}"
@@ -136,8 +124,8 @@ class Unit:
             raise IdentityError(f"{self.manifest_file}: expected the manifest of {self} of this cache; found {found}")
         return manifest
 
-    def commit(self, shard: int) -> Commit:
-        """The commit of a shard, bound to its place and, once there is one, to the manifest.
+    def commit(self, shard: int, bound: bool = True) -> Commit:
+        """The commit of a shard, bound to its place and, in a complete unit, to the manifest if `bound`.
 
         Raises: CorruptionError when it is missing, damaged or another's.
         """
@@ -154,7 +142,7 @@ class Unit:
         statistics = (len(commit.channel_mean), len(commit.channel_var))
         if lengths != expected | {"index": chunks} or statistics != (channels, channels):
             raise CorruptionError(f"{path}: expected checksums of {chunks} chunks and statistics; found {lengths}")
-        if self.complete and record_sha256(commit) != self.manifest.commits[shard]:
+        if bound and self.complete and record_sha256(commit) != self.manifest.commits[shard]:
             raise CorruptionError(f"{path}: expected the commit that {self.manifest_file} names; found another")
         return commit
 
@@ -164,8 +152,7 @@ class Unit:
         Raises: CorruptionError naming the file.
         """
         for path, expected in self.zarr_files().items():
-            if not path.is_file() or path.stat().st_size != len(expected) or path.read_bytes() != expected:
-                raise CorruptionError(f"{path}: expected the array that cache.json asks for; it is missing or changed")
+            check_bytes(path, expected)
 
     def zarr_files(self) -> dict[Path, bytes]:
         """Every zarr.json of the unit and its bytes."""
@@ -197,23 +184,12 @@ class Unit:
             )
         return index
 
-    def _constants(self, shard: int) -> _Constants:
-        """What all chunks of a shard share: read once, until `MAX_KNOWN` other shards were read."""
-        known = self._known.pop(shard, None)
-        if known is None:
-            records = self.index(shard)[list(INDEX_DTYPE.names or ())].astype(INDEX_DTYPE)
-            mean, std = (self._array(name, shard, 0, 1) for name in ("channel_mean", "channel_std"))
-            patch = self.specs["patch"]
-            known = _Constants(
-                records,
-                None if mean is None else mean[0],
-                None if std is None else std[0],
-                chunk_places(self.group, patch, shard) if patch.compress else None,
-            )
-        self._known[shard] = known  # the last read comes last
-        if len(self._known) > MAX_KNOWN:
-            del self._known[next(iter(self._known))]
-        return known
+    @lru_cache(MAX_KNOWN)  # noqa: B019  the units of a process are few and live as long as it
+    def _constants(self, shard: int) -> tuple[npt.NDArray[np.void], Floats | None, Floats | None]:
+        """What the chunks of a shard share: the index without geometry, the channels' mean and std."""
+        records = self.index(shard)[list(INDEX_DTYPE.names or ())].astype(INDEX_DTYPE)
+        mean, std = (self._array(name, shard, 0, 1) for name in ("channel_mean", "channel_std"))
+        return records, None if mean is None else mean[0], None if std is None else std[0]
 
     def chunk(self, chunk: int, into: Mapping[str, npt.NDArray[Any]] | None = None) -> Chunk:
         """Rows [16 chunk, 16 chunk + 16) of the unit; pictures, codes and their position agree with the commit.
@@ -225,8 +201,8 @@ class Unit:
         shard, position = divmod(chunk, self.chunks_per_shard)
         row0 = chunk * CHUNK_ROWS
         rows = min(CHUNK_ROWS, self.rows - row0)
-        known = self._constants(shard)
-        index: Any = known.records[position * CHUNK_ROWS :][:rows]
+        records, mean, std = self._constants(shard)
+        index: Any = records[position * CHUNK_ROWS :][:rows]
         # The 16 pictures lie side by side in the tar: one read, headers and labels included.
         start = int(index["offset"][0])
         tar = self.tar(shard)
@@ -237,27 +213,21 @@ class Unit:
             for i, (offset, size, checksum) in enumerate(spans)
         ]
         whole = into if into and rows == CHUNK_ROWS else {}
-        codes = self._array("patch", shard, position, rows, whole.get("patch"), known.places)
+        codes = self._array("patch", shard, position, rows, whole.get("patch"))
         scale = self._array("scale", shard, position, rows, whole.get("scale"))
         unnamed = into and "cls" not in into
         cls = None if unnamed else self._array("cls", shard, position, rows, whole.get("cls"))
         assert codes is not None
         labels = index["label"].astype(np.int32)
-        return Chunk(row0, pictures, labels, codes, scale, known.mean, known.std, cls)
+        return Chunk(row0, pictures, labels, codes, scale, mean, std, cls)
 
     def _array(
-        self,
-        name: str,
-        shard: int,
-        position: int,
-        rows: int,
-        out: npt.NDArray[Any] | None = None,
-        places: npt.NDArray[np.uint64] | None = None,
+        self, name: str, shard: int, position: int, rows: int, out: npt.NDArray[Any] | None = None
     ) -> npt.NDArray[Any] | None:
         if name not in self.specs:
             return None
         expected = int(self._checksums(shard)[name][position])
-        return read_chunk(self.group, self.specs[name], shard, position, expected, out, places)[:rows]
+        return read_chunk(self.group, self.specs[name], shard, position, expected, out)[:rows]
 
     def channel_stats(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """Mean and std [C] of the features of all rows, from the commits."""
@@ -328,6 +298,12 @@ class Cache:
             raise UsageError(f"{self.path}: expected a complete unit; found no {split}/v{view}; there is {names}")
         units[split, view].check_arrays()
         return zarr.open_group(units[split, view].group, mode="r")
+
+
+def check_bytes(path: Path, expected: bytes) -> None:
+    """Raises: CorruptionError unless the file holds the bytes that follow from cache.json or dataset.json."""
+    if not path.is_file() or path.stat().st_size != len(expected) or path.read_bytes() != expected:
+        raise CorruptionError(f"{path}: expected the bytes that its request determines; it is missing or changed")
 
 
 def read_probe(cache: Path) -> npt.NDArray[np.float32]:

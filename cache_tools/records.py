@@ -14,6 +14,7 @@ import pydantic
 import tomli_w
 
 from .errors import CorruptionError, IdentityError, McmError, UsageError, found_at
+from .storage import naming
 
 MAX_RECORD_BYTES = 64 << 20  # the manifest of a million shards is smaller
 MAX_CONFIG_BYTES = 64 << 10  # tomllib needs the square of a dotted key: 2 s here
@@ -40,6 +41,20 @@ Checksum = Annotated[int, pydantic.Field(ge=0, lt=1 << 32)]
 SplitName = Annotated[str, pydantic.Field(pattern="^[A-Za-z0-9_]{1,64}$")]
 
 
+def printable(text: str) -> str:
+    """`text` in characters that UTF-8 has: bytes of a file name that are not UTF-8 become backslash escapes."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+
+def check_utf8(path: str | Path) -> None:
+    """Raises: UsageError if `path` is not UTF-8: TensorBoard, safetensors and timm open no other."""
+    if (shown := printable(str(path))) != str(path):
+        raise UsageError(f"{shown}: expected a path in UTF-8; rename it, or give a link to it by another name")
+
+
+Text = Annotated[str, pydantic.BeforeValidator(printable)]  # a name from the file system or the command line
+
+
 def sha256_hex(data: bytes) -> str:
     """Hex sha256 of `data`."""
     return hashlib.sha256(data).hexdigest()
@@ -49,6 +64,10 @@ def _canonical(payload: dict[str, Any]) -> bytes:
     return json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
+def _sealed(payload: dict[str, Any]) -> bytes:
+    return _canonical(payload | {"sha256": sha256_hex(_canonical(payload))}) + b"\n"
+
+
 def record_sha256(record: Record) -> str:
     """Digest of the record's canonical JSON: the value of its own `sha256` key on disk."""
     return sha256_hex(_canonical(record.model_dump(mode="json")))
@@ -56,34 +75,29 @@ def record_sha256(record: Record) -> str:
 
 def encode_record(record: Record) -> bytes:
     """Canonical JSON: sorted keys, one line, with the sha256 of all the rest under "sha256"."""
-    payload = record.model_dump(mode="json")
-    return _canonical(payload | {"sha256": sha256_hex(_canonical(payload))}) + b"\n"
+    return _sealed(record.model_dump(mode="json"))
 
 
 def decode_record(cls: type[R], data: bytes, where: str | Path) -> R:
     """The record in `data`.
 
     Raises: CorruptionError when the bytes are not canonical JSON that agrees with its own sha256; IdentityError for
-    another format version, and with every field that does not fit: a record that is whole is not damaged but foreign.
+    another format version and for fields that do not fit: a record that is whole is not damaged but foreign.
     """
     try:
         payload = json.loads(data)
-        stored = payload.pop("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        del payload["sha256"]
+        whole = _sealed(payload)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise CorruptionError(f"{where}: expected a JSON record with its sha256; found {error!r}") from error
-    try:
-        canonical = _canonical(payload)
-        whole = _canonical(payload | {"sha256": stored}) + b"\n"
-    except (ValueError, RecursionError) as error:  # NaN, which JSON has not; lists in lists in lists
-        raise CorruptionError(f"{where}: expected canonical JSON; {error}") from error
-    if stored != sha256_hex(canonical) or whole != data:
+    if whole != data:
         raise CorruptionError(f"{where}: expected bytes that agree with the sha256 inside; they do not; restore it")
     version = cls.model_fields.get("version")
     if version and payload.get("version") != version.default:
         found = f"expected format version {version.default}; found {payload.get('version')}"
         raise IdentityError(f"{where}: {found}; use the software of that version")
     try:
-        record = cls.model_validate_json(canonical)
+        record = cls.model_validate_json(_canonical(payload))
     except pydantic.ValidationError as error:
         odd = "; ".join(map(_misfit, error.errors()[:MAX_MISFITS]))
         raise IdentityError(f"{where}: not a {cls.__name__} of this software (asked != found): {odd}") from error
@@ -109,7 +123,7 @@ def read_capped(path: Path, limit: int = MAX_RECORD_BYTES, error: type[McmError]
 
     Raises: `error` for those; FileNotFoundError.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+    with naming(path), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
             raise error(f"{path}: expected a file of at most {limit} bytes; found {status.st_size}, or no regular file")
@@ -183,6 +197,8 @@ def load_toml(
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise UsageError(f"{path}: not valid TOML: {error}") from error
     payload |= flags or {}
+    for value in payload.values():
+        check_utf8(str(value))
     where = path or "the command line"
     for override in overrides:
         _override(cls, payload, override)
@@ -205,16 +221,12 @@ def _override(cls: type[Record], payload: dict[str, Any], override: str) -> None
         payload, cls = payload.setdefault(section, {}), _section(cls, section)
         if not isinstance(payload, dict):
             raise UsageError(f"--set {override!r}: {section!r} is a value, not a section")
-    payload[key] = None if not text and type(None) in _kinds(cls, key) else _value(text)
+    try:
+        payload[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        payload[key] = text or (None if type(None) in _kinds(cls, key) else "")
     for other in set(cls.exclusive) - {key} if key in cls.exclusive else ():
         payload.pop(other, None)
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def _kinds(cls: type[Record], key: str) -> tuple[Any, ...]:
@@ -229,26 +241,27 @@ def _section(cls: type[Record], key: str) -> type[Record]:
     return next(kinds, Record)
 
 
-def _location(loc: Sequence[int | str]) -> str:
-    return ".".join(str(part) for part in loc) or "the whole"
-
-
-def _explain(cls: type[Record], detail: Any) -> str:
-    where, message = _location(detail["loc"]), str(detail["msg"]).removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key '{where}'{nearest(where, _known_keys(cls))}"
-    if detail["type"] == "missing":
-        return f"missing key '{where}'"
-    if detail["type"] == "value_error":  # a rule of ours: it names keys and values itself
-        return message
-    return f"{where}: {message}; found {repr(detail['input'])[:MAX_SHOWN]}"
-
-
 def _known_keys(cls: type[Record], prefix: str = "") -> list[str]:
     keys = []
     for name in cls.model_fields:
         keys += [prefix + name, *_known_keys(_section(cls, name), f"{prefix}{name}.")]
     return keys
+
+
+def _location(loc: Sequence[int | str]) -> str:
+    return ".".join(map(str, loc)) or "the whole"
+
+
+def _explain(cls: type[Record], detail: Any) -> str:
+    where, message = _location(detail["loc"]), str(detail["msg"]).removeprefix("Value error, ")
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"unknown key '{where}'{nearest(where, _known_keys(cls))}"
+        case "missing":
+            return f"missing key '{where}'"
+        case "value_error":  # a rule of ours: it names keys and values itself
+            return message
+    return f"{where}: {message}; found {repr(detail['input'])[:MAX_SHOWN]}"
 
 
 def write_toml(record: Record) -> str:

@@ -1,9 +1,8 @@
 """`verify --repair`: damaged files move to PATH/.run/quarantine; the same `extract` or `shard` makes them again.
 
-Nothing is mended here. A CACHE is a pure function of the request: without its commit a shard counts as never made, and
-without its manifest a unit is unfinished, which `extract` finishes with every zarr.json; cache.json, projection.npy,
-probe.npy and probe.json it writes where they are missing. Commits leave first: whatever moment this dies at, no commit
-vouches for a file that is gone, and a damaged file left behind is overwritten or found again.
+Nothing is rewritten here. A CACHE is a pure function of the request: `extract` redoes a shard without a commit,
+finishes a unit without a manifest, and writes cache.json, projection.npy, probe.npy and probe.json where they are
+missing. Commits are moved first: whenever this process dies, no commit vouches for a file that is gone.
 """
 
 from dataclasses import dataclass, field
@@ -11,53 +10,44 @@ from itertools import groupby
 from pathlib import Path
 
 from .dataset import shard_name
-from .storage import move_durably, new_folder, run_folder, shard_lock, try_lock
+from .storage import move_durably, run_folder, shard_lock, try_lock
 from .verify import Problem, Report
-
-_NEXT = {
-    "cache.json": "run the same `mcm-cache extract` again, then `mcm-cache verify --repair` for what it could not see",
-    "dataset.json": "it cannot be moved: shard the original pictures into a new folder by the same request",
-}
 
 
 @dataclass
 class Repair:
-    """What was moved where (paths below the CACHE or DATASET), what others are working on, and what to do now."""
+    """What was moved where (paths below the CACHE or DATASET), what other processes hold, and what to do now."""
 
-    quarantine: str | None = None
+    quarantine: str
     moved: list[str] = field(default_factory=list)
     held: list[str] = field(default_factory=list)
-    next: list[str] = field(default_factory=list)
+    next: str = ""
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """One line per file and per held shard, then what to do."""
         moved = [f"moved {name} to {self.quarantine}" for name in self.moved]
-        return [*moved, *(f"left {name}: a worker holds it" for name in self.held), *self.next]
+        return [*moved, *(f"left {name}: a worker holds it" for name in self.held), self.next]
 
 
 def repair(report: Report) -> Repair:
-    """Move what `report` names, and what vouches for it; shards that a worker holds are left to it.
+    """Move what `report` names, and what vouches for it; a shard that a worker holds is left to the worker.
 
-    Raises: OSError, when nothing but what was named first may have moved; doing it again goes on.
+    Raises: OSError. Commits have moved before the files they vouch for; the next repair continues.
     """
-    root, done = Path(report.path), Repair()
-    problems = sorted(report.problems, key=_place)
-    target: Path | None = None
-    for (_, split, shard), group in groupby(problems, key=_place):
-        files = _leaving(root, list(group))
-        if not any(file.exists() for file in files):
-            continue
-        target = target or new_folder(run_folder(root) / "quarantine")
+    root = Path(report.path)
+    quarantine = run_folder(root) / "quarantine"
+    target = quarantine / f"{len(list(quarantine.glob('*'))):06d}"
+    done = Repair(str(target), next=_what_next(root, {problem.what for problem in report.problems}))
+    for (_, split, shard), group in groupby(sorted(report.problems, key=_place), key=_place):
+        names = [file.relative_to(root) for file in _leaving(root, list(group))]
         if shard < 0:
-            done.moved += _move(root, files, target)
+            done.moved += [str(name) for name in names if move_durably(root / name, target / name)]
             continue
         with try_lock(shard_lock(root, split, shard)) as held:
             if held:
-                done.moved += _move(root, files, target)
+                done.moved += [str(name) for name in names if move_durably(root / name, target / name)]
             else:
                 done.held.append(f"{split} shard {shard}")
-    done.quarantine = str(target) if target else None
-    done.next = _what_next(root, problems)
     return done
 
 
@@ -66,28 +56,21 @@ def _place(problem: Problem) -> tuple[str, str, int]:
 
 
 def _leaving(root: Path, problems: list[Problem]) -> list[Path]:
-    """Files that leave for the problems of one shard or of one unit, in order: commit, manifest, the damaged ones."""
+    """Files to move for the problems of one shard or one unit, in order: commit, manifest, the damaged ones."""
     first, files = problems[0], [Path(problem.file) for problem in problems if problem.what != "dataset.json"]
     if first.unit is None:
         return [*files, root / "probe.json"] if any(problem.what == "probe" for problem in problems) else files
-    manifest = root / first.unit / "manifest.json"
-    commit = root / first.unit / "commits" / f"{shard_name(first.shard)}.json" if first.shard is not None else manifest
-    return list(dict.fromkeys([commit, manifest, *files]))
+    vouching = [root / first.unit / "manifest.json"]
+    if first.shard is not None:
+        vouching.insert(0, root / first.unit / "commits" / f"{shard_name(first.shard)}.json")
+    return list(dict.fromkeys([*vouching, *files]))
 
 
-def _move(root: Path, files: list[Path], target: Path) -> list[str]:
-    names = [file.relative_to(root) for file in files]
-    return [str(name) for name in names if move_durably(root / name, target / name)]
-
-
-def _what_next(root: Path, problems: list[Problem]) -> list[str]:
-    """One line for each thing the user has to do, the sources it needs named."""
-    kinds = {problem.what for problem in problems}
-    lines = [f"{kind}: {text}" for kind, text in _NEXT.items() if kind in kinds]
-    if (root / "dataset.json").exists() and kinds - {"dataset.json"}:
-        lines.append(f"run the same `mcm-cache shard SOURCE {root}` again: it needs the original pictures")
-    elif any(problem.shard is not None for problem in problems):
-        lines.append("run the same `mcm-cache extract` again: the shards need the DATASET and the teacher")
-    elif kinds - {"dataset.json", "cache.json"}:
-        lines.append("run the same `mcm-cache extract` again: all of it follows from the request, no shard is redone")
-    return lines
+def _what_next(root: Path, kinds: set[str]) -> str:
+    """What makes the moved files again."""
+    if "dataset.json" in kinds:
+        return "dataset.json cannot be moved: run `mcm-cache shard` on the original pictures into a new folder"
+    if (root / "dataset.json").exists():
+        return f"run the same `mcm-cache shard SOURCE {root}` again: it needs the original pictures"
+    then = ", then `mcm-cache verify --repair` again" if "cache.json" in kinds else ""
+    return f"run the same `mcm-cache extract` again{then}: damaged shards need the DATASET and the teacher"

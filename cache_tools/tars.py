@@ -6,11 +6,10 @@ Written with the standard library: `import webdataset` imports torch (2.8 s, mea
 import io
 import math
 import tarfile
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from .errors import CorruptionError
 from .records import read_capped
-from .storage import AtomicFile, read_at
+from .storage import AtomicFile, atomic_file, read_at
 
 Data = TypeVar("Data", bytes, memoryview)
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32c", "<u4"), ("label", "<i4")])
@@ -32,19 +31,11 @@ MAX_NPY_BYTES = 1 << 28  # 5 million rows of an index
 MAX_NPY_HEADER = 2048  # characters that are parsed
 
 
-class TarShardWriter:
-    """A tar that appears whole or not at all; `add` returns where the picture lies.
+class TarWriter(NamedTuple):
+    """A tar of samples; `file` has its size and sha256 at the end."""
 
-    The same members in the same order give the same bytes: no clock, user or host enters.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.file = AtomicFile(path)
-
-    def __enter__(self) -> "TarShardWriter":
-        self.file.__enter__()
-        self._tar = tarfile.open(fileobj=cast(IO[bytes], self.file), mode="w|", format=tarfile.USTAR_FORMAT)
-        return self
+    tar: tarfile.TarFile
+    file: AtomicFile
 
     def add(self, key: str, fields: Mapping[str, bytes], picture: str) -> tuple[int, int, int]:
         """Add one sample, `fields` by extension; returns (offset, size, crc32c) of the field `picture`."""
@@ -53,22 +44,23 @@ class TarShardWriter:
             member = tarfile.TarInfo(f"{key}.{extension}")
             member.size, member.mode = len(data), 0o644
             if extension == picture:
-                place = (self._tar.offset + _HEADER_BYTES, len(data), crc32c(data))
-            self._tar.addfile(member, io.BytesIO(data))
-        self._tar.members = []  # type: ignore[attr-defined]  # the library keeps every header otherwise
+                place = (self.file.bytes + _HEADER_BYTES, len(data), crc32c(data))
+            self.tar.addfile(member, io.BytesIO(data))
+        self.tar.members = []  # type: ignore[attr-defined]  # the library keeps every header otherwise
         return place
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # Also after an error: tarfile's stream would write its rest when it is collected, into a closed file.
-        try:
-            with suppress(OSError) if kind else nullcontext():
-                self._tar.close()
-        except BaseException as failed:  # the last write: the file is closed and removed as after any other
-            self.file.__exit__(type(failed), failed, None)
-            raise
-        self.file.__exit__(kind, error, trace)
+
+@contextmanager
+def tar_writer(path: Path) -> Iterator[TarWriter]:
+    """A tar that appears whole or not at all.
+
+    The same members in the same order give the same bytes: no clock, user or host enters.
+    """
+    with (
+        atomic_file(path) as file,
+        tarfile.open(fileobj=cast(IO[bytes], file), mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        yield TarWriter(tar, file)
 
 
 def encode_npy(array: npt.NDArray[Any]) -> bytes:

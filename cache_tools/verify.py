@@ -20,13 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import read_chunk
-from .cache import Cache, Unit, index_crc32cs, read_probe
+from .cache import Cache, Unit, check_bytes, index_crc32cs, read_probe
 from .console import progress
 from .dataset import Dataset, info_json
 from .draws import hash_u64
 from .errors import CorruptionError, IdentityError, UsageError, found_at
 from .identity import Commit, FileEntry
-from .records import read_capped
 from .storage import file_sha256
 from .tars import read_picture
 
@@ -36,7 +35,7 @@ _DAMAGE = (errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  #
 
 @dataclass(frozen=True)
 class Problem:
-    """A damaged file: `what` is its kind, `unit` such as "train/v0"; with a `shard`, no other shard is spoilt by it."""
+    """A damaged file: `what` is its kind, `unit` such as "train/v0"; with a `shard`, it spoils no other shard."""
 
     text: str
     file: str
@@ -44,30 +43,6 @@ class Problem:
     split: str | None = None
     unit: str | None = None
     shard: int | None = None
-
-
-@dataclass
-class Found:
-    """What was checked of a place (all of it, a unit, a shard) and what is wrong there."""
-
-    split: str | None = None
-    unit: str | None = None
-    shard: int | None = None
-    files: int = 0
-    rows: int = 0
-    problems: list[Problem] = field(default_factory=list)
-
-    @contextmanager
-    def file(self, path: Path, what: str) -> Iterator[None]:
-        """Count `path` as checked, or note as its problem what is raised inside: a damaged file hides no other."""
-        try:
-            yield
-        except (CorruptionError, IdentityError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _DAMAGE:
-                raise
-            self.problems.append(Problem(str(error), str(path), what, self.split, self.unit, self.shard))
-        else:
-            self.files += 1
 
 
 @dataclass
@@ -82,8 +57,23 @@ class Report:
     rows: int = 0
     problems: list[Problem] = field(default_factory=list)
 
-    def add(self, found: Found) -> None:
-        """Take up what was found in a place."""
+    @contextmanager
+    def file(self, path: Path, what: str, *place: str | int | None) -> Iterator[None]:
+        """Count `path` as checked, or note as its problem what is raised inside: a damaged file hides no other.
+
+        `place` is the split, unit and shard of the file.
+        """
+        try:
+            yield
+        except (CorruptionError, IdentityError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _DAMAGE:
+                raise
+            self.problems.append(Problem(str(error), str(path), what, *place))  # type: ignore[arg-type]
+        else:
+            self.files += 1
+
+    def add(self, found: "Report") -> None:
+        """Take up what was found in a shard."""
         self.files, self.rows = self.files + found.files, self.rows + found.rows
         self.problems += found.problems
 
@@ -93,7 +83,7 @@ class _Part(NamedTuple):
 
     name: str
     shards: Sequence[int]
-    check: Callable[[int], Found]
+    check: Callable[[int], Report]
 
     def drawn(self, share: float, seed: int) -> list[int]:
         """`share` of the shards, at least one: those of the smallest hashes, so that a larger share holds a smaller."""
@@ -101,14 +91,7 @@ class _Part(NamedTuple):
         return sorted(self.shards[i] for i in order[: max(1, round(share * len(order)))])
 
 
-def verify(
-    path: Path,
-    quick: bool = False,
-    share: float = 1.0,
-    seed: int = 0,
-    threads: int | None = None,
-    quiet: bool = False,
-) -> Report:
+def verify(path: Path, quick: bool = False, share: float = 1.0, seed: int = 0, quiet: bool = False) -> Report:
     """Check a `share` of the shards, drawn by `seed`; damage is reported, not raised.
 
     Raises: UsageError when the folder is neither; IdentityError for another format version.
@@ -120,7 +103,7 @@ def verify(
     steps = [(part.check, shard) for part in parts for shard in part.drawn(share, seed)]
     report.shards, report.of = len(steps), sum(len(part.shards) for part in parts)
     # A quick check is Python alone, which threads do not speed up; reads and sha256 overlap.
-    threads = 1 if quick else threads or min(8, len(os.sched_getaffinity(0)))
+    threads = 1 if quick else min(8, len(os.sched_getaffinity(0)))
     with progress(len(steps), f"verify {path}", "shards", quiet=quiet) as bar, ThreadPoolExecutor(threads) as pool:
         for found in (pool.map if threads > 1 else map)(lambda step: step[0](step[1]), steps):
             report.add(found)
@@ -129,7 +112,7 @@ def verify(
 
 
 def _parts(path: Path, report: Report) -> list[_Part]:
-    """What `path` consists of; what is no shard's is checked on the way."""
+    """What `path` consists of; files that belong to no shard are checked on the way."""
     for record, kind in ((path / "cache.json", _cache_parts), (path / "dataset.json", _dataset_parts)):
         if record.is_file():
             try:
@@ -141,99 +124,81 @@ def _parts(path: Path, report: Report) -> list[_Part]:
 
 
 def _dataset_parts(path: Path, report: Report) -> list[_Part]:
-    dataset = Dataset(path)
-    shards = {split: range(len(entry.shards)) for split, entry in dataset.record.splits.items()}
+    dataset, parts = Dataset(path), []
     for split, entry in dataset.record.splits.items():
-        found, info = Found(split), path / split / "_info.json"
+        info = path / split / "_info.json"
         if info.is_file():  # where it is missing, `shard` writes it
-            with found.file(info, "_info.json"):
-                if read_capped(info) != info_json(split, entry):
-                    raise CorruptionError(f"{info}: expected the list of tars that dataset.json tells; found another")
-        report.add(found)
-    check = partial(_check_dataset_shard, dataset, report.quick)
-    return [_Part(name, shards[name], partial(check, name)) for name in shards]
+            with report.file(info, "_info.json", split):
+                check_bytes(info, info_json(split, entry))
+        check = partial(_check_dataset_shard, dataset, report.quick, split)
+        parts.append(_Part(split, range(len(entry.shards)), check))
+    return parts
 
 
-def _check_dataset_shard(dataset: Dataset, quick: bool, split: str, shard: int) -> Found:
-    found = Found(split, None, shard)
+def _check_dataset_shard(dataset: Dataset, quick: bool, split: str, shard: int) -> Report:
+    found, place = Report(""), (split, None, shard)
     parts: Iterable[str] = ()
     tar, entry = dataset.tar(split, shard), dataset.split(split).shards[shard]
     row0 = shard * dataset.record.rows_per_shard
-    with found.file(tar.with_suffix(".index.npy"), "index"):
+    with found.file(tar.with_suffix(".index.npy"), "index", *place):
         parts = _damaged_rows(tar, dataset.index(split, shard), row0)
     if entry.targets_sha256:
-        with found.file(tar.with_suffix(".targets.npy"), "targets"):
+        with found.file(tar.with_suffix(".targets.npy"), "targets", *place):
             parts = chain(parts, _damaged_rows(tar, dataset.targets(split, shard), row0, "mask of row"))
-    with found.file(tar, "tar"):
-        _check_bytes(tar, FileEntry(bytes=entry.tar_bytes, sha256=entry.tar_sha256), quick, parts)
+    with found.file(tar, "tar", *place):
+        _check_file(tar, FileEntry(bytes=entry.tar_bytes, sha256=entry.tar_sha256), quick, parts)
     found.rows = 0 if quick or found.problems else entry.rows
     return found
 
 
 def _cache_parts(path: Path, report: Report) -> list[_Part]:
-    cache, whole, parts = Cache(path), Found(), []
-    expected, projection, probe = cache.identity.teacher.projection_sha256, path / "projection.npy", path / "probe.npy"
-    if expected:
-        with whole.file(projection, "projection"):
+    cache, parts = Cache(path), []
+    if cache.identity.teacher.projection_sha256:
+        with report.file(path / "projection.npy", "projection"):
             cache.projection()
     if (path / "probe.json").is_file():  # where it is missing, `extract` writes it
-        with whole.file(probe, "probe"):
+        with report.file(path / "probe.npy", "probe"):
             read_probe(path)
-    report.add(whole)
     for unit in cache.all_units():
-        found = Found(unit.split, str(unit))
+        bound = False  # to a manifest; without a sound one, shards are checked by themselves
         if unit.complete:
-            with found.file(unit.manifest_file, "manifest"):
-                _ = unit.manifest
-        if found.problems:
-            unit = _Unfinished(path, cache.identity, unit.split, unit.view)
-        shards = range(unit.num_shards) if unit.complete else unit.committed()
+            with report.file(unit.manifest_file, "manifest", unit.split, str(unit)):
+                bound = bool(unit.manifest)
         for file, data in unit.zarr_files().items():
-            if not unit.complete and not file.exists():
-                continue  # `extract` writes it
-            with found.file(file, "zarr.json"):
-                if not file.is_file() or file.stat().st_size != len(data) or file.read_bytes() != data:
-                    raise CorruptionError(f"{file}: expected the array that cache.json asks for; missing or changed")
-        report.add(found)
-        parts.append(_Part(str(unit), shards, partial(_check_shard, unit, report.quick)))
+            if bound or file.exists():  # in an unfinished unit, `extract` writes the missing ones
+                with report.file(file, "zarr.json", unit.split, str(unit)):
+                    check_bytes(file, data)
+        shards = range(unit.num_shards) if bound else unit.committed()
+        parts.append(_Part(str(unit), shards, partial(_check_shard, unit, bound, report.quick)))
     return parts
 
 
-class _Unfinished(Unit):
-    """A unit whose manifest is damaged, as if that were missing: its shards are checked by themselves."""
-
-    @property
-    def complete(self) -> bool:
-        """Never."""
-        return False
-
-
-def _check_shard(unit: Unit, quick: bool, shard: int) -> Found:
-    found = Found(unit.split, str(unit), shard)
+def _check_shard(unit: Unit, bound: bool, quick: bool, shard: int) -> Report:
+    found, place = Report(""), (unit.split, str(unit), shard)
     arrays = {name: unit.group / spec.shard_file(shard) for name, spec in unit.specs.items()}
     paths = {"index": unit.index_file(shard), "views": unit.tar(shard)} | arrays
-    with found.file(unit.commit_file(shard), "commit"):
-        commit = unit.commit(shard)
+    with found.file(unit.commit_file(shard), "commit", *place):
+        commit = unit.commit(shard, bound)
         names = {path.relative_to(unit.path).as_posix() for path in paths.values()}
         if commit.files.keys() != names:
             raise CorruptionError(f"{unit.commit_file(shard)}: expected {sorted(names)}; found {sorted(commit.files)}")
     if not found.problems:
         for what, path in paths.items():
-            with found.file(path, what):
+            with found.file(path, what, *place):
                 entry = commit.files[path.relative_to(unit.path).as_posix()]
-                _check_bytes(path, entry, quick, _damaged(unit, commit, what))
+                _check_file(path, entry, quick, _damaged(unit, commit, what))
         found.rows = 0 if quick or found.problems else commit.rows
     return found
 
 
 def _damaged(unit: Unit, commit: Commit, what: str) -> Iterator[str]:
-    """Yield the chunks of an array or an index, or the rows of a tar, whose own crc32c differs."""
+    """Yield the chunks of an array or an index, or the rows of a tar, with another crc32c than recorded."""
+    shard = commit.shard
     if what == "views":
         with suppress(CorruptionError):  # of the index, which is a problem of its own
-            row0 = commit.shard * unit.identity.rows_per_shard
-            yield from _damaged_rows(unit.tar(commit.shard), unit.index(commit.shard), row0)
+            yield from _damaged_rows(unit.tar(shard), unit.index(shard), shard * unit.identity.rows_per_shard)
         return
-    shard, checksums = commit.shard, commit.chunk_crc32c[what]
+    checksums = commit.chunk_crc32c[what]
     if what == "index":
         found = index_crc32cs(unit.stored_index(shard))
         differ = [one != expected for one, expected in zip(found, checksums, strict=True)]
@@ -256,7 +221,7 @@ def _fails(read: Callable[..., object], *arguments: object) -> bool:
     return False
 
 
-def _check_bytes(path: Path, entry: FileEntry, quick: bool, parts: Iterable[str]) -> None:
+def _check_file(path: Path, entry: FileEntry, quick: bool, parts: Iterable[str]) -> None:
     """Check the size of a file and, unless `quick`, its sha256.
 
     Raises: CorruptionError naming the file and its damaged `parts`.
@@ -268,5 +233,4 @@ def _check_bytes(path: Path, entry: FileEntry, quick: bool, parts: Iterable[str]
         damaged = list(parts)
         more = f" and {len(damaged) - MAX_NAMED} more" if len(damaged) > MAX_NAMED else ""
         where = ", ".join(damaged[:MAX_NAMED]) + more or "no part that has a checksum of its own"
-        expected = "expected the bytes whose sha256 is recorded"
-        raise CorruptionError(f"{path}: {expected}; found others in {where}")
+        raise CorruptionError(f"{path}: expected the bytes of the recorded sha256; found others in {where}")

@@ -1,15 +1,14 @@
 """Writing a CACHE: one shard of one unit at a time, committed whole or absent."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import ShardWriter, check_metadata
+from .arrays import shard_writer
 from .cache import Unit, index_crc32cs
 from .dataset import row_key
 from .errors import IdentityError
@@ -17,31 +16,32 @@ from .identity import CacheIdentity, Commit, Fidelity, FileEntry, Fingerprint, M
 from .images import picture_extension
 from .records import differences, encode_record, read_record, record_sha256, sha256_hex
 from .storage import publish, remove, write_atomic
-from .tars import VIEW_INDEX_DTYPE, TarShardWriter, encode_npy
+from .tars import VIEW_INDEX_DTYPE, encode_npy, tar_writer
 
 
-class UnitShardWriter:
-    """Writes one shard of one unit; it is committed whole by `commit`, or absent.
+@contextmanager
+def unit_writer(unit: Unit, shard: int) -> Iterator["UnitShardWriter"]:
+    """Write one shard of one unit; it is committed whole by `commit`, or absent.
 
     Opening removes the commit (and the manifest) first: from there to `commit`, the shard does not count.
     """
+    remove(unit.manifest_file)
+    remove(unit.commit_file(shard))
+    _publish_arrays(unit)
+    with ExitStack() as stack:
+        yield UnitShardWriter(unit, shard, stack)
 
-    def __init__(self, unit: Unit, shard: int) -> None:
-        self.unit, self.shard = unit, shard
 
-    def __enter__(self) -> "UnitShardWriter":
-        unit = self.unit
-        remove(unit.manifest_file)
-        remove(unit.commit_file(self.shard))
-        _publish_arrays(unit)
-        arrays = {name: ShardWriter(unit.group, spec, self.shard) for name, spec in unit.specs.items()}
-        with ExitStack() as stack:  # closes those that are open when the next one cannot be opened
-            self._tar = stack.enter_context(TarShardWriter(unit.tar(self.shard)))
-            self._arrays = {name: stack.enter_context(array) for name, array in arrays.items()}
-            self._stack = stack.pop_all()
-        self._index = np.zeros(unit.shard_rows(self.shard), VIEW_INDEX_DTYPE)
+class UnitShardWriter:
+    """What `unit_writer` yields: the open files of one shard of one unit."""
+
+    def __init__(self, unit: Unit, shard: int, stack: ExitStack) -> None:
+        self.unit, self.shard, self._stack = unit, shard, stack
+        self._tar = stack.enter_context(tar_writer(unit.tar(shard)))
+        specs = unit.specs.items()
+        self._arrays = {name: stack.enter_context(shard_writer(unit.group, spec, shard)) for name, spec in specs}
+        self._index = np.zeros(unit.shard_rows(shard), VIEW_INDEX_DTYPE)
         self._views = 0
-        return self
 
     def add_view(self, data: bytes, label: int, geometry: Sequence[int]) -> None:
         """Append the next row's view; geometry is (top, left, height, width, flip, source_height, source_width)."""
@@ -93,11 +93,6 @@ class UnitShardWriter:
         )
         write_atomic(unit.commit_file(self.shard), encode_record(record))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
-
 
 def publish_identity(cache: Path, identity: CacheIdentity) -> None:
     """Write cache.json, or compare with the one that is there; where it was lost, with a commit.
@@ -116,12 +111,7 @@ def publish_identity(cache: Path, identity: CacheIdentity) -> None:
 
 
 def _publish_arrays(unit: Unit) -> None:
-    """Publish every zarr.json of the unit, once zarr-python has accepted it."""
-    files = unit.zarr_files()
-    if not all(path.is_file() for path in files):
-        for spec in unit.specs.values():
-            check_metadata(spec)
-    for path, data in files.items():
+    for path, data in unit.zarr_files().items():
         publish(path, data)
 
 

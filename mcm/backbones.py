@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cache_tools.errors import McmError, UsageError, found_at
-from cache_tools.records import Record, read_json, read_record
+from cache_tools.records import Record, Text, read_json, read_record
 from cache_tools.storage import file_sha256
 from cache_tools.weights import PRETRAINED, load_timm, load_whole, read_weights, weights_file
 from mcm import checkpoint
@@ -40,7 +40,7 @@ class FinetuneRun(Record):
     config: dict[str, Any]
     dataset_sha256: str
     classes: tuple[str, ...]
-    init: str
+    init: Text
     init_weights: str
     architecture: str
     model_args: dict[str, Any]

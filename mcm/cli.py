@@ -1,7 +1,10 @@
 """`mcm-train`: stage two, a cache in and weights out. Only what a command needs is imported, when it runs."""
 
+from cache_tools.program import begin
+
+begin()
+
 import os
-import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -157,7 +160,6 @@ def ablate(
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("mcm-train ablate: expected one process; found a launcher's; start it once a GPU instead")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the running command too
     failed = run(load_toml(Plan, config_file(plan)), cache, data, out, weights, workers)
     print((out / "table.md").read_text(encoding="utf-8"), end="")
     print(f"{out / 'table.md'}, {out / 'report.html'}")

@@ -13,7 +13,7 @@ from cache_tools.cache import Cache
 from cache_tools.console import describe
 from cache_tools.dataset import Dataset
 from cache_tools.errors import McmError, UsageError
-from cache_tools.records import Record, encode_record, nearest, read_record
+from cache_tools.records import Record, Text, encode_record, nearest, read_record
 from cache_tools.storage import file_sha256, run_folder, write_atomic
 from mcm.backbones import Backbone, load_encoder
 from mcm.classify import Features, knn_accuracy, linear_probe, training_rows
@@ -34,7 +34,7 @@ class ProbeResult(Record):
     `val_in_train`: pictures of "val" that are also in "train". A RUN has the sha256 of its run.json, and of its cache.
     """
 
-    subject: str
+    subject: Text
     weights: str
     input: str
     fold_scale: float | None = None

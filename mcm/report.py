@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from cache_tools.errors import CorruptionError, UsageError, found_at
 from cache_tools.identity import CacheIdentity
-from cache_tools.records import read_json, read_record
+from cache_tools.records import printable, read_json, read_record
 from cache_tools.storage import run_folder, write_atomic
 from mcm import checkpoint
 from mcm.figures import Array, channel_figures, channel_maps, curves, dots, samples
@@ -105,7 +105,7 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> dict[str, Table]:
     overview = "".join(_html_table(table.lines(), caption(data)) for data, table in tables.items())
     body = f"<h1>Masked Channel Modeling</h1>{header}{overview}{''.join(sections)}"
     page = f"<!doctype html><meta charset=utf-8><title>Masked Channel Modeling</title><style>{STYLE}</style>{body}\n"
-    write_atomic(out, page.encode())
+    write_atomic(out, printable(page).encode())
     return dict(tables)
 
 

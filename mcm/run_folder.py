@@ -17,7 +17,7 @@ from cache_tools.console import StopFlag, describe, exit_code
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.errors import CorruptionError, IdentityError, Interrupted, ResourceError, UsageError
 from cache_tools.identity import CacheIdentity
-from cache_tools.records import R, Record, differences, encode_record, read_json, read_record, write_toml
+from cache_tools.records import R, Record, check_utf8, differences, encode_record, read_json, read_record, write_toml
 from cache_tools.storage import append_line, keep_lines, publish, run_folder, settle, try_lock, write_atomic
 
 # What may change between two commands on one run: no picture, mask or learning rate depends on it.
@@ -158,6 +158,7 @@ def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
     Raises: UsageError while another process trains in this RUN; ResourceError where the connection
     to another rank is lost.
     """
+    check_utf8(run_dir)
     path = run_dir / "exit.json"
 
     def write(code: int | None, message: str) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from cache_tools.images import PictureRefused, decode_rgb
 from cache_tools.labels import MaskRule, stored_mask
+from cache_tools.records import printable
 
 MAX_PICTURE_BYTES = 1 << 28
 LOST = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.EISDIR)
@@ -95,11 +96,6 @@ class Sources:
     splits: dict[str, Candidates] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     rule: MaskRule | None = None
-
-
-def printable(name: str) -> str:
-    """`name` as text for JSON and messages: bytes that are not UTF-8 become backslash escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def read_source(item: SourceItem) -> bytes:

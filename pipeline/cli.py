@@ -1,5 +1,9 @@
 """The program `mcm-cache`: stage one, pictures in, cache out."""
 
+from cache_tools.program import begin
+
+begin()
+
 import re
 import sys
 from importlib.metadata import version

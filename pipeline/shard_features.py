@@ -25,7 +25,7 @@ from cache_tools.errors import CorruptionError, UsageError
 from cache_tools.identity import CacheIdentity, Fidelity, Fingerprint
 from cache_tools.images import RGB, PictureRefused, decode_rgb, decode_view_into, encode_view, resize_rgb
 from cache_tools.quantize import CALIBRATION_ROWS, channel_stats, decode, encode
-from cache_tools.writer import UnitShardWriter
+from cache_tools.writer import UnitShardWriter, unit_writer
 
 from .teachers import Teacher
 from .views import Geometry, draw_crop, render
@@ -204,7 +204,7 @@ class Extractor:
         rows = range(first, first + units[0].shard_rows(shard))
         index = self.dataset.index(units[0].split, shard)
         with ExitStack() as stack:
-            writers = [stack.enter_context(UnitShardWriter(unit, shard)) for unit in units]
+            writers = [stack.enter_context(unit_writer(unit, shard)) for unit in units]
             encoders = [UnitEncoder(writer, self.behind, self.spent) for writer in writers]
             rendered = self._render_ahead(units, rows)
             labels = iter(index["label"].tolist())

@@ -16,11 +16,11 @@ from cache_tools.draws import permutation
 from cache_tools.errors import CorruptionError, Interrupted, TooManyRefused, UsageError
 from cache_tools.images import PICTURE_RULES, PictureRefused, picture_extension
 from cache_tools.labels import MaskRule
-from cache_tools.records import Record, encode_record, read_record, sha256_hex
+from cache_tools.records import Record, encode_record, printable, read_record, sha256_hex
 from cache_tools.storage import make_dir, publish, write_atomic
-from cache_tools.tars import INDEX_DTYPE, TARGETS_DTYPE, TarShardWriter, encode_npy
+from cache_tools.tars import INDEX_DTYPE, TARGETS_DTYPE, encode_npy, tar_writer
 
-from .candidates import Candidates, SourceItem, printable, read_picture
+from .candidates import Candidates, SourceItem, read_picture
 from .decode_pool import DecodePool
 
 
@@ -153,7 +153,7 @@ class SplitWriter:
         index, rows = np.zeros(self.plan.rows_per_shard, INDEX_DTYPE), 0
         targets = np.zeros(self.plan.rows_per_shard, TARGETS_DTYPE)
         path, first_row = self.folder / f"{shard_name(shard)}.tar", shard * self.plan.rows_per_shard
-        with TarShardWriter(path) as tar:
+        with tar_writer(path) as tar:
             for rows, (item, data, mask) in enumerate(pictures, start=1):
                 key = row_key(first_row + rows - 1)
                 extension, source = picture_extension(data), json.dumps({"source": printable(item.name)}).encode()

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_tools.errors import UsageError, found_at
-from cache_tools.records import read_capped, sha256_hex
+from cache_tools.records import printable, read_capped, sha256_hex
 
-from .candidates import Candidates, Sources, printable
+from .candidates import Candidates, Sources
 
 MAX_LABEL = 1_000_000
 MAX_LABEL_BYTES = 1 << 20  # of a .cls or .json

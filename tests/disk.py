@@ -124,7 +124,7 @@ class Disk:
         if mode in ("r", "rb"):
             return builtins.open(file, mode, **text)
         if isinstance(file, int):
-            raw = _File(file, mode.replace("b", ""))
+            raw = _File(file, mode.replace("b", ""), closefd=text.pop("closefd", True))
             raw.path = self._paths[file]
         else:
             with self._op("truncate" if mode[0] == "w" and os.path.exists(file) else "create", file):

@@ -13,10 +13,10 @@ from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.identity import CacheIdentity, CropPolicy, Fidelity, Fingerprint, TeacherIdentity
 from cache_tools.images import PICTURE_RULES, decode_view_into, encode_view
 from cache_tools.quantize import channel_stats, encode
-from cache_tools.records import _canonical, sha256_hex
+from cache_tools.records import _sealed
 from cache_tools.storage import publish
 from cache_tools.tars import encode_npy
-from cache_tools.writer import UnitShardWriter, finish_unit, publish_identity
+from cache_tools.writer import finish_unit, publish_identity, unit_writer
 
 SIZE, GRID, CHANNELS = 32, 4, 16
 FINGERPRINT = Fingerprint(device="cpu", precision="fp32", batch=16, versions={})
@@ -33,7 +33,7 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     payload = json.loads(path.read_bytes())
     del payload["sha256"]
     change(payload)
-    path.write_bytes(_canonical(payload | {"sha256": sha256_hex(_canonical(payload))}) + b"\n")
+    path.write_bytes(_sealed(payload))
 
 
 def make_identity(
@@ -96,7 +96,7 @@ def write_shard(unit: Unit, shard: int) -> None:
         decode_view_into(data, picture)
     patch = features(pictures, identity.channels)
     mean, std = channel_stats(patch)
-    with UnitShardWriter(unit, shard) as writer:
+    with unit_writer(unit, shard) as writer:
         for row, data in zip(rows, encoded, strict=True):
             writer.add_view(data, row % 2, GEOMETRY)
         for name, array in encode(identity.dtype, patch, mean, std).items():

@@ -10,7 +10,7 @@ from cache_tools.dataset import Dataset, DatasetRecord, ShardEntry, SplitEntry, 
 from cache_tools.images import PICTURE_RULES, encode_view
 from cache_tools.records import encode_record
 from cache_tools.storage import write_atomic
-from cache_tools.tars import INDEX_DTYPE, TarShardWriter, encode_npy
+from cache_tools.tars import INDEX_DTYPE, encode_npy, tar_writer
 
 
 def make_dataset(path: Path, rows: int = 96, val_rows: int = 40, unlabelled: bool = False, copies: int = 0) -> Dataset:
@@ -31,7 +31,7 @@ def _write_split(path: Path, split: str, sources: list[tuple[str, int]], unlabel
     rows = len(sources)
     index = np.zeros(rows, INDEX_DTYPE)
     tar = path / split / "000000.tar"
-    with TarShardWriter(tar) as writer:
+    with tar_writer(tar) as writer:
         for row, (origin, number) in enumerate(sources):
             label = -1 if unlabelled else row % 2
             fields = {"png": encode_view(view(origin, 0, number), "png"), "cls": str(label).encode()}

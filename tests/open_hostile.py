@@ -64,7 +64,7 @@ ENTRIES = {
     "shard": lambda path, out: shard(path, out, max_refused=1),
     "dataset": lambda path, out: read_dataset(path),
     "cache": lambda path, out: read_cache(path),
-    "verify": lambda path, out: verify(path, threads=1, quiet=True),
+    "verify": lambda path, out: verify(path, quiet=True),
     "npy": lambda path, out: read_npy(path),
     "config": lambda path, out: load_toml(PretrainConfig, path),
     "weights": lambda path, out: read_weights(path),

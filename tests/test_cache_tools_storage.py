@@ -11,8 +11,8 @@ from conftest import another_process
 
 from cache_tools.errors import CorruptionError, IdentityError
 from cache_tools.storage import (
-    AtomicFile,
     append_line,
+    atomic_file,
     atomic_folder,
     file_sha256,
     keep_lines,
@@ -31,7 +31,7 @@ def test_atomic_file_is_whole_hashed_and_fsynced(tmp_path: Path, monkeypatch: py
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd))[1])
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b))[1])
-    with AtomicFile(tmp_path / "x") as file:
+    with atomic_file(tmp_path / "x") as file:
         file.write(b"ab")
         file.write(memoryview(b"cd"))
         assert not (tmp_path / "x").exists()
@@ -42,7 +42,7 @@ def test_atomic_file_is_whole_hashed_and_fsynced(tmp_path: Path, monkeypatch: py
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     write_atomic(tmp_path / "x", b"old")
-    with pytest.raises(RuntimeError), AtomicFile(tmp_path / "x") as file:
+    with pytest.raises(RuntimeError), atomic_file(tmp_path / "x") as file:
         file.write(b"new")
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_bytes() == b"old"
@@ -79,13 +79,13 @@ def test_a_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path) -> None:
             assert held
 
 
-@pytest.mark.parametrize("kind", ["AtomicFile", "atomic_folder"])
+@pytest.mark.parametrize("kind", ["atomic_file", "atomic_folder"])
 def test_the_next_run_removes_what_a_killed_writer_left(tmp_path: Path, kind: str) -> None:
     final = tmp_path / "x"
     code = f"writer = {kind}(Path({str(final)!r}))\nwriter.__enter__()"
 
     def start_again() -> int:
-        if kind == "AtomicFile":
+        if kind == "atomic_file":
             settle(tmp_path)
         else:
             with pytest.raises(ZeroDivisionError), atomic_folder(final):
@@ -100,9 +100,9 @@ def test_the_next_run_removes_what_a_killed_writer_left(tmp_path: Path, kind: st
 
 
 def test_two_writers_of_one_path_do_not_meet(tmp_path: Path) -> None:
-    with AtomicFile(tmp_path / "x") as first:
+    with atomic_file(tmp_path / "x") as first:
         first.write(b"first")
-        with AtomicFile(tmp_path / "x") as second:
+        with atomic_file(tmp_path / "x") as second:
             second.write(b"2")
         assert (tmp_path / "x").read_bytes() == b"2"
     assert (tmp_path / "x").read_bytes() == b"first" and len(list(tmp_path.iterdir())) == 1
@@ -112,9 +112,9 @@ def test_two_writers_of_one_path_do_not_meet(tmp_path: Path) -> None:
 def test_the_first_of_two_publishers_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
     if not links:  # as on exFAT
         monkeypatch.setattr(os, "link", raising(errno.EPERM))
-    late = AtomicFile(tmp_path / "x", replace=False)
-    with pytest.raises(FileExistsError if links else PermissionError), late:
-        late.write(b"late")
+    late = atomic_file(tmp_path / "x", replace=False)
+    with pytest.raises(FileExistsError if links else PermissionError), late as file:
+        file.write(b"late")
         publish(tmp_path / "x", b"first")
     assert (tmp_path / "x").read_bytes() == b"first" and len(list(tmp_path.iterdir())) == 1
 
@@ -165,16 +165,3 @@ def test_a_write_that_fails_on_closing_leaves_nothing(tmp_path: Path, monkeypatc
             with pytest.raises(OSError, match="No space"):
                 write_atomic(tmp_path / "x", b"data")
         assert not list(tmp_path.iterdir()), name
-
-
-def test_files_beyond_what_one_call_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linux reads 2 GiB a call at most: the optimizer of a ViT-L is larger."""
-    data = bytes(range(256)) * 8
-    (tmp_path / "x").write_bytes(data)
-    pread, preadv = os.pread, os.preadv
-    monkeypatch.setattr(os, "pread", lambda fd, size, offset: pread(fd, min(size, 1000), offset))
-    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: preadv(fd, [views[0][:700]], offset))
-    assert read_at(tmp_path / "x", 3, 2000) == data[3:2003]
-    out = bytearray(2000)
-    read_into(tmp_path / "x", 3, memoryview(out))
-    assert out == data[3:2003]

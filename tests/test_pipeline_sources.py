@@ -12,7 +12,8 @@ import pytest
 
 from cache_tools.errors import UsageError
 from cache_tools.images import PictureRefused
-from pipeline.candidates import printable, read_source
+from cache_tools.records import printable
+from pipeline.candidates import read_source
 from pipeline.sources import Source, list_sources
 
 CLASSES = ["a/1.png", "b/2.png"]

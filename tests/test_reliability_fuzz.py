@@ -22,7 +22,7 @@ from cache_tools.dataset import DatasetRecord
 from cache_tools.errors import McmError
 from cache_tools.identity import CacheIdentity, Commit, Manifest
 from cache_tools.images import PictureRefused, decode_rgb
-from cache_tools.records import Record, _canonical, decode_record, encode_record, load_toml, sha256_hex
+from cache_tools.records import Record, _sealed, decode_record, encode_record, load_toml
 from cache_tools.tars import INDEX_DTYPE, VIEW_INDEX_DTYPE, encode_npy, read_npy
 from mcm.checkpoint import State
 from mcm.config import FinetuneConfig, PretrainConfig
@@ -145,7 +145,7 @@ def resealed(draw: st.DrawFn, data: bytes) -> bytes:
     if draw(st.integers(0, 5)) == 0:
         payload.pop(draw(st.sampled_from(sorted(payload))))
     payload.pop("sha256", None)
-    return _canonical(payload | {"sha256": sha256_hex(_canonical(payload))}) + b"\n"
+    return _sealed(payload)
 
 
 @pytest.mark.parametrize("kind", [CacheIdentity, Commit, Manifest, DatasetRecord, PretrainRun, State])

@@ -19,7 +19,7 @@ from cache_tools.errors import CorruptionError, IdentityError, UsageError
 from cache_tools.images import decode_view_into, encode_view
 from cache_tools.records import decode_record, encode_record
 from cache_tools.storage import publish, shard_lock, try_lock, write_atomic
-from cache_tools.writer import UnitShardWriter, finish_unit, publish_identity
+from cache_tools.writer import finish_unit, publish_identity, unit_writer
 from mcm import checkpoint
 from pipeline.extract import extract
 from pipeline.teachers import Teacher, load_teacher
@@ -126,7 +126,7 @@ def test_the_manifest_knows_which_commits(tmp_path: Path) -> None:
 
 def test_a_failed_redo_leaves_no_commit(tmp_path: Path) -> None:
     unit = add_unit(tmp_path / "cache", make_identity({"train": 20}), "train", 0)
-    with pytest.raises(RuntimeError), UnitShardWriter(unit, 0):
+    with pytest.raises(RuntimeError), unit_writer(unit, 0):
         raise RuntimeError
     assert not unit.complete and unit.committed() == []
 

@@ -22,9 +22,9 @@ from test_pipeline_shard import REFUSED, picture
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.images import PictureRefused, decode_rgb
+from cache_tools.records import printable
 from pipeline import candidates, sources
 from pipeline import shard as module
-from pipeline.candidates import printable
 from pipeline.shard import shard
 
 PNG = picture(0)
