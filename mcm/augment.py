@@ -6,7 +6,7 @@ Letters: B batch, K classes, H W pixels.
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,22 +19,8 @@ from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.draws import hash_u64
 from cache_tools.errors import CorruptionError
 from cache_tools.images import RGB, PictureRefused, decode_rgb
+from mcm.backbones import Backbone
 from mcm.config import Augment
-
-
-class InputSpec(Protocol):
-    """What a model wants its pictures to be: size (H, W), mean, std, interpolation, and the centre crop's share."""
-
-    @property
-    def size(self) -> tuple[int, int]: ...
-    @property
-    def mean(self) -> tuple[float, ...]: ...
-    @property
-    def std(self) -> tuple[float, ...]: ...
-    @property
-    def interpolation(self) -> str: ...
-    @property
-    def crop_pct(self) -> float: ...
 
 
 class SeededTransform:
@@ -72,7 +58,7 @@ def _decoded(data: bytes) -> RGB:
         raise CorruptionError(f"expected a picture that was good when it was sharded; found {error}") from error
 
 
-def train_transform(augment: Augment, spec: InputSpec) -> SeededTransform:
+def train_transform(augment: Augment, spec: Backbone) -> SeededTransform:
     """Random resized crop, flip, RandAugment and erasing, as `augment` says."""
     return SeededTransform(
         create_transform(
@@ -91,7 +77,7 @@ def train_transform(augment: Augment, spec: InputSpec) -> SeededTransform:
     )
 
 
-def eval_transform(spec: InputSpec, whole: bool = False) -> SeededTransform:
+def eval_transform(spec: Backbone, whole: bool = False) -> SeededTransform:
     """Resize and centre crop, or squash the `whole` picture to the size; the seed changes nothing."""
     return SeededTransform(
         create_transform(
@@ -113,11 +99,8 @@ class Mixer:
 
     def __init__(self, augment: Augment, num_classes: int, seed: int) -> None:
         self.seed, self.num_classes, self.smoothing = seed, num_classes, augment.smoothing
-        self.mixup = None
-        if augment.mixup or augment.cutmix:
-            self.mixup = Mixup(
-                augment.mixup, augment.cutmix, label_smoothing=augment.smoothing, num_classes=num_classes
-            )
+        smoothed: dict[str, Any] = {"label_smoothing": augment.smoothing, "num_classes": num_classes}
+        self.mixup = Mixup(augment.mixup, augment.cutmix, **smoothed) if augment.mixup or augment.cutmix else None
 
     def __call__(self, pictures_B3HW: Tensor, labels_B: Tensor, rows_B: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """Mixed pictures (in place) and soft targets [B, K]."""
@@ -125,8 +108,7 @@ class Mixer:
             one_hot_BK = functional.one_hot(labels_B.long(), self.num_classes).to(pictures_B3HW.dtype)
             return pictures_B3HW, one_hot_BK * (1 - self.smoothing) + self.smoothing / self.num_classes
         targets = []
-        first_rows = rows_B[::CHUNK_ROWS].numpy()
-        seeds = hash_u64(self.seed, "mixup", epoch, first_rows)
+        seeds = hash_u64(self.seed, "mixup", epoch, rows_B[::CHUNK_ROWS].numpy())
         for start, seed in zip(range(0, len(rows_B), CHUNK_ROWS), seeds, strict=True):
             group = slice(start, start + CHUNK_ROWS)
             with _seeded(int(seed)):

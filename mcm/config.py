@@ -75,12 +75,6 @@ class Target(Record):
     projection: Literal["prediction", "orthogonal", "learned"] = "prediction"
     norm: Literal["layer_norm", "channel", "none"] = "layer_norm"
 
-    @model_validator(mode="after")
-    def _has_statistics(self) -> Self:
-        if self.norm == "channel" and self.features != "patch":
-            raise ValueError(f'target.norm = "channel" needs target.features = "patch"; found {self.features!r}')
-        return self
-
 
 class Loss(Record):
     """What is added to the mean squared error of the patches: with `cls` that of the teacher's CLS token."""
@@ -192,13 +186,12 @@ class PretrainConfig(Record):
         if self.mask.mode in ("channel", "dropout") and not 0 < hidden < width:
             raise ValueError(f"mask.ratio = {self.mask.ratio} hides {hidden} of student.width = {width} channels")
         target = self.target
-        if self.loss.cls and (
-            target.features == "pixels" or target.projection == "learned" or target.norm == "channel"
-        ):
-            raise ValueError(
-                'loss.cls = true has no CLS target for target.features = "pixels", target.projection = "learned" and'
-                ' target.norm = "channel"'
-            )
+        if target.norm == "channel" and target.features != "patch":
+            raise ValueError(f'target.norm = "channel" needs target.features = "patch"; found {target.features!r}')
+        without = ("features", "pixels"), ("projection", "learned"), ("norm", "channel")
+        for key, value in without if self.loss.cls else ():
+            if getattr(target, key) == value:
+                raise ValueError(f'loss.cls = true has no CLS target for target.{key} = "{value}"')
         return self
 
 

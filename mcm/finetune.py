@@ -20,7 +20,7 @@ from mcm.augment import Mixer, eval_transform, train_transform
 from mcm.backbones import BATCHNORM_EPS, Backbone, FinetuneRun, load_encoder, model_args
 from mcm.classify import training_rows
 from mcm.config import FinetuneConfig
-from mcm.loop import Job, engine, to_device, train
+from mcm.loop import Job, engine, evaluation_due, to_device, train
 from mcm.optim import build_optimizer
 from mcm.order import EvalOrder, Order
 from mcm.probe import labelled, warn_of_copies
@@ -55,8 +55,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
             return functional.cross_entropy(wrapped(pictures_B3HW).float(), targets_BK)
 
         def evaluate(epochs_done: int) -> dict[str, float]:
-            every, last = config.train.eval_epochs, config.schedule.epochs
-            if epochs_done != last and (not every or epochs_done % every):
+            if not evaluation_due(config, config.train.eval_epochs, epochs_done):
                 return {}
             for buffer in model.buffers():  # of BatchNorm: each process has its own; the main one's are saved
                 broadcast(buffer)
@@ -66,19 +65,9 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
             if accelerator.is_main_process:
                 warn_of_copies(dataset, quiet=False)
                 describe_run(out, config, dataset=str(data), init=init, processes=world, rows=len(rows))
-            top1 = train(
-                Job(
-                    run_dir=out,
-                    model=model,
-                    optimizer=build_optimizer(model, config.optim),
-                    stream=Stream(order, source),
-                    loss=loss,
-                    evaluate=evaluate,
-                    config=config,
-                ),
-                accelerator,
-                stop,
-            )["top1"]
+            optimizer = build_optimizer(model, config.optim)
+            job = Job(out, model, optimizer, Stream(order, source), loss, evaluate, config)
+            top1 = train(job, accelerator, stop)["top1"]
         if accelerator.is_main_process:
             print(f"{out}: top-1 {100 * top1:.2f} % on {len(held.rows)} pictures of 'val'", flush=True)
     return top1

@@ -52,6 +52,11 @@ class Job:
     config: PretrainConfig | FinetuneConfig
 
 
+def evaluation_due(config: PretrainConfig | FinetuneConfig, every: int, epochs_done: int) -> bool:
+    """Tell whether to evaluate after an epoch: after each `every` (0: none), and always after the last."""
+    return epochs_done == config.schedule.epochs or bool(every and epochs_done % every == 0)
+
+
 @contextmanager
 def engine(precision: str) -> Iterator[Accelerator]:
     """Accelerate, on the CPU where there is no GPU; its process group ends with the block.

@@ -16,7 +16,7 @@ from mcm.loop import engine, train
 from mcm.order import Order
 from mcm.probe import labelled
 from mcm.run_folder import PretrainRun, claim, describe_run, identity_config, recorded, recorded_exit
-from mcm.task import build_task
+from mcm.task import Task
 
 
 def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | None = None) -> None:
@@ -31,7 +31,7 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
     with engine(config.train.precision) as accelerator:
         main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
         order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
-        task = build_task(config, run, cache, units, accelerator)
+        task = Task(config, run, cache, units, accelerator)
         claim(out, run)
         with recorded_exit(out, main) as stop:
             if main:

@@ -21,7 +21,7 @@ from mcm.backbones import CROP_PCT, Backbone
 from mcm.classify import Features, knn_hits
 from mcm.config import PretrainConfig
 from mcm.diagnostics import COLLAPSED, Collapsed, HeldOut, collapse
-from mcm.loop import Job, to_device
+from mcm.loop import Job, evaluation_due, to_device
 from mcm.masking import mask_pool
 from mcm.model import MaskedChannelModel, Masks, unfold_patches
 from mcm.optim import build_adamw
@@ -41,25 +41,19 @@ def channel_stats(units: Sequence[Unit]) -> tuple[Stats, Stats]:
     return mean, np.sqrt((stds**2 + (means - mean) ** 2).mean(0))
 
 
-def build_task(
-    config: PretrainConfig, run: PretrainRun, cache: Cache, units: Sequence[Unit], accelerator: Accelerator
-) -> "Task":
-    """The task with a model that has not trained."""
-    stats, seed = channel_stats(units) if config.target.norm == "channel" else None, config.train.seed
-    model = MaskedChannelModel(config, run.grid, run.patch, run.channels, run.mean, run.std)
-    joint = cache.projection() if config.target.features == "joint" else None
-    targets = Targets(config.target, run.channels, config.student.width, stats, seed, joint).to(accelerator.device)
-    return Task(config, run, model, targets, accelerator)
-
-
 class Task:
     """What masked channel modelling does with a batch: inputs, masks, targets, loss and held-out figures."""
 
     def __init__(
-        self, config: PretrainConfig, run: PretrainRun, model: MaskedChannelModel, targets: Targets,
-        accelerator: Accelerator,
-    ) -> None:  # fmt: skip
-        self.config, self.run, self.model, self.targets, self.accelerator = config, run, model, targets, accelerator
+        self, config: PretrainConfig, run: PretrainRun, cache: Cache, units: Sequence[Unit], accelerator: Accelerator
+    ) -> None:
+        """Build the model, untrained, and the targets for the `units` of the cache."""
+        self.config, self.run, self.accelerator = config, run, accelerator
+        stats = channel_stats(units) if config.target.norm == "channel" else None
+        joint = cache.projection() if config.target.features == "joint" else None
+        targets = Targets(config.target, run.channels, config.student.width, stats, config.train.seed, joint)
+        self.targets = targets.to(accelerator.device)
+        self.model = model = MaskedChannelModel(config, run.grid, run.patch, run.channels, run.mean, run.std)
         device = accelerator.device
         self.mean, self.std = (torch.tensor(values, device=device) * 255 for values in (run.mean, run.std))
         tokens, width = run.grid[0] * run.grid[1], config.student.width
@@ -73,16 +67,9 @@ class Task:
 
     def job(self, out: Path, units: Sequence[Unit], order: Order) -> Job:
         """The training on `units` in `order`, for the loop."""
-        config = self.config
-        return Job(
-            run_dir=out,
-            model=self.model,
-            optimizer=build_adamw(self.model, config.optim),
-            stream=Stream(order, self.source(units, config.mask.unmasked_fraction)),
-            loss=self.loss,
-            evaluate=self.evaluate,
-            config=config,
-        )
+        stream = Stream(order, self.source(units, self.config.mask.unmasked_fraction))
+        optimizer = build_adamw(self.model, self.config.optim)
+        return Job(out, self.model, optimizer, stream, self.loss, self.evaluate, self.config)
 
     def source(self, units: Sequence[Unit], unmasked_fraction: float = 0.0) -> CacheSource:
         """Batches of these units with this run's mask picks."""
@@ -142,15 +129,10 @@ class Task:
 
     def evaluate(self, epochs_done: int) -> dict[str, float]:
         """Held-out figures of this epoch; the last epoch has them all, whatever `train` says."""
-        settings = self.config.train
-
-        def due(every: int) -> bool:
-            return epochs_done == self.config.schedule.epochs or bool(every and epochs_done % every == 0)
-
         metrics = {} if self.first_DC is None else self.check_collapse(self.first_DC)
-        if self.has_val and due(settings.eval_epochs):
+        if self.has_val and evaluation_due(self.config, self.config.train.eval_epochs, epochs_done):
             metrics |= self.held_out()
-        if self.dataset is not None and due(settings.knn_epochs):
+        if self.dataset is not None and evaluation_due(self.config, self.config.train.knn_epochs, epochs_done):
             metrics["knn_full"] = self.knn(self.dataset)
         return metrics
 

@@ -4,7 +4,6 @@ import signal
 import time
 import warnings
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,50 +151,6 @@ def test_epochs_mix_views(cache):
     v0, v1 = ([unit.chunk(number).pictures for number in range(6)] for unit in chunks.units)
     assert all({f[0], s[0]} == {a[0], b[0]} for f, s, a, b in zip(first, second, v0, v1, strict=True))
     assert first not in (v0, v1) and chunks.view(2, 0).chunk(0).pictures == first[0]
-
-
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
-
-
-def swap(one: Path, other: Path) -> None:
-    one.rename(one.with_suffix(".swap"))
-    other.rename(one)
-    one.with_suffix(".swap").rename(other)
-
-
-DAMAGE = {
-    "a bit of a picture": ("train/v0/views/000000.tar", lambda p: flip(p, 700)),
-    "a bit of the codes": ("train/v0/features.zarr/patch/c.0.0.0", lambda p: flip(p, 100)),
-    "a bit of the index": ("train/v0/views/000000.index.npy", lambda p: flip(p, 700)),
-    "a bit of a commit": ("train/v0/commits/000000.json", lambda p: flip(p, 500)),
-    "a file is gone": ("train/v0/features.zarr/patch/c.0.0.0", os.unlink),
-    "a file is cut": ("train/v0/views/000000.tar", lambda p: os.truncate(p, 1000)),
-    "swapped pictures": ("train/v0/views/000000.tar", lambda p: swap(p, p.parents[2] / "v1/views/000000.tar")),
-    "swapped codes": ("train/v0/features.zarr/patch/c.0.0.0", lambda p: swap(p, p.with_name("c.1.0.0"))),
-    "swapped commits": ("train/v0/commits/000000.json", lambda p: swap(p, p.with_name("000001.json"))),
-}
-
-
-@pytest.mark.parametrize("what", DAMAGE)
-def test_damage_stops_by_name(tmp_path, what):
-    cache = make_cache(tmp_path / "cache", views=2, val_rows=0)
-    name, damage = DAMAGE[what]
-    damage(cache.path / name)
-    item = Stream(EvalOrder(100, 16, 112), CacheSource(cache.complete_units("train")[:1], (32, 32), 16, 64, 0))[0]
-    assert isinstance(item, CorruptionError) and name in str(item) and "\n" not in str(item)
-
-
-def test_swapped_pictures_of_one_tar_stop(tmp_path):
-    unit = make_cache(tmp_path / "cache", views=1, val_rows=0).complete_units("train")[0]
-    index, data = np.load(unit.index_file(0)), bytearray(unit.tar(0).read_bytes())
-    spans = [slice(int(row["offset"]), int(row["offset"] + min(index["size"][:2]))) for row in index[:2]]
-    data[spans[0]], data[spans[1]] = data[spans[1]], data[spans[0]]
-    unit.tar(0).write_bytes(data)
-    with pytest.raises(CorruptionError, match="000000.tar: row 0"):
-        unit.chunk(0)
 
 
 def test_workers_give_the_same_batches_and_their_errors_arrive(tmp_path):
