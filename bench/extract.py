@@ -31,22 +31,15 @@ from cache_tools.cache import Unit
 from cache_tools.console import progress
 from cache_tools.dataset import Dataset
 from cache_tools.identity import CacheIdentity, Fingerprint
-from cache_tools.writer import publish_identity, unit_writer
+from cache_tools.writer import publish_identity
 from pipeline import extract, launch
 from pipeline.config import ExtractConfig
-from pipeline.shard_features import Extractor, Spent, UnitEncoder, render_views
+from pipeline.shard_features import Extractor, Spent, render_views
 from pipeline.teachers import Teacher, load_teacher
 
 BATCH = 64  # `mcm-cache extract`'s own
 CORES = len(os.sched_getaffinity(0))
 Row = dict[str, Any]
-
-
-class Unwritten(UnitEncoder):
-    """Calibrates, encodes and sums on the device; nothing leaves it."""
-
-    def _write(self, arrays: dict[str, Tensor]) -> None:
-        pass
 
 
 class Place:
@@ -98,16 +91,6 @@ class Place:
         inputs = [render_views(self.dataset, self.identity, "train", row, [0])[0].teacher_input for row in rows]
         return torch.from_numpy(np.stack([inputs[row % len(inputs)] for row in range(BATCH)]))
 
-    def encoding_share(self, forward: float) -> float:
-        """Encoding on the device (codes, loss, statistics) of a batch, of that and its forward at that rate."""
-        patch_BNC, cls_BC = self.teacher.features(self.pictures())
-        with ThreadPoolExecutor(1) as behind, unit_writer(self.units()[0], 0) as writer:
-            encoder = Unwritten(writer, behind, Spent())
-            for _ in range(-(-encoder.rows // BATCH) + 1):  # calibrates on the first rows
-                encoder.add(patch_BNC, cls_BC)
-            encode = seconds(lambda: encoder.add(patch_BNC, cls_BC), self.teacher.device, 4)
-        return encode / (encode + BATCH / forward)
-
 
 def measure(place: Place, rows: int, rounds: int) -> Row:
     """The rates in turn, medians of the rounds, and what extraction is of the limit."""
@@ -128,7 +111,6 @@ def measure(place: Place, rows: int, rounds: int) -> Row:
     row: Row = {name: round(median(one[name] for one in found), 3) for name in found[0]}
     total = sum(spent.seconds.values())
     row["split"] = {what: round(share / total, 3) for what, share in spent.seconds.items()}
-    row["encoding_share"] = round(place.encoding_share(row["forward"]), 4)
     gpu_mb = peak(place.teacher.device) if place.teacher.device.type == "cuda" else None
     return row | {"peak_mb": round(peak_megabytes()), "gpu_mb": gpu_mb}
 

@@ -1,6 +1,6 @@
 """One part of the GPU run of scripts/gpu, or its table. Everything is synthetic; docs/gpu.md explains the parts.
 
-    python bench/gpu.py machine|B|S|L|compile_B|...|variants|online|extract|road|table --out FOLDER [--quick]
+    python bench/gpu.py machine|B|S|L|compile_B|...|online|extract|road|table --out FOLDER [--quick]
 
 A part writes FOLDER/PART.json. `--quick` runs the same code with tiny sizes, on a CPU too.
 """
@@ -41,7 +41,7 @@ TABLE = (
 
 def print_table(out: Path) -> None:
     """Measured, bar and forecast of the parts that were run; their JSON goes together into gpu.json."""
-    names = {part for part, *_ in TABLE} | {"variants"}
+    names = {part for part, *_ in TABLE}
     parts = {name: json.loads((out / f"{name}.json").read_text()) for name in names if (out / f"{name}.json").exists()}
     (out / "gpu.json").write_text(json.dumps(parts, indent=1, sort_keys=True) + "\n")
     found = {name: part["table"] for name, part in parts.items()}

@@ -1,4 +1,4 @@
-"""The parts of the GPU run: ceilings, steps, variants, online against cached, extraction, and a real command.
+"""The parts of the GPU run: ceilings, steps, online against cached, extraction, and a real command.
 
 Students are those of configs/pretrain at 224 px in bf16, teachers have random weights. Utilisation is the forward's
 operations x 3 per second, over the rate of a bf16 matrix product measured on the same machine.
@@ -44,7 +44,6 @@ KINDS = {  # of a kernel, by a piece of its name; the first that fits
     "elementwise": ("triton", "elementwise", "reduce", "layer_norm", "index", "vectorized"),
 }
 Row = dict[str, Any]
-Variant = tuple[tuple[str, ...], Callable[[OneStep], object]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +74,7 @@ def run(name: str, out: Path, quick: bool) -> None:
     ):
         part = Part(name, out, Path(folder), accelerator, quick)
         works: dict[str, Callable[[], None]] = {
-            "machine": part.machine, "variants": part.variants, "online": part.online, "extract": part.extract,
+            "machine": part.machine, "online": part.online, "extract": part.extract,
             "road": part.road, **{student: lambda s=student: part.student(s) for student in STUDENTS},
             **{f"compile_{student}": lambda s=student: part.compile(s) for student in STUDENTS},
         }  # fmt: skip
@@ -221,33 +220,6 @@ class Part:
         attention = next((event.key for event in kernels if "sdpa" in event.key or "flash" in event.key), "none seen")
         return {"gpu_ms": total / 3e3, **shares, "attention_kernel": attention[:100]}
 
-    def variants(self) -> None:
-        """One change at a time to the compiled step of ViT-B; its base is the row `compiled` of the part B."""
-        student = QUICK if self.quick else STUDENTS["B"]
-
-        def as_it_is(step: OneStep) -> None:
-            pass
-
-        def eager_target(step: OneStep) -> None:
-            step.task.compare = step.task._compare
-
-        variants: dict[str, Variant] = {
-            "bf16 residual": (() if self.device.type == "cpu" else ("train.residual=bf16",), as_it_is),
-            "convolution": ((), convolve),
-            "target not compiled": ((), eager_target),
-            "flash attention": ((), lambda step: torch.backends.cuda.enable_cudnn_sdp(False)),
-        }
-        for name, (overrides, change) in variants.items():
-
-            def measured(overrides: tuple[str, ...] = overrides, change: Any = change) -> Row:
-                step = self.build(student, *overrides)
-                change(step)
-                return self.resident(step, student.steps)
-
-            self.row(name, measured)
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        self.row("micro-batch 512", lambda: self.resident(self.build(student, batch=2 * student.batch), student.steps))
-
     def online(self) -> None:
         """The cached step of ViT-B against one whose loss runs the teacher, both fed by the stream."""
         own, workers = QUICK if self.quick else STUDENTS["B"], 0 if self.quick else 8
@@ -300,19 +272,6 @@ class Part:
         line += [word for key in chosen for word in ("--set", key)]
         self.row("first command", lambda: command_until(line, self.folder / "run", stop_after=2))
         self.row("second command", lambda: command_until(line, self.folder / "run"))
-
-
-def convolve(step: OneStep) -> None:
-    """Give the model normalised float pictures, so that it embeds them by the convolution."""
-    run, device = step.task.run, step.device
-    mean, std = (torch.tensor(values, device=device).mul(255).view(3, 1, 1) for values in (run.mean, run.std))
-
-    def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
-        normalised = (batch["pictures"].permute(0, 3, 1, 2).float() - mean) / std
-        y = wrapped(normalised, step.task.masks(batch))
-        return step.task.compare(y, {name: x for name, x in batch.items() if isinstance(x, Tensor) and name != "rows"})
-
-    step.loop.job = dataclasses.replace(step.loop.job, loss=loss)
 
 
 def forward_flops(step: OneStep) -> int:

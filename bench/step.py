@@ -1,4 +1,4 @@
-"""What a pre-training step spends beside its matrix products: stream, masks, target decode, AdamW, saving; memory.
+"""What a pre-training step spends beside its matrix products: the stream, masks, the target, saving.
 
     python bench/step.py --out bench/results/step.json [--config pretrain/NAME] [--set KEY=VALUE] [--quick]
 
@@ -12,14 +12,13 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from clock import describe, in_turns, peak, reset_peak, seconds
+from clock import describe, in_turns
 from one_step import OneStep, first_batch, load_config
 from record import write_results
 from synthetic import Shape, make_cache
@@ -27,7 +26,6 @@ from synthetic import Shape, make_cache
 from cache_tools.cache import Cache
 from mcm.loop import engine
 from mcm.masking import apply_fill
-from mcm.optim import param_groups
 from mcm.order import EvalOrder
 from mcm.stream import Stream
 
@@ -91,43 +89,6 @@ class Bench:
         took = in_turns({"target": lambda: self.own.task.target(batch)}, self.device, self.options.rounds, 5)["target"]
         return {"ms": 1e3 * took, "share": took / self.step_s}
 
-    def adamw(self) -> Row:
-        """The update alone: fused, as a run has it, and foreach."""
-        model, optim = self.own.task.model, self.own.job.config.optim
-        foreach = torch.optim.AdamW(param_groups(model, optim.weight_decay), lr=0.0, foreach=True)
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
-        works = {"fused": self.own.loop.optimizer.optimizer.step, "foreach": foreach.step}
-        took = in_turns(works, self.device, self.options.rounds, 5)
-        model.zero_grad()
-        return {f"{name}_ms": 1e3 * s for name, s in took.items()} | {"fused_share": took["fused"] / self.step_s}
-
-    def compiled(self) -> Row:
-        """With train.compile, and the first step, in which it compiles."""
-        torch._dynamo.reset()
-        step = self.build("train.compile=true")
-        first = seconds(lambda: step.run(repeat(step.resident), 1), self.device)
-        took = step.resident_s(self.options.steps)
-        row = {"eager_ms": 1e3 * self.step_s, "compiled_ms": 1e3 * took, "speedup": self.step_s / took}
-        return row | {"first_step_s": first, "peak_mb": self.peak_of(step)}
-
-    def memory(self) -> Row:
-        """Peak of a step: allocated on the GPU, resident (with the libraries) on a CPU."""
-        return {"peak_mb": self.peak_of(self.own)}
-
-    def peak_of(self, step: OneStep) -> int:
-        """Megabytes, the largest within two steps."""
-        reset_peak(self.device)
-        step.run(repeat(step.resident), 2)
-        return peak(self.device)
-
-    def attention(self) -> Row:
-        """Which kernels of scaled_dot_product_attention a step calls, and how often."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            self.own.run(repeat(self.own.resident), 1)
-        found = {event.key: event.count for event in profile.key_averages() if "_scaled_dot_product" in event.key}
-        return {"kernels": found}
-
 
 def parse() -> argparse.Namespace:
     """The command line, with what it leaves out chosen by the device."""
@@ -139,15 +100,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8 if gpu else 1)
     parser.add_argument("--steps", type=int, default=20 if gpu else 4, help="of one measurement")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a tiny student, not compiled: for the tests")
+    parser.add_argument("--quick", action="store_true", help="a tiny student: for the tests")
     options = parser.parse_args()
     options.set = options.set or ([] if gpu else ["student.depth=4"])
     if options.quick:
         options.config, options.set = "pretrain/demo", ["student.depth=1", "student.width=32", "decoder.depth=1"]
         options.batch, options.workers, options.steps, options.rounds = 32, 0, 2, 1
-        options.no_compile = True  # it takes half a minute of whatever model
     return options
 
 
@@ -164,13 +123,8 @@ def main() -> None:
             "stream": bench.stream,
             "masks": bench.masks,
             **{f"target {dtype}": partial(bench.target, dtype) for dtype in DTYPES},
-            "adamw": bench.adamw,
-            "memory": bench.memory,
-            "attention": bench.attention,
             "saving": lambda: bench.own.saving(folder / "run"),
         }
-        if not options.no_compile:
-            parts["compiled"] = bench.compiled
         settings = {"config": options.config, "set": options.set, "batch": options.batch}
         table: dict[str, Row] = {"where": describe(bench.device) | settings | {"steps": options.steps}}
         for name, part in parts.items():

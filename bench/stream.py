@@ -2,21 +2,18 @@
 
     python bench/stream.py --out bench/results/stream.json [--photos FOLDER] [--quick]
 
-Rows are views of 224 px (JPEG 95 4:4:4) and 196 x 768 features. The limit is bare preads and bare JPEG decodes straight
-into the batch, no checks; "limit raw" reads uncompressed pixels instead. Peers read rendered views (decoded with
-simplejpeg) or, "crop", source pictures that Pillow decodes and crops; torch's DataLoader makes their batches, or, "in
-place", the cheapest copy there is. Each line is a process of its own, in three rounds; figures are medians. Ratios are
-of CPU-seconds, ours to the limit and peers to ours, from passes that take turns within one process; with workers, which
-are other processes, there are none. litdata and mosaicml-streaming are left out, with a word, where they are missing.
+Rows are views of 224 px (JPEG 95 4:4:4) and 196 x 768 features. The limit is bare preads and bare JPEG decodes into
+the batch, without a check. Peers read rendered views (decoded by simplejpeg) or, "crop", source pictures that Pillow
+decodes and crops; torch's DataLoader makes their batches. Each line is a process of its own, in three rounds. Figures
+are medians. Ratios are of CPU-seconds, ours to the limit and peers to ours, from passes that take turns in one process.
+Lines with workers have no ratio, as workers are other processes. litdata is left out, and named, where it is missing.
 """
 
 import argparse
-import cProfile
 import importlib.util
 import io
 import json
 import os
-import pstats
 import statistics
 import subprocess
 import sys
@@ -32,38 +29,9 @@ import numpy as np
 from record import peak_megabytes, write_results
 
 BATCH, TOKENS, CHANNELS, SIZE, ROWS_PER_SHARD = 64, 196, 768, 224, 256
-CODES_BYTES = TOKENS * CHANNELS
 OURS = [f"ours {dtype}, {workers} workers" for dtype in ("int8", "float16") for workers in (0, 1, 2)]
-LIMITS = [f"limit {dtype}" for dtype in ("int8", "float16", "raw")]
-PEERS = ["webdataset views", "webdataset crop", "litdata views", "mosaicml views"]
-PEERS += [f"{name}, in place" for name in PEERS]
-
-
-def make_raw(folder: Path, views: list[bytes]) -> None:
-    """Decoded views and codes in one file, a row behind the other."""
-    import simplejpeg
-
-    folder.mkdir()
-    codes = bytes(CODES_BYTES)
-    with open(folder / "rows.bin", "wb") as file:
-        for jpg in views:
-            file.write(simplejpeg.decode_jpeg(jpg, colorspace="RGB").data)
-            file.write(codes)
-
-
-def read_raw(folder: Path) -> Callable[[], Iterator[int]]:
-    """Bare preads of pixels and codes, 16 rows at a time, into the same memory."""
-    file, row_bytes = os.open(folder / "raw" / "rows.bin", os.O_RDONLY), SIZE * SIZE * 3 + CODES_BYTES
-    chunks, out = os.fstat(file).st_size // (16 * row_bytes), np.empty((BATCH // 16, 16 * row_bytes), np.uint8)
-
-    def epoch() -> Iterator[int]:
-        order = np.random.default_rng(0).permutation(chunks)
-        for first in range(0, len(order), BATCH // 16):
-            for place, chunk in enumerate(order[first : first + BATCH // 16].tolist()):
-                os.preadv(file, [out[place]], chunk * 16 * row_bytes)
-            yield BATCH
-
-    return epoch
+LIMITS = [f"limit {dtype}" for dtype in ("int8", "float16")]
+PEERS = ["webdataset views", "webdataset crop", "litdata views"]
 
 
 def make_peers(folder: Path, sources: list[bytes], views: list[bytes]) -> None:
@@ -81,13 +49,6 @@ def make_peers(folder: Path, sources: list[bytes], views: list[bytes]) -> None:
                         member = tarfile.TarInfo(name)
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
-    if importlib.util.find_spec("streaming"):
-        from streaming import MDSWriter
-
-        columns = {"jpg": "bytes", "codes": f"ndarray:int8:{TOKENS},{CHANNELS}"}
-        with MDSWriter(out=str(folder / "mosaicml views"), columns=columns, size_limit="64mb") as writer:
-            for jpg in views:
-                writer.write({"jpg": jpg, "codes": codes})
     if importlib.util.find_spec("litdata"):
         from litdata.streaming.cache import Cache
 
@@ -152,20 +113,6 @@ def read_ours(folder: Path, dtype: str, workers: int) -> Callable[[], Iterator[i
     return lambda: islice(items, order.steps_per_epoch)
 
 
-def collated(samples: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]) -> Callable[[], Iterator[int]]:
-    """Samples (picture, codes) stacked into the same batch memory each time: the cheapest collation there is."""
-    rgb, codes = np.empty((BATCH, SIZE, SIZE, 3), np.uint8), np.empty((BATCH, TOKENS, CHANNELS), np.int8)
-
-    def epoch() -> Iterator[int]:
-        items = samples()
-        while group := list(islice(items, BATCH)):
-            for place, (picture, code) in enumerate(group):
-                rgb[place], codes[place] = picture, code
-            yield len(group)
-
-    return epoch
-
-
 def loaded(samples: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]) -> Callable[[], Iterator[int]]:
     """Samples in batches by torch's DataLoader, as the peers' documentation has it."""
     from torch.utils.data import DataLoader, IterableDataset
@@ -177,7 +124,7 @@ def loaded(samples: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]) -> Ca
     return lambda: (len(pictures) for pictures, _ in DataLoader(Samples(), batch_size=BATCH))
 
 
-def read_peer(folder: Path, name: str, batched: Callable[..., Callable[[], Iterator[int]]]) -> Any:
+def read_peer(folder: Path, name: str) -> Callable[[], Iterator[int]]:
     """A peer's reader in one process, without its shuffle pool."""
     import simplejpeg
 
@@ -202,37 +149,22 @@ def read_peer(folder: Path, name: str, batched: Callable[..., Callable[[], Itera
             for sample in webdataset.WebDataset(tars, shardshuffle=False):
                 yield read(sample["jpg"]), np.load(io.BytesIO(sample["npy"]))
 
-        return batched(samples)
-    if name.startswith("litdata"):
-        from litdata import StreamingDataset
+        return loaded(samples)
+    from litdata import StreamingDataset
 
-        dataset = StreamingDataset(str(where), shuffle=False)
-    else:
-        from streaming import StreamingDataset
-
-        dataset = StreamingDataset(local=str(where), shuffle=False, batch_size=BATCH)
-    return batched(lambda: ((decode(item["jpg"]), item["codes"]) for item in iter(dataset)))
+    dataset = StreamingDataset(str(where), shuffle=False)
+    return loaded(lambda: ((decode(item["jpg"]), item["codes"]) for item in iter(dataset)))
 
 
 def open_reader(folder: Path, name: str) -> Callable[[], Iterator[int]]:
     """The reader of a line of the table."""
     kind, _, rest = name.partition(" ")
     if kind == "limit":
-        return read_raw(folder) if rest == "raw" else read_limit(folder, rest)
+        return read_limit(folder, rest)
     if kind == "ours":
         dtype, _, workers = rest.partition(", ")
         return read_ours(folder, dtype, int(workers.split()[0]))
-    peer, _, in_place = name.partition(", ")
-    return read_peer(folder, peer, collated if in_place else loaded)
-
-
-def places(epoch: Callable[[], Iterator[int]]) -> list[str]:
-    """Where a pass spends its time, by function: those with at least 1 %."""
-    with cProfile.Profile() as profile:
-        sum(epoch())
-    found = pstats.Stats(profile).get_stats_profile()
-    shares = sorted(((one.tottime / found.total_tt, name) for name, one in found.func_profiles.items()), reverse=True)
-    return [f"{name} {share:.3f}" for share, name in shares if share >= 0.01]
+    return read_peer(folder, name)
 
 
 def drop_from_memory(folder: Path) -> None:
@@ -262,7 +194,7 @@ def timed(epoch: Callable[[], Iterator[int]]) -> tuple[float, float]:
 def measure(folder: Path, name: str, seconds: float) -> dict[str, Any]:
     """A cold pass, then warm ones, in turns with those of the line's reference."""
     epoch, other = open_reader(folder, name), reference(name)
-    data = folder / (name.split()[1].rstrip(",") if name in LIMITS + OURS else name.partition(",")[0])
+    data = folder / (name.split()[1].rstrip(",") if name in LIMITS + OURS else name)
     drop_from_memory(data)
     found: dict[str, Any] = {"cold_per_s": timed(epoch)[0], "rss_mb": peak_megabytes()}
     beside = open_reader(folder, other) if other else None
@@ -276,7 +208,6 @@ def measure(folder: Path, name: str, seconds: float) -> dict[str, Any]:
     found["per_s"], found["per_cpu_s"] = map(statistics.median, zip(*passes, strict=True))
     found["ratio"] = statistics.median(pairs) if pairs else None
     found["bytes"] = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
-    found["profile"] = places(epoch) if name in OURS and other else None
     return found
 
 
@@ -307,14 +238,13 @@ def main() -> None:
         views = [rendered_view(source, row, SIZE) for row, source in enumerate(sources)]
         for dtype in ("int8", "float16"):
             make_cache(folder / dtype, Shape(arguments.rows, ROWS_PER_SHARD, 14, CHANNELS, SIZE), dtype, views)
-        make_raw(folder / "raw", views)
         make_peers(folder, sources, views)
         write_results(arguments.out, run_table(arguments, folder))
 
 
 def run_table(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """Every line, in turns; figures are medians of the rounds."""
-    peers = [name for name in PEERS if (folder / name.partition(",")[0]).is_dir()]
+    peers = [name for name in PEERS if (folder / name).is_dir()]
     print("left out, not installed:", ", ".join(name for name in PEERS if name not in peers) or "nothing")
     lines = [LIMITS[0], OURS[0], peers[0]] if arguments.quick else [*LIMITS, *OURS, *peers]
     rounds: list[dict[str, dict[str, Any]]] = []
@@ -343,7 +273,7 @@ def show(name: str, rounds: list[dict[str, Any]], rows: int) -> dict[str, Any]:
     elif name in OURS:
         del row["per_cpu_s"]  # of this process, which only waits for others
     print(text, flush=True)
-    return row | ({"profile": rounds[0]["profile"]} if rounds[0]["profile"] else {})
+    return row
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import pytest
 from conftest import ROOT
 
 COLUMNS = {
-    "verify": ("int8", {"files", "mb", "threads", "1 thread", "all threads"}),
     "resume_scan": ("scan", {"s", "peak_mib", "floor_mib"}),
     "scale": (
         "1024 rows",
@@ -19,12 +18,12 @@ COLUMNS = {
     ),
     "stream": (
         "ours int8, 0 workers",
-        {"per_s", "per_cpu_s", "cold_per_s", "rss_mb", "bytes_a_sample", "of_limit", "profile"},
+        {"per_s", "per_cpu_s", "cold_per_s", "rss_mb", "bytes_a_sample", "of_limit"},
     ),
     "step": ("stream", {"resident_ms", "streamed_ms", "ratio", "wait_share", "images_per_s", "workers"}),
     "extract": (
         "tiny CLIP, 4 views",
-        {"forward", "render", "extract", "limit", "of_limit", "split", "encoding_share"} | {"peak_mb", "gpu_mb"},
+        {"forward", "render", "extract", "limit", "of_limit", "split", "peak_mb", "gpu_mb"},
     ),
 }
 
