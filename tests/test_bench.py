@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = {
     "resume_scan": ("scan", {"s", "peak_mib", "floor_mib"}),
     "scale": (

@@ -57,7 +57,7 @@ ASKED = os.environ.get("MCM_TEST_GPU") == "1"
 needs_gpu = pytest.mark.skipif(not ASKED, reason="needs a GPU, and MCM_TEST_GPU=1 to use it")
 both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 # A library that warns on one card or version must not end the only run there.
-pytestmark = pytest.mark.filterwarnings("default")
+pytestmark = pytest.mark.filterwarnings("default", "ignore:This DataLoader will create")  # 3 workers on 2 cores
 STEADY = {"student": {"drop_path": 0.0}}  # what drop path drops differs between devices
 EPOCHS = {"epochs": 2, "warmup_epochs": 1}
 WHOLE = {"schedule": EPOCHS, **STEADY}

@@ -114,6 +114,7 @@ def shared(place):
     return place / "shared", printed
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_plan_and_each_command_runs_once(shared):
     out, printed = shared
     for kind, command, count in (("runs", "pretrain", 1), ("runs", "probe", 2), ("finetune", "finetune", 1)):
@@ -122,6 +123,7 @@ def test_two_processes_share_a_plan_and_each_command_runs_once(shared):
     assert [printed.count(f"| {name} ") for name in ("channel .75", "random init")] == [2, 2]
 
 
+@pytest.mark.slow
 def test_the_table_holds_every_row_seed_and_column(shared):
     rows = {row["name"]: row for row in results(shared[0])["rows"]}
     probed = {"k-NN full", "linear full", "k-NN masked:2", "linear masked:2"}
@@ -131,6 +133,7 @@ def test_the_table_holds_every_row_seed_and_column(shared):
     assert counts == {1} and "<h2>ablations</h2>" in (shared[0] / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_command_under_other_names_of_its_folders_has_nothing_to_do(shared, place, tmp_path):
     before, table = files(shared[0]), results(shared[0])
     (tmp_path / "place").symlink_to(place)
@@ -139,6 +142,7 @@ def test_the_same_command_under_other_names_of_its_folders_has_nothing_to_do(sha
     assert results(shared[0])["rows"] == table["rows"]
 
 
+@pytest.mark.slow
 def test_a_failed_row_is_shown_and_the_others_go_on(shared, place, tmp_path):
     shutil.copytree(shared[0], tmp_path / "out")
     done = subprocess.run(command(place, tmp_path / "out", "odd"), env=environment(), capture_output=True, text=True)
@@ -154,6 +158,7 @@ def test_a_failed_row_is_shown_and_the_others_go_on(shared, place, tmp_path):
     assert sorted(units) == ["train/v0", "val/v0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_ablation_stops_its_command_which_saves(shared, place, tmp_path, number):
     shutil.copytree(shared[0], tmp_path / "out")
@@ -177,6 +182,7 @@ def test_a_stopped_ablation_stops_its_command_which_saves(shared, place, tmp_pat
     assert rows["long"] == {} and len(rows["channel .75"]["fine-tuned"]) == 1
 
 
+@pytest.mark.slow
 def test_the_run_of_a_killed_ablation_is_left_alone_while_its_command_trains(place, tmp_path):
     plan = load_toml(Plan, place / "plan.toml")
     ablation = Ablation(plan, place / "cache", place / "data", tmp_path / "out", None, 0)
@@ -195,6 +201,7 @@ def test_a_sweep_of_learning_rates_is_more_rows(place):
     assert rows["channel .75, lr 0.004"].set == ("schedule.epochs=2", "optim.lr=0.004")
 
 
+@pytest.mark.slow
 def test_a_run_whose_compiled_model_falls_back_to_eager_says_so():
     done = subprocess.run([sys.executable, "-c", FALLBACK], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0 and "hit config.recompile_limit" in done.stderr, done.stderr

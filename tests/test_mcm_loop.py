@@ -166,6 +166,7 @@ def receive(rank, port, run):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_one_rank_reads_a_checkpoint_and_the_others_receive_it(tmp_path):
     run_job(make_job(tmp_path))
     with socket.socket() as free:

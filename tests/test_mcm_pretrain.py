@@ -138,6 +138,7 @@ def test_it_learns_and_leaves_a_whole_run(straight, cache):
     assert {path.name for path in straight.iterdir()} >= {"config.toml", "env.json", "tensorboard", "checkpoints"}
 
 
+@pytest.mark.slow
 def test_killed_at_random_steps_it_ends_the_same(straight, cache, tmp_path, how_many, tally):
     for number in range(runs := how_many(1, 7)):
         run = tmp_path / f"killed{number}"
@@ -192,6 +193,7 @@ def assert_same_losses(run, other):
         assert numbers[0] == pytest.approx(numbers[1], rel=2e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_world_has_the_same_losses_on_a_tiny_dataset(alone, tiny, tmp_path, world):
     run = tmp_path / "ranks"
@@ -202,6 +204,7 @@ def test_every_world_has_the_same_losses_on_a_tiny_dataset(alone, tiny, tmp_path
     assert_same_losses(run, alone)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_other_and_the_run_resumes_in_another_world(alone, tiny, tmp_path):
     run, (cache, data) = tmp_path / "run", tiny
     two, one = ([*command(ANY_WORLD, cache, run, world), "--data", str(data.path)] for world in (2, 0))

@@ -63,6 +63,7 @@ def given(cache, world, micro_batch, workers):
     return [row for key in sorted(parts) for row in parts[key]]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 @pytest.mark.parametrize(("workers", "splits"), [(0, (16, 48, 100, 384)), (1, (48,)), (3, (16,))])
 def test_one_sequence_of_rows_views_and_masks_for_every_world(two_steps, workers, splits):

@@ -99,6 +99,7 @@ def test_geometry_is_the_drawn_crop_and_labels_are_the_datasets(place: Path, cac
             assert tuple(index[row])[4:] == tuple(crop)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_the_bytes_are_the_same(place: Path, cache: Path, tmp_path: Path) -> None:
     """Six SIGKILLs spread over the work of one extraction; then the same command to its end."""
     target = tmp_path / "cache"
@@ -118,6 +119,7 @@ def test_killed_at_random_moments_the_bytes_are_the_same(place: Path, cache: Pat
     assert not verify(target, quiet=True).problems
 
 
+@pytest.mark.slow
 def test_workers_share_the_shards(place: Path, cache: Path, tmp_path: Path) -> None:
     lines = [
         command(
@@ -140,6 +142,7 @@ def test_workers_share_the_shards(place: Path, cache: Path, tmp_path: Path) -> N
     assert tree_digest(tmp_path / "cache") == tree_digest(cache)
 
 
+@pytest.mark.slow
 def test_sigterm_stops_at_a_shard_and_the_same_command_goes_on(place: Path, cache: Path, tmp_path: Path) -> None:
     target = tmp_path / "cache"
     line = command("mcm-cache", "extract", place / "dataset", target, *options(place))
@@ -333,6 +336,7 @@ def test_a_missing_library_does_not_stop_an_extraction(monkeypatch: pytest.Monke
     assert versions(teacher).keys() == {"torch", "timm", "numpy", "pillow", "simplejpeg", "threads"}
 
 
+@pytest.mark.slow
 def test_damage_is_exit_4_and_a_wrong_weights_file_2(place: Path, cache: Path, tmp_path: Path) -> None:
     path = cache / "train" / "v0" / "views" / "000000.tar"
     good = path.read_bytes()

@@ -218,6 +218,7 @@ def test_a_signal_stops_behind_a_shard_and_damage_is_named(made, tmp_path, monke
     assert tree_digest(out) == tree_digest(made / "out")
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments_changes_no_byte(tmp_path):
     source = make_source(tmp_path / "source", train=160, val=40, size=96)
     shard(source, tmp_path / "straight", rows_per_shard=16)

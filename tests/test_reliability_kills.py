@@ -15,6 +15,8 @@ from conftest import is_locked, tree_digest
 
 from cache_tools.verify import verify
 
+pytestmark = pytest.mark.slow
+
 KILLED_AGAIN = 0.3  # the chance that a resuming process is killed too
 VIEWS = 2
 Run = Callable[..., None]

@@ -16,6 +16,8 @@ from conftest import is_locked, tree_digest
 
 from cache_tools.verify import verify
 
+pytestmark = pytest.mark.slow
+
 VIEWS = 2
 
 

@@ -19,6 +19,8 @@ from cache_tools.storage import file_sha256
 from cache_tools.verify import verify
 from pipeline.shard_split import ShardProgress
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[[Path, Path], None]
 State = dict[str, bytes | None]  # path -> content; None is a folder
 RUNS = pytest.mark.parametrize("run", [zygote.run_shard, zygote.run_extract], ids=["shard", "extract"])
