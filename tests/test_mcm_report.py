@@ -11,7 +11,6 @@ from safetensors.numpy import save_file
 from test_mcm_checkpoint import save
 
 from cache_tools.errors import CorruptionError, UsageError
-from cache_tools.preview import pca_colours
 from cache_tools.records import encode_record
 from cache_tools.storage import write_atomic
 from mcm import checkpoint, figures
@@ -163,13 +162,6 @@ def test_runs_of_one_name_keep_their_own_rows(tmp_path):
     assert list(table)[-1] == f"{runs[0]} ({tuned[2]})"
 
 
-def test_pca_colours_lie_in_the_unit_cube_and_share_the_targets_basis():
-    target = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float32)
-    colours = pca_colours(target, target)
-    assert colours.shape == (2, 16, 3) and colours.min() >= 0 and colours.max() <= 1
-    assert np.allclose(pca_colours(target[:1], target), colours[:1], atol=1e-5)
-
-
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UsageError, match="expected a RUN"):
         report([tmp_path], tmp_path / "r.html")
@@ -230,17 +222,13 @@ def test_maps_are_of_the_best_and_the_worst_channels_that_vary(drawn, kind):
 
 
 def test_few_channels_and_constant_ones_are_drawn_too(drawn):
-    shown = {
-        "views": np.zeros((1, 32, 32, 3), np.uint8),
-        "target": np.ones((1, 16, 3)),
-        "prediction": np.ones((1, 16, 3)),
-    }
     constant = {"r2_full": np.zeros(3, np.float32), "target_std": np.zeros(3, np.float32)}
-    figures.channel_maps(shown, channels(3), (4, 4))
-    figures.channel_maps(shown, constant, (4, 4))
+    tokens = np.ones((1, 16, 3))
+    shown = {"views": np.zeros((1, 32, 32, 3), np.uint8), "target": tokens, "prediction": tokens}
+    for known in (channels(3), constant):
+        figures.channel_maps(shown, known, (4, 4))
     figures.channel_figures(constant)
     assert [len(figure.axes) for figure in drawn] == [6, 2, 2]
-    assert figures._panels(1, 3, 2.0)[1].shape == (1,)
 
 
 def test_ablations_as_text_and_as_markdown():
