@@ -5,19 +5,12 @@ a prefix of shards behind, and the same command continues after it and ends with
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cache_tools.console import StopFlag, one_line
-from cache_tools.dataset import (
-    CHUNK_ROWS,
-    ROWS_PER_SHARD,
-    DatasetRecord,
-    info_json,
-    shard_name,
-)
+from cache_tools.dataset import CHUNK_ROWS, ROWS_PER_SHARD, DatasetRecord, info_json, shard_name
 from cache_tools.errors import IdentityError, UsageError, check_output
 from cache_tools.records import differences, encode_record, read_record
 from cache_tools.storage import move_durably, publish, remove_tree, run_folder, settle, try_lock, write_atomic
@@ -82,8 +75,13 @@ class _Job:
 
     def run(self) -> DatasetRecord:
         """Make the DATASET, or continue one."""
-        then = "the shard in work is finished"
-        with self._locked(), StopFlag(then) as stop, DecodePool(self.workers) as pool:
+        with (
+            try_lock(self.lock) as held,
+            StopFlag("the shard in work is finished") as stop,
+            DecodePool(self.workers) as pool,
+        ):
+            if not held:
+                raise UsageError(f"{self.lock}: another process shards into {self.out}; wait until it ends")
             settle(self.out)
             if (self.out / "dataset.json").is_file():
                 record = read_record(DatasetRecord, self.out / "dataset.json")
@@ -91,7 +89,10 @@ class _Job:
                 self._make_again(record, pool)
                 print(f"{self.out}: complete")
             else:
-                _begin(self.out, self.work / "plan.json", self.plan)
+                begun = self.work / "plan.json"
+                if begun.is_file():
+                    _check_same(self.out, self.plan, read_record(ShardPlan, begun))
+                publish(begun, encode_record(self.plan))
                 splits = {
                     name: self._split(name, self.out, self.max_refused, pool).write(stop) for name in self.candidates
                 }
@@ -125,13 +126,6 @@ class _Job:
             if not (self.out / name / "_info.json").is_file():
                 publish(self.out / name / "_info.json", info_json(name, entry))
         remove_tree(again)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with try_lock(self.lock) as held:
-            if not held:
-                raise UsageError(f"{self.lock}: another process shards into {self.out}; wait until it ends")
-            yield
 
     def _split(self, name: str, out: Path, max_refused: float, pool: DecodePool) -> SplitWriter:
         return SplitWriter(name, self.candidates[name], self.plan, out / name, self.work / name, max_refused, pool)
@@ -169,14 +163,9 @@ def _plan_of(record: DatasetRecord) -> ShardPlan:
     )
 
 
-def _begin(out: Path, path: Path, plan: ShardPlan) -> None:
-    """Publish the plan, or check that the one begun there is the same."""
-    if path.is_file():
-        _check_same(out, plan, read_record(ShardPlan, path))
-    publish(path, encode_record(plan))
-
-
 def _check_same(out: Path, plan: ShardPlan, begun: ShardPlan) -> None:
     if diff := differences(plan, begun):
         found = f"found another (asked != there): {', '.join(diff)[:500]}"
-        raise IdentityError(f"{out}: expected the request begun there; {found}; repeat that or choose another DATASET")
+        raise IdentityError(
+            f"{out}: expected the request that began it; {found}; repeat that or choose another DATASET"
+        )

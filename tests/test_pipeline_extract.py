@@ -1,7 +1,6 @@
-"""Extraction: exact pixels, resumed to the byte after SIGKILL, shared by workers, refused when it is not the same."""
+"""Extraction: exact pixels, resumed to the byte after SIGTERM, refused when the request is another."""
 
 import json
-import random
 import re
 import signal
 import subprocess
@@ -97,49 +96,6 @@ def test_geometry_is_the_drawn_crop_and_labels_are_the_datasets(place: Path, cac
             size = decode_rgb(dataset.picture(unit.split, row)[0]).shape[:2]
             crop = draw_crop(CropPolicy(kind="rrc"), 0, unit.split, row, unit.view, *size)
             assert tuple(index[row])[4:] == tuple(crop)
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_the_bytes_are_the_same(place: Path, cache: Path, tmp_path: Path) -> None:
-    """Six SIGKILLs spread over the work of one extraction; then the same command to its end."""
-    target = tmp_path / "cache"
-    line = command("mcm-cache", "extract", place / "dataset", target, *options(place), "--threads", 2)
-    draw = random.Random(0)
-    for kill in range(6):
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wanted = (
-            draw.randrange(1, 30) + 8 * kill
-        )  # files in the tree, so that each kill comes at another point of the work
-        while process.poll() is None and sum(1 for path in target.rglob("*") if path.is_file()) < wanted:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    run("mcm-cache", "extract", place / "dataset", target, *options(place), "--threads", 2)
-    assert tree_digest(target) == tree_digest(cache)
-    assert not verify(target, quiet=True).problems
-
-
-@pytest.mark.slow
-def test_workers_share_the_shards(place: Path, cache: Path, tmp_path: Path) -> None:
-    lines = [
-        command(
-            "mcm-cache",
-            "extract",
-            place / "dataset",
-            tmp_path / "cache",
-            *options(place),
-            "--worker",
-            k,
-            "--workers",
-            3,
-        )
-        for k in range(3)
-    ]
-    processes = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for line in lines]
-    outputs = [process.communicate()[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes)
-    assert any("3 of 3 units complete" in output for output in outputs)
-    assert tree_digest(tmp_path / "cache") == tree_digest(cache)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import socket
 import struct
 import subprocess
 import sys
@@ -139,22 +138,6 @@ def test_odd_names_in_a_folder_become_rows(canary, capsys):
         expected.update({printable(f"{folder}/{name}"): label for name in [*NAMES, "\udcff\udcfe.png"]})
     assert rows(canary / "out") == expected
     assert "\x1b" not in capsys.readouterr().out
-
-
-def test_links_sockets_and_loops_are_left_out(canary, capsys):
-    source = canary / "source" / "a"
-    source.mkdir(parents=True)
-    (source / "1.png").write_bytes(PNG)
-    (source / "loop").symlink_to("loop")
-    (source / "up").symlink_to("../..")
-    (source / "out.png").symlink_to(canary.parent / "canary")
-    (source / "gone.png").symlink_to("nowhere")
-    os.mkfifo(source / "fifo.png")
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(source / "socket.png"))
-        shard(canary / "source", canary / "out", max_refused=1)
-    assert rows(canary / "out") == {"a/1.png": 0} and quarantined(canary / "out") == {}
-    assert "6 links, FIFOs or devices: links are never" in capsys.readouterr().out
 
 
 def test_folders_deeper_than_python_recurses(canary):
