@@ -28,11 +28,10 @@ from mcm.run_folder import ExitRecord, read_metrics, recorded, software
 
 UNDERFITTED = 0.2  # held-out R^2; below it, an accuracy says little about the target
 WAIT_S = 2.0  # between two looks at the runs of other processes
-# `mcm-train` as a process that saves and ends when the ablation ends, whatever that died of: its stdin then closes.
+# `mcm-train` as a process that saves and stops when the ablation ends, whatever that died of.
 COMMAND = """
-import os, signal
-from cache_tools.processes import end_after
-end_after(lambda: os.read(0, 1), signal.SIGTERM)
+from cache_tools.processes import stop_with_launcher
+stop_with_launcher()
 from mcm.cli import app
 app()
 """

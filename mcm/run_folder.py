@@ -1,6 +1,7 @@
 """The RUN folder's small files: whose run it is, with what it ran, its log, and how the last command ended."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from cache_tools.console import StopFlag, describe, exit_code
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.errors import CorruptionError, IdentityError, Interrupted, ResourceError, UsageError
 from cache_tools.identity import CacheIdentity
+from cache_tools.processes import stop_with_launcher
 from cache_tools.records import R, Record, check_utf8, differences, encode_record, read_json, read_record, write_toml
 from cache_tools.storage import append_line, keep_lines, publish, run_folder, settle, try_lock, write_atomic
 
@@ -166,6 +168,8 @@ def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
 
     then = "this step is finished and saved" if main else ""
     with held(run_dir) if main else nullcontext(), StopFlag(then) as stop:
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun and accelerate launch, which start several ranks
+            stop_with_launcher()
         if main:
             settle(run_dir)
             write(None, "running")

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
+import resource
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -188,11 +189,16 @@ class Stream(Dataset[Batch | McmError | OSError]):
         return batch
 
 
-def _start_forkserver() -> None:
-    """Start the process that forks workers, deaf to SIGTERM and Ctrl-C as they will be: who asked for the work ends it.
+def _start_forkserver(workers: int) -> None:
+    """Start the process that forks the workers. They block SIGTERM and Ctrl-C, and end with this process.
 
     A launcher signals whole process groups; the stop at the next step still needs the workers' batches.
+    Raises: ResourceError where this process may not open enough files.
     """
+    limit, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 32 + 16 * workers
+    if limit < needed:
+        advice = f"raise it by `ulimit -n {needed}`, or lower the number of workers"
+        raise ResourceError(f"open files: expected a limit of {needed} for {workers} workers; found {limit}; {advice}")
     multiprocessing.forkserver.set_forkserver_preload(["torch", "mcm.stream"])
     multiprocessing.resource_tracker.ensure_running()  # before the block, which its start would lift
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
@@ -213,7 +219,7 @@ def batches(stream: Stream, start: int, end: int, workers: int, pin_memory: bool
     if isinstance(stream.order, EvalOrder) and stream.order.rows < WORKERS_FROM_ROWS:
         workers = 0
     if workers:
-        _start_forkserver()
+        _start_forkserver(workers)
     loader = DataLoader(
         # In a worker, PREFETCH batches are under way and one is the caller's.
         Stream(stream.order, stream.source, reuse=PREFETCH + 1 if workers else 1),

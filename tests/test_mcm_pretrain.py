@@ -223,6 +223,14 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes_in_another_world(alone
     assert_same_losses(run, alone)
 
 
+def test_ranks_save_and_stop_when_their_launcher_is_killed(cache, tmp_path):
+    config, run = make_config(schedule={"epochs": 99999}, train={"workers": 1}), tmp_path / "run"
+    wait_for(3, process := start(command(config, cache, run, 2)), run)
+    process.kill()
+    process.communicate(timeout=100)  # the ranks hold the pipe open
+    assert read_record(ExitRecord, run / "exit.json").code == 75
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_corruption_stops_by_name_also_in_a_worker(tmp_path, capsys, workers):
     cache = make_cache(tmp_path / "cache", views=1)

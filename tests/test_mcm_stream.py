@@ -1,4 +1,5 @@
 import os
+import resource
 import shutil
 import signal
 import time
@@ -204,6 +205,17 @@ def test_a_killed_worker_is_a_lack_of_memory():
     words = r"^DataLoader worker .*/dev/shm.* train\.workers"
     with pytest.raises(ResourceError, match=words), batches(Stream(Order(100, 16, 32, 16), Killed()), 0, 6, 1) as items:
         next(items)
+
+
+def test_too_few_open_files_for_the_workers_are_told_before_they_start():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (63, before[1]))
+    try:
+        words = "open files: expected a limit of 64 for 2 workers; found 63; raise it by `ulimit -n 64`"
+        with pytest.raises(ResourceError, match=words), batches(Stream(Order(100, 16, 32, 16), Killed()), 0, 6, 2):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_dataset_rows_through_a_transform(tmp_path):
