@@ -30,9 +30,9 @@ UNDERFITTED = 0.2  # held-out R^2; below it, an accuracy says little about the t
 WAIT_S = 2.0  # between two looks at the runs of other processes
 # `mcm-train` as a process that saves and stops when the ablation ends, whatever that died of.
 COMMAND = """
+from mcm.cli import app
 from cache_tools.processes import stop_with_launcher
 stop_with_launcher()
-from mcm.cli import app
 app()
 """
 MARKS = {"Collapsed": "collapsed", "Diverged": "diverged"}  # an error of exit.json to its mark

@@ -195,7 +195,7 @@ def _start_forkserver(workers: int) -> None:
     A launcher signals whole process groups; the stop at the next step still needs the workers' batches.
     Raises: ResourceError where this process may not open enough files.
     """
-    limit, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 32 + 16 * workers
+    limit, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 48 + 16 * workers
     if limit < needed:
         advice = f"raise it by `ulimit -n {needed}`, or lower the number of workers"
         raise ResourceError(f"open files: expected a limit of {needed} for {workers} workers; found {limit}; {advice}")

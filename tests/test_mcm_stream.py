@@ -209,9 +209,9 @@ def test_a_killed_worker_is_a_lack_of_memory():
 
 def test_too_few_open_files_for_the_workers_are_told_before_they_start():
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (63, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (79, before[1]))
     try:
-        words = "open files: expected a limit of 64 for 2 workers; found 63; raise it by `ulimit -n 64`"
+        words = "open files: expected a limit of 80 for 2 workers; found 79; raise it by `ulimit -n 80`"
         with pytest.raises(ResourceError, match=words), batches(Stream(Order(100, 16, 32, 16), Killed()), 0, 6, 2):
             pass
     finally:
