@@ -188,7 +188,7 @@ def _find_in_folder(root: Path, notes: list[str], named: bool) -> dict[str, _Pla
             f"{root}: expected folders of splits or of classes; found {', '.join(splits)} beside "
             f"{printable(others[0])}; {_NAME_THEM}"
         )
-    if splits and (beside := others + here.files + here.links):
+    if splits and (beside := others + here.files + here.links + here.hidden):
         notes.append(f"left out beside the splits: {', '.join(map(printable, beside[:5]))} ({len(beside)} in all)")
     alike = {_WORDS[word] for name in others for word in _words(name) if word in _WORDS} if not named else set()
     if not splits and len(alike) > 1:
@@ -297,6 +297,8 @@ def _add_folders(places: Mapping[str, tuple[Path, str]], sources: Sources, max_r
     said["links"] = "links, FIFOs or devices: links are never followed"
     sources.notes += [f"{left[kind]} {text} left out" for kind, text in said.items() if left[kind]]
     sources.classes = tuple(map(printable, classes))
+    if len(classes) == 1:
+        sources.notes.append(f"one class alone, {printable(classes[0])}: give that folder if it holds the classes")
     if not classes:
         sources.notes.append(f"no labels: the pictures are in no class folders; {_UNLABELLED}")
 

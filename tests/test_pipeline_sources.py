@@ -101,6 +101,8 @@ LAYOUTS = {  # files -> the rows of each split and a note, or what the error say
     "a class called test_tube": ([*CLASSES, "test_tube/3.png"], {"train": 3}, ""),
     "litter": ([*CLASSES, "a/Thumbs.db", "a/x.xml", "b/boxes.txt", "b/y.json"], {"train": 2}, "4 files of other kinds"),
     "hidden": ([*CLASSES, "a/._1.png", "a/.DS_Store", "__MACOSX/a/._1.png"], {"train": 2}, "3 hidden files left out"),
+    "hidden beside splits": ([*two("train", "val"), "__MACOSX/train/a/._1.png"], {"train": 2, "val": 2}, "__MACOSX"),
+    "one folder too high, flat": (two("objects"), {"train": 2}, "one class alone, objects: give that folder"),
     "flat with litter": (["1.jpg", "2.jpg", "metadata.csv"], {"train": 2}, "no labels"),
     "two of one split": (two("val", "valid"), "one folder of split val; found val/ and valid/"),
     "a class beside a split": ([*two("test"), "cat/1.png"], "found test beside cat/; name them"),
