@@ -21,6 +21,7 @@ from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError, check_output
 from cache_tools.records import Record, config_file, load_toml, read_record, sha256_hex
 from cache_tools.storage import file_sha256, run_folder, try_lock, write_atomic
+from cache_tools.weights import weights_file
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.probe import ProbeResult, check_kind, labelled, record_name
 from mcm.report import FIT, MINUTES, ablation_lines, fine_tuned, held_out, markdown, probed, report
@@ -117,7 +118,9 @@ class Ablation:
             if len(twins := [other for other in self.rows if _folder(other, 0) == _folder(name, 0)]) > 1:
                 raise UsageError(f"the plan: expected rows with folders of their own; found {twins}; rename one")
         self.digests = {str(data): labelled(Dataset(data)).sha256}
-        self.digests |= {} if weights is None else {str(weights): file_sha256(weights)}
+        if weights is not None:
+            file, chosen = weights_file(weights)
+            self.digests[str(weights)] = f"{file_sha256(file)}{chosen}"
         self.digests |= {str(path): Cache(path).sha256 for path in map(self._cache_of, self.rows.values())}
         base = config_file(plan.base)
         self.configs = {n: load_toml(PretrainConfig, base, row.set) for n, row in self.rows.items() if not row.init}

@@ -117,18 +117,13 @@ def _from_config(student: SizedStudent | None, seed: int) -> Backbone:
 def _from_timm(spec: str, weights: Path | None) -> Backbone:
     advice = "or put beside the file its own config.json"
     model, _, chosen = load_timm(spec.removeprefix("timm:"), weights or PRETRAINED, HEADS, advice)
-    try:
-        with torch.device("meta"):  # what probe, finetune and export do with it: a model that timm makes again
-            architecture, arguments = model_args(model)
-            twin = timm.create_model(architecture, **arguments)
-            pooled(twin, encode_tokens(twin, torch.empty(1, 3, *model.patch_embed.img_size)))
-            twin.reset_classifier(2, "avg")
+    with _arguments_of(spec), torch.device("meta"):  # as probe, finetune and export use it: timm makes it again
+        architecture, arguments = model_args(model)
+        twin = timm.create_model(architecture, **arguments)
+        pooled(twin, encode_tokens(twin, torch.empty(1, 3, *model.patch_embed.img_size)))
+        twin.reset_classifier(2, "avg")
         if twin.state_dict().keys() - model.state_dict().keys() != {"head.weight", "head.bias"}:
-            raise TypeError("timm makes another model of its arguments")
-    except Exception as error:
-        raise UsageError(
-            f"{spec}: expected a plain vision transformer of timm; found {type(model).__name__}, {error!r}"
-        ) from error
+            raise TypeError(f"another {type(model).__name__} made of its arguments")
     digest = weights and f"sha256:{file_sha256(weights_file(weights)[0])}{chosen and f'#{chosen}'}"
     return _described(model, spec, digest or PRETRAINED)
 
@@ -189,14 +184,14 @@ def _from_export(folder: Path) -> Backbone:
 
 
 @contextmanager
-def _arguments_of(path: Path) -> Iterator[None]:
-    """Refuse the arguments in `path` if no model can be made of them inside the block."""
+def _arguments_of(where: Path | str) -> Iterator[None]:
+    """Refuse the arguments of `where` if no model can be made of them inside the block."""
     try:
         yield
     except McmError:
         raise
     except Exception as error:
-        raise UsageError(f"{path}: expected a vision transformer that timm can make; {error!r}") from error
+        raise UsageError(f"{where}: expected a plain vision transformer of timm; found {error!r}") from error
 
 
 def _described(model: VisionTransformer, source: str, weights: str) -> Backbone:

@@ -20,7 +20,7 @@ Config = Annotated[str, typer.Argument(metavar="CONFIG|NAME", help="A TOML file,
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")]
 Out = Annotated[Path, typer.Option(metavar="RUN", help="The run's folder; the same command again resumes it.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove what is in RUN first.")]
-Weights = Annotated[Path | None, typer.Option(metavar="FILE", help="Weights for timm:NAME; without it the hub's.")]
+Weights = Annotated[Path | None, typer.Option(metavar="FILE[#SET]", help="Of timm:NAME; by default the hub's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]

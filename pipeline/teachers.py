@@ -72,24 +72,6 @@ class Teacher:
         return patch_BNC.float(), None if cls_BC is None else cls_BC.float()
 
 
-@dataclass
-class Tower:
-    """What a loader made of a name and weights: the module, its forward, and what the identity records of them."""
-
-    name: str
-    module: nn.Module
-    forward: Forward
-    size: tuple[int, int]
-    patch: int
-    architecture: dict[str, Any]
-    activation: str
-    preprocessing: Preprocessing
-    weights_set: str
-    norm: Literal["final", "none"] = "final"
-    projection: Tensor | None = None
-    notes: tuple[str, ...] = ()
-
-
 def load_teacher(
     name: str, weights: str, size: int | None = None, device: str | None = None, precision: str | None = None,
     normalisation: tuple[Triple, Triple] | None = None,
@@ -125,8 +107,7 @@ def load_teacher(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # the weights of "random"
-            tower = load(architecture, weights, size, normalisation)
-            teacher = _describe(tower, weights, where, cast(Precision, precision))
+            teacher = load(architecture, weights, size, normalisation, where, cast(Precision, precision))
     except (McmError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of a name or a configuration that is no vision transformer as this file knows them
@@ -143,7 +124,9 @@ def check_multiple(option: str, size: int, patch: int) -> None:
         raise UsageError(f"{option} {size}: expected a multiple of the patch, {patch} pixels; use {fitting}")
 
 
-def _load_open_clip(name: str, weights: str, size: int | None, given: tuple[Triple, Triple] | None) -> Tower:
+def _load_open_clip(
+    name: str, weights: str, size: int | None, given: tuple[Triple, Triple] | None, *place: Any
+) -> Teacher:
     import open_clip
     from open_clip.model import VisionTransformer, _build_vision_tower, resize_pos_embed
 
@@ -181,10 +164,14 @@ def _load_open_clip(name: str, weights: str, size: int | None, given: tuple[Trip
         return out["image_intermediates"][0], _first_token(out.get("image_intermediates_prefix"))
 
     described = {k: v for k, v in config.items() if k in ("embed_dim", "quick_gelu")} | {"vision_cfg": vision}
-    return Tower(
-        f"open_clip:{Path(name).name}", tower, forward, _pair(vision["image_size"]), _patch(tower), described,
-        "quick_gelu" if quick_gelu else "gelu", stated, chosen, "none" if pooled else "final",
-        None if pooled else getattr(tower, "proj", None), notes,
+    facts: dict[str, Any] = {
+        "activation": "quick_gelu" if quick_gelu else "gelu",
+        "norm": "none" if pooled else "final",
+    }
+    projection = None if pooled else getattr(tower, "proj", None)
+    return _describe(
+        f"open_clip:{Path(name).name}", weights, tower, forward, vision["image_size"], described, projection, stated,
+        notes, *place, weights_set=chosen or None, **facts,
     )  # fmt: skip
 
 
@@ -246,7 +233,7 @@ def _open_clip_preprocessing(
     return preprocessing(f"open_clip:{name}", given, own, source, tags, default, advice)
 
 
-def _load_timm(name: str, weights: str, size: int | None, given: tuple[Triple, Triple] | None) -> Tower:
+def _load_timm(name: str, weights: str, size: int | None, given: tuple[Triple, Triple] | None, *place: Any) -> Teacher:
     model, stated, chosen = load_timm(name, weights, ("head", "fc_norm"), f"{ADVICE} config.json", given, size)
     if not hasattr(model, "num_prefix_tokens") or isinstance(getattr(model, "norm", None), nn.Identity | None):
         found = type(model).__name__
@@ -261,9 +248,11 @@ def _load_timm(name: str, weights: str, size: int | None, given: tuple[Triple, T
         return patch_BNC, _first_token([prefix_BPC] if has_class_token else None)
 
     names = [type(part).__name__.lower() for name, part in model.blocks.named_modules() if name.endswith("act")]
-    size_HW = _pair(model.patch_embed.img_size)
-    described = {"name": name, "img_size": list(size_HW)}
-    return Tower(f"timm:{name}", model, forward, size_HW, _patch(model), described, names[0], stated, chosen)
+    described = {"name": name, "img_size": list(_pair(model.patch_embed.img_size))}
+    return _describe(
+        f"timm:{name}", weights, model, forward, described["img_size"], described, None, stated, (), *place,
+        weights_set=chosen or None, activation=names[0],
+    )  # fmt: skip
 
 
 def _patch(tower: Any) -> int:
@@ -273,40 +262,36 @@ def _patch(tower: Any) -> int:
     return int(getattr(tower, "trunk", tower).patch_embed.feat_ratio())
 
 
-def _describe(tower: Tower, weights: str, device: torch.device, precision: Precision) -> Teacher:
-    tower.module.eval().requires_grad_(False)  # in training mode, patch dropout would leave out tokens
-    for side in tower.size:
-        check_multiple("--teacher-size", side, tower.patch)
+def _describe(
+    name: str, weights: str, tower: nn.Module, forward: Forward, image_size: Any, architecture: dict[str, Any],
+    projection: Tensor | None, stated: Preprocessing, notes: tuple[str, ...], device: torch.device,
+    precision: Precision, **facts: Any,
+) -> Teacher:  # fmt: skip
+    tower.eval().requires_grad_(False)  # in training mode, patch dropout would leave out tokens
+    size, patch_size = _pair(image_size), _patch(tower)
+    for side in size:
+        check_multiple("--teacher-size", side, patch_size)
     with torch.inference_mode():
-        patch, cls = tower.forward(torch.zeros(1, 3, *tower.size))
-    rows, columns = (side // tower.patch for side in tower.size)
+        patch, cls = forward(torch.zeros(1, 3, *size))
+    rows, columns = (side // patch_size for side in size)
     if rows * columns != patch.shape[1]:
-        found = f"{patch.shape[1]} tokens of {tower.size} pixels"
-        raise UsageError(f"{tower.name}: expected {rows}x{columns} square patches; found {found}")
-    stored = None
-    if tower.projection is not None:
-        stored = np.ascontiguousarray(tower.projection.detach().numpy(), np.float32)
-    stated = tower.preprocessing
+        raise UsageError(f"{name}: expected {rows}x{columns} square patches; found {patch.shape[1]} tokens of {size}")
+    stored = None if projection is None else np.ascontiguousarray(projection.detach().numpy(), np.float32)
     identity = TeacherIdentity(
-        name=f"{tower.name} (random weights)" if weights == RANDOM else tower.name,
-        architecture_sha256=sha256_hex(json.dumps(tower.architecture, sort_keys=True).encode()),
-        weights_sha256=state_sha256(tower.module.state_dict()),
-        weights_set=tower.weights_set or None,
-        activation=tower.activation,
-        norm=tower.norm,
-        height=tower.size[0],
-        width=tower.size[1],
+        name=f"{name} (random weights)" if weights == RANDOM else name,
+        architecture_sha256=sha256_hex(json.dumps(architecture, sort_keys=True).encode()),
+        weights_sha256=state_sha256(tower.state_dict()),
+        height=size[0],
+        width=size[1],
         mean=stated.mean,
         std=stated.std,
         projection_sha256=None if stored is None else sha256_hex(stored.tobytes()),
+        **facts,
     )
     resize = "" if stated.interpolation == "bicubic" else "; views are resized by bicubic interpolation all the same"
-    notes = (f"teacher {identity.name}: {stated}, from {stated.source}{resize}", *tower.notes)
-    channels = int(patch.shape[2])
-    return Teacher(
-        identity, tower.module, tower.forward, (rows, columns), channels, cls is not None, stored, device, precision,
-        notes,
-    )  # fmt: skip
+    notes = (f"teacher {identity.name}: {stated}, from {stated.source}{resize}", *notes)
+    channels, has_cls = int(patch.shape[2]), cls is not None
+    return Teacher(identity, tower, forward, (rows, columns), channels, has_cls, stored, device, precision, notes)
 
 
 def _pair(size: Any) -> tuple[int, int]:
