@@ -177,7 +177,7 @@ def export(
     folded: Annotated[float | None, typer.Option(metavar="S", help="Fold x~ = e + S (x - e) into the weights.")] = None,
     json: Json = False,
 ) -> None:
-    """Write RUN's encoder as a folder that timm loads: timm.create_model("local-dir:OUT", pretrained=True).
+    """Write RUN's encoder (a fine-tuned RUN's with its head) as a folder that timm and transformers' AutoModel load.
 
     Example: mcm-train export run encoder
     """

@@ -1,4 +1,4 @@
-"""A RUN's encoder as a folder that timm loads by itself: `timm.create_model("local-dir:OUT", pretrained=True)`.
+"""A RUN's encoder as a folder that timm and transformers load by themselves, with a model card.
 
 Letters: B batch, H W pixels.
 """
@@ -13,11 +13,37 @@ from safetensors.torch import save as safetensors_bytes
 from timm.models.vision_transformer import VisionTransformer
 
 from cache_tools.errors import McmError, UsageError, found_at
+from cache_tools.records import read_json
 from cache_tools.storage import atomic_folder, write_atomic
 from mcm.backbones import Backbone, load_encoder, model_args
 from mcm.model import folded_state
+from mcm.run_folder import last_eval, recorded
 
 FEATURE_TOLERANCE = 1e-5
+EVALUATED = ("top1", "top5", "r2_masked", "r2_full")  # of the last evaluation of a run
+PROBED = ("knn", "linear", "miou", "pixel_accuracy")  # of a probe
+CARD = """---
+library_name: timm
+tags: [timm, transformers, image-feature-extraction]
+---
+A vision transformer trained by Masked Channel Modeling. FOLDER is the folder of this file.
+
+    timm.create_model("local-dir:FOLDER", pretrained=True)
+    transformers.AutoModel.from_pretrained("FOLDER")
+
+The licences of the training pictures and of the teacher apply to these weights too.
+
+| trained on | |
+| --- | --- |
+{facts}
+| measured, as fractions of 1 | |
+| --- | --- |
+{measured}
+Configuration:
+
+```toml
+{settings}```
+"""
 
 
 def export(run: Path, out: Path, fold_scale: float | None = None) -> dict[str, Any]:
@@ -37,10 +63,13 @@ def export(run: Path, out: Path, fold_scale: float | None = None) -> dict[str, A
         masked = backbone.masked
         backbone.model.load_state_dict(folded_state(masked.encoder, masked.encoder_fill, fold_scale))
     config = timm_config(backbone) | {"mcm": {"weights": backbone.weights, "fold_scale": fold_scale}}
+    if classes := recorded(run).get("classes"):
+        config["label_names"] = classes
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
     with atomic_folder(out) as temp:
         write_atomic(temp / "model.safetensors", safetensors_bytes(tensors, metadata={"format": "pt"}))
         write_atomic(temp / "config.json", json.dumps(config, indent=2).encode())
+        write_atomic(temp / "README.md", model_card(run, config).encode())
         _check_round_trip(temp, backbone.model)
     return config
 
@@ -49,6 +78,7 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
     """config.json as timm's hub layout has it: architecture, how it differs from it, and what its pictures must be."""
     model = backbone.model
     architecture, args = model_args(model)
+    del args["num_classes"]  # timm takes it from the top level, and transformers refuses it twice
     return {
         "architecture": architecture,
         "num_classes": model.num_classes,
@@ -71,6 +101,25 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
             "classifier": "head",
         },
     }
+
+
+def model_card(run: Path, config: dict[str, Any]) -> str:
+    """README.md of an exported folder: how to load it, what it was trained on, what was measured, its configuration."""
+    kinds = (str, int, float)
+    facts = {name: value for name, value in recorded(run).items() if isinstance(value, kinds)} | config["mcm"]
+    facts |= {f"sha256 of {unit}": digest for unit, digest in recorded(run).get("units", {}).items()}
+    measured = {name: value for name, value in last_eval(run).items() if name in EVALUATED}
+    for file in sorted([*(run / "probe").glob("*.json"), *(run / "dense").glob("*.json")]):
+        found = read_json(file)
+        of = f"{found['input']} input, {found['weights']}, DATASET {found['data_sha256'][:12]}"
+        measured |= {f"{name}, {of}": found[name] for name in PROBED if found.get(name) is not None}
+    figures = {name: f"{value:.4f}" for name, value in measured.items()}
+    settings = run / "config.toml"
+    return CARD.format(
+        facts="".join(f"| {name} | {value} |\n" for name, value in facts.items()),
+        measured="".join(f"| {name} | {value} |\n" for name, value in figures.items()) or "| nothing | - |\n",
+        settings=settings.read_text("utf-8") if settings.is_file() else "",
+    )
 
 
 def _check_round_trip(folder: Path, model: VisionTransformer) -> None:

@@ -17,6 +17,7 @@ from cache_tools.identity import CacheIdentity
 from cache_tools.records import printable, read_json, read_record
 from cache_tools.storage import run_folder, write_atomic
 from mcm import checkpoint
+from mcm.dense_probe import DenseResult
 from mcm.figures import Array, channel_figures, channel_maps, curves, dots, samples
 from mcm.probe import ProbeResult
 from mcm.run_folder import last_eval, read_metrics, recorded
@@ -148,6 +149,10 @@ def _add_run(tables: dict[str, Table], run: Path, label: str, rows: Mapping[str,
         result = read_record(ProbeResult, file)
         row = rows.get(result.weights, f"{label} at {result.weights}")
         tables[result.data_sha256].put(row, probed(result), label)
+    for file in sorted((run / "dense").glob("*.json"), reverse=True):
+        dense = read_record(DenseResult, file)
+        row, column = rows.get(dense.weights, f"{label} at {dense.weights}"), f"mIoU {dense.input}{_seed(dense.seed)}"
+        tables[dense.data_sha256].put(row, {column: dense.miou}, label)
     if facts.get("kind") == "finetune":
         init = facts["init_weights"]
         row = rows.get(init, f"{facts['init']} ({init})")

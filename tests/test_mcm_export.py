@@ -14,6 +14,7 @@ from mcm import export as module
 from mcm.backbones import load_encoder, pooled
 from mcm.export import export
 from mcm.finetune import finetune
+from mcm.probe import probe
 
 PICTURES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -67,6 +68,40 @@ def test_a_fine_tuned_run_keeps_its_head(tmp_path):
     ours = load_encoder(str(tmp_path / "tuned"), head=True).model
     assert torch.allclose(*(outputs(model, lambda m: m(PICTURES)) for model in (loaded, ours)), atol=1e-5)
     assert loaded.num_classes == 2 and load_encoder(str(tmp_path / "tuned")).model.num_classes == 0
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_transformers_loads_the_same_folder(tmp_path, tuned):
+    transformers = pytest.importorskip("transformers")
+    run = make_run(tmp_path / "run")
+    if tuned:
+        data = make_dataset(tmp_path / "dataset", 32, 16)
+        finetune(config(schedule={"epochs": 1, "warmup_epochs": 0}), data.path, str(run), None, tmp_path / "tuned")
+        run = tmp_path / "tuned"
+    export(run, tmp_path / "out")
+    ours = load_encoder(str(run), head=True).model
+    loaded, info = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert {name.split(".")[-2] for name in info["unexpected_keys"]} <= {"head"}
+    expected = outputs(ours, lambda m: m.forward_features(PICTURES))
+    assert torch.allclose(expected, outputs(loaded, lambda m: m(PICTURES).last_hidden_state), atol=1e-5)
+    if tuned:
+        whole = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        assert torch.allclose(
+            outputs(ours, lambda m: m(PICTURES)), outputs(whole, lambda m: m(PICTURES).logits), atol=1e-5
+        )
+        assert whole.config.id2label == {0: "even", 1: "odd"}
+
+
+def test_the_model_card_says_what_it_is_and_what_was_measured(tmp_path):
+    run, data = make_run(tmp_path / "run"), make_dataset(tmp_path / "dataset", 32, 16)
+    (result,) = probe(str(run), data.path, ["knn"], ["full"], quiet=True)
+    export(run, tmp_path / "out", 0.5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| knn, full input, {result.weights}, DATASET {data.sha256[:12]} | {result.knn:.4f} |" in card
+    assert "| teacher | test |" in card and f"| cache_sha256 | {result.cache_sha256} |" in card
+    assert "| fold_scale | 0.5 |" in card and (run / "config.toml").read_text() in card
+    assert "num_classes" not in json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
 
 
 def test_bad_requests_and_another_folder_in_the_way(tmp_path):
