@@ -36,6 +36,7 @@ from mcm.dense_probe import (
     text,
 )
 from mcm.finetune import finetune
+from mcm.report import report
 from pipeline.shard import shard
 
 K, GRID = 6, (4, 5)
@@ -165,6 +166,9 @@ def test_a_run_names_its_inputs_and_keeps_them(data, tmp_path):
     kept = {record.input: record for record in (read_record(DenseResult, file) for file in (run / "dense").iterdir())}
     assert kept == {result.input: result for result in results}
     assert dense_probe(str(run), data, ["full"], workers=0, quiet=True)[0] == full  # the same bits again
+    tables = report([run], tmp_path / "report.html")
+    columns = {f"mIoU {one.input}": one.miou for one in results}
+    assert tables == {full.data_sha256: {"run": columns}} and "mIoU masked:2" in (tmp_path / "report.html").read_text()
     untrained = dense_probe(str(run), data, ["full"], untrained=True, workers=0, quiet=True)[0]
     assert untrained.weights == "untrained" and len(list((run / "dense").iterdir())) == 4
 
