@@ -104,6 +104,8 @@ def main() -> None:
         lines = {line: (f"{sizes[0]} rows", "stream", Path(name) / line, sizes[-1]) for line in shapes}
         lines["real rows"] = ("real rows", "stream", Path(name) / "real rows", 4 * sizes[0])
         lines |= {line: ("start", "start", Path(name) / "start", at) for line, at in (("start", 0), ("resume", 90.5))}
+        if options.quick:
+            del lines["real rows"], lines["resume"]
         shapes |= {"real rows": Shape(sizes[0], sizes[0]), "start": Shape(16 * shards, 16, 1, 768, 16)}
         for line, shape in shapes.items():
             make_cache(Path(name) / line, shape, "int8")

@@ -99,7 +99,7 @@ def runs(tmp_path):
     return [run, tuned_run(tmp_path / "ft-random", "random", 0.775), tuned_run(tmp_path / "ft-mcm", run, 0.819), cache]
 
 
-def test_the_table_has_a_row_per_model_and_a_column_per_measurement(runs, tmp_path):
+def test_the_table_has_a_row_per_model_and_a_column_per_measurement(runs, drawn, tmp_path):
     rows = report(runs, tmp_path / "r.html")[DATA]
     assert list(rows) == ["random init", "mcm", "teacher cache"]
     assert rows["random init"] == {"k-NN full": 0.41, "linear full": 0.59, "fine-tuned": 0.775}
@@ -112,7 +112,7 @@ def test_the_table_has_a_row_per_model_and_a_column_per_measurement(runs, tmp_pa
     assert report([runs[0], frozen], tmp_path / "r.html")[DATA]["mcm"]["linear (LARS)"] == 0.7
 
 
-def test_figures_of_other_data_seeds_labels_and_weights_are_kept_apart(runs, tmp_path):
+def test_figures_of_other_data_seeds_labels_and_weights_are_kept_apart(runs, drawn, tmp_path):
     run, other = runs[0], "1" * 64
     put(run, "full", 0.5, name="full-1.json", data_sha256=other)
     put(run, "full", 0.6, name="full-2.json", seed=7)
@@ -130,7 +130,7 @@ def test_figures_of_other_data_seeds_labels_and_weights_are_kept_apart(runs, tmp
     assert page.count("<table>") == 2 and f"DATASET {other[:12]}: " in page and f"DATASET {DATA[:12]}: " in page
 
 
-def test_a_fine_tuned_run_finds_the_row_of_its_weights_wherever_they_are(runs, tmp_path):
+def test_a_fine_tuned_run_finds_the_row_of_its_weights_wherever_they_are(runs, drawn, tmp_path):
     """The path in `init` is of no use once a run was moved, and may name other weights by now."""
     run = runs[0].rename(tmp_path / "elsewhere")
     make_run(tmp_path / "moved", step=9)
@@ -151,7 +151,7 @@ def test_the_file_stands_alone_and_holds_everything(runs, tmp_path):
     assert all(f"<td>{cell}</td>" in page for table in tables.values() for line in table.lines()[1:] for cell in line)
 
 
-def test_runs_of_one_name_keep_their_own_rows(tmp_path):
+def test_runs_of_one_name_keep_their_own_rows(drawn, tmp_path):
     runs = [make_run(tmp_path / parent / "run", step=step) for step, parent in enumerate("abc")]
     for run, knn in zip(runs, (0.5, 0.6, 0.7), strict=True):
         put(run, "full", knn)
@@ -170,7 +170,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         report([tmp_path], tmp_path / "r.html")
 
 
-def test_damaged_files_of_a_run_are_named(runs, tmp_path):
+def test_damaged_files_of_a_run_are_named(runs, drawn, tmp_path):
     for name, damage, words in (
         ("metrics.jsonl", b'{"step": 1\n', r"metrics\.jsonl: line 1: expected a JSON object with a step"),
         ("metrics.jsonl", b'{"ste0": 1}\n', r"metrics\.jsonl: line 1: expected a JSON object with a step"),
