@@ -110,15 +110,9 @@ def write_shard(unit: Unit, shard: int) -> None:
 
 
 def make_cache(
-    path: Path,
-    rows: int = 100,
-    val_rows: int = 40,
-    views: int = 2,
-    dtype: str = "int8",
-    seed: int = 0,
-    compress: str | None = None,
-    projection: np.ndarray | None = None,
-) -> Cache:
+    path: Path, rows: int = 100, val_rows: int = 40, views: int = 2, dtype: str = "int8", seed: int = 0,
+    compress: str | None = None, projection: np.ndarray | None = None,
+) -> Cache:  # fmt: skip
     """Write CACHE with `views` complete units of train and one of val (val_rows 0: no val split).
 
     `projection` float32 [C, E] is the teacher's matrix to its joint space.

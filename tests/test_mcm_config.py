@@ -10,7 +10,6 @@ from cache_tools.records import config_file, load_toml, write_toml
 from mcm.ablate import Plan
 from mcm.config import FinetuneConfig, PretrainConfig, Train
 from mcm.model import MaskedChannelModel, build_encoder
-from mcm.order import Order
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 KINDS = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "ablate": Plan}
@@ -110,8 +109,3 @@ def test_workers_are_the_cores_of_the_rank_but_one(monkeypatch):
     for ranks, workers in (("1", 8), ("2", 7), ("16", 0)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert Train(global_batch=16, micro_batch=16).workers == workers
-
-
-def test_an_impossible_number_of_ranks_is_told_the_possible_ones():
-    with pytest.raises(UsageError, match="processes that fit: 1, 2, 3, 6"):
-        Order(960, 16, 96, 16, world=4)

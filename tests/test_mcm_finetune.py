@@ -62,25 +62,6 @@ def test_it_learns_and_says_what_it_is(tuned):
     assert json.loads((run / "exit.json").read_bytes())["code"] == 0
 
 
-def test_a_run_that_broke_resumes_to_the_bit(tuned, data, tmp_path, monkeypatch):
-    run, top1 = tuned
-    original, count = DatasetSource.__call__, iter(range(1000))
-
-    def breaks(self, epoch, chunks, batch, used=None):
-        if self.split == "train" and next(count) == 15:  # in the third epoch of 6 micro-batches
-            raise OSError(5, "the disk is gone", "disk")
-        return original(self, epoch, chunks, batch, used)
-
-    monkeypatch.setattr(DatasetSource, "__call__", breaks)
-    settings = config(train={"checkpoint_steps": 0})
-    with pytest.raises(OSError, match="the disk is gone"):
-        finetune(settings, data.path, "random", None, tmp_path / "broken")
-    assert json.loads((tmp_path / "broken" / "exit.json").read_bytes())["code"] == 7
-    monkeypatch.undo()
-    assert finetune(settings, data.path, "random", None, tmp_path / "broken") == top1
-    assert losses(tmp_path / "broken") == losses(run)
-
-
 def test_a_complete_run_that_lost_the_tail_of_its_log_is_evaluated_again(tuned, data, tmp_path):
     (run, top1), wanted = tuned, losses(tuned[0])
     shutil.copytree(run, tmp_path / "run")

@@ -2,7 +2,6 @@ import errno
 import json
 import os
 import signal
-import socket
 from types import SimpleNamespace
 
 import numpy as np
@@ -151,28 +150,6 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path
     said = capsys.readouterr().out
     assert "step_000000007/model.safetensors: expected" in said and "resumes after step 6 of 9" in said
     assert [path.name[-1] for path in sorted((run / "checkpoints").iterdir())] == ["6", "8", "9"]
-
-
-def receive(rank, port, run):
-    """A rank that has no folder of its own to read from, unless it is the main one."""
-    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=rank == 0)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    found = checkpoint.shared(checkpoint.latest(run) if rank == 0 else None, torch.distributed.group.WORLD)
-    expected = checkpoint.latest(run)
-    assert (found.step, found.meta, found.model_sha256) == (expected.step, expected.meta, expected.model_sha256)
-    for part in ("model", "optimizer"):
-        ours, theirs = getattr(found, part), getattr(expected, part)
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_one_rank_reads_a_checkpoint_and_the_others_receive_it(tmp_path):
-    run_job(make_job(tmp_path))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(receive, (port, tmp_path), nprocs=2)
 
 
 @pytest.mark.parametrize("log_steps", [1, 50])
