@@ -54,7 +54,8 @@ def stream(folder: Path, rows: float) -> Row:
         deque(items, maxlen=0)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         row = {"per_cpu_s": rows / cpu, "per_s": rows / wall, "rss_mb": resident_megabytes()}
-    held = [entry for arrays in unit._crc32cs.values() for entry in (arrays, *arrays.values())]
+    known = map(unit._checksums, range(unit.num_shards))
+    held = [entry for arrays in known for entry in (arrays, *arrays.values())]
     row |= {"own_mb": row["rss_mb"] - imports_mb, "checksum_bytes": sum(map(sys.getsizeof, held)) / unit.num_chunks}
     cpu, commits = time.process_time(), [unit.commit(0) for _ in range(20)]
     commit_s = (time.process_time() - cpu) / len(commits)

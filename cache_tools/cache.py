@@ -73,7 +73,6 @@ class Unit:
         self.num_chunks = -(-self.rows // CHUNK_ROWS)
         self.chunks_per_shard = identity.rows_per_shard // CHUNK_ROWS
         self.specs = identity.arrays(split)
-        self._crc32cs: dict[int, dict[str, npt.NDArray[np.uint32]]] = {}
 
     def __str__(self) -> str:
         return f"{self.split}/v{self.view}"
@@ -159,12 +158,10 @@ class Unit:
         arrays = {self.group / name / "zarr.json": array_json(spec) for name, spec in self.specs.items()}
         return {self.group / "zarr.json": group_json(), **arrays}
 
+    @lru_cache(None)  # noqa: B019  the units of a process are few and live as long as it
     def _checksums(self, shard: int) -> dict[str, npt.NDArray[np.uint32]]:
-        """crc32c of each chunk of a shard: 31 bytes a chunk (16 of them data) stay in memory, the commit does not."""
-        if shard not in self._crc32cs:
-            crc32cs = self.commit(shard).chunk_crc32c
-            self._crc32cs[shard] = {name: np.array(values, np.uint32) for name, values in crc32cs.items()}
-        return self._crc32cs[shard]
+        """crc32c of each chunk of a shard: 31 bytes per chunk (16 of them data) stay in memory, the commit does not."""
+        return {name: np.array(values, np.uint32) for name, values in self.commit(shard).chunk_crc32c.items()}
 
     def stored_index(self, shard: int) -> npt.NDArray[np.void]:
         """The index records of the views of a shard, as they are on disk."""
@@ -184,7 +181,7 @@ class Unit:
             )
         return index
 
-    @lru_cache(MAX_KNOWN)  # noqa: B019  the units of a process are few and live as long as it
+    @lru_cache(MAX_KNOWN)  # noqa: B019
     def _constants(self, shard: int) -> tuple[npt.NDArray[np.void], Floats | None, Floats | None]:
         """What the chunks of a shard share: the index without geometry, the channels' mean and std."""
         records = self.index(shard)[list(INDEX_DTYPE.names or ())].astype(INDEX_DTYPE)

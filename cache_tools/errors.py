@@ -1,14 +1,4 @@
-"""The errors a user can meet, and the exit code of each.
-
-McmError 1
-+-- Diverged 1         a configuration cannot be trained further
-+-- UsageError 2       the request or its configuration is wrong
-+-- TooManyRefused 3   more refused pictures than the budget
-+-- CorruptionError 4  bytes on disk are not what was committed
-+-- IdentityError 5    two things that must be the same are not
-+-- ResourceError 7    disk, permission, GPU memory or network
-+-- Interrupted 75     stopped by a signal; the same command resumes
-"""
+"""The errors a user can meet, and the exit code of each."""
 
 from os.path import exists, isdir, isfile, join
 

@@ -100,12 +100,10 @@ def check_encoding(encoding: str) -> tuple[int, str] | None:
     """
     if encoding == "png":
         return None
-    kind, _, rest = encoding.partition(":")
-    quality, _, subsampling = rest.partition(":")
-    known = kind == "jpeg" and subsampling in ("444", "422", "420")
-    if not known or not re.fullmatch("[0-9]{1,3}", quality) or not 1 <= int(quality) <= 100:
+    known = re.fullmatch("jpeg:0{0,2}([1-9][0-9]?|100):(444|422|420)", encoding)
+    if not known:
         raise UsageError(f"view encoding: expected png or jpeg:QUALITY:444|422|420; found {encoding!r}")
-    return int(quality), subsampling
+    return int(known[1]), known[2]
 
 
 def encode_view(rgb_HW3: RGB, encoding: str) -> bytes:
@@ -128,16 +126,15 @@ def decode_view_into(data: bytes | memoryview, out_HW3: RGB) -> None:
     height, width = out_HW3.shape[:2]
     try:
         if data[:3] == b"\xff\xd8\xff":
-            found_height, found_width, _, _ = simplejpeg.decode_jpeg_header(data)
-            if (found_height, found_width) == (height, width):
+            found = simplejpeg.decode_jpeg_header(data)[:2]
+            if found == (height, width):
                 simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=out_HW3)
-                return
         else:
             with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
-                found_width, found_height = picture.size
-                if (found_height, found_width) == (height, width):
+                found = picture.size[::-1]
+                if found == (height, width):
                     out_HW3[:] = np.asarray(picture.convert("RGB"))
-                    return
     except (OSError, ValueError, SyntaxError) as error:
         raise CorruptionError(f"expected a view of {height}x{width}; it does not decode: {error}") from error
-    raise CorruptionError(f"expected a view of {height}x{width} pixels; found {found_height}x{found_width}")
+    if found != (height, width):
+        raise CorruptionError(f"expected a view of {height}x{width} pixels; found {found[0]}x{found[1]}")

@@ -94,6 +94,7 @@ def save(run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dic
             path = temp / name
             try:
                 save_file(tensors, path)  # holds Python's lock for at most 5 ms; its `save` for 0.9 s per GB
+                os.chmod(path, path.parent.stat().st_mode & 0o666)  # as the umask says; safetensors makes it 0600
             except SafetensorError as error:
                 if (number := re.search(r"(?:os error |code: )(\d+)", str(error))) is None:  # 0.5: "code: 28"
                     raise

@@ -1,15 +1,21 @@
 """At a terminal: one line and the right exit code for a fault of the user's, a clean stop, a second one at once."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from cache_tools import errors
 from cache_tools.console import StopFlag, describe, exit_code, guarded, progress
+from cache_tools.errors import UsageError
+from cache_tools.records import Record, Text, decode_record, encode_record
+from mcm.run_folder import recorded_exit
 
 CODES = {"UsageError": 2, "TooManyRefused": 3, "CorruptionError": 4, "IdentityError": 5, "ResourceError": 7}
 
@@ -90,3 +96,105 @@ def test_plain_progress_ends_with_a_line(capsys: pytest.CaptureFixture[str]) -> 
     with progress(10, "shard", "pictures", quiet=True) as bar:
         bar.update(10)
     assert capsys.readouterr().out == ""
+
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+
+def shell(code: str, streams: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a shell that redirects its streams."""
+    line = f'exec "$0" -c "$1" {streams}'
+    return subprocess.run(
+        ["sh", "-c", line, sys.executable, code], capture_output=True, text=True, cwd=ROOT, env=os.environ | env
+    )
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("program", ["pipeline.cli", "mcm.cli"])
+def test_a_signal_before_or_after_the_command_ends_with_75(program: str, number: signal.Signals) -> None:
+    done = shell(f"import {program}, os; os.kill(os.getpid(), {int(number)})")
+    assert (done.returncode, done.stderr) == (75, "\nerror: interrupted; the same command resumes\n")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_a_command_cleans_up_and_ends_with_75(number: signal.Signals, tmp_path: Path) -> None:
+    done = shell(f"""
+import os, time
+from pathlib import Path
+from cache_tools.console import guarded
+from cache_tools.storage import atomic_file
+def work():
+    with atomic_file(Path({str(tmp_path / "x")!r})):
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(60)
+guarded(work)()
+""")
+    assert (done.returncode, done.stderr) == (75, "error: interrupted; the same command resumes\n")
+    assert not list(tmp_path.iterdir())
+
+
+COMMAND = "from pipeline.cli import app; app(['info', '{}'])"
+
+
+@pytest.mark.parametrize(
+    ("path", "streams", "code", "said"),
+    [
+        ("tests/data/dataset-v1", ">&-", 0, ""),
+        ("tests/data/dataset-v1", "<&- >&- 2>&-", 0, ""),
+        ("tests/data/dataset-v1", ">/dev/full", 7, "error: standard output: No space left on device; make room"),
+        ("nowhere", "2>/dev/full", 2, ""),
+        ("nowhere", "2>&-", 2, ""),
+    ],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_closed_and_full_streams(path: str, streams: str, code: int, said: str, unbuffered: str) -> None:
+    done = shell(COMMAND.format(path), streams, PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+
+
+def test_no_file_gets_the_number_of_a_closed_stream() -> None:
+    code = "import pipeline.cli, os, sys; sys.exit(os.open('pyproject.toml', os.O_RDONLY))"
+    assert shell(code, "<&- >&- 2>&-").returncode > 2
+
+
+def test_every_locale_is_utf8() -> None:
+    code = "import pipeline.cli, os; print(chr(233), chr(0xDCFC), os.fsencode(chr(233)).hex())"
+    done = shell(code, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.stdout == "\u00e9 \\udcfc c3a9\n", done.stderr
+
+
+def test_paths_that_are_not_utf8_are_refused_or_escaped(tmp_path: Path) -> None:
+    class Named(Record):
+        name: Text
+
+    odd = os.fsdecode(b"gr\xfcn")
+    assert decode_record(Named, encode_record(Named(name=odd)), "x").name == r"gr\xfcn"
+    with pytest.raises(UsageError, match=r"gr\\xfcn: expected a path in UTF-8"), recorded_exit(tmp_path / odd, True):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "open files: Too many open files; raise `ulimit -n`"),
+        (OSError(errno.ENOSPC, "No space", "/dev/shm/x"), "/dev/shm/x: No space, "),
+        (RuntimeError("unable to open shared memory: Read-only file system (30)"), "unable to open shared memory"),
+        (MemoryError("Unable to allocate 3 GiB"), "memory: Unable to allocate 3 GiB; free some"),
+        (EOFError(), "a worker process: it ended early"),
+    ],
+)
+def test_scarce_resources_are_named(error: Exception, said: str) -> None:
+    assert describe(error).startswith(said) and exit_code(error) == 7
+
+
+def test_an_error_of_the_workers_memory_names_it() -> None:
+    done = shell("""
+import multiprocessing.synchronize, os
+from cache_tools.console import guarded
+def fails(*_): raise OSError(30, os.strerror(30))
+multiprocessing.synchronize.SemLock._make_name = fails
+guarded(multiprocessing.Lock)()
+""")
+    assert done.stderr.startswith("error: /dev/shm or a pipe to a worker: Read-only file system") and not done.stdout
+    assert done.returncode == 7 and done.stderr.count("\n") == 1
