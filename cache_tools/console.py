@@ -108,6 +108,15 @@ def _say(text: str, stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+@contextmanager
+def kept() -> Iterator[None]:
+    """Warn where a result cannot be written inside the block: what was computed is still printed."""
+    try:
+        yield
+    except (McmError, OSError) as error:
+        print(f"warning: the result is not kept: {describe(error)}", file=sys.stderr, flush=True)
+
+
 def guarded(command: Callable[P, T]) -> Callable[P, T]:
     """Wrap a command: the user's fault ends in one line on stderr and its exit code, never in a traceback.
 

@@ -98,7 +98,8 @@ def read_weights(spec: str | Path) -> "tuple[dict[str, Tensor], str]":
         fits = [name for name in sets if ("ema" in name) == (chosen == "ema")]
     fits = fits if chosen else list(sets)
     if len(fits) != 1:
-        choices = " or ".join(f"--weights {path}#{name}" for name in sets)
+        short = len(sets) == 2 and sum("ema" in name for name in sets) == 1
+        choices = " or ".join(f"--weights {path}#{name}" for name in (("model", "ema") if short else sets))
         raise UsageError(f"--weights {spec}: expected one set of weights; found {', '.join(sets)}; use {choices}")
     return sets[fits[0]], fits[0] if len(sets) > 1 else ""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cache_tools.console import progress
+from cache_tools.console import kept, progress
 from cache_tools.dataset import Dataset
 from cache_tools.draws import hash_u64, permutation
 from cache_tools.errors import UsageError
@@ -248,7 +248,8 @@ def dense_probe(
         )  # fmt: skip
         if run.is_file():
             name = f"{'untrained-' * untrained}{kind.replace(':', '-')}-{dataset.sha256[:12]}-seed-{seed}.json"
-            write_atomic(run.parent / "dense" / name, encode_record(results[-1]))
+            with kept():
+                write_atomic(run.parent / "dense" / name, encode_record(results[-1]))
         if not quiet:
             print(text(results[-1]), flush=True)
     return results

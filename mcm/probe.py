@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import pydantic
 
 from cache_tools.cache import Cache
-from cache_tools.console import describe
+from cache_tools.console import kept
 from cache_tools.dataset import Dataset
-from cache_tools.errors import McmError, UsageError
+from cache_tools.errors import UsageError
 from cache_tools.records import Record, Text, encode_record, nearest, read_record
 from cache_tools.storage import file_sha256, run_folder, write_atomic
 from mcm.backbones import Backbone, load_encoder
@@ -156,14 +156,12 @@ def _score(train: Features, val: Features, methods: Sequence[str], **facts: Any)
 def _store(path: Path, result: ProbeResult) -> ProbeResult:
     """Write the result, or warn that it is not kept; the other method's number stays where nothing else has changed."""
     empty: dict[str, Any] = dict.fromkeys(("knn", "linear", "linear_c", "linear_converged"))
-    try:
+    with kept():
         if path.is_file():
             old = read_record(ProbeResult, path)
             if old.model_copy(update=empty) == result.model_copy(update=empty):
                 result = old.model_copy(update=result.model_dump(include=set(empty), exclude_none=True))
         write_atomic(path, encode_record(result))
-    except (McmError, OSError) as error:  # what was computed is still printed
-        print(f"warning: the result is not kept: {describe(error)}", file=sys.stderr)
     return result
 
 
