@@ -67,7 +67,7 @@ class Plan(Record):
     rows: dict[str, Row]
 
     def all_rows(self) -> dict[str, Row]:
-        """The rows with the plan's overrides, one per learning rate."""
+        """Return the rows with the plan's overrides, one per learning rate."""
         rows = {}
         for name, row in self.rows.items():
             for lr in self.lr if self.lr and not row.init else (None,):
@@ -90,12 +90,12 @@ class Step:
 
     @property
     def record(self) -> Path:
-        """The file that is written once the step is done; it holds the mark."""
+        """Return the path of the file that is written once the step is done; the file holds the mark."""
         return run_folder(self.run) / "ablate" / f"{self.args[0]}-{sha256_hex(self.key.encode())}"
 
     @property
     def mark(self) -> str | None:
-        """ "", or why the training cannot go on; None while the step is left."""
+        """Return "" for a step that is done, why a training cannot go on, or None for a step that is left."""
         done = self.record.is_file() and all(file.is_file() for file in self.files)
         return self.record.read_text() if done else None
 
@@ -199,7 +199,7 @@ class Ablation:
             write_atomic(step.record, mark.encode())
 
     def results(self) -> dict[str, Any]:
-        """The table: the values of every row over its seeds, fractions of 1, and minutes."""
+        """Return the table: the values of every row over its seeds, as fractions of 1, and minutes."""
         rows = [_row("teacher's features", [self.teacher])]
         for name, row in self.rows.items():
             steps = [step for seed in self.plan.seeds for step in self.steps[name, seed]]
@@ -238,7 +238,7 @@ def _sets(changes: tuple[str, ...]) -> list[str]:
 
 
 def _is_idle(run: Path) -> bool:
-    """Whether no command trains in a run; the command of a killed ablation may still do that."""
+    """Return whether no command trains in a run; the command of a killed ablation still saves."""
     with try_lock(run_folder(run) / "lock") as idle:
         return idle
 
@@ -269,7 +269,7 @@ def _figures(step: Step) -> dict[str, float]:
 
 
 def _minutes(run: Path) -> float:
-    """Minutes of training and saving, without evaluation."""
+    """Return the minutes of training and saving, without evaluation."""
     rows, seconds, before = recorded(run)["config"]["train"]["global_batch"], 0.0, 0
     for line in read_metrics(run):
         if "images_per_s" in line:

@@ -152,14 +152,14 @@ def ablate(
     weights: Weights = None,
     workers: Workers = 4,
 ) -> None:
-    """Compare the rows of a plan over seeds. With several GPUs start it once per GPU."""
+    """Compare the rows of a plan over seeds. With several GPUs, start the command once per GPU."""
     from cache_tools.errors import UsageError
     from cache_tools.records import config_file, load_toml
     from mcm.ablate import Plan
     from mcm.ablate import ablate as run
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("mcm-train ablate: expected one process; found a launcher's; start it once a GPU instead")
+        raise UsageError("mcm-train ablate: expected one process; found a launcher's; start it once per GPU")
     failed = run(load_toml(Plan, config_file(plan)), cache, data, out, weights, workers)
     print((out / "table.md").read_text(encoding="utf-8"), end="")
     print(f"{out / 'table.md'}, {out / 'report.html'}")
@@ -197,7 +197,7 @@ def report(
     note: Annotated[str, typer.Option(metavar="TEXT", help="Shown above the table.")] = "",
     json: Json = False,
 ) -> None:
-    """One static HTML file on all RUNs, and their table on stdout; a CACHE adds its teacher, ABLATIONS a section.
+    """Write one static HTML file and print a table per DATASET; a CACHE adds its teacher, ABLATIONS a section.
 
     Example: mcm-train report run tuned cache --out report.html
     """

@@ -1,4 +1,4 @@
-"""Every figure of the report: arrays in, an <img> that holds its own PNG out.
+"""Every figure of the report: a function takes arrays and returns an <img> that embeds its PNG.
 
 Letters: S samples, N patches, C channels, H W pixels.
 """
@@ -18,13 +18,13 @@ from mcm.scorecard import DEAD
 Array = npt.NDArray[Any]
 
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
-LOWEST = -1.0  # R^2 can be far below zero, and would leave no room for what matters
+LOWEST = -1.0  # R^2 can be far below zero, and would leave no room for the rest
 R2 = f"R^2, not below {LOWEST:g}"
 RANKED, SHOWN = 4, 3  # channels of each end, and pictures of each
 
 
 def curves(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """An axis for each group of names that begin alike, such as "r2_masked" and "eval r2_full", over the steps."""
+    """Plot names that begin alike, such as "r2_masked" and "eval r2_full", on one axis over the steps."""
     if not series:
         return "<p>no metrics yet</p>"
     groups: dict[str, list[str]] = {}
@@ -46,7 +46,7 @@ def curves(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
 
 
 def channel_figures(channels: Mapping[str, Array]) -> str:
-    """R^2 [C], masked and full, of channels that vary: how many have which, and which std of the target has which."""
+    """Plot the R^2 [C], masked and full, of channels that vary: a histogram, and R^2 against the target's std."""
     varying, std_C = _varying(channels), channels["target_std"]
     r2 = {kind: channels[f"r2_{kind}"][varying].clip(LOWEST) for kind in ("masked", "full") if f"r2_{kind}" in channels}
     figure, (counts, against) = _panels(2, 2, 3.6)
@@ -62,7 +62,7 @@ def channel_figures(channels: Mapping[str, Array]) -> str:
 
 
 def channel_maps(tensors: Mapping[str, Array], channels: Mapping[str, Array], grid: Sequence[int]) -> str:
-    """Target above prediction of the channels with the best and the worst R^2, on pictures that were shown."""
+    """Show the target above the prediction for the channels with the best and the worst R^2, on stored samples."""
     kind = "masked" if "r2_masked" in channels else "full"
     r2_C, varying = channels[f"r2_{kind}"], _varying(channels)
     order = varying[np.argsort(-r2_C[varying])]
@@ -83,13 +83,13 @@ def channel_maps(tensors: Mapping[str, Array], channels: Mapping[str, Array], gr
 
 
 def _varying(channels: Mapping[str, Array]) -> Array:
-    """Numbers of the channels whose target varies; a dead one has no R^2."""
+    """Return the indices of the channels whose target varies; a dead channel has no R^2."""
     std_C = channels["target_std"]
     return np.flatnonzero(std_C > DEAD * np.median(std_C))
 
 
 def samples(tensors: Mapping[str, Array], grid: Sequence[int]) -> str:
-    """Views [S, H, W, 3] above the PCA colours of target and prediction [S, N, C], in one basis: the target's."""
+    """Show views [S, H, W, 3] above the PCA colours of target and prediction [S, N, C], in the target's basis."""
     target = tensors["target"]
     lines = [pca_colours(tensors[name], target).reshape(len(target), *grid, 3) for name in ("target", "prediction")]
     figure, axes = sheet([tensors["views"], *lines])
@@ -99,7 +99,7 @@ def samples(tensors: Mapping[str, Array], grid: Sequence[int]) -> str:
 
 
 def dots(columns: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str]) -> str:
-    """An axis a column: in percent a dot a seed and a bar for their mean, the rows from top to bottom."""
+    """Plot one axis per column, in percent: a dot per seed and a bar for the mean, the rows from top to bottom."""
     figure, axes = _panels(len(columns), 3, 0.9 + 0.24 * len(rows))
     for i, (axis, (title, cells)) in enumerate(zip(axes, columns.items(), strict=True)):
         for y, values in enumerate(cells):
@@ -113,7 +113,7 @@ def dots(columns: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str]) 
 
 
 def _panels(count: int, columns: int, height: float) -> tuple[Figure, Array]:
-    """A figure of `count` axes."""
+    """Return a figure and its `count` axes."""
     rows = -(-count // columns)
     with rc_context(STYLE):
         figure = Figure(figsize=(12, height * rows), layout="constrained")

@@ -1,4 +1,4 @@
-"""One static HTML file on some runs: tables of accuracies and ablations, figures, configuration and provenance."""
+"""One static HTML file about runs: tables of accuracies and ablations, figures, configurations and provenance."""
 
 import html
 import json
@@ -173,7 +173,7 @@ def _html_table(lines: Sequence[Sequence[str]], caption: str) -> str:
 
 
 def ablation_lines(results: dict[str, Any]) -> list[list[str]]:
-    """Header and rows as text: mean and sample std over the seeds that are done, accuracies in percent."""
+    """Return the header and the rows as text: mean and sample std over the finished seeds, accuracies in percent."""
 
     def cell(column: str, values: Sequence[float]) -> str:
         shown = _shown(column, statistics.mean(values) if values else None)
@@ -194,7 +194,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def ablation_html(results: dict[str, Any]) -> str:
-    """The table, and every accuracy of every seed in a figure."""
+    """Return the table as HTML, with a figure of every accuracy of every seed."""
     rows, others = results["rows"], {*FIT.values(), MINUTES}
     cells = {c: [row["values"].get(c, []) for row in rows] for c in results["columns"] if c not in others}
     figure = dots(cells, [_row_name(row) for row in rows]) if cells else ""
@@ -222,7 +222,7 @@ def _run_section(run: Path, label: str) -> str:
 
 
 def _series(metrics: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Points (step, value) of every number in the log; those of evaluations are called "eval NAME"."""
+    """Return the points (step, value) of every number in the log; evaluations have the name "eval NAME"."""
     series: dict[str, list[tuple[int, float]]] = {}
     for line in metrics:
         for name, value in {**line, **{f"eval {k}": v for k, v in line.get("eval", {}).items()}}.items():
@@ -232,7 +232,7 @@ def _series(metrics: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, floa
 
 
 def _tensors(path: Path) -> dict[str, Array]:
-    """The arrays of a file, float32 where they are float16; none where there is no file."""
+    """Return the arrays of a file, float16 ones as float32; a missing file has none."""
     if not path.is_file():
         return {}
     try:
