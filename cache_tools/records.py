@@ -197,12 +197,12 @@ def load_toml(
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise UsageError(f"{path}: not valid TOML: {error}") from error
     payload |= flags or {}
-    for value in payload.values():
-        check_utf8(str(value))
     where = path or "the command line"
     for override in overrides:
         _override(cls, payload, override)
     try:
+        for value in payload.values():
+            check_utf8(str(value))
         return cls.model_validate_json(json.dumps(payload, default=str))  # a date of TOML's is then no number either
     except RecursionError as error:
         raise UsageError(f"{where}: expected sections of values; found tables in tables in tables") from error

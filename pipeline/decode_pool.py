@@ -11,10 +11,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from itertools import islice
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from cache_tools.errors import ResourceError
@@ -28,7 +29,7 @@ AHEAD = 4  # tasks in flight per process
 _CRASHES = {-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)}
 
 
-class DecodePool:
+class DecodePool(AbstractContextManager["DecodePool"]):
     """`workers` processes behind `map`. Use it in a `with` statement; nothing starts before the first task."""
 
     def __init__(self, workers: int) -> None:
@@ -36,15 +37,9 @@ class DecodePool:
         self._executor: ProcessPoolExecutor | None = None
         self._single: ProcessPoolExecutor | None = None  # one process, for the tasks that are tried one by one
 
-    def __enter__(self) -> "DecodePool":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for executor in (self._executor, self._single):
-            _stop(executor)
-        self._executor = self._single = None
+    def __exit__(self, *error: object) -> None:
+        _stop(self._executor)
+        _stop(self._single)
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result | PictureRefused]:
         """The result of every task in order, or the PictureRefused that `function` raised for it.
@@ -143,11 +138,8 @@ def _stop(executor: ProcessPoolExecutor | None) -> list[int | None]:
     """Kill the processes of an executor and wait for their end; returns their exit codes."""
     if executor is None:
         return []
-    processes, manager = (
-        list(executor._processes.values()),
-        cast(threading.Thread | None, executor._executor_manager_thread),
-    )
-    results = executor._result_queue
+    processes, results = list(executor._processes.values()), executor._result_queue
+    manager = cast(threading.Thread | None, executor._executor_manager_thread)
     executor.shutdown(wait=False, cancel_futures=True)
     for process in processes:
         process.kill()

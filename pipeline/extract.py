@@ -151,9 +151,8 @@ def check_grid(config: ExtractConfig, teacher: Teacher) -> None:
 def describe(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdentity:
     """The identity of the cache that the request asks for; UsageError for a split that the DATASET has not."""
     config = request.config
-    unknown = [split for split in config.splits if split not in dataset.record.splits]
-    if unknown:
-        dataset.split(unknown[0])
+    for split in config.splits:
+        dataset.split(split)
     try:
         return CacheIdentity(
             teacher=teacher.identity,

@@ -39,14 +39,7 @@ class Recomputed:
     problems: list[Problem] = field(default_factory=list)
 
 
-def recompute(
-    path: Path,
-    rows: int,
-    name: str,
-    weights: str,
-    device: str | None = None,
-    seed: int = 0,
-) -> Recomputed:
+def recompute(path: Path, rows: int, name: str, weights: str, device: str | None = None, seed: int = 0) -> Recomputed:
     """Compute `rows` rows of the committed shards again, drawn by `seed`.
 
     Raises: UsageError when there is none; IdentityError when the record or the probe features of

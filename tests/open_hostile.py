@@ -88,7 +88,10 @@ class Hook:
             return
         if event == "socket.connect" and isinstance(arguments[1], str):  # of the forkserver
             return
-        if event in FORBIDDEN or event in WRITES and not str(arguments[0]).startswith(self.out):
+        path = str(arguments[0]) if arguments else ""
+        if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # relative to an open folder
+            path = os.path.join(os.readlink(f"/proc/self/fd/{arguments[1]}"), path)
+        if event in FORBIDDEN or event in WRITES and not path.startswith(self.out):
             self.seen.append(f"{event} {arguments}"[:200])
         elif event == "exec" and not arguments[0].co_filename.startswith((*LIBRARIES, ROOT, "<frozen")):
             self.seen.append(f"exec {arguments[0].co_filename}")
@@ -122,15 +125,9 @@ def main() -> None:
         except BaseException as error:
             end = f"UNDECLARED {error!r}"
         hook.out = ""
-        grown = memory_mib() - before
-        print(
-            json.dumps(
-                {
-                    "name": name,
-                    "end": end[:400],
-                    "seen": hook.seen,
-                    "grown_mib": grown,
-                }
-            ),
-            flush=True,
-        )
+        line = {"name": name, "end": end[:400], "seen": hook.seen, "grown_mib": memory_mib() - before}
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -62,15 +62,6 @@ def test_open_clip_loads_the_folder(made):
     assert out["image_intermediates"][0].shape == (1, 16, 128)
 
 
-def test_every_caption_of_a_digit_is_a_positive():
-    import torch
-
-    labels = torch.tensor([3, 3, 5])
-    same = (labels[:, None] == labels[None]).float()
-    assert module._contrastive_loss(30 * same, labels) < module._contrastive_loss(30 * torch.eye(3), labels)
-    assert float(module._contrastive_loss(30 * same, labels)) == pytest.approx(2 / 3 * np.log(2), abs=1e-4)
-
-
 def test_a_complete_folder_is_kept_and_a_file_is_refused(made, tmp_path, capsys):
     before = tree(made[0])
     result = demo_data(made[0])

@@ -160,15 +160,6 @@ def test_other_weights_and_another_activation_are_refused(place: Path, cache: Pa
         extract(request(place, cache, teacher=teacher, weights=weights))
 
 
-def test_probe_features_tell_what_names_do_not(place: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same names and weights, but the tower computes QuickGELU: as when a library changes under one name."""
-    import open_clip.model
-
-    monkeypatch.setattr(open_clip.model.nn, "GELU", open_clip.model.QuickGELU)
-    with pytest.raises(IdentityError, match="probe pictures differ"):
-        extract(request(place, cache))
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -197,12 +188,7 @@ def test_usage_errors_come_before_any_work(place: Path, tmp_path: Path, changes:
 @pytest.mark.parametrize(
     ("dtype", "value", "where", "said"),
     [
-        (
-            "float16",
-            float("inf"),
-            "patch",
-            "found inf in the last layer, row 21 .1 of 24 rows.; use --set prec",
-        ),
+        ("float16", float("inf"), "patch", "found inf in the last layer, row 21 .1 of 24 rows.; use --set prec"),
         ("int8", float("nan"), "patch", "found nan in the last layer, row 21 .* use --set precision"),
         ("float16", 7e4, "patch", "found 7e[+]04 in the last layer, row 21 .* use --dtype int8"),
         ("int8", float("nan"), "cls", "found nan in the last layer, row 21 .* use --set precision"),
@@ -290,15 +276,3 @@ def test_a_missing_library_does_not_stop_an_extraction(monkeypatch: pytest.Monke
     assert "open_clip_torch" not in versions(teacher)
     monkeypatch.setattr("pipeline.extract.version", installed)
     assert versions(teacher).keys() == {"torch", "timm", "numpy", "pillow", "simplejpeg", "threads"}
-
-
-@pytest.mark.slow
-def test_damage_is_exit_4_and_a_wrong_weights_file_2(place: Path, cache: Path, tmp_path: Path) -> None:
-    path = cache / "train" / "v0" / "views" / "000000.tar"
-    good = path.read_bytes()
-    path.write_bytes(good[:700] + bytes([good[700] ^ 1]) + good[701:])
-    assert str(path) in run("mcm-cache", "verify", cache, expect=4)
-    path.write_bytes(good)
-    (tmp_path / "w.safetensors").write_bytes(b"no weights")
-    teacher = ["--teacher", f"open_clip:{place / 'clip'}", "--weights", tmp_path / "w.safetensors", "--size", 32]
-    assert "expected weights" in run("mcm-cache", "extract", place / "dataset", tmp_path / "c", *teacher, expect=2)
