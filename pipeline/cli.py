@@ -153,7 +153,7 @@ def info_command(
     path: Annotated[Path, typer.Argument(metavar="CACHE|DATASET")],
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Say what a CACHE or DATASET is, what is done and who works on what.
+    """Say what a CACHE or DATASET is, which shards are done and which workers hold the others.
 
     Example: mcm-cache info cache
     """
@@ -224,8 +224,8 @@ def verify_command(
     _conclude(report, again, repair, json)
 
 
-def _conclude(report: "Report", again: "Recomputed | None", mend: bool, json: bool) -> None:
-    """Print what `verify` found and, with `mend`, move it; CorruptionError when it found something."""
+def _conclude(report: "Report", again: "Recomputed | None", move: bool, json: bool) -> None:
+    """Print what `verify` found and, with `move`, move it; CorruptionError when it found something."""
     from dataclasses import asdict
 
     from cache_tools.repair import repair
@@ -234,7 +234,7 @@ def _conclude(report: "Report", again: "Recomputed | None", mend: bool, json: bo
     lines += [problem.text for problem in report.problems]
     if lines and not json:  # before a repair, which may fail
         print("\n".join(lines), flush=True)
-    done = repair(report) if mend and report.problems else None
+    done = repair(report) if move and report.problems else None
     if json:
         cosines = {"rows": again.rows, "lowest_cosine": again.lowest_cosine} if again else None
         parts = {"recomputed": cosines, "repair": done and asdict(done)}

@@ -182,8 +182,8 @@ class SplitWriter:
             found = ", ".join(f"{count} {reason}" for reason, count in counts)
             raise TooManyRefused(
                 f"{self._write_quarantine()}: expected at most {budget} of {len(self.candidates)} pictures refused; "
-                f"found {found}; mend them and shard anew, or resume by `mcm-cache shard SOURCE {self.folder.parent}` "
-                f"with a --max-refused above {self.max_refused}"
+                f"found {found}; replace them and shard into a new DATASET, or resume by `mcm-cache shard SOURCE "
+                f"{self.folder.parent}` with a --max-refused above {self.max_refused}"
             )
 
     def _write_quarantine(self) -> Path:

@@ -256,7 +256,7 @@ def _scan(path: Path, no_links: bool = False) -> _Folder:
     """The names in a folder. A tar may be a link, as in a snapshot of a hub; with `no_links`, a folder may not."""
     here = _Folder([], [], [], [])
     with os.scandir(path) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
+        for entry in entries:
             if _is_hidden(entry.name):
                 here.hidden.append(entry.name)
             elif entry.is_dir(follow_symlinks=False):
@@ -270,6 +270,8 @@ def _scan(path: Path, no_links: bool = False) -> _Folder:
                 )
             else:
                 here.links.append(entry.name)
+    for names in here:
+        names.sort()
     return here
 
 
