@@ -37,6 +37,8 @@ FIELDS: dict[str, Any] = {
     "teacher.mean": [0.5, 0.5, 0.0],
     "teacher.std": [0.5, 0.5, 0.5],
     "teacher.projection_sha256": OTHER,
+    "teacher.norm": "none",
+    "teacher.weights_set": "ema",
     "crop.kind": "center",
     "crop.scale": [0.3, 1.0],
     "crop.ratio": [0.5, 2.0],
@@ -57,7 +59,7 @@ FIELDS: dict[str, Any] = {
     "classes": ["odd", "even"],
     "dataset_sha256": OTHER,
 }
-FIXED: dict[str, Any] = {"format": "other", "teacher.layer": "first", "teacher.norm": "none", "teacher.kernel": "area"}
+FIXED: dict[str, Any] = {"format": "other", "teacher.layer": "first", "teacher.kernel": "area"}
 
 
 def changed(payload: dict[str, Any], field: str, value: Any) -> tuple[dict[str, Any], Any]:
