@@ -181,14 +181,9 @@ class Dataset:
         keys, there = self._keys(split), self._keys(of)
         order = np.argsort(there)
         first, last = np.searchsorted(there[order], keys, "left"), np.searchsorted(there[order], keys, "right")
-        found = [
-            row
-            for row in np.flatnonzero(first < last).tolist()
-            if any(
-                self.picture(of, i)[0] == self.picture(split, row)[0] for i in order[first[row] : last[row]].tolist()
-            )
-        ]
-        return np.array(found, np.int64)
+        alike = ((row, order[first[row] : last[row]].tolist()) for row in np.flatnonzero(first < last).tolist())
+        same = (row for row, rows in alike if self.picture(split, row)[0] in (self.picture(of, i)[0] for i in rows))
+        return np.fromiter(same, np.int64)
 
     def _keys(self, split: str) -> npt.NDArray[np.uint64]:
         """Size and crc32c of every picture, as one number."""

@@ -62,14 +62,10 @@ def _unit_info(unit: Unit) -> dict[str, Any]:
     times_s = sorted(unit.commit_file(shard).stat().st_mtime for shard in shards)
     if len(shards) > 1 and not unit.complete:
         known["eta_s"] = round((times_s[-1] - times_s[0]) / (len(shards) - 1) * (unit.num_shards - len(shards)))
-    known |= {"bytes": 0, "relative_mse": 0.0, "cosine": 1.0, "precision_mse": 0.0}
-    for shard in shards:
-        commit = unit.commit(shard)
-        known["bytes"] += sum(file.bytes for file in commit.files.values())
-        known["relative_mse"] = max(known["relative_mse"], commit.fidelity.relative_mse)
-        known["cosine"] = min(known["cosine"], commit.fidelity.cosine)
-        known["precision_mse"] = max(known["precision_mse"], commit.fidelity.precision_mse)
-    return known
+    found = [(commit.fidelity, commit.files.values()) for commit in map(unit.commit, shards)]
+    known["bytes"] = sum(file.bytes for _, files in found for file in files)
+    known["cosine"] = min(fidelity.cosine for fidelity, _ in found)
+    return known | {name: max(getattr(f, name) for f, _ in found) for name in ("relative_mse", "precision_mse")}
 
 
 def describe(known: dict[str, Any]) -> str:

@@ -69,13 +69,10 @@ class UnitShardWriter:
         self._stack.close()
         index = encode_npy(self._index)
         write_atomic(unit.index_file(self.shard), index)
-        files = {
-            f"views/{unit.tar(self.shard).name}": FileEntry(bytes=self._tar.file.bytes, sha256=self._tar.file.sha256),
-            f"views/{unit.index_file(self.shard).name}": FileEntry(bytes=len(index), sha256=sha256_hex(index)),
-        }
-        for name, array in self._arrays.items():
-            entry = FileEntry(bytes=array.file.bytes, sha256=array.file.sha256)
-            files[f"features.zarr/{unit.specs[name].shard_file(self.shard)}"] = entry
+        written = {unit.group / unit.specs[name].shard_file(self.shard): a.file for name, a in self._arrays.items()}
+        written[unit.tar(self.shard)] = self._tar.file
+        entries = {path: FileEntry(bytes=file.bytes, sha256=file.sha256) for path, file in written.items()}
+        entries[unit.index_file(self.shard)] = FileEntry(bytes=len(index), sha256=sha256_hex(index))
         crc32cs = {name: tuple(array.crc32cs) for name, array in self._arrays.items()}
         crc32cs["index"] = index_crc32cs(self._index)
         record = Commit(
@@ -84,7 +81,7 @@ class UnitShardWriter:
             view=unit.view,
             shard=self.shard,
             rows=len(self._index),
-            files=files,
+            files={path.relative_to(unit.path).as_posix(): entry for path, entry in entries.items()},
             chunk_crc32c=crc32cs,
             channel_mean=tuple(float(f"{value:.7g}") for value in channel_mean),
             channel_var=tuple(float(f"{value:.7g}") for value in channel_var),
