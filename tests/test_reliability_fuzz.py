@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,7 @@ def test_tars(fuzz, tmp_path):
         path.write_bytes(_summed(data) if summed else data)
         found = Candidates()
         found.roots.append(path)
-        if declared(lambda: _scan_tar(path, found)) is not None:
+        if declared(lambda: _scan_tar(path, found, Counter())) is not None:
             for i in range(len(found)):
                 assert found[i].size is not None and 0 <= found[i].offset
                 declared(lambda i=i: read_source(found[i]))
