@@ -152,6 +152,7 @@ def test_the_mean_of_a_file_is_what_states_it(tiny: Path, monkeypatch: pytest.Mo
         ('teacher = "timm:vit_base_patch16_224.mae"\nweights = "/models/mae"', False),
         ('teacher = "open_clip:ViT-B-16"\nweights = "laion2b_s34b_b88k"', False),
         ('teacher = "open_clip:ViT-B-16"\nweights = "x.pt"\nteacher_mean = [0.5, 0.5, 0.5]', False),
+        ('teacher = "torn', False),  # a note: verify checks the features all the same
     ],
 )
 def test_a_cache_of_a_guessed_mean_is_named(request_toml: str, said: bool, tmp_path: Path) -> None:
