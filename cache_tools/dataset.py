@@ -202,4 +202,6 @@ class Dataset:
         Raises: UsageError where rows have no masks; CorruptionError.
         """
         shard, position = divmod(row, self.record.rows_per_shard)
-        return decode_mask(read_picture(self.tar(split, shard), self.targets(split, shard)[position], row))
+        tar = self.tar(split, shard)
+        data = read_picture(tar, self.targets(split, shard)[position], row)
+        return decode_mask(data, len(self.classes), f"{tar}: row {row}")

@@ -15,15 +15,14 @@ from .errors import CorruptionError, UsageError
 from .images import PictureRefused
 
 IGNORED = 255
-MAX_CLASSES = 255
 Mask = npt.NDArray[np.uint8]
 _HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 _GREY, _PALETTE = 0, 3  # colour types of PNG
-_MODES = ("1", "L", "P", "I;16")
+_DEPTHS = {_GREY: (1, 8, 16), _PALETTE: (1, 2, 4, 8)}  # Pillow would scale grey of 2 and 4 bits to 255
 
 
 class MaskRule(NamedTuple):
-    """How the masks of a source are read: the number of classes, and the values that count as unlabelled."""
+    """How the masks of a source are read: the number of classes, and the values that mean unlabelled."""
 
     classes: int
     ignore: tuple[int, ...]
@@ -33,9 +32,9 @@ class MaskRule(NamedTuple):
 
         Raises: UsageError where 8 bits do not hold them.
         """
-        values = [value for value in range(256) if value not in self.ignore]
-        if not 2 <= self.classes <= min(MAX_CLASSES, len(values)):
-            raise UsageError(f"expected 2 to {min(MAX_CLASSES, len(values))} classes of masks; found {self.classes}")
+        values = [value for value in range(256) if value not in self.ignore][:IGNORED]
+        if not 2 <= self.classes <= len(values):
+            raise UsageError(f"expected 2 to {len(values)} classes of masks; found {self.classes}")
         return values[: self.classes]
 
 
@@ -49,37 +48,30 @@ def stored_mask(data: bytes, size_HW: tuple[int, int], rule: MaskRule) -> bytes:
 
     Raises: PictureRefused with the reason mask-mode, mask-size, mask-damaged or mask-value.
     """
-    values_HW = _values(data, size_HW)
-    table = np.full(1 << 16, -1, np.int16)
-    table[rule.values()] = np.arange(rule.classes)
-    table[list(rule.ignore)] = IGNORED
-    labels_HW = table[values_HW]
-    if (labels_HW < 0).any():
-        row, column = np.argwhere(labels_HW < 0)[0].tolist()
-        found = f"found {values_HW[row, column]} at row {row}, column {column}"
-        known = f"expected the values of {rule.classes} classes, up to {rule.values()[-1]}, or {list(rule.ignore)}"
-        raise PictureRefused("mask-value", f"{known}, which --ignore sets; {found}")
-    return encode_mask(labels_HW.astype(np.uint8))
-
-
-def _values(data: bytes, size_HW: tuple[int, int]) -> npt.NDArray[np.integer]:
-    if data[:16] != _HEADER:
-        raise PictureRefused("mask-mode", f"expected a PNG; it begins {data[:12]!r}")
-    depth, colour = data[24], data[25]
-    if (colour, depth) in ((_GREY, 2), (_GREY, 4)):  # Pillow would scale 3 or 15 to 255
-        raise PictureRefused("mask-mode", f"expected grey of 1, 8 or 16 bits, or a palette; found grey of {depth} bits")
+    header = data[:26].ljust(26, b"\0")
+    found_HW, depth, colour = (int.from_bytes(header[20:24]), int.from_bytes(header[16:20])), header[24], header[25]
+    if header[:16] != _HEADER or depth not in _DEPTHS.get(colour, ()):
+        found = f"found colour type {colour} of {depth} bits" if header[:16] == _HEADER else f"it begins {data[:12]!r}"
+        raise PictureRefused("mask-mode", f"expected a PNG, grey of 1, 8 or 16 bits or with a palette; {found}")
+    if found_HW != size_HW:
+        found, expected = (f"{width}x{height}" for height, width in (found_HW, size_HW))
+        raise PictureRefused("mask-size", f"expected {expected} pixels, as the upright picture; found {found}")
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
-            if picture.mode not in _MODES:
-                raise PictureRefused("mask-mode", f"expected a grey or palette PNG; found mode {picture.mode}")
-            if picture.size[::-1] != size_HW:
-                found, expected = ("x".join(map(str, size)) for size in (picture.size, size_HW[::-1]))
-                raise PictureRefused("mask-size", f"expected {expected} pixels, as the upright picture; found {found}")
-            return np.asarray(picture).astype(np.int64)
-    except (PictureRefused, MemoryError):
+            values_HW = np.asarray(picture).astype(np.uint16)
+    except MemoryError:
         raise
     except Exception as error:  # Pillow raises many kinds of errors on damaged files
         raise PictureRefused("mask-damaged", str(error)) from error
+    table = np.full(1 << 16, -1, np.int16)
+    table[rule.values()], table[list(rule.ignore)] = np.arange(rule.classes), IGNORED
+    labels_HW = table[values_HW]
+    if (labels_HW < 0).any():
+        row, column = np.argwhere(labels_HW < 0)[0].tolist()
+        known = f"expected the values of {rule.classes} classes, up to {rule.values()[-1]}, or {list(rule.ignore)}"
+        found = f"found {values_HW[row, column]} at row {row}, column {column}"
+        raise PictureRefused("mask-value", f"{known}, which --ignore sets; {found}")
+    return encode_mask(labels_HW.astype(np.uint8))
 
 
 def encode_mask(labels_HW: Mask) -> bytes:
@@ -89,16 +81,17 @@ def encode_mask(labels_HW: Mask) -> bytes:
     return buffer.getvalue()
 
 
-def decode_mask(data: bytes) -> Mask:
+def decode_mask(data: bytes, num_classes: int, where: str) -> Mask:
     """Return the labels [H, W] of a stored mask.
 
-    Raises: CorruptionError when the bytes are none.
+    Raises: CorruptionError naming `where`, when the bytes are none or hold another label.
     """
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
-            if picture.mode == "L":
-                return np.asarray(picture)
-            found = f"mode {picture.mode}"
+            labels = np.asarray(picture)
+        if labels.ndim == 2 and ((labels < num_classes) | (labels == IGNORED)).all():
+            return labels
+        found = f"shape {labels.shape}, values up to {labels.max()}"
     except (OSError, ValueError, SyntaxError) as error:
         found = repr(error)
-    raise CorruptionError(f"expected a mask that was good when it was sharded; found {found}")
+    raise CorruptionError(f"{where}: expected a mask of {num_classes} classes; found {found}")

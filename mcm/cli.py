@@ -120,14 +120,16 @@ def probe(
     """
     from cache_tools.dataset import Dataset
     from cache_tools.errors import UsageError
-    from mcm.dense_probe import dense_probe
+    from mcm.dense_probe import dense_probe, text
     from mcm.probe import probe as run
 
     if data is not None and Dataset(data).record.task == "segment":
         if method or features or shots:
             raise UsageError(f"--method, --features, --shots: expected none of them; {data} has masks, not labels")
         dense = dense_probe(subject, data, input_ or (), weights, untrained, seed, workers, json)
-        return print_json([result.model_dump(mode="json") for result in dense]) if json else None
+        if json:
+            return print_json([result.model_dump(mode="json") for result in dense])
+        return print("\n".join(map(text, dense)))
     results = run(
         subject, data, method or (), input_ or (), weights, untrained, seed, workers, json, features or (), shots
     )

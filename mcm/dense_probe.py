@@ -5,9 +5,8 @@ Letters: B batch, N patches, D width, K classes, R patches of the training split
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,7 @@ from cache_tools.storage import file_sha256, write_atomic
 from mcm.augment import eval_transform
 from mcm.backbones import load_encoder
 from mcm.order import EvalOrder
-from mcm.probe import input_kinds, warn_of_copies
+from mcm.probe import input_kinds, record_name, warn_of_copies
 from mcm.prober import Encode, Prober, device
 from mcm.run_folder import software, versions
 from mcm.stream import DatasetSource, Stream, batches
@@ -40,8 +39,7 @@ BATCH_PICTURES, FIT_ROWS, PIXEL_LOGITS = 32, 1 << 16, 1 << 26  # computed at onc
 Scene = tuple[int, Tensor, Mask]  # row, patch tokens [N, D], mask [H, W]
 
 
-@dataclass(frozen=True)
-class Patches:
+class Patches(NamedTuple):
     """Patch tokens x [R, D], the share of each class in each patch y [R, K], and the rows of their pictures [R]."""
 
     x: Tensor
@@ -51,20 +49,7 @@ class Patches:
     def of(self, rows: npt.NDArray[np.int64]) -> "Patches":
         """Return the patches of some pictures."""
         chosen = torch.isin(self.rows, torch.from_numpy(rows).to(self.rows.device))
-        return Patches(self.x[chosen], self.y[chosen], self.rows[chosen])
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A linear classifier of tokens; `converged` says whether L-BFGS ended by its tolerance."""
-
-    weight_KD: Tensor
-    bias_K: Tensor
-    converged: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return logits [..., K] of tokens [..., D]."""
-        return functional.linear(x, self.weight_KD, self.bias_K)
+        return Patches(*(part[chosen] for part in self))
 
 
 class Scores(Record):
@@ -90,6 +75,7 @@ class DenseResult(Scores):
     patches: int
     train_rows: int
     val_rows: int
+    val_in_train: int
     seed: int
     data_sha256: str
     run_sha256: str | None
@@ -104,30 +90,27 @@ def label_shares(mask_HW: Mask, grid: tuple[int, int], num_classes: int) -> npt.
     """
     (height, width), (h, w) = mask_HW.shape, grid
     patch_HW = (np.arange(height) * h // height)[:, None] * w + np.arange(width) * w // width
-    known = mask_HW != IGNORED
-    labels = patch_HW[known] * num_classes + mask_HW[known]
-    counts_NK = np.bincount(labels, minlength=h * w * num_classes).reshape(h * w, num_classes)
-    pixels_N = np.bincount(patch_HW.ravel(), minlength=h * w)
-    return (counts_NK / np.maximum(pixels_N, 1)[:, None]).astype(np.float32)
-
-
-def patches_per_picture(pictures: int, patches: int, width: int) -> int:
-    """Return how many patches of a picture are kept: all, or where memory asks for it at most RANDOM_PATCHES."""
-    if pictures * patches * width <= MAX_VALUES:
-        return patches
-    return max(1, min(patches, RANDOM_PATCHES, MAX_VALUES // (pictures * width)))
+    labels = np.where(mask_HW == IGNORED, num_classes, mask_HW) + patch_HW * (num_classes + 1)
+    counts = np.bincount(labels.ravel(), minlength=h * w * (num_classes + 1)).reshape(h * w, num_classes + 1)
+    shares: npt.NDArray[np.float64] = counts[:, :-1] / np.maximum(counts.sum(1, keepdims=True), 1)
+    return shares.astype(np.float32)
 
 
 def collect(scenes: Iterable[Scene], pictures: int, grid: tuple[int, int], num_classes: int, seed: int) -> Patches:
-    """Return the labelled patches of `pictures` scenes, at most `patches_per_picture` of each, drawn by (seed, row)."""
+    """Return the labelled patches of `pictures` scenes.
+
+    Where all patches are more than MAX_VALUES, at most RANDOM_PATCHES of each picture are drawn by (seed, row).
+    """
     filled, x, y, rows = 0, torch.empty(0), torch.empty(0), torch.empty(0)
     for row, tokens_ND, mask_HW in scenes:
-        kept = patches_per_picture(pictures, *tokens_ND.shape)
+        N, D = tokens_ND.shape
+        most = MAX_VALUES // (pictures * D)
+        kept = N if N <= most else max(1, min(RANDOM_PATCHES, most))
         if not filled:
-            x, y = (tokens_ND.new_empty(pictures * kept, wide) for wide in (tokens_ND.shape[1], num_classes))
+            x, y = (tokens_ND.new_empty(pictures * kept, wide) for wide in (D, num_classes))
             rows = torch.empty(pictures * kept, dtype=torch.int64, device=x.device)
         shares_NK = label_shares(mask_HW, grid, num_classes)
-        order = np.argsort(hash_u64(seed, "dense_patches", row, np.arange(len(shares_NK))), kind="stable")
+        order = np.argsort(hash_u64(seed, "dense_patches", row, np.arange(N)), kind="stable")
         drawn = np.sort(order[:kept])
         drawn = drawn[shares_NK[drawn].any(1)]
         span = slice(filled, filled := filled + len(drawn))
@@ -137,36 +120,30 @@ def collect(scenes: Iterable[Scene], pictures: int, grid: tuple[int, int], num_c
     return Patches(x[:filled], y[:filled], rows[:filled])
 
 
-def fit(patches: Patches, l2: float) -> Linear:
-    """Fit by full-batch L-BFGS with a strong Wolfe line search; the loss is the mean cross-entropy of the pixels."""
-    classes, width, pixels = patches.y.shape[1], patches.x.shape[1], patches.y.sum()
-    weight_KD = torch.zeros(classes, width, device=patches.x.device, requires_grad=True)
-    bias_K = torch.zeros(classes, device=patches.x.device, requires_grad=True)
+def fit(patches: Patches, l2: float) -> tuple[Tensor, Tensor, bool]:
+    """Fit by full-batch L-BFGS with a strong Wolfe line search; the loss is the mean cross-entropy of the pixels.
+
+    Returns: weight [K, D], bias [K], and whether it ended by its tolerance.
+    """
+    weight_KD = patches.x.new_zeros(patches.y.shape[1], patches.x.shape[1]).requires_grad_()
+    bias_K, pixels = patches.x.new_zeros(patches.y.shape[1]).requires_grad_(), patches.y.sum()
     optimizer = torch.optim.LBFGS(
-        [weight_KD, bias_K], max_iter=MAX_ITERATIONS, tolerance_grad=GRADIENT_TOLERANCE, line_search_fn="strong_wolfe"
-    )
+        [weight_KD, bias_K], max_iter=MAX_ITERATIONS, max_eval=10 * MAX_ITERATIONS, tolerance_grad=GRADIENT_TOLERANCE,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         total = l2 / 2 * weight_KD.square().sum()
         total.backward()  # type: ignore[no-untyped-call]
-        for x, y in zip(*(torch.split(part, FIT_ROWS) for part in (patches.x, patches.y)), strict=True):
+        for x, y in zip(*(torch.split(part, FIT_ROWS) for part in patches[:2]), strict=True):
             loss = -(y * functional.linear(x, weight_KD, bias_K).log_softmax(1)).sum() / pixels
             loss.backward()
             total = total.detach() + loss.detach()
         return total
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    done = optimizer.state[weight_KD]
-    converged = done["n_iter"] < MAX_ITERATIONS and done["func_evals"] < MAX_ITERATIONS * 5 // 4
-    return Linear(weight_KD.detach(), bias_K.detach(), converged)
-
-
-def standardise(patches: Patches) -> tuple[Tensor, Tensor]:
-    """Give each channel of x mean 0 and std 1, in place; return (mean, std)."""
-    mean_D, std_D = patches.x.mean(0), patches.x.std(0).clamp_min(1e-6)
-    patches.x.sub_(mean_D).div_(std_D)
-    return mean_D, std_D
+    return weight_KD.detach(), bias_K.detach(), optimizer.state[weight_KD]["n_iter"] < MAX_ITERATIONS
 
 
 def choose_l2(patches: Patches, seed: int) -> tuple[float, float]:
@@ -183,12 +160,12 @@ def choose_l2(patches: Patches, seed: int) -> tuple[float, float]:
     held, bank = patches.of(order[:split]), patches.of(order[split:])
 
     def held_out_miou(l2: float) -> float:
-        predicted_RK = functional.one_hot(fit(bank, l2)(held.x).argmax(1), held.y.shape[1])
+        weight_KD, bias_K, _ = fit(bank, l2)
+        predicted_RK = functional.one_hot(functional.linear(held.x, weight_KD, bias_K).argmax(1), len(bias_K))
         return scores(held.y.T.double() @ predicted_RK.double()).miou
 
-    found = {l2: held_out_miou(l2) for l2 in L2_GRID}
-    best = max(L2_GRID, key=lambda l2: (found[l2], l2))
-    return best, found[best]
+    miou, l2 = max((held_out_miou(l2), l2) for l2 in L2_GRID)
+    return l2, miou
 
 
 def predict(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
@@ -205,8 +182,7 @@ def predict(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
 def confusion(mask_HW: Mask, predicted_HW: Tensor, num_classes: int) -> Tensor:
     """Return the pixels of each (true, predicted) class, int64 [K, K]; ignored pixels count nowhere."""
     truth_HW = torch.tensor(mask_HW, dtype=torch.int64, device=predicted_HW.device)
-    known = truth_HW != IGNORED
-    pairs = truth_HW[known] * num_classes + predicted_HW[known]
+    pairs = (truth_HW * num_classes + predicted_HW)[truth_HW != IGNORED]
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
@@ -214,9 +190,9 @@ def scores(confusion_KK: Tensor) -> Scores:
     """Return the scores of a confusion; a class in neither truth nor prediction is left out of the mean IoU."""
     hits, truth, found = confusion_KK.diagonal().double(), confusion_KK.sum(1).double(), confusion_KK.sum(0).double()
     iou, accuracy = hits / (truth + found - hits), hits / truth
+    means = {"miou": iou.nanmean(), "mean_accuracy": accuracy.nanmean(), "pixel_accuracy": hits.sum() / truth.sum()}
     each = tuple(None if math.isnan(value) else value for value in iou.tolist())
-    pixels = float(hits.sum() / truth.sum())
-    return Scores(miou=float(iou.nanmean()), mean_accuracy=float(accuracy.nanmean()), pixel_accuracy=pixels, iou=each)
+    return Scores(**{name: float(value) for name, value in means.items()}, iou=each)
 
 
 def dense_probe(
@@ -229,63 +205,53 @@ def dense_probe(
     """
     dataset, run = Dataset(data), Path(spec) / "run.json"
     backbone = load_encoder(spec, weights, untrained=untrained)
-    kinds = input_kinds(backbone, inputs, spec)
-    warn_of_copies(dataset, quiet)
-    prober = Prober(backbone, dataset, seed, workers, quiet, "patch")
-    results = []
+    kinds, copies = input_kinds(backbone, inputs, spec), warn_of_copies(dataset, quiet)
+    prober, results = Prober(backbone, dataset, seed, workers, quiet, "patch"), list[DenseResult]()
+    facts: dict[str, Any] = {"subject": spec, "weights": backbone.weights, "classes": dataset.classes, "seed": seed}
+    facts |= {f"{split}_rows": dataset.rows(split) for split in ("train", "val")} | {"val_in_train": copies}
+    facts |= {"data_sha256": dataset.sha256, "run_sha256": file_sha256(run) if run.is_file() else None}
+    facts |= {"software": software(), "versions": versions("torch", "timm", "numpy")}
     for kind in kinds:
         encode, s = prober.encoder(kind, lambda encode: _train(prober, encode, CHOICE_PICTURES)[-1])
-        linear, patches, l2, _ = _train(prober, encode)
-        found = _confusion(prober, encode, linear)
-        results.append(
-            DenseResult(
-                **scores(found).model_dump(), subject=spec, weights=backbone.weights, input=kind, fold_scale=s,
-                classes=dataset.classes, l2=l2, converged=linear.converged, patches=patches, seed=seed,
-                train_rows=dataset.rows("train"), val_rows=dataset.rows("val"), data_sha256=dataset.sha256,
-                run_sha256=file_sha256(run) if run.is_file() else None, software=software(),
-                versions=versions("torch", "timm", "numpy"),
-            )
-        )  # fmt: skip
+        weight_KD, bias_K, fitted, _ = _train(prober, encode)
+        found = scores(_confusion(prober, encode, weight_KD, bias_K))
+        results.append(DenseResult(**dict(found), **fitted, input=kind, fold_scale=s, **facts))
         if run.is_file():
-            name = f"{'untrained-' * untrained}{kind.replace(':', '-')}-{dataset.sha256[:12]}-seed-{seed}.json"
             with kept():
+                name = record_name(kind, dataset.sha256, seed, untrained)
                 write_atomic(run.parent / "dense" / name, encode_record(results[-1]))
-        if not quiet:
-            print(text(results[-1]), flush=True)
     return results
 
 
 def text(result: DenseResult) -> str:
-    """The scores in percent as lines for a terminal, "-" for a class that does not occur."""
-    shown = {
-        name: "-" if iou is None else f"{100 * iou:.1f}" for name, iou in zip(result.classes, result.iou, strict=True)
-    }
+    """Return the scores in percent as lines for a terminal, "-" for a class that does not occur."""
+    shown = ["-" if iou is None else f"{100 * iou:.1f}" for iou in result.iou]
     scale = "" if result.fold_scale is None else f" (s = {result.fold_scale:.3g})"
-    means = (result.miou, result.mean_accuracy, result.pixel_accuracy)
-    figures = "mIoU {:.1f} %  mean accuracy {:.1f} %  pixels {:.1f} %".format(*(100 * value for value in means))
-    each = "  ".join(f"{name} {iou}" for name, iou in shown.items())
+    means = (100 * result.miou, 100 * result.mean_accuracy, 100 * result.pixel_accuracy)
+    figures = "mIoU {:.1f} %  mean accuracy {:.1f} %  pixels {:.1f} %".format(*means)
+    each = "  ".join(f"{name} {iou}" for name, iou in zip(result.classes, shown, strict=True))
     return f"{result.subject} {result.weights}: {result.input}{scale}: dense linear (LBFGS) {figures}\n  IoU: {each}"
 
 
-def _train(prober: Prober, encode: Encode, pictures: int | None = None) -> tuple[Linear, int, float, float]:
-    """(classifier of raw tokens, patches it saw, L2, held-out mIoU) of all training pictures, or of some."""
+def _train(prober: Prober, encode: Encode, pictures: int | None = None) -> tuple[Tensor, Tensor, dict[str, Any], float]:
+    """(weight, bias, how they were fitted, held-out mIoU) of all training pictures, or of some."""
     rows = permutation(prober.data.rows("train"), prober.seed, "dense_choice")[:pictures]
-    scenes, classes = _scenes(prober, "train", encode, np.sort(rows)), len(prober.data.classes)
-    grid = prober.backbone.model.patch_embed.grid_size
-    patches = collect(scenes, len(rows), grid, classes, prober.seed)
-    mean_D, std_D = standardise(patches)
+    scenes, grid = _scenes(prober, "train", encode, np.sort(rows)), prober.backbone.model.patch_embed.grid_size
+    patches = collect(scenes, len(rows), grid, len(prober.data.classes), prober.seed)
+    mean_D, std_D = patches.x.mean(0), patches.x.std(0).clamp_min(1e-6)
+    patches.x.sub_(mean_D).div_(std_D)
     l2, miou = choose_l2(patches, prober.seed)
-    linear = fit(patches, l2)
-    weight_KD = linear.weight_KD / std_D
-    return Linear(weight_KD, linear.bias_K - weight_KD @ mean_D, linear.converged), len(patches.x), l2, miou
+    weight_KD, bias_K, converged = fit(patches, l2)
+    weight_KD = weight_KD / std_D  # of raw tokens
+    return weight_KD, bias_K - weight_KD @ mean_D, {"l2": l2, "converged": converged, "patches": len(patches.x)}, miou
 
 
-def _confusion(prober: Prober, encode: Encode, linear: Linear) -> Tensor:
+def _confusion(prober: Prober, encode: Encode, weight_KD: Tensor, bias_K: Tensor) -> Tensor:
     """The confusion of every pixel of the val split."""
-    classes, grid = len(prober.data.classes), prober.backbone.model.patch_embed.grid_size
+    classes, grid = len(bias_K), prober.backbone.model.patch_embed.grid_size
     total = torch.zeros(classes, classes, dtype=torch.int64, device=device())
     for _, tokens_ND, mask_HW in _scenes(prober, "val", encode):
-        logits_KHW = linear(tokens_ND).T.reshape(classes, *grid)
+        logits_KHW = functional.linear(tokens_ND, weight_KD, bias_K).T.reshape(classes, *grid)
         total += confusion(mask_HW, predict(logits_KHW, mask_HW.shape), classes)
     return total
 
@@ -301,7 +267,7 @@ def _scenes(prober: Prober, split: str, encode: Encode, rows: npt.NDArray[np.int
         for batch in items:
             with torch.no_grad():
                 tokens_BND = encode(batch["pictures"].to(device()), batch["rows"].numpy()).float()
-            kept = batch["rows"][: int(batch["weight"].sum())].tolist()
-            for row, tokens_ND in zip(kept, tokens_BND, strict=False):  # the last batch is padded
+            kept_rows = batch["rows"][: int(batch["weight"].sum())].tolist()
+            for row, tokens_ND in zip(kept_rows, tokens_BND, strict=False):  # the last batch is padded
                 yield row, tokens_ND, prober.data.mask(split, row)
-            bar.update(len(kept))
+            bar.update(len(kept_rows))

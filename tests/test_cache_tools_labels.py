@@ -26,7 +26,7 @@ def png(array, mode=None, **options) -> bytes:
 
 
 def stored(data, rule, size=(2, 3)):
-    return decode_mask(stored_mask(data, size, rule)).tolist()
+    return decode_mask(stored_mask(data, size, rule), 4, "here").tolist()
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,9 @@ def test_one_bit_is_zero_and_one_and_masks_come_back_exactly():
     bits = VALUES % 2
     assert stored(png(bits * 255, "1"), MaskRule(2, ())) == bits.tolist()
     labels = np.random.default_rng(0).integers(0, 256, (31, 17)).astype(np.uint8)
-    assert (decode_mask(encode_mask(labels)) == labels).all() and encode_mask(labels) == encode_mask(labels)
+    assert (decode_mask(encode_mask(labels), 255, "here") == labels).all() and encode_mask(labels) == encode_mask(
+        labels
+    )
 
 
 def four_bits() -> bytes:
@@ -66,9 +68,13 @@ def four_bits() -> bytes:
         (png(np.full((2, 3), 4, np.uint8)), "mask-value", "up to 3, or .0., which --ignore sets; found 4 at row 0"),
         (png(np.array([[0, 1, 2], [3, 2, 255]], np.uint8)), "mask-value", "found 255 at row 1, column 2"),
         (png(np.full((2, 3), 257, np.uint16)), "mask-value", "found 257"),
-        (png(np.zeros((2, 3, 3), np.uint8)), "mask-mode", "expected a grey or palette PNG; found mode RGB"),
-        (png(np.zeros((2, 3, 4), np.uint8)), "mask-mode", "found mode RGBA"),
-        (four_bits(), "mask-mode", "found grey of 4 bits"),
+        (
+            png(np.zeros((2, 3, 3), np.uint8)),
+            "mask-mode",
+            "grey of 1, 8 or 16 bits or with a palette; found colour type 2 of 8",
+        ),
+        (png(np.zeros((2, 3, 4), np.uint8)), "mask-mode", "found colour type 6"),
+        (four_bits(), "mask-mode", "found colour type 0 of 4 bits"),
         (b"\xff\xd8\xff\xe0 a JPEG", "mask-mode", "expected a PNG"),
         (b"", "mask-mode", "expected a PNG"),
         (png(VALUES.T), "mask-size", "expected 3x2 pixels, as the upright picture; found 2x3"),
@@ -88,7 +94,7 @@ def test_numbers_of_classes_that_eight_bits_do_not_hold(rule):
     assert len(MaskRule(254, (0, 255)).values()) == 254
 
 
-@pytest.mark.parametrize("data", [b"", png(VALUES)[:45], png(np.zeros((2, 3, 3), np.uint8))])
-def test_a_stored_mask_that_is_none_is_corruption(data):
-    with pytest.raises(CorruptionError, match="expected a mask that was good when it was sharded"):
-        decode_mask(data)
+@pytest.mark.parametrize("data", [b"", png(VALUES)[:45], png(np.zeros((2, 3, 3), np.uint8)), png(VALUES + 1)], ids=len)
+def test_a_stored_mask_that_is_none_or_holds_another_label_is_corruption(data):
+    with pytest.raises(CorruptionError, match="here: expected a mask of 4 classes; found"):
+        decode_mask(data, 4, "here")

@@ -87,7 +87,7 @@ def turn(root):
     [
         (mask_of(png(np.full((40, 32), 4, np.uint8))), "mask-value", "found 4 at row 0, column 0"),
         (mask_of(png(np.full((40, 32), 255, np.uint8))), "mask-value", "found 255"),
-        (mask_of(png(np.zeros((40, 32, 3), np.uint8))), "mask-mode", "found mode RGB"),
+        (mask_of(png(np.zeros((40, 32, 3), np.uint8))), "mask-mode", "found colour type 2"),
         (mask_of(png(np.zeros((32, 40), np.uint8))), "mask-size", "expected 32x40 pixels.*found 40x32"),
         (turn, "mask-size", "as the upright picture"),
         (
