@@ -90,14 +90,14 @@ def _words(name: str) -> list[str]:
     return [word.lower().removesuffix("set") or "set" for word in words]
 
 
-def _split_name(name: str) -> str | None:
+def split_name(name: str) -> str | None:
     """The split that a folder is named after, such as "Train", "val2017" or "test_images"; None for other names."""
     first, *rest = _words(name) or [""]
     return None if set(rest) - _FILLERS else _WORDS.get(first)
 
 
 def _own_split(folder: Path) -> str | None:
-    return _split_name(os.path.basename(os.path.abspath(folder)))
+    return split_name(os.path.basename(os.path.abspath(folder)))
 
 
 def _places(source: Source, notes: list[str]) -> dict[str, _Place]:
@@ -163,7 +163,7 @@ def _by_name(tars: list[Path]) -> dict[str, _Place]:
         names = {_WORDS[word] for word in _words(tar.stem) if word in _WORDS}
         if len(names) > 1:
             raise UsageError(f"{tar}: expected the name of one split; found {' and '.join(sorted(names))}; rename it")
-        splits.setdefault(names.pop() if names else _split_name(tar.absolute().parent.name) or "", []).append(tar)
+        splits.setdefault(names.pop() if names else split_name(tar.absolute().parent.name) or "", []).append(tar)
     if "" in splits and len(splits) > 1:
         others = ", ".join(split for split in splits if split)
         raise UsageError(f"{splits[''][0]}: expected a split in its name, as {others} beside it; {_NAME_THEM}")
@@ -175,7 +175,7 @@ def _find_in_folder(root: Path, notes: list[str], named: bool) -> dict[str, _Pla
     if tars := _tars_of(root):
         return _by_name(tars)
     here = _scan(root, no_links=True)
-    splits = {} if named else {name: split for name in here.folders if (split := _split_name(name))}
+    splits = {} if named else {name: split for name in here.folders if (split := split_name(name))}
     found: dict[str, _Place] = {}
     for name, split in splits.items():
         if split in found:
@@ -221,7 +221,7 @@ def _info_tars(info: Path) -> dict[str, _Place]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{info}: expected timm's splits.<name>.filenames; found {error!r}") from error
     for name, tars in listed.items():
-        if (split := _split_name(name)) is None or split in found:
+        if (split := split_name(name)) is None or split in found:
             raise UsageError(f"{info}: expected the splits train, val (validation) or test; found {printable(name)!r}")
         if outside := [tar for tar in tars if ".." in tar.parts or not tar.is_relative_to(info.parent)]:
             raise UsageError(f"{info}: expected tars beside it or below; found {printable(str(outside[0]))}")
@@ -332,7 +332,7 @@ def _classes(folder: Path) -> dict[str, str]:
 
 def _refuse_splits(folder: Path, names: list[str]) -> None:
     """Raises: UsageError when the folders in a split or class are splits; one class may be called "train"."""
-    splits = {name: split for name in names if (split := _split_name(name))}
+    splits = {name: split for name in names if (split := split_name(name))}
     if splits and (len(splits) == len(names) or len({*splits.values()}) > 1):
         found = ", ".join(f"{name}/" for name in splits)
         raise UsageError(f"{folder}: expected classes or pictures; found {found}; give this folder, or {_NAME_THEM}")
@@ -345,20 +345,20 @@ def _folder_candidates(
     candidates = Candidates()
     candidates.roots.append(root)
     if not classes:
-        _walk(root, below, -1, candidates, left)
+        walk(root, below, -1, candidates, left)
         return candidates
     here = _scan(root / below)
     left.update(beside=len(here.files), links=len(here.links), hidden=len(here.hidden))
     for label, name in enumerate(classes):
         before = len(candidates)
         if name in names:
-            _walk(root, below + names[name], label, candidates, left)
+            walk(root, below + names[name], label, candidates, left)
             if len(candidates) == before:
                 raise UsageError(f"{root / below / names[name]}: expected pictures of a class; found none")
     return candidates
 
 
-def _walk(root: Path, below: str, label: int, candidates: Candidates, left: Counter[str]) -> None:
+def walk(root: Path, below: str, label: int, candidates: Candidates, left: Counter[str]) -> None:
     """Add every file under root/below in sorted order; files of other kinds by their names are left out."""
     todo = [below]
     while todo:
@@ -400,7 +400,7 @@ def _add_tars(root: Path, places: Mapping[str, list[Path]], sources: Sources) ->
     else:
         _refuse_unlabelled(sources)
     names = root / "classes.txt"
-    named = _lines(names) if names.is_file() else None
+    named = lines(names) if names.is_file() else None
     sources.classes = tuple(map(str, range(highest + 1)) if named is None else named)
     if len(sources.classes) <= highest:
         raise UsageError(f"{names}: expected one line per class; found {len(sources.classes)} and the label {highest}")
@@ -417,7 +417,8 @@ def _refuse_unlabelled(sources: Sources) -> None:
             )
 
 
-def _lines(path: Path) -> list[str]:
+def lines(path: Path) -> list[str]:
+    """The class names of a file, one per line; UsageError where they are not UTF-8."""
     try:
         return read_capped(path, MAX_LISTING_BYTES, UsageError).decode().splitlines()
     except UnicodeDecodeError as error:

@@ -118,12 +118,15 @@ def test_notes_say_what_is_left_out_and_that_palettes_are_labels(place, tmp_path
             picture.save(path)
         (root / "annotations/training/extra.png").write_bytes(png(scene(0)[1]))
         shutil.rmtree(root / "annotations/validation")
+        (root / "images/training/notes.txt").write_text("no picture")
+        (root / "images/extra").mkdir()
 
     shard(odd(place, tmp_path, change), tmp_path / "out", workers=1)
     said = capsys.readouterr().out
     assert "3 masks of annotations/training have a palette: their indices are the labels" in said
     assert "1 masks of annotations/training left out: they have no picture" in said
     assert "images/validation left out: there is no annotations/validation" in said
+    assert "1 other files of images/training left out" in said and "images/extra left out: no split" in said
     first, second = Dataset(place / "dataset"), Dataset(tmp_path / "out")
     assert all((first.mask("train", row) == second.mask("train", row)).all() for row in range(20))
 
@@ -165,11 +168,16 @@ def test_class_names_are_needed_and_two_folders_of_one_split_are_a_question(tmp_
     with pytest.raises(UsageError, match="expected 2 to 255 classes of masks; found 1"):
         shard(root, tmp_path / "out")
     (root / "classes.txt").write_bytes(b"caf\xe9\nb")
-    with pytest.raises(UsageError, match="expected class names in UTF-8"):
+    with pytest.raises(UsageError, match="in UTF-8"):
         shard(root, tmp_path / "out")
     (root / "classes.txt").write_text("a\nb\nc")
     (root / "train/images").mkdir(parents=True)
+    (root / "train/masks").mkdir()
     with pytest.raises(UsageError, match="expected one folder of split train"):
+        shard(root, tmp_path / "out")
+    (root / "train/images").rename(root / "images")
+    (root / "train/masks").rename(root / "masks")
+    with pytest.raises(UsageError, match="expected images/training and annotations/training, or train/images"):
         shard(root, tmp_path / "out")
 
 
