@@ -415,8 +415,8 @@ def test_nothing_hostile_runs_writes_or_grows(tmp_path, tally):
 
 
 WRONG = re.compile(
-    r"^import pickle|pickle\.(?:load|dump)|(?<!\.)\b(?:eval|exec)\(|extractall|shell=True|import yaml|\byaml\.|os\.system"
-    r"|np\.load\("
+    r"^import pickle|pickle\.(?:load|dump)|(?<!\.)\b(?:eval|exec)\(|extractall|shell=True|os\.system"
+    r"|np\.load\(|import yaml|\byaml\."
     r"|torch\.(?:save|hub)\b|torch\.load\((?!.*weights_only=True)|trust_remote_code|\bsubprocess\b|marshal|shelve",
     re.MULTILINE,
 )
@@ -425,7 +425,7 @@ WRONG = re.compile(
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_file_of_ours_loads_code(path):
     # Two programs are started, by a list of arguments without a shell: git names our commit, and mcm-train trains.
-    started = {"run_folder.py": 2, "ablate.py": 2}
+    started = {"run_folder.py": 2, "ablate.py": 3}
     assert WRONG.findall(path.read_text()) == ["subprocess"] * started.get(path.name, 0)
     scripts = path.read_text().count("torch.jit.load(")
     assert scripts == path.read_text().count("if is_torchscript(path):")  # the one guard before the one door
