@@ -252,7 +252,10 @@ def load_timm(
     if state:
         load_whole(model, state, str(weights), heads)
     own, source = (data, f"timm:{name}") if hub or tag else ({}, "")
-    if not (hub or random) and (config := config_beside(weights, "config.json")).get("architecture") == architecture:
+    if (
+        not (hub or random or tag)
+        and (config := config_beside(weights, "config.json")).get("architecture") == architecture
+    ):
         own, source = config.get("pretrained_cfg", {}), "the config.json beside the weights"
     tags = {tag: config.to_dict() for tag, config in known.items() if config.has_weights}
     default = (data["mean"], data["std"]) if random else None

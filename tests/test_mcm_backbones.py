@@ -197,6 +197,7 @@ def test_the_mean_of_a_file_is_that_of_its_tag_or_its_config(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         if mean:
             assert load_encoder("timm:vit_small_patch16_224", tmp_path / "vit.safetensors").mean[0] == mean
+            assert load_encoder("timm:vit_small_patch16_224.dino", tmp_path / "vit.safetensors").mean[0] == 0.485
     with pytest.raises(UsageError, match=r"use timm:NAME.TAG"):
         load_encoder("timm:vit_small_patch16_224", tmp_path / "vit.safetensors")
 
