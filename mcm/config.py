@@ -1,4 +1,4 @@
-"""What a run is: one strict record a TOML file, its sections named as the user types them."""
+"""What a run is: one strict record per TOML file, its sections named as the user types them."""
 
 import os
 from typing import Annotated, ClassVar, Literal, Self
@@ -103,7 +103,7 @@ class Optim(Record):
 class FinetuneOptim(Optim):
     """The learning rate of block i is scaled by layer_decay ** (blocks above it + 1); 1 is off.
 
-    LARS has beta1 for its momentum. With `ema`, an average of the weights that keeps this share of itself a step is
+    LARS has beta1 for its momentum. With `ema`, an average of the weights that keeps this share of itself per step is
     what is evaluated and exported; 0 is off.
     """
 
@@ -208,7 +208,7 @@ class Augment(Record):
 
 
 class Data(Record):
-    """Which rows of the DATASET's "train"; shots: labels a class, 0 for all."""
+    """Which rows of the DATASET's "train"; shots: labels per class, 0 for all."""
 
     shots: NonNegativeInt = 0
 

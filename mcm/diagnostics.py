@@ -1,4 +1,4 @@
-"""What held-out rows tell besides a loss: R^2 a channel, hidden against visible, effective ranks.
+"""Figures of held-out rows besides a loss: R^2 per channel, hidden against visible, effective ranks.
 
 B batch, N patches, D student width, C channels of the target. Every sum is added up over all processes.
 """
@@ -77,7 +77,7 @@ class HeldOut:
         self.sides = add(self.sides)
 
     def metrics(self) -> dict[str, float]:
-        """Loss and R^2 a kind, the loss on hidden and on visible patches, ranks of features and target."""
+        """Loss and R^2 per kind, the loss on hidden and on visible patches, ranks of features and target."""
         found = {f"{name}_{kind}": getattr(fit, name)() for kind, fit in self.fits.items() for name in ("loss", "r2")}
         if self.sides[1].all():
             hidden, visible = (self.sides[0] / self.sides[1]).tolist()
@@ -85,7 +85,7 @@ class HeldOut:
         return found | {"rank_features": self.features.rank(), "rank_target": self.target.rank()}
 
     def channels(self) -> dict[str, Tensor]:
-        """R^2 of every channel, float32 [C], a kind, and std_C of the target."""
+        """R^2 of every channel, float32 [C], per kind, and std_C of the target."""
         found = {f"r2_{kind}": fit.r2_channels() for kind, fit in self.fits.items()}
         return {name: x_C.float().cpu() for name, x_C in (found | {"target_std": self.fits["full"].std()}).items()}
 

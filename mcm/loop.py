@@ -30,7 +30,7 @@ from mcm.stream import Batch, Stream, batches
 
 MODES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SHOWN_SPANS = 32
-GO_ON, SAVE, STOP = 0, 1, 2  # after a step; of several ranks' wishes the largest wins
+GO_ON, SAVE, STOP = 0, 1, 2  # after a step; the largest wish of all ranks wins
 FAILED_SAVES = 3  # in a row, before a run that cannot save stops
 TIMEOUT = timedelta(minutes=10)  # the longest wait of a rank: for the main process, which saves a checkpoint
 
@@ -140,7 +140,7 @@ def train(job: Job, accelerator: Accelerator, stop: StopFlag) -> dict[str, float
 
 
 class Loop:
-    """A run under way. `step` alone needs no RUN folder, so that a bench times the very step of a run."""
+    """A run in progress. `step` alone needs no RUN folder, so a bench times the step of a run itself."""
 
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
         assert isinstance(job.stream.order, Order)
@@ -148,7 +148,7 @@ class Loop:
         self.accelerator, self.main = accelerator, accelerator.is_main_process
         self.total_steps = job.config.schedule.epochs * self.order.steps_per_epoch
         self.warmup_steps = job.config.schedule.warmup_epochs * self.order.steps_per_epoch
-        self.peak_lr = peak_lr(job.config.optim, self.order.global_batch)
+        self.peak_lr, self.lr = peak_lr(job.config.optim, self.order.global_batch), 0.0
         if job.config.train.compile:
             job.model.compile()  # in place: names of the state stay
         self.model, self.optimizer = accelerator.prepare(job.model, job.optimizer)
@@ -225,9 +225,10 @@ class Loop:
     def step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> int:
         """One optimizer step on batches on the device; returns what all ranks do next: GO_ON, SAVE or STOP."""
         job, micro_steps = self.job, self.order.accumulation
+        self.lr = learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, job.config.schedule.min_lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(step) * group["lr_scale"]
-        # Dropout and drop-path draw from here: a pure function of the step, so that no generator is saved.
+            group["lr"] = self.lr * group["lr_scale"]
+        # Dropout and drop-path draw from here: a pure function of the step. No generator is saved.
         torch.manual_seed(int(hash_u64(job.config.train.seed, "step", step, self.order.rank)) >> 1)
         total = torch.zeros((), device=self.accelerator.device)
         for left in reversed(range(micro_steps)):
@@ -243,9 +244,6 @@ class Loop:
         self.optimizer.zero_grad()
         self.pending.append(torch.stack([total, norm.to(total)]))
         return asked
-
-    def _lr(self, step: int) -> float:
-        return learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, self.job.config.schedule.min_lr)
 
     def _next(self, items: Iterator[Batch]) -> Batch:
         start = time.perf_counter()
@@ -293,7 +291,7 @@ class Loop:
         self.note = f"loss {loss:.4f}"
         self.log.write(step, {
             "loss": loss,
-            "lr": self._lr(step - 1),
+            "lr": self.lr,
             "grad_norm": self.grad_norm,
             "images_per_s": steps * self.order.global_batch / elapsed_s,
             "wait_share": self.waited_s / elapsed_s,

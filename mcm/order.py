@@ -1,4 +1,4 @@
-"""The order of rows: one sequence a run, the same for every number of processes and every split of a batch."""
+"""The order of rows: one sequence per run, the same for every number of processes and every split of a batch."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,7 +67,7 @@ class Order:
 
     @property
     def accumulation(self) -> int:
-        """A: micro-steps a step."""
+        """A: micro-steps per step."""
         return self.global_batch // (self.world * self.batch)
 
     def step_chunks(self, step: int) -> tuple[int, Indices]:

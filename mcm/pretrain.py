@@ -37,8 +37,7 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
             if main:
                 describe_run(out, config, cache=str(cache_path), processes=world, rows=order.rows)
                 announce(cache, units, val, order, bool(config.train.knn_epochs and dataset is None))
-            task.hold_out(out, units, val, order, dataset)
-            train(task.job(out, units, order), accelerator, stop)
+            train(task.job(out, units, order, val, dataset), accelerator, stop)
             if main:
                 write_atomic(out / "samples.safetensors", safetensors_bytes(task.samples()))
 

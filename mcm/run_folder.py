@@ -1,4 +1,4 @@
-"""The RUN folder's small files: whose run it is, with what it ran, its log, and how the last command ended."""
+"""The small files of a RUN folder: its identity, configuration and environment, its log, how the last command ended."""
 
 import json
 import os
@@ -157,8 +157,7 @@ def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
 
     The main process holds the RUN's lock, removes what killed ones left, and then writes. SIGTERM sets the flag
     until exit.json is written: a launcher sends it 0.1 s after a rank has died, and the others must still say why.
-    Raises: UsageError while another process trains in this RUN; ResourceError where the connection
-    to another rank is lost.
+    Raises: UsageError while another process trains in this RUN; ResourceError where the connection to a rank is lost.
     """
     check_utf8(run_dir)
     path = run_dir / "exit.json"
@@ -247,7 +246,7 @@ def _is_kept(line: str, step: int, evaluated: bool) -> bool:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of RUN/metrics.jsonl; a torn last one, of a run that is being written, is left out.
+    """Lines of RUN/metrics.jsonl, without an incomplete last one, which a run may be writing.
 
     Raises: CorruptionError naming the file and line.
     """

@@ -39,7 +39,7 @@ Batch = dict[str, Any]  # Tensors with B (or M) first, and ints
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor; in shared memory inside a worker, so that handing it over copies nothing."""
+    """An uninitialised tensor; inside a worker it lies in shared memory, and no copy is needed to send it."""
     out = torch.empty(0, dtype=dtype)
     if get_worker_info() is None:  # by numpy, which asks for huge pages: 4 % faster to fill
         return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
@@ -155,7 +155,7 @@ def _fill(arrays: dict[str, npt.NDArray[Any]], chunk: Chunk, start: int, positio
 
 
 def _numbers(batch: int) -> Batch:
-    """Rows and labels: fresh in every batch, as whoever evaluates keeps them."""
+    """Rows and labels, new in every batch: an evaluation keeps them."""
     return {name: _empty((batch,), torch.int64) for name in ("rows", "labels")}
 
 
@@ -170,7 +170,7 @@ def _pad(out: Batch, filled: int) -> None:
 class Stream(Dataset[Batch | McmError | OSError]):
     """stream[micro_step]: one finished batch of `source` in `order`.
 
-    An error is returned, not raised: a worker would bury it in a wrapped traceback; `batches` raises it.
+    An error is returned, not raised: a worker would wrap it in a traceback. `batches` raises it.
     """
 
     def __init__(self, order: Order | EvalOrder, source: CacheSource | DatasetSource, reuse: int = 0) -> None:

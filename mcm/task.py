@@ -65,8 +65,17 @@ class Task:
         learned = model.target_projection
         self.first_DC = None if learned is None else learned.weight.detach().clone().to(device)
 
-    def job(self, out: Path, units: Sequence[Unit], order: Order) -> Job:
-        """The training on `units` in `order`, for the loop."""
+    def job(
+        self, out: Path, units: Sequence[Unit], order: Order, val: Sequence[Unit] = (), dataset: Dataset | None = None
+    ) -> Job:
+        """The training on `units` in `order`, evaluated on a val unit and a dataset where they are given.
+
+        The rows that are shown in the report are of "train" where there is no val unit.
+        """
+        self.run_dir, self.has_val, self.dataset = out, bool(val), dataset
+        held = self.source(val or units[:1])
+        self.held = Stream(EvalOrder(held.units[0].rows, CHUNK_ROWS, order.batch, order.world, order.rank), held)
+        self.shown = Stream(EvalOrder(held.units[0].rows, CHUNK_ROWS, CHUNK_ROWS), held)
         stream = Stream(order, self.source(units, self.config.mask.unmasked_fraction))
         optimizer = build_adamw(self.model, self.config.optim)
         return Job(out, self.model, optimizer, stream, self.loss, self.evaluate, self.config)
@@ -75,16 +84,6 @@ class Task:
         """Batches of these units with this run's mask picks."""
         pool, seed, cls = self.config.mask.pool, self.config.train.seed, self.config.loss.cls
         return CacheSource(units, self.run.size, self.positions, pool, seed, unmasked_fraction, cls)
-
-    def hold_out(
-        self, out: Path, units: Sequence[Unit], val: Sequence[Unit], order: Order, dataset: Dataset | None
-    ) -> None:
-        """Set what is evaluated: the val unit (samples come from training where there is none) and a dataset."""
-        self.run_dir = out
-        held = self.source(val or units[:1])
-        self.held = Stream(EvalOrder(held.units[0].rows, CHUNK_ROWS, order.batch, order.world, order.rank), held)
-        self.shown = Stream(EvalOrder(held.units[0].rows, CHUNK_ROWS, CHUNK_ROWS), held)
-        self.has_val, self.dataset = bool(val), dataset
 
     def masks(self, batch: Batch) -> Masks | None:
         """The epoch's pool and the batch's picks."""
@@ -138,7 +137,7 @@ class Task:
 
     @torch.inference_mode()
     def held_out(self) -> dict[str, float]:
-        """Figures of the val unit at the mask ratio, with fixed masks, and unmasked; those a channel go to a file."""
+        """Figures of the val unit at the mask ratio, with fixed masks, and unmasked; those per channel go to a file."""
         kinds = ["full"] if self.config.mask.mode == "none" else ["masked", "full"]
         channels = self.model.decoder.linear.out_features
         held = HeldOut(kinds, channels, self.config.student.width, self.accelerator.device)
