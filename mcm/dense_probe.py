@@ -52,23 +52,21 @@ class Patches(NamedTuple):
         return Patches(*(part[chosen] for part in self))
 
 
-class Scores(Record):
-    """Means over the classes that occur, as fractions of 1, and the IoU of each class: None where it is absent."""
+class DenseResult(Record):
+    """Fractions of 1 and what they were measured with.
 
-    miou: float
-    mean_accuracy: float
-    pixel_accuracy: float
-    iou: tuple[float | None, ...]
-
-
-class DenseResult(Scores):
-    """The scores of one input, and what they were measured with; `patches` are those that the classifier saw."""
+    Means are over the classes that occur; the IoU of an absent class is None. `patches` are those that trained.
+    """
 
     kind: Literal["dense"] = "dense"
     subject: str
     weights: str
     input: str
     fold_scale: float | None
+    miou: float
+    mean_accuracy: float
+    pixel_accuracy: float
+    iou: tuple[float | None, ...]
     classes: tuple[str, ...]
     l2: float
     converged: bool
@@ -162,7 +160,7 @@ def choose_l2(patches: Patches, seed: int) -> tuple[float, float]:
     def held_out_miou(l2: float) -> float:
         weight_KD, bias_K, _ = fit(bank, l2)
         predicted_RK = functional.one_hot(functional.linear(held.x, weight_KD, bias_K).argmax(1), len(bias_K))
-        return scores(held.y.T.double() @ predicted_RK.double()).miou
+        return float(scores(held.y.T.double() @ predicted_RK.double())["miou"])
 
     miou, l2 = max((held_out_miou(l2), l2) for l2 in L2_GRID)
     return l2, miou
@@ -186,13 +184,13 @@ def confusion(mask_HW: Mask, predicted_HW: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def scores(confusion_KK: Tensor) -> Scores:
-    """Return the scores of a confusion; a class in neither truth nor prediction is left out of the mean IoU."""
+def scores(confusion_KK: Tensor) -> dict[str, Any]:
+    """Return miou, mean_accuracy, pixel_accuracy and iou; a class in neither truth nor prediction is left out."""
     hits, truth, found = confusion_KK.diagonal().double(), confusion_KK.sum(1).double(), confusion_KK.sum(0).double()
     iou, accuracy = hits / (truth + found - hits), hits / truth
     means = {"miou": iou.nanmean(), "mean_accuracy": accuracy.nanmean(), "pixel_accuracy": hits.sum() / truth.sum()}
     each = tuple(None if math.isnan(value) else value for value in iou.tolist())
-    return Scores(**{name: float(value) for name, value in means.items()}, iou=each)
+    return {name: float(value) for name, value in means.items()} | {"iou": each}
 
 
 def dense_probe(
@@ -215,7 +213,7 @@ def dense_probe(
         encode, s = prober.encoder(kind, lambda encode: _train(prober, encode, CHOICE_PICTURES)[-1])
         weight_KD, bias_K, fitted, _ = _train(prober, encode)
         found = scores(_confusion(prober, encode, weight_KD, bias_K))
-        results.append(DenseResult(**dict(found), **fitted, input=kind, fold_scale=s, **facts))
+        results.append(DenseResult(**found, **fitted, input=kind, fold_scale=s, **facts))
         if run.is_file():
             with kept():
                 name = record_name(kind, dataset.sha256, seed, untrained)

@@ -20,29 +20,20 @@ from mcm.model import folded_state
 from mcm.run_folder import last_eval, recorded
 
 FEATURE_TOLERANCE = 1e-5
-EVALUATED = ("top1", "top5", "r2_masked", "r2_full")  # of the last evaluation of a run
-PROBED = ("knn", "linear", "miou", "pixel_accuracy")  # of a probe
-CARD = """---
-library_name: timm
-tags: [timm, transformers, image-feature-extraction]
----
-A vision transformer trained by Masked Channel Modeling. FOLDER is the folder of this file.
+FIGURES = ("top1", "top5", "r2_masked", "r2_full", "knn", "linear", "miou", "pixel_accuracy")  # fractions of 1
+CARD = """A vision transformer trained by Masked Channel Modeling; FOLDER is the folder of this file.
 
     timm.create_model("local-dir:FOLDER", pretrained=True)
     transformers.AutoModel.from_pretrained("FOLDER")
 
-The licences of the training pictures and of the teacher apply to these weights too.
+The licences of the training pictures and of the teacher apply to these weights too. Accuracies are fractions of 1.
 
-| trained on | |
+| trained on and measured | |
 | --- | --- |
-{facts}
-| measured, as fractions of 1 | |
-| --- | --- |
-{measured}
-Configuration:
-
-```toml
-{settings}```
+{table}
+```json
+{settings}
+```
 """
 
 
@@ -105,21 +96,15 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
 
 def model_card(run: Path, config: dict[str, Any]) -> str:
     """README.md of an exported folder: how to load it, what it was trained on, what was measured, its configuration."""
-    kinds = (str, int, float)
-    facts = {name: value for name, value in recorded(run).items() if isinstance(value, kinds)} | config["mcm"]
-    facts |= {f"sha256 of {unit}": digest for unit, digest in recorded(run).get("units", {}).items()}
-    measured = {name: value for name, value in last_eval(run).items() if name in EVALUATED}
+    rows = {name: value for name, value in (recorded(run) | config["mcm"]).items() if isinstance(value, str | float)}
+    rows |= {f"sha256 of {unit}": digest for unit, digest in recorded(run).get("units", {}).items()}
+    rows |= {name: f"{value:.4f}" for name, value in last_eval(run).items() if name in FIGURES}
     for file in sorted([*(run / "probe").glob("*.json"), *(run / "dense").glob("*.json")]):
         found = read_json(file)
         of = f"{found['input']} input, {found['weights']}, DATASET {found['data_sha256'][:12]}"
-        measured |= {f"{name}, {of}": found[name] for name in PROBED if found.get(name) is not None}
-    figures = {name: f"{value:.4f}" for name, value in measured.items()}
-    settings = run / "config.toml"
-    return CARD.format(
-        facts="".join(f"| {name} | {value} |\n" for name, value in facts.items()),
-        measured="".join(f"| {name} | {value} |\n" for name, value in figures.items()) or "| nothing | - |\n",
-        settings=settings.read_text("utf-8") if settings.is_file() else "",
-    )
+        rows |= {f"{name}, {of}": f"{found[name]:.4f}" for name in FIGURES if found.get(name) is not None}
+    settings = json.dumps(recorded(run)["config"], indent=2)
+    return CARD.format(table="".join(f"| {name} | {value} |\n" for name, value in rows.items()), settings=settings)
 
 
 def _check_round_trip(folder: Path, model: VisionTransformer) -> None:

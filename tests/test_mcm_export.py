@@ -15,6 +15,7 @@ from mcm.backbones import load_encoder, pooled
 from mcm.export import export
 from mcm.finetune import finetune
 from mcm.probe import probe
+from mcm.run_folder import recorded
 
 PICTURES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -100,7 +101,7 @@ def test_the_model_card_says_what_it_is_and_what_was_measured(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| knn, full input, {result.weights}, DATASET {data.sha256[:12]} | {result.knn:.4f} |" in card
     assert "| teacher | test |" in card and f"| cache_sha256 | {result.cache_sha256} |" in card
-    assert "| fold_scale | 0.5 |" in card and (run / "config.toml").read_text() in card
+    assert "| fold_scale | 0.5 |" in card and json.dumps(recorded(run)["config"], indent=2) in card
     assert "num_classes" not in json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
 
 
