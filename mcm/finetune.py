@@ -44,7 +44,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
         model = make_classifier(
             backbone.model, len(dataset.classes), config.pool, config.drop_path, seed, config.frozen
         )
-        claim(out, describe(config, dataset, init, backbone, order))
+        claim(out, describe(config, dataset, init, backbone, order), FinetuneConfig)
         mixer = Mixer(config.augment, len(dataset.classes), seed)
         source = DatasetSource(dataset, "train", train_transform(config.augment, backbone), seed, rows)
         held = DatasetSource(dataset, "val", eval_transform(backbone), seed)

@@ -32,7 +32,7 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
         main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
         order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
         task = Task(config, run, cache, units, accelerator)
-        claim(out, run)
+        claim(out, run, PretrainConfig)
         with recorded_exit(out, main) as stop:
             if main:
                 describe_run(out, config, cache=str(cache_path), processes=world, rows=order.rows)

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic
 import torch
 from torch.distributed import DistError
 
@@ -32,7 +33,8 @@ ENGINE_FIELDS = {
 class PretrainRun(Record):
     """run.json of a pre-training run: what its weights depend on, and what the student's pictures must be.
 
-    `cache` names the field that differs where `cache_sha256` differs. `data_sha256` is the DATASET of the k-NN probe.
+    `cache` names the field that differs where `cache_sha256` differs; older runs lack it. `data_sha256` is the DATASET
+    of the k-NN probe; a run without one lacks it.
     """
 
     kind: Literal["pretrain"] = "pretrain"
@@ -48,8 +50,8 @@ class PretrainRun(Record):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
-    cache: CacheIdentity
-    data_sha256: str | None = None
+    cache: CacheIdentity | None = pydantic.Field(None, exclude_if=lambda value: value is None)
+    data_sha256: str | None = pydantic.Field(None, exclude_if=lambda value: value is None)
 
 
 class ExitRecord(Record):
@@ -76,10 +78,11 @@ def recorded_config(cls: type[R], config: dict[str, Any]) -> R:
     return cls.model_validate_json(json.dumps(payload))
 
 
-def claim(run_dir: Path, run: Any) -> None:
+def claim(run_dir: Path, run: Any, cls: type[Record]) -> None:
     """Publish run.json, or check that the folder holds this very run.
 
     The digest in `init_weights` identifies the weights, wherever `init` lies. A command may leave out `data`.
+    A run of an older version may lack keys of `cls`, the configuration: they have their defaults.
     Raises: IdentityError with every field that differs when the folder holds another run.
     """
     path = run_dir / "run.json"
@@ -91,9 +94,10 @@ def claim(run_dir: Path, run: Any) -> None:
     else:
         there = read_record(type(run), path)
         same = {"init"} if "sha256:" in getattr(run, "init_weights", "") else set()
-        if None in (getattr(run, "data_sha256", ""), getattr(there, "data_sha256", "")):
-            same.add("data_sha256")
-        found = differences(run.model_copy(update=there.model_dump(include=same)), there)
+        same |= {name for name, value in run if None in (value, getattr(there, name))}
+        with suppress(ValueError, LookupError, TypeError):  # else it differs, and is shown as it is
+            there = there.model_copy(update={"config": identity_config(recorded_config(cls, there.config))})
+        found = differences(run.model_copy(update={name: getattr(there, name) for name in same}), there)
     if found:
         raise IdentityError(f"{run_dir} holds another run (asked != found): {'; '.join(found)}; use another --out")
 

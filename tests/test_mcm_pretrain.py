@@ -14,7 +14,7 @@ from make_dataset import make_dataset
 from safetensors.torch import load_file
 
 from cache_tools.errors import CorruptionError, IdentityError, McmError, UsageError
-from cache_tools.records import read_record, write_toml
+from cache_tools.records import encode_record, read_record, write_toml
 from mcm import checkpoint
 from mcm.backbones import load_encoder
 from mcm.config import PretrainConfig
@@ -336,6 +336,17 @@ def test_a_learned_projection_collapses_and_is_stopped(cache, tmp_path):
     losses = [line["loss"] for line in lines if "loss" in line]
     assert stds[-1] < 0.5 * stds[0] and losses[-1] < 0.1 * losses[0]  # a beautiful loss
     assert caught.value.exit_code == read_record(ExitRecord, tmp_path / "run" / "exit.json").code
+
+
+def test_a_run_of_an_older_version_resumes(cache, tmp_path):
+    pretrain(make_config(), cache.path, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    run = read_record(PretrainRun, path)
+    del run.config["mask"]["unmasked_fraction"], run.config["loss"], run.config["data"]
+    path.write_bytes(encode_record(run.model_copy(update={"cache": None})))
+    pretrain(make_config(), cache.path, tmp_path / "run")
+    with pytest.raises(IdentityError, match=r"mask\.unmasked_fraction: 0\.5 != 0\.0"):
+        pretrain(make_config(mask={"unmasked_fraction": 0.5}), cache.path, tmp_path / "run")
 
 
 @pytest.mark.parametrize(("knn_epochs", "steps"), [(3, [9, 12]), (0, [12])])
