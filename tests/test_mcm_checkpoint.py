@@ -155,6 +155,7 @@ for step in range(1, kills + 1):
 """
 
 
+@pytest.mark.slow
 def test_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, how_many, tally):
     saves = how_many(24, 300)
     command = [sys.executable, "-c", KILLS, str(tmp_path), str(saves)]

@@ -118,6 +118,7 @@ def straight(cache, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_it_learns_and_leaves_a_whole_run(straight, cache):
     lines = metrics(straight)
     losses, evals = ([line[key] for line in lines if key in line] for key in ("loss", "eval"))

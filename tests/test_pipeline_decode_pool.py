@@ -88,6 +88,7 @@ def test_the_command_refuses_pictures_that_crash_or_hang_the_decoder(tmp_path: P
     tally("pictures that crash or hang the decoder", inputs=3, failures=0)
 
 
+@pytest.mark.slow
 def test_extraction_from_pictures_refuses_them_too(tmp_path: Path) -> None:
     source = plant(make_source(tmp_path / "source", val=1), _001="SIGSEGV")
     teacher = ["--teacher", "timm:vit_tiny_patch16_224", "--weights", "random", "--set", "teacher_size=32"]

@@ -31,6 +31,7 @@ def made(tmp_path_factory):
     return outs
 
 
+@pytest.mark.slow
 def test_same_bytes_each_time(made):
     assert tree(made[0]) == tree(made[1])
 

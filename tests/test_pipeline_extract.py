@@ -252,6 +252,7 @@ def test_a_library_that_changes_pixels_is_refused(place: Path, cache: Path, monk
         extract(request(place, cache))
 
 
+@pytest.mark.slow
 def test_commands_answer(place: Path, cache: Path) -> None:
     said = run("mcm-cache", "extract", place / "dataset", place / "not-made", *options(place), "--dry-run")
     assert "break-even" in said and not (place / "not-made").exists()

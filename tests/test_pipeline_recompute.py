@@ -43,6 +43,7 @@ def test_stored_features_are_what_the_teacher_computes(place: Path) -> None:
     assert not found.problems and found.lowest_cosine > 0.999999
 
 
+@pytest.mark.slow
 def test_features_of_another_row_are_named(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows 4 and 5 of one shard in each other's place before anything was hashed: every sum agrees."""
     forward = Extractor._forward

@@ -129,6 +129,7 @@ def flip(file: Path, bit: int) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_flipped_bits(place: Path, kind: str, how_many, tally) -> None:
     path = place / kind

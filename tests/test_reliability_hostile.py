@@ -382,6 +382,7 @@ SOUND = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_nothing_hostile_runs_writes_or_grows(tmp_path, tally):
     inputs = []
     for make in (tars, datasets, caches, configs, weights, models, runs):
