@@ -71,13 +71,8 @@ def stored_mask(data: bytes, size_HW: tuple[int, int], rule: MaskRule) -> bytes:
         known = f"expected the values of {rule.classes} classes, up to {rule.values()[-1]}, or {list(rule.ignore)}"
         found = f"found {values_HW[row, column]} at row {row}, column {column}"
         raise PictureRefused("mask-value", f"{known}, which --ignore sets; {found}")
-    return encode_mask(labels_HW.astype(np.uint8))
-
-
-def encode_mask(labels_HW: Mask) -> bytes:
-    """Return the PNG of labels."""
     buffer = io.BytesIO()
-    Image.fromarray(labels_HW).save(buffer, "PNG", compress_level=6)
+    Image.fromarray(labels_HW.astype(np.uint8)).save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()
 
 

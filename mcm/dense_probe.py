@@ -6,7 +6,7 @@ Letters: B batch, N patches, D width, K classes, R patches of the training split
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ MAX_ITERATIONS, GRADIENT_TOLERANCE = 500, 1e-5
 CHOICE_PICTURES = 6000  # training pictures that choose L2 and s; a fifth of them is held out
 MAX_VALUES = 1 << 30  # float32 values of the training patches in memory: 4 GiB
 RANDOM_PATCHES = 64  # per picture, where all patches are more than MAX_VALUES
-BATCH_PICTURES, FIT_ROWS, PIXEL_LOGITS = 32, 1 << 16, 1 << 26  # computed at once
+BATCH_PICTURES, PIXEL_LOGITS = 32, 1 << 26  # computed at once
 
 Scene = tuple[int, Tensor, Mask]  # row, patch tokens [N, D], mask [H, W]
 
@@ -58,7 +58,6 @@ class DenseResult(Record):
     Means are over the classes that occur; the IoU of an absent class is None. `patches` are those that trained.
     """
 
-    kind: Literal["dense"] = "dense"
     subject: str
     weights: str
     input: str
@@ -132,13 +131,10 @@ def fit(patches: Patches, l2: float) -> tuple[Tensor, Tensor, bool]:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        total = l2 / 2 * weight_KD.square().sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        for x, y in zip(*(torch.split(part, FIT_ROWS) for part in patches[:2]), strict=True):
-            loss = -(y * functional.linear(x, weight_KD, bias_K).log_softmax(1)).sum() / pixels
-            loss.backward()
-            total = total.detach() + loss.detach()
-        return total
+        hits = (patches.y * functional.linear(patches.x, weight_KD, bias_K).log_softmax(1)).sum()
+        loss = l2 / 2 * weight_KD.square().sum() - hits / pixels
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
     return weight_KD.detach(), bias_K.detach(), optimizer.state[weight_KD]["n_iter"] < MAX_ITERATIONS

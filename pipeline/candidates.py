@@ -73,11 +73,8 @@ class Candidates:
         root = self.roots[self._roots[i]]
         if self._sizes:
             return SourceItem(f"{root.name}/{name}", root, self._offsets[i], self._sizes[i], self.labels[i])
-        mask = None
-        if self.folders:
-            pictures, masks = self.folders
-            mask = (root / masks / Path(name).relative_to(pictures)).with_suffix(".png")
-        return SourceItem(name, root / name, 0, None, self.labels[i], mask)
+        below = self.folders and root / self.folders[1] / Path(name).relative_to(self.folders[0])
+        return SourceItem(name, root / name, 0, None, self.labels[i], below and below.with_suffix(".png"))
 
     def sha256(self) -> str:
         """Digest of names, labels and places in tars; where the source lies on the machine does not enter."""
@@ -135,13 +132,11 @@ def read_picture(item: SourceItem, rule: MaskRule | None = None) -> tuple[bytes,
     """
     data = read_source(item)
     size = decode_rgb(data).shape[:2]
-    return data, None if rule is None else stored_mask(_read_mask(item), size, rule)
-
-
-def _read_mask(item: SourceItem) -> bytes:
-    assert item.mask is not None
-    name = printable(f"{item.mask.parent.name}/{item.mask.name}")
+    if rule is None or item.mask is None:
+        return data, None
     try:
-        return read_source(SourceItem(name, item.mask, 0, None, -1))
+        mask = read_source(item._replace(path=item.mask))
     except PictureRefused as error:
+        name = printable(f"{item.mask.parent.name}/{item.mask.name}")
         raise PictureRefused("no-mask", f"expected the mask {name}: {error.detail}") from error
+    return data, stored_mask(mask, size, rule)

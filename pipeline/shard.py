@@ -7,7 +7,6 @@ a prefix of shards behind, and the same command continues after it and ends with
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from cache_tools.console import StopFlag, one_line
 from cache_tools.dataset import CHUNK_ROWS, ROWS_PER_SHARD, DatasetRecord, info_json, shard_name
@@ -68,10 +67,10 @@ class _Job:
             print(one_line(note))
         self.candidates = sources.splits
         listing = {name: SplitPlan(candidates=len(c), listing_sha256=c.sha256()) for name, c in sources.splits.items()}
-        masks: dict[str, Any] = {"task": "segment", "ignore": sources.rule.ignore} if sources.rule else {}
         self.plan = ShardPlan(
-            rows_per_shard=rows_per_shard, seed=seed, classes=sources.classes, splits=listing, **masks
-        )
+            rows_per_shard=rows_per_shard, seed=seed, classes=sources.classes, splits=listing,
+            task="segment" if sources.rule else None, ignore=sources.rule and sources.rule.ignore,
+        )  # fmt: skip
 
     def run(self) -> DatasetRecord:
         """Make the DATASET, or continue one."""

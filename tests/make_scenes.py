@@ -28,11 +28,7 @@ def png(array: np.ndarray) -> bytes:
 
 def make_ade(root: Path, train: int = 20, val: int = 6) -> Path:
     """ADE20K's layout: 0 is unlabelled, classes count from 1."""
-    for split, rows in (("training", train), ("validation", val)):
-        for row in range(rows):
-            picture, labels = scene(row + 1000 * (split == "validation"))
-            _write(root / "images" / split / f"{row:03d}.png", png(picture))
-            _write(root / "annotations" / split / f"{row:03d}.png", png(labels + 1))  # 255 + 1 is 0
+    _make(root, {"training": train, "validation": val}, ("images/{}", "annotations/{}"), 1)  # 255 + 1 is 0
     lines = ["Idx\tRatio\tName", *(f"{k} \t0.1\t{name}" for k, name in enumerate(CLASSES, 1))]
     _write(root / "objectInfo3.txt", "\n".join(lines).encode())
     return root
@@ -40,13 +36,17 @@ def make_ade(root: Path, train: int = 20, val: int = 6) -> Path:
 
 def make_masks(root: Path, train: int = 20, val: int = 6) -> Path:
     """{train,val}/{images,masks}: classes count from 0, 255 is unlabelled."""
-    for split, rows in (("train", train), ("val", val)):
-        for row in range(rows):
-            picture, labels = scene(row + 1000 * (split == "val"))
-            _write(root / split / "images" / f"{row:03d}.png", png(picture))
-            _write(root / split / "masks" / f"{row:03d}.png", png(labels))
+    _make(root, {"train": train, "val": val}, ("{}/images", "{}/masks"), 0)
     _write(root / "classes.txt", "\n".join(CLASSES).encode())
     return root
+
+
+def _make(root: Path, splits: dict[str, int], forms: tuple[str, str], first: int) -> None:
+    for split, rows in splits.items():
+        for row in range(rows):
+            picture, labels = scene(row + 1000 * split.startswith("val"))
+            for form, array in zip(forms, (picture, labels + np.uint8(first)), strict=True):
+                _write(root / form.format(split) / f"{row:03d}.png", png(array))
 
 
 def _write(path: Path, data: bytes) -> None:

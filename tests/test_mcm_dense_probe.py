@@ -105,8 +105,6 @@ def test_the_fit_is_logistic_regression_and_the_same_each_time(monkeypatch):
     expected = torch.from_numpy(sklearn.predict_proba(patches.x.numpy())).float()
     assert converged and torch.allclose((patches.x @ weight.T + bias).softmax(1), expected, atol=2e-3)
     assert torch.equal(fit(patches, 1e-2)[0], weight)
-    monkeypatch.setattr(module, "FIT_ROWS", 50)
-    assert torch.allclose(fit(patches, 1e-2)[0], weight, atol=1e-3)
     monkeypatch.setattr(module, "MAX_ITERATIONS", 2)
     assert not fit(patches, 1e-2)[2]
 
@@ -185,7 +183,7 @@ def test_the_command_prints_json_and_refuses_what_needs_labels(data, tmp_path):
     run = make_run(tmp_path / "run", "none")
     command = ["mcm-train", "probe", run, "--data", data, "--workers", "0"]
     (printed,) = json.loads(run_command(*command, "--json"))
-    assert printed["kind"] == "dense" and printed["miou"] > 0.5 and len(printed["iou"]) == 3
+    assert printed["miou"] > 0.5 and len(printed["iou"]) == 3
     assert "dense linear (LBFGS) mIoU" in run_command(*command)
     assert "expected none of them" in run_command(*command, "--shots", "5", expect=2)
     assert "expected a RUN trained with masks" in run_command(*command, "--input", "folded", expect=2)
