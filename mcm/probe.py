@@ -124,6 +124,8 @@ def _probe_teacher(
     for split, unit in zip(("train", "val"), units, strict=True):
         if not unit:
             raise UsageError(f"{path}: expected a complete unit of {split!r} to probe; finish `mcm-cache extract`")
+        if any((unit[0].index(shard)["label"] < 0).any() for shard in range(unit[0].num_shards)):
+            raise UsageError(f"{path}: expected a label for every picture of {split!r}; found pictures without one")
     (train_unit,), (val_unit,), gram = *units, Gram(identity.channels, device())
     train, val = stored_features(train_unit, quiet), stored_features(val_unit, quiet, gram)
     train = train.rows(training_rows(train.y.numpy(), identity.classes, shots, seed)) if shots else train

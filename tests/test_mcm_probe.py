@@ -14,6 +14,7 @@ from make_run import make_run
 from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
+from cache_tools.cache import Unit
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.records import encode_record, read_record
@@ -144,6 +145,19 @@ def test_a_caches_teacher_is_probed_on_its_own_features(tmp_path):
     share = np.linalg.svd(flat, compute_uv=False)
     share /= share.sum()
     assert facts.effective_rank == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-4)
+
+
+def test_a_cache_of_pictures_without_labels_is_one_line(tmp_path, monkeypatch):
+    cache, index = make_cache(tmp_path / "cache"), Unit.index
+
+    def unlabelled(unit, shard):
+        records = index(unit, shard).copy()
+        records["label"] = -1
+        return records
+
+    monkeypatch.setattr(Unit, "index", unlabelled)
+    with pytest.raises(UsageError, match="expected a label for every picture of 'train'; found pictures without one"):
+        probe(str(cache.path), None, quiet=True)
 
 
 def chunks(cache):
