@@ -30,11 +30,11 @@ from torch import Tensor
 from cache_tools.cache import Unit
 from cache_tools.console import progress
 from cache_tools.dataset import Dataset
-from cache_tools.identity import CacheIdentity, Fingerprint
+from cache_tools.schema import CacheIdentity, Fingerprint
 from cache_tools.writer import publish_identity
 from pipeline import extract, launch
 from pipeline.config import ExtractConfig
-from pipeline.shard_features import Extractor, Spent, render_views
+from pipeline.extractor import Extractor, Spent, render_views
 from pipeline.teachers import Teacher, load_teacher
 
 BATCH = 64  # `mcm-cache extract`'s own
@@ -49,7 +49,7 @@ class Place:
         self.folder, self.dataset, self.teacher, self.runs = folder, dataset, teacher, 0
         config = ExtractConfig(teacher=teacher.identity.name, weights="", views=views, size=size)
         request = extract.Request(str(dataset.path), folder, config)
-        self.identity: CacheIdentity = extract.describe(request, dataset, teacher)
+        self.identity: CacheIdentity = extract.cache_identity(request, dataset, teacher)
         self.views, device, versions = range(views), teacher.device.type, extract.versions(teacher)
         self.fingerprint = Fingerprint(device=device, precision=teacher.precision, batch=BATCH, versions=versions)
 

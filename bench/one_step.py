@@ -17,8 +17,8 @@ from cache_tools.records import config_file, load_toml
 from mcm import checkpoint
 from mcm.config import PretrainConfig
 from mcm.loop import Loop, on_device, to_device
-from mcm.order import Order
-from mcm.pretrain import choose_units, describe
+from mcm.pretrain import choose_units, run_record
+from mcm.sampler import Order
 from mcm.stream import PREFETCH, Batch, Stream, batches
 from mcm.task import Task
 
@@ -43,7 +43,7 @@ class OneStep:
         cache, train = Cache(cache_path), config.train
         units, _ = choose_units(cache, ())
         order = Order(units[0].rows, CHUNK_ROWS, train.global_batch, train.micro_batch, seed=train.seed)
-        self.task = Task(config, describe(config, cache, units), cache, units, accelerator)
+        self.task = Task(config, run_record(config, cache, units), cache, units, accelerator)
         self.job = self.task.job(Path("no run"), units, order)
         self.loop, self.device, self.done = Loop(self.job, accelerator), accelerator.device, 0
         self.resident = first_batch(self.job.stream, self.device)

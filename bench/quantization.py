@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from record import write_results
 
-from cache_tools.arrays import ArraySpec, shard_writer
-from cache_tools.identity import CropPolicy
 from cache_tools.images import decode_rgb
 from cache_tools.quantize import CALIBRATION_ROWS, channel_stats, decode, encode
+from cache_tools.schema import CropPolicy
+from cache_tools.zarr_shards import ArraySpec, shard_writer
 from pipeline.teachers import load_teacher
 from pipeline.views import draw_crop, render
 

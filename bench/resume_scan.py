@@ -30,7 +30,7 @@ import json, resource, sys, time
 from pathlib import Path
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 from pipeline.extract import walk
-from pipeline.launch import Place
+from pipeline.worker import Place
 from cache_tools.cache import Cache
 from cache_tools.info import info
 from cache_tools.storage import settle

@@ -27,8 +27,8 @@ from synthetic import Shape, make_cache
 
 from cache_tools.cache import Cache
 from cache_tools.dataset import CHUNK_ROWS
-from mcm.order import Order
 from mcm.pretrain import choose_units, describe
+from mcm.sampler import Order
 from mcm.stream import CacheSource, Stream, batches
 
 BATCH = 256

@@ -26,7 +26,7 @@ from synthetic import Shape, make_cache
 from cache_tools.cache import Cache
 from mcm.loop import engine
 from mcm.masking import apply_fill
-from mcm.order import EvalOrder
+from mcm.sampler import EvalOrder
 from mcm.stream import Stream
 
 DTYPES = ("int8", "float16")

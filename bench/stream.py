@@ -97,7 +97,7 @@ def read_limit(folder: Path, dtype: str) -> Callable[[], Iterator[int]]:
 def read_ours(folder: Path, dtype: str, workers: int) -> Callable[[], Iterator[int]]:
     """mcm's stream as pre-training runs it: every crc32c checked, masks picked."""
     from cache_tools.cache import Cache
-    from mcm.order import Order
+    from mcm.sampler import Order
     from mcm.stream import CacheSource, Stream, batches
 
     units = Cache(folder / dtype).complete_units("train")

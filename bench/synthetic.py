@@ -14,10 +14,10 @@ import numpy as np
 
 from cache_tools.cache import Unit
 from cache_tools.dataset import Dataset
-from cache_tools.draws import uniform
-from cache_tools.identity import CacheIdentity, CropPolicy, Fidelity, Fingerprint, TeacherIdentity
 from cache_tools.images import PICTURE_RULES, decode_rgb, encode_view, resize_rgb
 from cache_tools.quantize import channel_stats, decode, encode
+from cache_tools.rng import uniform
+from cache_tools.schema import CacheIdentity, CropPolicy, Fidelity, Fingerprint, TeacherIdentity
 from cache_tools.writer import finish_unit, publish_identity, unit_writer
 from pipeline.views import draw_crop, render
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from record import write_results
 
-from cache_tools.identity import CropPolicy
 from cache_tools.images import decode_rgb, decode_view_into, encode_view
+from cache_tools.schema import CropPolicy
 from pipeline.teachers import Teacher, load_teacher
 from pipeline.views import draw_crop, render
 

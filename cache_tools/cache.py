@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 from fastcrc.crc32 import iscsi as crc32c
 
-from .arrays import array_json, group_json, read_chunk
 from .dataset import CHUNK_ROWS, shard_name
 from .errors import CorruptionError, IdentityError, UsageError, found_at
-from .identity import CacheIdentity, Commit, Manifest, ProbeRecord
 from .quantize import Floats, decode
 from .records import read_record, record_sha256, sha256_hex
+from .schema import CacheIdentity, Commit, Manifest, ProbeRecord
 from .storage import file_sha256, read_at
 from .tars import INDEX_DTYPE, VIEW_INDEX_DTYPE, checked_picture, encode_npy, read_npy
+from .zarr_shards import array_json, group_json, read_chunk
 
 if TYPE_CHECKING:
     import zarr

@@ -47,7 +47,7 @@ def _is_gpu_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError"
 
 
-def describe(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """One line for the user, control characters escaped."""
     again = "and run the same command again"
     if isinstance(error, KeyboardInterrupt):
@@ -114,7 +114,7 @@ def kept() -> Iterator[None]:
     try:
         yield
     except (McmError, OSError) as error:
-        print(f"warning: the result is not kept: {describe(error)}", file=sys.stderr, flush=True)
+        print(f"warning: the result is not kept: {error_line(error)}", file=sys.stderr, flush=True)
 
 
 def guarded(command: Callable[P, T]) -> Callable[P, T]:
@@ -136,7 +136,7 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
         except (Exception, KeyboardInterrupt) as error:
             if not isinstance(error, McmError | KeyboardInterrupt) and not _is_resource(error):
                 raise
-            _say(f"error: {describe(error)}", sys.stderr)
+            _say(f"error: {error_line(error)}", sys.stderr)
             _say("", sys.stdout)
             sys.unraisablehook = lambda _: None  # of objects that a library could not finish making
             sys.exit(exit_code(error))

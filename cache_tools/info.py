@@ -68,7 +68,7 @@ def _unit_info(unit: Unit) -> dict[str, Any]:
     return known | {name: max(getattr(f, name) for f, _ in found) for name in ("relative_mse", "precision_mse")}
 
 
-def describe(known: dict[str, Any]) -> str:
+def summary(known: dict[str, Any]) -> str:
     """The description as lines for a person."""
     if known["kind"] == "dataset":
         size = f"{known['classes']} classes, {known['bytes'] / 1e6:.1f} MB, seed {known['seed']}"

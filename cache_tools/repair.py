@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from .dataset import shard_name
-from .storage import move_durably, run_folder, shard_lock, try_lock
+from .storage import move_durably, shard_lock, try_lock, work_dir
 from .verify import Problem, Report
 
 
@@ -35,7 +35,7 @@ def repair(report: Report) -> Repair:
     Raises: OSError. Commits have moved before the files they vouch for; the next repair continues.
     """
     root = Path(report.path)
-    quarantine = run_folder(root) / "quarantine"
+    quarantine = work_dir(root) / "quarantine"
     target = quarantine / f"{len(list(quarantine.glob('*'))):06d}"
     done = Repair(str(target), next=_what_next(root, {problem.what for problem in report.problems}))
     for (_, split, shard), group in groupby(sorted(report.problems, key=_place), key=_place):

@@ -37,7 +37,7 @@ def make_dir(path: Path) -> None:
         _sync_dir(path.parent)
 
 
-def run_folder(path: Path) -> Path:
+def work_dir(path: Path) -> Path:
     """PATH/.run: locks and progress of a DATASET, CACHE or RUN, which are no part of its bytes.
 
     The folder lies inside: a path beside PATH is another one for each link, mount or relative name.
@@ -47,7 +47,7 @@ def run_folder(path: Path) -> Path:
 
 def shard_lock(cache: Path, split: str, shard: int) -> Path:
     """The lock of a shard in all its views; a process that writes or moves the shard holds it."""
-    return run_folder(cache) / "locks" / f"{split}-{shard:06d}"
+    return work_dir(cache) / "locks" / f"{split}-{shard:06d}"
 
 
 def settle(path: Path) -> None:

@@ -19,15 +19,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import read_chunk
 from .cache import Cache, Unit, check_bytes, index_crc32cs, read_probe
 from .console import progress
 from .dataset import Dataset, info_json
-from .draws import hash_u64
 from .errors import CorruptionError, IdentityError, UsageError, found_at
-from .identity import Commit, FileEntry
+from .rng import hash_u64
+from .schema import Commit, FileEntry
 from .storage import file_sha256
 from .tars import read_picture
+from .zarr_shards import read_chunk
 
 MAX_NAMED = 8  # damaged parts of a file in a message
 _DAMAGE = (errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # others say nothing about the bytes

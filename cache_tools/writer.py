@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import shard_writer
 from .cache import Unit, index_crc32cs
 from .dataset import row_key
 from .errors import IdentityError
-from .identity import CacheIdentity, Commit, Fidelity, FileEntry, Fingerprint, Manifest
 from .images import picture_extension
 from .records import differences, encode_record, read_record, record_sha256, sha256_hex
+from .schema import CacheIdentity, Commit, Fidelity, FileEntry, Fingerprint, Manifest
 from .storage import publish, remove, write_atomic
 from .tars import VIEW_INDEX_DTYPE, encode_npy, tar_writer
+from .zarr_shards import shard_writer
 
 
 @contextmanager

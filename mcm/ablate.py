@@ -20,12 +20,12 @@ from cache_tools.cache import Cache
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError, check_output
 from cache_tools.records import Record, config_file, load_toml, read_record, sha256_hex
-from cache_tools.storage import file_sha256, run_folder, try_lock, write_atomic
+from cache_tools.storage import file_sha256, try_lock, work_dir, write_atomic
 from cache_tools.weights import weights_file
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.probe import ProbeResult, check_kind, labelled, record_name
 from mcm.report import FIT, MINUTES, ablation_lines, fine_tuned, held_out, markdown, probed, report
-from mcm.run_folder import ExitRecord, read_metrics, recorded, software
+from mcm.run_dir import ExitRecord, read_metrics, recorded, software
 
 UNDERFITTED = 0.2  # held-out R^2; below it, an accuracy says little about the target
 WAIT_S = 2.0  # between two looks at the runs of other processes
@@ -91,7 +91,7 @@ class Step:
     @property
     def record(self) -> Path:
         """Return the path of the file that is written once the step is done; the file holds the mark."""
-        return run_folder(self.run) / "ablate" / f"{self.args[0]}-{sha256_hex(self.key.encode())}"
+        return work_dir(self.run) / "ablate" / f"{self.args[0]}-{sha256_hex(self.key.encode())}"
 
     @property
     def mark(self) -> str | None:
@@ -125,7 +125,7 @@ class Ablation:
         base = config_file(plan.base)
         self.configs = {n: load_toml(PretrainConfig, base, row.set) for n, row in self.rows.items() if not row.init}
         self.first = next(iter(self.configs), "")  # "random" is what this row began with
-        teacher = run_folder(cache) / "probe.json"
+        teacher = work_dir(cache) / "probe.json"
         self.teacher = self._step(out, "probe", cache, "--features", "mean", files=(teacher,))
         self.steps = {(name, seed): list(self._steps(name, seed)) for seed in plan.seeds for name in self.rows}
 
@@ -170,7 +170,7 @@ class Ablation:
         """Run the steps that are left; returns False when another process works on one."""
         for step in steps:
             if step.mark is None and step not in self.failed:
-                with try_lock(run_folder(step.run) / "ablate" / "lock") as ours:
+                with try_lock(work_dir(step.run) / "ablate" / "lock") as ours:
                     if not ours or not _is_idle(step.run):
                         return False
                     if step.mark is None:
@@ -239,7 +239,7 @@ def _sets(changes: tuple[str, ...]) -> list[str]:
 
 def _is_idle(run: Path) -> bool:
     """Return whether no command trains in a run; the command of a killed ablation still saves."""
-    with try_lock(run_folder(run) / "lock") as idle:
+    with try_lock(work_dir(run) / "lock") as idle:
         return idle
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from cache_tools.dataset import CHUNK_ROWS
-from cache_tools.draws import hash_u64
 from cache_tools.errors import CorruptionError
 from cache_tools.images import RGB, PictureRefused, decode_rgb
+from cache_tools.rng import hash_u64
 from mcm.backbones import Backbone
 from mcm.config import Augment
 

@@ -24,7 +24,7 @@ from cache_tools.weights import PRETRAINED, load_timm, load_whole, read_weights,
 from mcm import checkpoint
 from mcm.config import PretrainConfig, SizedStudent
 from mcm.model import MaskedChannelModel, build_encoder, encode_tokens
-from mcm.run_folder import PretrainRun, recorded, recorded_config
+from mcm.run_dir import PretrainRun, recorded, recorded_config
 
 BATCHNORM_EPS = 1e-6  # of a frozen run's head, as MAE
 CROP_PCT = 1.0  # a student of ours is evaluated on the whole centre square, as the held-out views are cut

@@ -218,7 +218,7 @@ def _prepare(out: Path, overwrite: bool) -> None:
     """Check that `out` may hold a RUN, and remove the RUN in it with `overwrite`."""
     from cache_tools.errors import UsageError, check_output
     from cache_tools.storage import remove_tree
-    from mcm.run_folder import held
+    from mcm.run_dir import held
 
     check_output(out, "a RUN")
     if overwrite and out.exists():

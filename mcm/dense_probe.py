@@ -16,17 +16,17 @@ from torch.nn import functional
 
 from cache_tools.console import kept, progress
 from cache_tools.dataset import Dataset
-from cache_tools.draws import hash_u64, permutation
 from cache_tools.errors import UsageError
 from cache_tools.labels import IGNORED, Mask
 from cache_tools.records import Record, encode_record
+from cache_tools.rng import hash_u64, permutation
 from cache_tools.storage import file_sha256, write_atomic
 from mcm.augment import eval_transform
 from mcm.backbones import load_encoder
-from mcm.order import EvalOrder
+from mcm.features import Encode, Prober, device
 from mcm.probe import input_kinds, record_name, warn_of_copies
-from mcm.prober import Encode, Prober, device
-from mcm.run_folder import software, versions
+from mcm.run_dir import software, versions
+from mcm.sampler import EvalOrder
 from mcm.stream import DatasetSource, Stream, batches
 
 L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of the mean cross-entropy

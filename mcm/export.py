@@ -17,7 +17,7 @@ from cache_tools.records import read_json
 from cache_tools.storage import atomic_folder, write_atomic
 from mcm.backbones import Backbone, load_encoder, model_args
 from mcm.model import folded_state
-from mcm.run_folder import last_eval, recorded
+from mcm.run_dir import last_eval, recorded
 
 FEATURE_TOLERANCE = 1e-5
 FIGURES = ("top1", "top5", "r2_masked", "r2_full", "knn", "linear", "miou", "pixel_accuracy")  # fractions of 1

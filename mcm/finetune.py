@@ -18,13 +18,13 @@ from cache_tools.dataset import Dataset
 from mcm import checkpoint
 from mcm.augment import Mixer, eval_transform, train_transform
 from mcm.backbones import BATCHNORM_EPS, Backbone, FinetuneRun, load_encoder, model_args
-from mcm.classify import training_rows
+from mcm.classifiers import training_rows
 from mcm.config import FinetuneConfig
 from mcm.loop import Job, engine, evaluation_due, to_device, train
 from mcm.optim import build_optimizer
-from mcm.order import EvalOrder, Order
 from mcm.probe import labelled, warn_of_copies
-from mcm.run_folder import claim, describe_run, identity_config, recorded, recorded_exit
+from mcm.run_dir import claim, identity_config, recorded, recorded_exit, write_environment
+from mcm.sampler import EvalOrder, Order
 from mcm.stream import Batch, DatasetSource, Stream, batches
 
 HEAD_STD, PROBE_STD = 2e-5, 0.01  # as MAE: fine-tuning starts from predictions that are uniform, a linear probe not
@@ -44,7 +44,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
         model = make_classifier(
             backbone.model, len(dataset.classes), config.pool, config.drop_path, seed, config.frozen
         )
-        claim(out, describe(config, dataset, init, backbone, order), FinetuneConfig)
+        claim(out, run_record(config, dataset, init, backbone, order), FinetuneConfig)
         mixer = Mixer(config.augment, len(dataset.classes), seed)
         source = DatasetSource(dataset, "train", train_transform(config.augment, backbone), seed, rows)
         held = DatasetSource(dataset, "val", eval_transform(backbone), seed)
@@ -64,7 +64,7 @@ def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None
         with recorded_exit(out, accelerator.is_main_process) as stop:
             if accelerator.is_main_process:
                 warn_of_copies(dataset, quiet=False)
-                describe_run(out, config, dataset=str(data), init=init, processes=world, rows=len(rows))
+                write_environment(out, config, dataset=str(data), init=init, processes=world, rows=len(rows))
             optimizer = build_optimizer(model, config.optim)
             job = Job(out, model, optimizer, Stream(order, source), loss, evaluate, config)
             top1 = train(job, accelerator, stop)["top1"]
@@ -86,7 +86,7 @@ def starting_point(out: Path, config: FinetuneConfig, init: str, weights: Path |
     return replace(load_encoder(str(out)), weights=recorded(out)["init_weights"])
 
 
-def describe(config: FinetuneConfig, dataset: Dataset, init: str, backbone: Backbone, order: Order) -> FinetuneRun:
+def run_record(config: FinetuneConfig, dataset: Dataset, init: str, backbone: Backbone, order: Order) -> FinetuneRun:
     """The run's identity; the backbone's model has its new head already."""
     architecture, arguments = model_args(backbone.model)
     return FinetuneRun(

@@ -17,14 +17,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from cache_tools.console import StopFlag, describe, progress
-from cache_tools.draws import hash_u64
+from cache_tools.console import StopFlag, error_line, progress
 from cache_tools.errors import Diverged, Interrupted, UsageError
+from cache_tools.rng import hash_u64
 from mcm import checkpoint
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.optim import swap_average
-from mcm.order import Order
-from mcm.run_folder import Log
+from mcm.run_dir import Log
+from mcm.sampler import Order
 from mcm.schedule import learning_rate, peak_lr
 from mcm.stream import Batch, Stream, batches
 
@@ -351,4 +351,4 @@ class Loop:
             self.failed_saves += 1
             if must or self.failed_saves == FAILED_SAVES:
                 raise
-            print(f"warning: step {step} is not saved: {describe(error)}; training goes on", flush=True)
+            print(f"warning: step {step} is not saved: {error_line(error)}; training goes on", flush=True)

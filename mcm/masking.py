@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cache_tools.draws import hash_u64, uniform
+from cache_tools.rng import hash_u64, uniform
 
 
 def hidden_channels(width: int, ratio: float) -> int:

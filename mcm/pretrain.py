@@ -8,14 +8,14 @@ from safetensors.torch import save as safetensors_bytes
 from cache_tools.cache import Cache, Unit
 from cache_tools.dataset import CHUNK_ROWS, Dataset
 from cache_tools.errors import UsageError
-from cache_tools.identity import CacheIdentity
 from cache_tools.records import record_sha256
+from cache_tools.schema import CacheIdentity
 from cache_tools.storage import write_atomic
 from mcm.config import PretrainConfig
 from mcm.loop import engine, train
-from mcm.order import Order
 from mcm.probe import labelled
-from mcm.run_folder import PretrainRun, claim, describe_run, identity_config, recorded, recorded_exit
+from mcm.run_dir import PretrainRun, claim, identity_config, recorded, recorded_exit, write_environment
+from mcm.sampler import Order
 from mcm.task import Task
 
 
@@ -27,7 +27,7 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
     dataset = labelled(Dataset(data)) if data is not None else None
     cache = Cache(cache_path)
     units, val = choose_units(cache, recorded(out).get("units", ()), config.data.views)
-    run, seed = describe(config, cache, [*units, *val], dataset), config.train.seed
+    run, seed = run_record(config, cache, [*units, *val], dataset), config.train.seed
     with engine(config.train.precision) as accelerator:
         main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
         order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
@@ -35,7 +35,7 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
         claim(out, run, PretrainConfig)
         with recorded_exit(out, main) as stop:
             if main:
-                describe_run(out, config, cache=str(cache_path), processes=world, rows=order.rows)
+                write_environment(out, config, cache=str(cache_path), processes=world, rows=order.rows)
                 announce(cache, units, val, order, bool(config.train.knn_epochs and dataset is None))
             train(task.job(out, units, order, val, dataset), accelerator, stop)
             if main:
@@ -85,7 +85,7 @@ def target_channels(config: PretrainConfig, cache: Cache) -> int:
     return cache.projection().shape[1] if features == "joint" else cache.identity.channels
 
 
-def describe(
+def run_record(
     config: PretrainConfig, cache: Cache, units: Sequence[Unit], dataset: Dataset | None = None
 ) -> PretrainRun:
     """The run's identity. The student sees its pictures normalised as the teacher does.

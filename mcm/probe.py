@@ -14,12 +14,12 @@ from cache_tools.console import kept
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.records import Record, Text, encode_record, nearest, read_record
-from cache_tools.storage import file_sha256, run_folder, write_atomic
+from cache_tools.storage import file_sha256, work_dir, write_atomic
 from mcm.backbones import Backbone, load_encoder
-from mcm.classify import Features, knn_accuracy, linear_probe, training_rows
-from mcm.diagnostics import Gram
-from mcm.prober import Prober, device
-from mcm.run_folder import recorded, software
+from mcm.classifiers import Features, knn_accuracy, linear_probe, training_rows
+from mcm.features import Prober, device
+from mcm.metrics import Gram
+from mcm.run_dir import recorded, software
 from mcm.scorecard import Teacher, stored_features, teacher_facts
 
 METHODS = ("knn", "linear")
@@ -137,7 +137,7 @@ def _probe_teacher(
         bank, held = (Features(split.x[:, columns], split.y) for split in (train, val))
         result = _score(bank, held, methods, features=tokens, shots=shots, input="full", **facts)
         name = f"probe{result.label.removeprefix('full')}" + (f"-seed-{seed}" if seed else "")
-        results.append(_store(run_folder(path) / f"{name}.json", result))
+        results.append(_store(work_dir(path) / f"{name}.json", result))
     return results
 
 

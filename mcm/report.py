@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cache_tools.errors import CorruptionError, UsageError, found_at
-from cache_tools.identity import CacheIdentity
 from cache_tools.records import printable, read_json, read_record
-from cache_tools.storage import run_folder, write_atomic
+from cache_tools.schema import CacheIdentity
+from cache_tools.storage import work_dir, write_atomic
 from mcm import checkpoint
 from mcm.dense_probe import DenseResult
 from mcm.figures import Array, channel_figures, channel_maps, curves, dots, samples
 from mcm.probe import ProbeResult
-from mcm.run_folder import last_eval, read_metrics, recorded
+from mcm.run_dir import last_eval, read_metrics, recorded
 
 FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full"}  # held out; masked at the run's ratio, and full
 ABLATIONS = {"columns", "rows"}  # of a results.json
@@ -134,7 +134,7 @@ def _rows(labels: Mapping[Path, str]) -> dict[str, str]:
 def _add_teacher(tables: dict[str, Table], cache: Path, label: str) -> str:
     """Add the probes of a CACHE's mean features to the table of its DATASET; returns its section."""
     section, data = "", read_record(CacheIdentity, cache / "cache.json").dataset_sha256
-    for file in sorted(run_folder(cache).glob("probe*.json")):
+    for file in sorted(work_dir(cache).glob("probe*.json")):
         result = read_record(ProbeResult, file)
         if result.features in (None, "mean") and result.teacher:
             tables[data].put(f"teacher {label}", probed(result), label)

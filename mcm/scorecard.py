@@ -11,8 +11,8 @@ import torch
 from cache_tools.cache import Unit
 from cache_tools.console import progress
 from cache_tools.records import Record
-from mcm.classify import Features
-from mcm.diagnostics import Gram
+from mcm.classifiers import Features
+from mcm.metrics import Gram
 from mcm.targets import Stats
 
 DEAD, OUTLIER = 1e-3, 10.0  # of the median channel's std

@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from cache_tools.cache import Chunk, Unit
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.dataset import Dataset as PictureDataset
-from cache_tools.draws import hash_u64
 from cache_tools.errors import McmError, ResourceError
 from cache_tools.images import decode_view_into, ignore_metadata_warnings
 from cache_tools.processes import end_with_parent
+from cache_tools.rng import hash_u64
 from mcm.masking import mask_picks
-from mcm.order import EvalOrder, Indices, Order
+from mcm.sampler import EvalOrder, Indices, Order
 
 PREFETCH = 2  # batches a worker makes ahead
 WORKERS_FROM_ROWS = 4096  # to evaluate fewer takes less time than to start workers

@@ -18,16 +18,16 @@ from cache_tools.cache import Cache, Unit
 from cache_tools.dataset import CHUNK_ROWS, Dataset
 from cache_tools.storage import write_atomic
 from mcm.backbones import CROP_PCT, Backbone
-from mcm.classify import Features, knn_hits
+from mcm.classifiers import Features, knn_hits
 from mcm.config import PretrainConfig
-from mcm.diagnostics import COLLAPSED, Collapsed, HeldOut, collapse
+from mcm.features import Prober
 from mcm.loop import Job, evaluation_due, to_device
 from mcm.masking import mask_pool
+from mcm.metrics import COLLAPSED, Collapsed, HeldOut, collapse
 from mcm.model import MaskedChannelModel, Masks, unfold_patches
 from mcm.optim import build_adamw
-from mcm.order import EvalOrder, Order
-from mcm.prober import Prober
-from mcm.run_folder import PretrainRun
+from mcm.run_dir import PretrainRun
+from mcm.sampler import EvalOrder, Order
 from mcm.stream import Batch, CacheSource, Stream, batches
 from mcm.targets import Stats, Targets, loss_fn
 

@@ -139,7 +139,7 @@ def extract_command(
     """
     from .config import load_config
     from .extract import Request, extract
-    from .launch import launched
+    from .worker import launched
 
     flags = dict(teacher=teacher, weights=weights, views=views, size=size, dtype=dtype, batch=batch, splits=split)
     flags |= dict(teacher_size=teacher_size, teacher_mean=teacher_mean, teacher_std=teacher_std)
@@ -157,13 +157,13 @@ def info_command(
 
     Example: mcm-cache info cache
     """
-    from cache_tools.info import describe, info
+    from cache_tools.info import info, summary
 
     known = info(path)
     if json:
         print_json(known)
     else:
-        print(describe(known))
+        print(summary(known))
 
 
 @app.command("preview", no_args_is_help=True)

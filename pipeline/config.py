@@ -7,9 +7,9 @@ import pydantic
 
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.errors import UsageError
-from cache_tools.identity import CropPolicy
 from cache_tools.images import check_encoding
 from cache_tools.records import Count, Record, SplitName, config_file, load_toml
+from cache_tools.schema import CropPolicy
 
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.console import StopFlag, progress
-from cache_tools.draws import permutation
 from cache_tools.errors import Interrupted, check_output
+from cache_tools.rng import permutation
 from cache_tools.storage import atomic_folder, make_dir, write_atomic
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from cache_tools.cache import Unit
 from cache_tools.dataset import Dataset
 from cache_tools.storage import free_bytes
 
-from .shard_features import render_views
+from .extractor import render_views
 from .teachers import Teacher
 from .views import TRAIN
 

@@ -17,20 +17,20 @@ from cache_tools.cache import Unit, read_probe
 from cache_tools.console import Progress, StopFlag, progress
 from cache_tools.dataset import Dataset
 from cache_tools.errors import IdentityError, Interrupted, UsageError, check_output
-from cache_tools.identity import CacheIdentity, Fingerprint, ProbeRecord
 from cache_tools.images import PICTURE_RULES
 from cache_tools.records import encode_record, write_toml
-from cache_tools.storage import file_sha256, locks_work, publish, run_folder, settle, shard_lock, try_lock
+from cache_tools.schema import CacheIdentity, Fingerprint, ProbeRecord
+from cache_tools.storage import file_sha256, locks_work, publish, settle, shard_lock, try_lock, work_dir
 from cache_tools.tars import encode_npy
 from cache_tools.writer import finish_unit, publish_identity
 
 from .config import ExtractConfig
 from .dry_run import print_plan
-from .launch import Place
+from .extractor import Extractor
 from .shard import shard
-from .shard_features import Extractor
 from .teachers import Teacher, check_multiple, load_teacher, probe_pictures
 from .views import TRAIN, pixels_sha256
+from .worker import Place
 
 # Largest relative MSE between the float32 probe features of two machines. GELU in the place of QuickGELU moves those of
 # the demo's CLIP by 4.2e-5 and of DeiT-tiny by 7.0e-2.
@@ -62,7 +62,7 @@ def extract(request: Request) -> None:
     print("\n".join(teacher.notes), flush=True)
     check_grid(config, teacher)
     dataset = open_source(request)
-    identity = describe(request, dataset, teacher)
+    identity = cache_identity(request, dataset, teacher)
     units = {
         split: [Unit(request.cache, identity, split, view) for view in range(config.views if split == TRAIN else 1)]
         for split in (config.splits or dataset.record.splits)
@@ -148,7 +148,7 @@ def check_grid(config: ExtractConfig, teacher: Teacher) -> None:
         )
 
 
-def describe(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdentity:
+def cache_identity(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdentity:
     """The identity of the cache that the request asks for; UsageError for a split that the DATASET has not."""
     config = request.config
     for split in config.splits:
@@ -241,7 +241,7 @@ def walk(units: dict[str, list[Unit]], cache: Path, place: Place) -> Iterator[tu
     """
     done = {split: set.intersection(*(set(unit.committed()) for unit in group)) for split, group in units.items()}
     shards = [(split, k) for split, group in units.items() for k in range(group[0].num_shards)]
-    if place.workers > 1 and not locks_work(run_folder(cache)):
+    if place.workers > 1 and not locks_work(work_dir(cache)):
         shards = shards[place.worker :: place.workers]
     else:
         start = len(shards) * place.worker // place.workers

@@ -16,10 +16,10 @@ from torch.nn.functional import cosine_similarity
 
 from cache_tools.cache import Cache, Unit
 from cache_tools.dataset import CHUNK_ROWS
-from cache_tools.draws import hash_u64
 from cache_tools.errors import IdentityError, UsageError
 from cache_tools.images import decode_view_into, resize_rgb
 from cache_tools.records import differences
+from cache_tools.rng import hash_u64
 from cache_tools.verify import Problem
 
 from .extract import compare_probe

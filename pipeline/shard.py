@@ -12,12 +12,12 @@ from cache_tools.console import StopFlag, one_line
 from cache_tools.dataset import CHUNK_ROWS, ROWS_PER_SHARD, DatasetRecord, info_json, shard_name
 from cache_tools.errors import IdentityError, UsageError, check_output
 from cache_tools.records import differences, encode_record, read_record
-from cache_tools.storage import move_durably, publish, remove_tree, run_folder, settle, try_lock, write_atomic
+from cache_tools.storage import move_durably, publish, remove_tree, settle, try_lock, work_dir, write_atomic
 
 from .decode_pool import DecodePool
-from .dense_sources import list_scenes
-from .shard_split import ShardPlan, SplitPlan, SplitWriter
-from .sources import Source, list_sources
+from .listing import Source, list_sources
+from .mask_listing import list_scenes
+from .shard_writer import ShardPlan, SplitPlan, SplitWriter
 
 
 def shard(
@@ -54,7 +54,7 @@ class _Job:
     ) -> None:  # fmt: skip
         self.out, self.max_refused = Path(out), max_refused
         self.workers = workers or len(os.sched_getaffinity(0))
-        self.folder = run_folder(self.out)
+        self.folder = work_dir(self.out)
         self.lock, self.work = self.folder / "shard.lock", self.folder / "shard"
         _check_request(source, self.out, self.folder, rows_per_shard, seed, max_refused, val)
         scenes = None if isinstance(source, Mapping) else list_scenes(Path(source), ignore, classes)

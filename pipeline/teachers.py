@@ -16,11 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from cache_tools.draws import uniform
 from cache_tools.errors import IdentityError, McmError, ResourceError, UsageError
-from cache_tools.identity import TeacherIdentity
 from cache_tools.images import RGB, resize_rgb
 from cache_tools.records import nearest, read_json, sha256_hex
+from cache_tools.rng import uniform
+from cache_tools.schema import TeacherIdentity
 from cache_tools.weights import (
     RANDOM,
     Preprocessing,

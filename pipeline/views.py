@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cache_tools.draws import uniform
-from cache_tools.identity import CropPolicy
 from cache_tools.images import RGB, decode_rgb, decode_view_into, encode_view, resize_rgb
 from cache_tools.records import sha256_hex
+from cache_tools.rng import uniform
+from cache_tools.schema import CropPolicy
 
 TRAIN = "train"  # the split that is drawn by the crop policy; every other one is centre crops
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from cache_tools.cache import Cache, Unit
 from cache_tools.dataset import CHUNK_ROWS
-from cache_tools.identity import CacheIdentity, CropPolicy, Fidelity, Fingerprint, TeacherIdentity
 from cache_tools.images import PICTURE_RULES, decode_view_into, encode_view
 from cache_tools.quantize import channel_stats, encode
 from cache_tools.records import _sealed
+from cache_tools.schema import CacheIdentity, CropPolicy, Fidelity, Fingerprint, TeacherIdentity
 from cache_tools.storage import publish
 from cache_tools.tars import encode_npy
 from cache_tools.writer import finish_unit, publish_identity, unit_writer

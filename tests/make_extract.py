@@ -8,8 +8,8 @@ from PIL import Image
 
 from pipeline.config import load_config
 from pipeline.extract import Request, extract
-from pipeline.launch import Place
 from pipeline.shard import shard
+from pipeline.worker import Place
 
 
 def make_place(root: Path, rows: int = 72, val_rows: int = 16, refused: int = 0) -> Path:

@@ -11,7 +11,7 @@ from cache_tools.storage import write_atomic
 from mcm import checkpoint
 from mcm.config import PretrainConfig
 from mcm.model import MaskedChannelModel
-from mcm.run_folder import PretrainRun, describe_run, identity_config
+from mcm.run_dir import PretrainRun, identity_config, write_environment
 
 CONFIG = {
     "student": {"width": 32, "depth": 2, "heads": 2},
@@ -32,6 +32,6 @@ def make_run(path: Path, mode: str = "channel", step: int = 3) -> Path:
     if mode == "channel":
         torch.nn.init.normal_(model.encoder_fill, generator=torch.Generator().manual_seed(0))
     write_atomic(path / "run.json", encode_record(run))
-    describe_run(path, config, cache="CACHE")
+    write_environment(path, config, cache="CACHE")
     checkpoint.save(path, step, model.state_dict(), {}, {})
     return path

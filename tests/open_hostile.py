@@ -22,7 +22,7 @@ from cache_tools.cache import Cache
 from cache_tools.dataset import Dataset
 from cache_tools.errors import McmError
 from cache_tools.images import PictureRefused, decode_rgb
-from cache_tools.info import describe, info
+from cache_tools.info import info, summary
 from cache_tools.records import load_toml
 from cache_tools.tars import read_npy
 from cache_tools.verify import verify
@@ -52,7 +52,7 @@ def read_dataset(path: Path) -> None:
 
 def read_cache(path: Path) -> None:
     cache = Cache(path)
-    describe(info(path))
+    summary(info(path))
     for unit in cache.all_units():
         unit.check_arrays()
         unit.channel_stats()

@@ -18,7 +18,7 @@ from cache_tools.cache import Cache
 from cache_tools.dataset import Dataset
 from cache_tools.errors import CorruptionError, IdentityError, UsageError
 from cache_tools.images import decode_view_into
-from cache_tools.info import describe, info
+from cache_tools.info import info, summary
 from cache_tools.records import encode_record
 from cache_tools.storage import shard_lock, try_lock
 from cache_tools.verify import verify
@@ -198,7 +198,7 @@ def test_units_are_complete_or_left_out(tmp_path: Path, monkeypatch: pytest.Monk
     with try_lock(shard_lock(cache.path, "train", 1)):
         monkeypatch.setattr("fcntl.flock", None)  # info takes no lock: a worker would pass over the shard
         known = info(cache.path)
-    assert known["units"]["train/v3"]["shards"] == 1 and "1 of 2 shards" in describe(known)
+    assert known["units"]["train/v3"]["shards"] == 1 and "1 of 2 shards" in summary(known)
 
 
 def test_no_cache_here(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_dataset_rows_and_damage(tmp_path: Path) -> None:
     assert dataset.picture("val", 3)[1] == 1
     with pytest.raises(UsageError, match="did you mean 'train'"):
         dataset.rows("trian")
-    assert not verify(dataset.path, quiet=True).problems and "classes" in describe(info(dataset.path))
+    assert not verify(dataset.path, quiet=True).problems and "classes" in summary(info(dataset.path))
     for path in (dataset.tar("train", 0), dataset.tar("train", 0).with_suffix(".index.npy")):
         good = path.read_bytes()
         path.write_bytes(good[:600] + bytes([good[600] ^ 4]) + good[601:])

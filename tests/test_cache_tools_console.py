@@ -12,10 +12,10 @@ import torch
 from conftest import ROOT
 
 from cache_tools import errors
-from cache_tools.console import StopFlag, describe, exit_code, guarded, progress
+from cache_tools.console import StopFlag, error_line, exit_code, guarded, progress
 from cache_tools.errors import UsageError
 from cache_tools.records import Record, Text, decode_record, encode_record
-from mcm.run_folder import recorded_exit
+from mcm.run_dir import recorded_exit
 
 CODES = {"UsageError": 2, "TooManyRefused": 3, "CorruptionError": 4, "IdentityError": 5, "ResourceError": 7}
 
@@ -36,7 +36,7 @@ def test_one_line_and_the_exit_code(error: Exception, capsys: pytest.CaptureFixt
 def test_gpu_memory_is_a_resource() -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free. See")
     assert exit_code(error) == 7
-    assert describe(error) == (
+    assert error_line(error) == (
         "CUDA out of memory. Tried to allocate 2.00 GiB; lower train.micro_batch (mcm-train) or --batch (mcm-cache)"
     )
     with pytest.raises(SystemExit):
@@ -63,7 +63,7 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 
 def test_control_characters_of_file_names_do_not_reach_the_terminal() -> None:
-    assert describe(OSError(2, "missing", "a\x1b[31m\nb")).isprintable()
+    assert error_line(OSError(2, "missing", "a\x1b[31m\nb")).isprintable()
 
 
 def test_a_stop_is_asked_for_once_and_taken_at_once_the_second_time() -> None:
@@ -185,7 +185,7 @@ def test_paths_that_are_not_utf8_are_refused_or_escaped(tmp_path: Path) -> None:
     ],
 )
 def test_scarce_resources_are_named(error: Exception, said: str) -> None:
-    assert describe(error).startswith(said) and exit_code(error) == 7
+    assert error_line(error).startswith(said) and exit_code(error) == 7
 
 
 def test_an_error_of_the_workers_memory_names_it() -> None:

@@ -15,7 +15,7 @@ from cache_tools.dataset import Dataset, DatasetRecord
 from cache_tools.errors import IdentityError
 from cache_tools.records import encode_record
 from cache_tools.repair import Repair, repair
-from cache_tools.storage import move_durably, run_folder, shard_lock, try_lock, write_atomic
+from cache_tools.storage import move_durably, shard_lock, try_lock, work_dir, write_atomic
 from cache_tools.verify import verify
 from pipeline.decode_pool import DecodePool
 from pipeline.extract import extract
@@ -112,10 +112,10 @@ def test_intact_shards_are_not_touched_and_nothing_is_overwritten(cache: Path) -
         gone = before.keys() - tree_digest(cache).keys()
         assert tree_digest(cache).items() <= before.items() and len(gone) == 3
         for name in gone:  # as if made again
-            shutil.copy(run_folder(cache) / "quarantine" / "000000" / name, cache / name)
+            shutil.copy(work_dir(cache) / "quarantine" / "000000" / name, cache / name)
         flip(cache / "train/v0/views/000001.tar")
         assert tree_digest(cache) == before
-    assert len(list((run_folder(cache) / "quarantine").glob("*/train/v0/views/000001.tar"))) == 2
+    assert len(list((work_dir(cache) / "quarantine").glob("*/train/v0/views/000001.tar"))) == 2
 
 
 def test_killed_before_any_move(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +172,7 @@ def test_a_dataset_is_filled_in_from_its_pictures(place: Path, dataset: Path) ->
     spared = (dataset / "train/000000.tar").stat().st_mtime_ns
     reshard(place, dataset)
     assert tree_digest(dataset) == good and (dataset / "train/000000.tar").stat().st_mtime_ns == spared
-    assert not (run_folder(dataset) / "again").exists() and not (run_folder(dataset) / "shard").exists()
+    assert not (work_dir(dataset) / "again").exists() and not (work_dir(dataset) / "shard").exists()
     flip(dataset / "dataset.json")
     done = mend(dataset)
     assert not done.moved and "new folder" in done.next
@@ -243,7 +243,7 @@ def test_filling_in_is_resumed_after_a_kill(place: Path, dataset: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         reshard(place, dataset)
     monkeypatch.undo()
-    assert (run_folder(dataset) / "again").is_dir()
+    assert (work_dir(dataset) / "again").is_dir()
     reshard(place, dataset)
     assert tree_digest(dataset) == good
 

@@ -47,7 +47,7 @@ from mcm.masking import apply_fill, mask_from_pool, mask_pool
 from mcm.model import MaskedChannelModel, embed_pixels
 from mcm.pretrain import pretrain
 from mcm.probe import probe
-from mcm.run_folder import last_eval
+from mcm.run_dir import last_eval
 from mcm.stream import batches
 from mcm.targets import Targets
 from pipeline.extract import extract

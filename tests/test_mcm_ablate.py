@@ -15,9 +15,9 @@ from test_mcm_pretrain import environment, make_config, start
 
 from cache_tools.errors import UsageError
 from cache_tools.records import load_toml, read_record, write_toml
-from cache_tools.storage import run_folder, try_lock
+from cache_tools.storage import try_lock, work_dir
 from mcm.ablate import Ablation, Plan, _is_idle
-from mcm.run_folder import ExitRecord
+from mcm.run_dir import ExitRecord
 
 FINETUNE = """
 [student]
@@ -187,7 +187,7 @@ def test_the_run_of_a_killed_ablation_is_left_alone_while_its_command_trains(pla
     plan = load_toml(Plan, place / "plan.toml")
     ablation = Ablation(plan, place / "cache", place / "data", tmp_path / "out", None, 0)
     steps = ablation.steps["channel .75", 0]
-    with try_lock(run_folder(steps[0].run) / "lock"):
+    with try_lock(work_dir(steps[0].run) / "lock"):
         assert not ablation._advance(steps)
     assert not list(tmp_path.glob("out/runs/*/run.json")) and not ablation.failed
 

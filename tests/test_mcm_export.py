@@ -15,7 +15,7 @@ from mcm.backbones import load_encoder, pooled
 from mcm.export import export
 from mcm.finetune import finetune
 from mcm.probe import probe
-from mcm.run_folder import recorded
+from mcm.run_dir import recorded
 
 PICTURES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

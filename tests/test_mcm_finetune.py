@@ -14,13 +14,13 @@ from cache_tools.errors import IdentityError, Interrupted, UsageError
 from mcm import checkpoint
 from mcm.augment import eval_transform
 from mcm.backbones import load_encoder
-from mcm.classify import training_rows
+from mcm.classifiers import training_rows
 from mcm.config import FinetuneConfig
 from mcm.export import export
 from mcm.finetune import accuracy, finetune, make_classifier
 from mcm.loop import STOP, Loop, engine
-from mcm.order import EvalOrder, Order
-from mcm.run_folder import last_eval
+from mcm.run_dir import last_eval
+from mcm.sampler import EvalOrder, Order
 from mcm.stream import DatasetSource
 
 

@@ -17,8 +17,8 @@ from mcm import checkpoint
 from mcm.cli import _prepare
 from mcm.config import Optim, Schedule, Train
 from mcm.loop import Job, engine, train
-from mcm.order import Order
-from mcm.run_folder import ExitRecord, recorded_exit
+from mcm.run_dir import ExitRecord, recorded_exit
+from mcm.sampler import Order
 from mcm.stream import Stream
 
 ROWS, EPOCHS = 112, 3  # 3 steps of 32 rows an epoch, 9 in all

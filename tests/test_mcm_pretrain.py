@@ -19,7 +19,7 @@ from mcm import checkpoint
 from mcm.backbones import load_encoder
 from mcm.config import PretrainConfig
 from mcm.pretrain import pretrain
-from mcm.run_folder import ExitRecord, PretrainRun
+from mcm.run_dir import ExitRecord, PretrainRun
 from mcm.task import channel_stats
 
 FIGURES = {"loss_masked", "r2_masked", "loss_full", "r2_full", "rank_features", "rank_target"}

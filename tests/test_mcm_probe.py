@@ -20,11 +20,11 @@ from cache_tools.errors import UsageError
 from cache_tools.records import encode_record, read_record
 from cache_tools.storage import file_sha256, write_atomic
 from mcm.backbones import load_encoder
-from mcm.classify import Features, training_rows
+from mcm.classifiers import Features, training_rows
 from mcm.cli import app
+from mcm.features import Prober
 from mcm.masking import mask_picks, mask_pool
 from mcm.probe import ProbeResult, _score, probe, record_name
-from mcm.prober import Prober
 from mcm.scorecard import odd_channels
 
 
@@ -250,7 +250,7 @@ def test_unlabelled_pictures_are_refused(tmp_path):
 
 def test_labels_of_many_batches_are_those_of_their_rows(tmp_path, monkeypatch):
     """A batch's memory is used again; what a probe keeps of it must not be."""
-    monkeypatch.setattr("mcm.prober.BATCH_ROWS", 16)
+    monkeypatch.setattr("mcm.features.BATCH_ROWS", 16)
     data = make_dataset(tmp_path / "data", rows=96)
     prober = Prober(load_encoder(str(make_run(tmp_path / "run"))), data, 0, 0, True)
     rows = np.argsort(data.labels("train"), kind="stable")  # all of one class, then all of the other

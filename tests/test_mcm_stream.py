@@ -12,12 +12,12 @@ import torch
 from make_cache import make_cache
 from make_dataset import make_dataset
 
-from cache_tools.draws import hash_u64
 from cache_tools.errors import CorruptionError, ResourceError, UsageError
 from cache_tools.images import decode_rgb
+from cache_tools.rng import hash_u64
 from mcm.config import Target
 from mcm.masking import mask_picks
-from mcm.order import EvalOrder, Order
+from mcm.sampler import EvalOrder, Order
 from mcm.stream import CacheSource, DatasetSource, Stream, batches
 from mcm.targets import Targets
 

@@ -11,7 +11,7 @@ from PIL import Image
 from cache_tools.errors import UsageError
 from pipeline import demo_data as module
 from pipeline.demo_data import demo_data
-from pipeline.sources import list_sources
+from pipeline.listing import list_sources
 
 
 def tree(root: Path) -> dict[str, str]:

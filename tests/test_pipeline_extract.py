@@ -19,9 +19,9 @@ from PIL import Image
 
 from cache_tools.cache import Cache
 from cache_tools.errors import CorruptionError, IdentityError, UsageError
-from cache_tools.identity import CropPolicy
 from cache_tools.images import decode_rgb, decode_view_into
 from cache_tools.quantize import decode
+from cache_tools.schema import CropPolicy
 from cache_tools.verify import verify
 from pipeline.config import load_config
 from pipeline.extract import extract, versions

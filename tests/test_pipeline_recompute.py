@@ -14,10 +14,10 @@ from cache_tools.errors import IdentityError, UsageError
 from cache_tools.verify import verify
 from pipeline.config import ExtractConfig
 from pipeline.extract import Request, extract
-from pipeline.launch import Place
+from pipeline.extractor import Extractor
 from pipeline.recompute import Recomputed, recompute
 from pipeline.shard import shard
-from pipeline.shard_features import Extractor
+from pipeline.worker import Place
 
 ALL_ROWS = 2 * 72 + 16
 

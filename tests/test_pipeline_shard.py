@@ -14,11 +14,11 @@ from conftest import run, tree_digest
 from PIL import Image
 
 from cache_tools.dataset import Dataset
-from cache_tools.draws import permutation
 from cache_tools.errors import CorruptionError, IdentityError, Interrupted, TooManyRefused, UsageError
+from cache_tools.rng import permutation
 from cache_tools.storage import try_lock
+from pipeline.listing import list_sources
 from pipeline.shard import shard
-from pipeline.sources import list_sources
 
 COMMAND = Path(sys.executable).with_name("mcm-cache")
 

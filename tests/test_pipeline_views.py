@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cache_tools.identity import CropPolicy
+from cache_tools.schema import CropPolicy
 from pipeline.views import Geometry, draw_crop, render
 
 RRC = CropPolicy(kind="rrc")

@@ -17,8 +17,8 @@ from make_scenes import make_ade
 from cache_tools.cache import Cache
 from cache_tools.dataset import Dataset, DatasetRecord
 from cache_tools.errors import CorruptionError, IdentityError, UsageError
-from cache_tools.identity import CacheIdentity, Commit, Manifest
 from cache_tools.records import decode_record
+from cache_tools.schema import CacheIdentity, Commit, Manifest
 from cache_tools.verify import verify
 from mcm.pretrain import choose_units
 from mcm.stream import CacheSource

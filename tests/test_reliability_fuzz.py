@@ -21,15 +21,15 @@ from test_pipeline_shard import picture
 from cache_tools.cache import Cache
 from cache_tools.dataset import DatasetRecord
 from cache_tools.errors import McmError
-from cache_tools.identity import CacheIdentity, Commit, Manifest
 from cache_tools.images import PictureRefused, decode_rgb
 from cache_tools.records import Record, _sealed, decode_record, encode_record, load_toml
+from cache_tools.schema import CacheIdentity, Commit, Manifest
 from cache_tools.tars import INDEX_DTYPE, VIEW_INDEX_DTYPE, encode_npy, read_npy
 from mcm.checkpoint import State
 from mcm.config import FinetuneConfig, PretrainConfig
-from mcm.run_folder import PretrainRun
+from mcm.run_dir import PretrainRun
 from pipeline.candidates import Candidates, read_source
-from pipeline.sources import _scan_tar
+from pipeline.listing import _scan_tar
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NUMBERS = st.integers(-3, 3) | st.sampled_from([2**31, 2**32, 2**63, 2**64, 10**12, 10**400]) | st.integers()

@@ -29,10 +29,10 @@ from test_house import FILES
 from test_pipeline_shard import picture
 from test_reliability_sources import BAD_TARS, BIG, END, bombs, member
 
-from cache_tools.arrays import array_json
 from cache_tools.cache import Cache
 from cache_tools.records import sha256_hex
 from cache_tools.tars import INDEX_DTYPE, encode_npy
+from cache_tools.zarr_shards import array_json
 
 Hostile = Iterator[tuple[str, str, Path]]  # name, entry point of open_hostile.py, path
 GROWN_MIB = 200
@@ -426,7 +426,7 @@ WRONG = re.compile(
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_file_of_ours_loads_code(path):
     # Two programs are started, by a list of arguments without a shell: git names our commit, and mcm-train trains.
-    started = {"run_folder.py": 2, "ablate.py": 3}
+    started = {"run_dir.py": 2, "ablate.py": 3}
     assert WRONG.findall(path.read_text()) == ["subprocess"] * started.get(path.name, 0)
     scripts = path.read_text().count("torch.jit.load(")
     assert scripts == path.read_text().count("if is_torchscript(path):")  # the one guard before the one door

@@ -17,8 +17,8 @@ from test_mcm_pretrain import make_config, metrics
 
 import pipeline.extract
 from cache_tools.errors import CorruptionError, IdentityError
-from cache_tools.identity import CacheIdentity
 from cache_tools.records import sha256_hex
+from cache_tools.schema import CacheIdentity
 from cache_tools.verify import verify
 from mcm import checkpoint
 from mcm.pretrain import pretrain
@@ -104,14 +104,14 @@ def refused(work: Callable[[], object]) -> str:
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_extract_refuses_another_request(place, teacher, monkeypatch, tally, field) -> None:
-    cache, describe = place / "cache", pipeline.extract.describe
+    cache, cache_identity = place / "cache", pipeline.extract.cache_identity
     before = tree_digest(cache)
     payload = json.loads((cache / "cache.json").read_bytes())
     del payload["sha256"]
     payload, found = changed(payload, field, FIELDS[field])
     other = CacheIdentity.model_validate_json(json.dumps(payload))
-    assert describe(request(place, cache), pipeline.extract.open_source(request(place, cache)), teacher) != other
-    monkeypatch.setattr(pipeline.extract, "describe", lambda *_: other)
+    assert cache_identity(request(place, cache), pipeline.extract.open_source(request(place, cache)), teacher) != other
+    monkeypatch.setattr(pipeline.extract, "cache_identity", lambda *_: other)
     assert refused(lambda: extract(request(place, cache))) == f"{field}: {FIELDS[field]!r} != {found!r}"
     assert tree_digest(cache) == before
     tally("identity: extract asks for another", fields=1, failures=0)

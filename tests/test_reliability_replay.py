@@ -17,7 +17,7 @@ from cache_tools.console import guarded
 from cache_tools.records import read_record
 from cache_tools.storage import file_sha256
 from cache_tools.verify import verify
-from pipeline.shard_split import ShardProgress
+from pipeline.shard_writer import ShardProgress
 
 pytestmark = pytest.mark.slow
 

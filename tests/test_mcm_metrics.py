@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mcm.diagnostics import Gram, HeldOut, collapse
+from mcm.metrics import Gram, HeldOut, collapse
 
 
 def test_rank_is_that_of_the_singular_values_and_leaves_padding_out():

@@ -12,11 +12,11 @@ import numpy as np
 
 from cache_tools.console import Progress, StopFlag, progress
 from cache_tools.dataset import MASK, Ignore, ShardEntry, SplitEntry, Task, info_json, row_key, shard_name
-from cache_tools.draws import permutation
 from cache_tools.errors import CorruptionError, Interrupted, TooManyRefused, UsageError
 from cache_tools.images import PICTURE_RULES, PictureRefused, picture_extension
 from cache_tools.labels import MaskRule
 from cache_tools.records import Record, encode_record, printable, read_record, sha256_hex
+from cache_tools.rng import permutation
 from cache_tools.storage import make_dir, publish, write_atomic
 from cache_tools.tars import INDEX_DTYPE, TARGETS_DTYPE, encode_npy, tar_writer
 

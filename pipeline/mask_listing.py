@@ -12,7 +12,7 @@ from cache_tools.errors import UsageError
 from cache_tools.labels import MaskRule, has_palette
 
 from .candidates import Candidates, Sources
-from .sources import lines, split_name, walk
+from .listing import lines, split_name, walk
 
 
 def list_scenes(root: Path, ignore: Sequence[int] = (), classes: Path | None = None) -> Sources | None:

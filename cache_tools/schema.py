@@ -4,9 +4,9 @@ from typing import Literal, Self
 
 import pydantic
 
-from .arrays import ArraySpec
 from .dataset import CHUNK_ROWS, RowsPerShard
 from .records import Amount, Checksum, Count, Record, SplitName
+from .zarr_shards import ArraySpec
 
 MAX_ROW = 1 << 24  # features, and pixels, of one row; CLIP L/14 at 336 px has 2^19.2
 MAX_SHARDS = 1 << 20  # of a unit

@@ -17,10 +17,10 @@ from cache_tools.console import progress
 from cache_tools.dataset import Dataset
 from mcm.augment import eval_transform
 from mcm.backbones import Backbone, pooled
-from mcm.classify import Features, choice_rows, knn_accuracy, training_rows
+from mcm.classifiers import Features, choice_rows, knn_accuracy, training_rows
 from mcm.masking import mask_picks, mask_pool
 from mcm.model import encode_tokens, folded_state
-from mcm.order import EvalOrder
+from mcm.sampler import EvalOrder
 from mcm.stream import DatasetSource, Stream, batches
 
 BATCH_ROWS = 128

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cache_tools.draws import hash_u64, permutation, uniform
+from cache_tools.rng import hash_u64, permutation, uniform
 
 
 def test_pinned() -> None:

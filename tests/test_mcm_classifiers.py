@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mcm.classify import CHOICE_ROWS, Features, choice_rows, knn_accuracy, linear_probe
+from mcm.classifiers import CHOICE_ROWS, Features, choice_rows, knn_accuracy, linear_probe
 
 
 def clusters(rows, seed):

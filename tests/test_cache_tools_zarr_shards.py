@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import zarr
 
-from cache_tools.arrays import ArraySpec, array_json, crc32c, read_chunk, shard_writer
 from cache_tools.errors import CorruptionError
 from cache_tools.storage import write_atomic
+from cache_tools.zarr_shards import ArraySpec, array_json, crc32c, read_chunk, shard_writer
 
 
 def test_the_checksum_is_castagnolis() -> None:

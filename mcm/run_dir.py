@@ -15,13 +15,13 @@ import pydantic
 import torch
 from torch.distributed import DistError
 
-from cache_tools.console import StopFlag, describe, exit_code
+from cache_tools.console import StopFlag, error_line, exit_code
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.errors import CorruptionError, IdentityError, Interrupted, ResourceError, UsageError
-from cache_tools.identity import CacheIdentity
 from cache_tools.processes import stop_with_launcher
 from cache_tools.records import R, Record, check_utf8, differences, encode_record, read_json, read_record, write_toml
-from cache_tools.storage import append_line, keep_lines, publish, run_folder, settle, try_lock, write_atomic
+from cache_tools.schema import CacheIdentity
+from cache_tools.storage import append_line, keep_lines, publish, settle, try_lock, work_dir, write_atomic
 
 # What may change between two commands on one run: no picture, mask or learning rate depends on it.
 ENGINE_FIELDS = {
@@ -131,7 +131,7 @@ def software() -> str:
     return f"{found} git {commit}" if commit else found
 
 
-def describe_run(run_dir: Path, config: Record, **facts: Any) -> None:
+def write_environment(run_dir: Path, config: Record, **facts: Any) -> None:
     """Write config.toml, the resolved configuration, and env.json: versions, device and `facts`."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     ours = {"software": software(), "python": platform.python_version(), "device": device}
@@ -148,7 +148,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
     Raises: UsageError while another process trains in this RUN.
     """
-    lock = run_folder(run_dir) / "lock"
+    lock = work_dir(run_dir) / "lock"
     with try_lock(lock) as ours:
         if not ours:
             raise UsageError(f"{lock}: another process trains in {run_dir}; wait until it ends")
@@ -183,7 +183,7 @@ def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
             with suppress(OSError):  # a full disk must not hide the error
                 first = read_record(ExitRecord, path).code is None
                 if first and (main or not isinstance(error, Interrupted)):
-                    write(exit_code(error), f"{type(error).__name__}: {describe(error)}")
+                    write(exit_code(error), f"{type(error).__name__}: {error_line(error)}")
             raise
         if main:
             write(0, "complete")
@@ -225,7 +225,7 @@ class Log:
                 self.board.add_scalar(f"{'eval' if 'eval' in fields else 'train'}/{name}", value, step)
             self.board.flush()
         except OSError as error:  # a full disk is no reason to lose what was trained
-            print(f"warning: step {step} is not logged: {describe(error)}; training goes on", flush=True)
+            print(f"warning: step {step} is not logged: {error_line(error)}; training goes on", flush=True)
 
     def close(self) -> None:
         """Close the board's file and its thread."""

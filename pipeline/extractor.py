@@ -22,9 +22,9 @@ from cache_tools.cache import Unit
 from cache_tools.console import Progress
 from cache_tools.dataset import Dataset
 from cache_tools.errors import CorruptionError, UsageError
-from cache_tools.identity import CacheIdentity, Fidelity, Fingerprint
 from cache_tools.images import RGB, PictureRefused, decode_rgb, decode_view_into, encode_view, resize_rgb
 from cache_tools.quantize import CALIBRATION_ROWS, channel_stats, decode, encode
+from cache_tools.schema import CacheIdentity, Fidelity, Fingerprint
 from cache_tools.writer import UnitShardWriter, unit_writer
 
 from .teachers import Teacher

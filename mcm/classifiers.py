@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cache_tools.draws import permutation
 from cache_tools.errors import UsageError
+from cache_tools.rng import permutation
 
 C_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse strengths of the L2 penalty of the linear probe
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # of k-NN, as DINO

@@ -14,7 +14,7 @@ from cache_tools.errors import UsageError
 from cache_tools.images import PictureRefused
 from cache_tools.records import printable
 from pipeline.candidates import read_source
-from pipeline.sources import Source, list_sources
+from pipeline.listing import Source, list_sources
 
 CLASSES = ["a/1.png", "b/2.png"]
 

@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_tools.dataset import CHUNK_ROWS
-from cache_tools.draws import permutation
 from cache_tools.errors import UsageError
+from cache_tools.rng import permutation
 
 Indices = npt.NDArray[np.int64]
 

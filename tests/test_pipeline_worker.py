@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cache_tools.errors import UsageError
-from pipeline.launch import launched
+from pipeline.worker import launched
 
 ALONE = (None, None, None)
 STEP = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2"}
