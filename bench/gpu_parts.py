@@ -30,8 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mcm.loop import engine
+from mcm.objective import loss_fn
 from mcm.stream import Batch
-from mcm.targets import loss_fn
 from pipeline.teachers import Teacher, load_teacher
 
 CLIP_B = ("open_clip:ViT-B-16-quickgelu", 224)
@@ -277,9 +277,9 @@ class Part:
 def forward_flops(step: OneStep) -> int:
     """Floating-point operations of the forward of one picture: two per multiply-add, attention as matrix products."""
     batch = {name: x[:1] if isinstance(x, Tensor) else x for name, x in step.resident.items()}
-    plain = type(step.task.model).forward  # below autocast and torch.compile, which would hide what it calls
+    plain = type(step.objective.model).forward  # below autocast and torch.compile, which would hide what it calls
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        plain(step.task.model, batch["pictures"], step.task.masks(batch))
+        plain(step.objective.model, batch["pictures"], step.objective.masks(batch))
     return counter.get_total_flops()
 
 
@@ -293,8 +293,8 @@ def one_online(
     forward = in_turns({"": lambda: features(teacher, step.resident["pictures"])}, step.device, 3, 3)[""]
 
     def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
-        prediction = wrapped(batch["pictures"], step.task.masks(batch))
-        return loss_fn(prediction, step.task.targets(features(teacher, batch["pictures"])))
+        prediction = wrapped(batch["pictures"], step.objective.masks(batch))
+        return loss_fn(prediction, step.objective.targets(features(teacher, batch["pictures"])))
 
     step.loop.job = dataclasses.replace(own, loss=loss)
     online, _ = step.streamed_s(workers, steps)

@@ -16,11 +16,12 @@ from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.records import config_file, load_toml
 from mcm import checkpoint
 from mcm.config import PretrainConfig
-from mcm.loop import Loop, on_device, to_device
+from mcm.loop import Job, Loop, on_device, to_device
+from mcm.objective import Objective
+from mcm.optim import build_adamw
 from mcm.pretrain import choose_units, run_record
 from mcm.sampler import Order
 from mcm.stream import PREFETCH, Batch, Stream, batches
-from mcm.task import Task
 
 
 def load_config(name: str, batch: int, overrides: Sequence[str] = ()) -> PretrainConfig:
@@ -43,8 +44,10 @@ class OneStep:
         cache, train = Cache(cache_path), config.train
         units, _ = choose_units(cache, ())
         order = Order(units[0].rows, CHUNK_ROWS, train.global_batch, train.micro_batch, seed=train.seed)
-        self.task = Task(config, run_record(config, cache, units), cache, units, accelerator)
-        self.job = self.task.job(Path("no run"), units, order)
+        self.objective = objective = Objective(config, run_record(config, cache, units), cache, units, accelerator)
+        stream = objective.stream(order, units, config.mask.unmasked_fraction)
+        optimizer = build_adamw(objective.model, config.optim)
+        self.job = Job(Path("no run"), objective.model, optimizer, stream, objective.loss, lambda epochs: {}, config)
         self.loop, self.device, self.done = Loop(self.job, accelerator), accelerator.device, 0
         self.resident = first_batch(self.job.stream, self.device)
         self.batch = train.global_batch

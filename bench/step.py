@@ -68,7 +68,7 @@ class Bench:
 
     def mask_ops(self) -> Callable[[], object]:
         """What a mask adds to a step, forward and backward: gather from the pool, and two fills."""
-        model, task, batch = self.own.task.model, self.own.task, self.own.resident
+        model, task, batch = self.own.objective.model, self.own.objective, self.own.resident
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         shape = (self.options.batch, model.encoder.patch_embed.num_patches, model.encoder.embed_dim)
         x_BND = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
@@ -84,9 +84,11 @@ class Bench:
     def target(self, dtype: str) -> Row:
         """Codes to the normalised target, alone, of the whole step."""
         units = Cache(self.folder / dtype).complete_units("train")
-        source = self.own.task.source(units)
+        source = self.own.objective.source(units)
         batch = first_batch(Stream(EvalOrder(self.options.batch, 16, self.options.batch), source), self.device)
-        took = in_turns({"target": lambda: self.own.task.target(batch)}, self.device, self.options.rounds, 5)["target"]
+        took = in_turns({"target": lambda: self.own.objective.target(batch)}, self.device, self.options.rounds, 5)[
+            "target"
+        ]
         return {"ms": 1e3 * took, "share": took / self.step_s}
 
 

@@ -22,10 +22,9 @@ from cache_tools.errors import Diverged, Interrupted, UsageError
 from cache_tools.rng import hash_u64
 from mcm import checkpoint
 from mcm.config import FinetuneConfig, PretrainConfig
-from mcm.optim import swap_average
+from mcm.optim import learning_rate, peak_lr, swap_average
 from mcm.run_dir import Log
 from mcm.sampler import Order
-from mcm.schedule import learning_rate, peak_lr
 from mcm.stream import Batch, Stream, batches
 
 MODES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)

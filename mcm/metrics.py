@@ -9,13 +9,52 @@ import torch
 from torch import Tensor
 
 from cache_tools.errors import Diverged
-from mcm.targets import Fit
 
 COLLAPSED = 0.1  # of what it was before the first step: a learned projection has its optimum at 0
 
 
 class Collapsed(Diverged):
     """A learned target has become all but constant: the loss then falls without teaching anything."""
+
+
+class Fit:
+    """Sums for the loss and for R^2 against the channel-mean predictor; all-reduce `sums` (add) before reading."""
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        """Start from nothing; sums [4, C] float64: count, target, target squared, error squared."""
+        self.sums = torch.zeros(4, channels, dtype=torch.float64, device=device)
+
+    def update(self, prediction_BNC: Tensor, target_BNC: Tensor, weight_B: Tensor | None = None) -> None:
+        """Add a batch; weight 0 leaves a padded row out."""
+        target = target_BNC.float()
+        error = prediction_BNC.detach().float() - target
+        weight = torch.ones(len(target), device=target.device) if weight_B is None else weight_B.to(target)
+        terms = (torch.ones_like(target), target, target.square(), error.square())
+        self.sums += torch.stack([(term * weight[:, None, None]).sum((0, 1), dtype=torch.float64) for term in terms])
+
+    def loss(self) -> float:
+        """Return the mean squared error."""
+        return float(self.sums[3].sum() / self.sums[0].sum())
+
+    def r2(self) -> float:
+        """Return 1 - sum (y - t)^2 / sum (t - mean_c)^2."""
+        return float(1.0 - self.sums[3].sum() / self._spread().sum())
+
+    def r2_channels(self) -> Tensor:
+        """Return r2_C, each channel against its own mean; 0 where the target does not vary."""
+        spread_C = self._spread()
+        r2_C: Tensor = torch.where(spread_C > 0, 1.0 - self.sums[3] / spread_C, 0.0)
+        return r2_C
+
+    def std(self) -> Tensor:
+        """Return std_C of the target."""
+        return (self._spread() / self.sums[0]).sqrt()
+
+    def _spread(self) -> Tensor:
+        """Return sum (t - mean_c)^2 [C]."""
+        count, total, square, _ = self.sums
+        spread_C: Tensor = (square - total.square() / count).clamp_min(0.0)
+        return spread_C
 
 
 class Gram:

@@ -12,11 +12,13 @@ from cache_tools.records import record_sha256
 from cache_tools.schema import CacheIdentity
 from cache_tools.storage import write_atomic
 from mcm.config import PretrainConfig
-from mcm.loop import engine, train
+from mcm.evaluate import Evaluation
+from mcm.loop import Job, engine, train
+from mcm.objective import Objective
+from mcm.optim import build_adamw
 from mcm.probe import labelled
 from mcm.run_dir import PretrainRun, claim, identity_config, recorded, recorded_exit, write_environment
 from mcm.sampler import Order
-from mcm.task import Task
 
 
 def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | None = None) -> None:
@@ -31,15 +33,18 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
     with engine(config.train.precision) as accelerator:
         main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
         order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
-        task = Task(config, run, cache, units, accelerator)
+        objective = Objective(config, run, cache, units, accelerator)
         claim(out, run, PretrainConfig)
         with recorded_exit(out, main) as stop:
             if main:
                 write_environment(out, config, cache=str(cache_path), processes=world, rows=order.rows)
                 announce(cache, units, val, order, bool(config.train.knn_epochs and dataset is None))
-            train(task.job(out, units, order, val, dataset), accelerator, stop)
+            evaluation = Evaluation(out, objective, units, val, order, dataset)
+            stream = objective.stream(order, units, config.mask.unmasked_fraction)
+            optimizer = build_adamw(objective.model, config.optim)
+            train(Job(out, objective.model, optimizer, stream, objective.loss, evaluation, config), accelerator, stop)
             if main:
-                write_atomic(out / "samples.safetensors", safetensors_bytes(task.samples()))
+                write_atomic(out / "samples.safetensors", safetensors_bytes(evaluation.samples()))
 
 
 def choose_units(cache: Cache, recorded: Collection[str], views: int = 0) -> tuple[list[Unit], list[Unit]]:

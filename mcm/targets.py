@@ -1,4 +1,4 @@
-"""The target: teacher features decoded, normalised and projected on the device in float32, and the loss on them.
+"""The target: teacher features decoded, normalised and projected on the device in float32.
 
 B batch, N patches, D student width, C teacher channels, K chunks in the batch.
 """
@@ -86,48 +86,3 @@ class Targets(nn.Module):
             elif self.cfg.norm == "channel":
                 target = (target - self.mean_C) / self.std_C
             return target @ self.projection_CD if self.cfg.projection == "orthogonal" else target
-
-
-def loss_fn(prediction_BNC: Tensor, target_BNC: Tensor) -> Tensor:
-    """Return the mean squared error over all channels and patches, hidden and visible alike, in float32."""
-    return F.mse_loss(prediction_BNC.float(), target_BNC)
-
-
-class Fit:
-    """Sums for the loss and for R^2 against the channel-mean predictor; all-reduce `sums` (add) before reading."""
-
-    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
-        """Start from nothing; sums [4, C] float64: count, target, target squared, error squared."""
-        self.sums = torch.zeros(4, channels, dtype=torch.float64, device=device)
-
-    def update(self, prediction_BNC: Tensor, target_BNC: Tensor, weight_B: Tensor | None = None) -> None:
-        """Add a batch; weight 0 leaves a padded row out."""
-        target = target_BNC.float()
-        error = prediction_BNC.detach().float() - target
-        weight = torch.ones(len(target), device=target.device) if weight_B is None else weight_B.to(target)
-        terms = (torch.ones_like(target), target, target.square(), error.square())
-        self.sums += torch.stack([(term * weight[:, None, None]).sum((0, 1), dtype=torch.float64) for term in terms])
-
-    def loss(self) -> float:
-        """Return the mean squared error."""
-        return float(self.sums[3].sum() / self.sums[0].sum())
-
-    def r2(self) -> float:
-        """Return 1 - sum (y - t)^2 / sum (t - mean_c)^2."""
-        return float(1.0 - self.sums[3].sum() / self._spread().sum())
-
-    def r2_channels(self) -> Tensor:
-        """Return r2_C, each channel against its own mean; 0 where the target does not vary."""
-        spread_C = self._spread()
-        r2_C: Tensor = torch.where(spread_C > 0, 1.0 - self.sums[3] / spread_C, 0.0)
-        return r2_C
-
-    def std(self) -> Tensor:
-        """Return std_C of the target."""
-        return (self._spread() / self.sums[0]).sqrt()
-
-    def _spread(self) -> Tensor:
-        """Return sum (t - mean_c)^2 [C]."""
-        count, total, square, _ = self.sums
-        spread_C: Tensor = (square - total.square() / count).clamp_min(0.0)
-        return spread_C

@@ -230,7 +230,7 @@ def test_a_step_never_waits_for_the_gpu(compiled, cache, exact_losses, note):
     config = make_config(**STEADY, train={"micro_batch": 32, "precision": "bf16", "compile": compiled})
     with stepping(config, cache, "cuda", 10) as (step, items):
         found = losses(step, items, 2)
-        for pool in step.task.pools.values():
+        for pool in step.objective.pools.values():
             pool.result()  # its thread copies without pinned memory
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -281,7 +281,7 @@ def test_memory_does_not_grow(cache, note):
     with stepping(config, cache, "cuda", 70) as (step, items):
         for count in (21, 42):  # both end within an epoch after the first, which has three mask pools
             losses(step, items, count)
-            [pool.result() for pool in step.task.pools.values()]
+            [pool.result() for pool in step.objective.pools.values()]
             torch.cuda.synchronize()
             pinned = torch.cuda.host_memory_stats()["allocated_bytes.current"]
             found.append(note(f"bytes after {step.done} steps, pinned", (torch.cuda.memory_allocated(), pinned)))

@@ -19,7 +19,7 @@ from mcm.model import (
     sincos_positions,
     unfold_patches,
 )
-from mcm.targets import loss_fn
+from mcm.objective import loss_fn
 
 GRID, PATCH, WIDTH, CHANNELS, BATCH = (2, 3), 8, 32, 24, 4
 MODES = ("channel", "dropout", "patch", "none")

@@ -7,8 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mcm.config import Decoder, FinetuneOptim, Mask, Optim, PretrainConfig, Schedule, Student, Train
 from mcm.model import MaskedChannelModel
-from mcm.optim import build_adamw, build_optimizer, param_groups, swap_average
-from mcm.schedule import learning_rate, peak_lr
+from mcm.optim import build_adamw, build_optimizer, learning_rate, param_groups, peak_lr, swap_average
 
 
 def tiny_model():

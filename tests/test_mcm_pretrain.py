@@ -18,9 +18,9 @@ from cache_tools.records import encode_record, read_record, write_toml
 from mcm import checkpoint
 from mcm.backbones import load_encoder
 from mcm.config import PretrainConfig
+from mcm.objective import channel_stats
 from mcm.pretrain import pretrain
 from mcm.run_dir import ExitRecord, PretrainRun
-from mcm.task import channel_stats
 
 FIGURES = {"loss_masked", "r2_masked", "loss_full", "r2_full", "rank_features", "rank_target"}
 TIMED = {"images_per_s", "wait_share"}

@@ -6,7 +6,9 @@ import torch
 
 from cache_tools.quantize import channel_stats, decode, encode
 from mcm.config import Target
-from mcm.targets import Fit, Targets, loss_fn, orthogonal_matrix
+from mcm.metrics import Fit
+from mcm.objective import loss_fn
+from mcm.targets import Targets, orthogonal_matrix
 
 ROWS, N, C, D = 32, 4, 24, 40
 
