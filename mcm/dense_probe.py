@@ -46,11 +46,6 @@ class Patches(NamedTuple):
     y: Tensor
     rows: Tensor
 
-    def of(self, rows: npt.NDArray[np.int64]) -> "Patches":
-        """Return the patches of some pictures."""
-        chosen = torch.isin(self.rows, torch.from_numpy(rows).to(self.rows.device))
-        return Patches(*(part[chosen] for part in self))
-
 
 class DenseResult(Record):
     """Fractions of 1 and what they were measured with.
@@ -97,6 +92,7 @@ def collect(scenes: Iterable[Scene], pictures: int, grid: tuple[int, int], num_c
     """Return the labelled patches of `pictures` scenes.
 
     Where all patches are more than MAX_VALUES, at most RANDOM_PATCHES of each picture are drawn by (seed, row).
+    Raises: UsageError where fewer than two pictures have labelled pixels.
     """
     filled, x, y, rows = 0, torch.empty(0), torch.empty(0), torch.empty(0)
     for row, tokens_ND, mask_HW in scenes:
@@ -114,6 +110,8 @@ def collect(scenes: Iterable[Scene], pictures: int, grid: tuple[int, int], num_c
         x[span] = tokens_ND[torch.from_numpy(drawn).to(x.device)]
         y[span] = torch.from_numpy(shares_NK[drawn]).to(y.device)
         rows[span] = row
+    if not filled or rows[0] == rows[filled - 1]:
+        raise UsageError("expected two training pictures or more with labelled pixels; found fewer")
     return Patches(x[:filled], y[:filled], rows[:filled])
 
 
@@ -144,14 +142,14 @@ def choose_l2(patches: Patches, seed: int) -> tuple[float, float]:
     """Return (L2, mIoU on held-out training pictures); the strongest penalty wins ties.
 
     Each patch counts as its most probable class, against the labels of all its pixels.
-    Raises: UsageError where fewer than two pictures have labelled pixels.
     """
     rows = torch.unique(patches.rows).cpu().numpy()
-    if len(rows) < 2:
-        raise UsageError(f"expected two training pictures or more with labelled pixels; found {len(rows)}")
     order = rows[permutation(len(rows), seed, "dense_choice")[:CHOICE_PICTURES]]
     split = max(1, len(order) // 5)
-    held, bank = patches.of(order[:split]), patches.of(order[split:])
+    held, bank = (
+        Patches(*(part[torch.isin(patches.rows, torch.from_numpy(chosen).to(part.device))] for part in patches))
+        for chosen in (order[:split], order[split:])
+    )
 
     def held_out_miou(l2: float) -> float:
         weight_KD, bias_K, _ = fit(bank, l2)
@@ -247,6 +245,8 @@ def _confusion(prober: Prober, encode: Encode, weight_KD: Tensor, bias_K: Tensor
     for _, tokens_ND, mask_HW in _scenes(prober, "val", encode):
         logits_KHW = functional.linear(tokens_ND, weight_KD, bias_K).T.reshape(classes, *grid)
         total += confusion(mask_HW, predict(logits_KHW, mask_HW.shape), classes)
+    if not total.any():
+        raise UsageError(f"{prober.data.path}: expected labelled pixels in split 'val'; every one is ignored")
     return total
 
 

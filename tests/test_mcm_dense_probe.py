@@ -63,11 +63,6 @@ def test_scores_equal_scikit_learns_with_ignored_pixels_and_absent_classes(absen
     assert result["mean_accuracy"] == pytest.approx(np.mean([(g[t == k] == k).mean() for k in present]), abs=1e-12)
 
 
-def test_a_class_that_is_only_predicted_has_iou_zero():
-    mask = np.zeros((2, 2), np.uint8)
-    assert scores(confusion(mask, torch.tensor([[0, 0], [0, 1]]), 3))["iou"] == (0.75, 0.0, None)
-
-
 @pytest.mark.parametrize("size", [(37, 23), (8, 10), (3, 2)])
 def test_label_shares_are_a_histogram_of_each_patch(size):
     (mask,), (h, w) = masks(1, size), GRID
@@ -109,12 +104,9 @@ def test_the_fit_is_logistic_regression_and_the_same_each_time(monkeypatch):
     assert not fit(patches, 1e-2)[2]
 
 
-def test_l2_is_chosen_on_other_pictures_and_needs_two(monkeypatch):
-    patches = blobs()
-    l2, miou = choose_l2(patches, 0)
+def test_l2_is_chosen_on_other_pictures():
+    l2, miou = choose_l2(blobs(), 0)
     assert l2 in module.L2_GRID and 0.3 < miou < 1
-    with pytest.raises(UsageError, match="two training pictures or more with labelled pixels; found 1"):
-        choose_l2(patches.of(np.array([3])), 0)
 
 
 def scenes(count, patches=20, width=4):
@@ -138,10 +130,12 @@ def test_memory_is_bounded_by_random_patches_drawn_by_hash(monkeypatch):
     assert collect(scenes(3), 3, GRID, K, 0).rows.tolist() == [0, 1, 2]
 
 
-def test_patches_without_labels_are_left_out_and_a_mask_of_ignored_pixels_adds_none():
+def test_a_mask_of_ignored_pixels_adds_no_patch_and_two_pictures_need_labels():
     made = [(row, tokens, np.full_like(mask, 255) if row == 1 else mask) for row, tokens, mask in scenes(3)]
-    patches = collect(made, 3, GRID, K, 0)
-    assert patches.rows.unique().tolist() == [0, 2]
+    assert collect(made, 3, GRID, K, 0).rows.unique().tolist() == [0, 2]
+    for few in (made[:2], made[1:2]):
+        with pytest.raises(UsageError, match="expected two training pictures or more with labelled pixels"):
+            collect(few, 3, GRID, K, 0)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +171,13 @@ def test_the_picture_is_told_apart_where_its_pixels_tell(data, tmp_path, capsys)
     assert result.pixel_accuracy > 0.8 and result.miou > 0.5 and result.converged
     lines = text(result.model_copy(update={"iou": (0.5, None, 1.0)}))
     assert lines.endswith("IoU: ground 50.0  left -  right 100.0") and f"mIoU {100 * result.miou:.1f} %" in lines
+
+
+def test_a_val_split_of_ignored_pixels_is_one_line(data, tmp_path, monkeypatch):
+    mask = Dataset.mask
+    monkeypatch.setattr(Dataset, "mask", lambda self, split, row: mask(self, split, row) | 255 * (split == "val"))
+    with pytest.raises(UsageError, match="expected labelled pixels in split 'val'"):
+        dense_probe(str(make_run(tmp_path / "run", "none")), data, workers=0, quiet=True)
 
 
 def test_the_command_prints_json_and_refuses_what_needs_labels(data, tmp_path):
