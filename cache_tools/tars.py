@@ -106,5 +106,6 @@ def checked_picture(tar: Path, data: Data, expected_crc32c: int, row: int) -> Da
     Raises: CorruptionError naming the file and row.
     """
     if crc32c(data) != expected_crc32c:
-        raise CorruptionError(f"{tar}: row {row}: the crc32c of its picture or mask is not that of the index; run `mcm-cache verify`")
+        found = "the crc32c of its picture or mask is not that of the index"
+        raise CorruptionError(f"{tar}: row {row}: {found}; run `mcm-cache verify`")
     return data
