@@ -96,14 +96,17 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
 
 def model_card(run: Path, config: dict[str, Any]) -> str:
     """README.md of an exported folder: how to load it, what it was trained on, what was measured, its configuration."""
-    rows = {name: value for name, value in (recorded(run) | config["mcm"]).items() if isinstance(value, str | float)}
-    rows |= {f"sha256 of {unit}": digest for unit, digest in recorded(run).get("units", {}).items()}
+    facts = recorded(run)
+    told = (facts.get("cache") or {}) | facts | config["mcm"]
+    rows = {name: value for name, value in told.items() if isinstance(value, str | float) and name != "sha256"}
+    rows |= {f"sha256 of {unit}": digest for unit, digest in facts.get("units", {}).items()}
     rows |= {name: f"{value:.4f}" for name, value in last_eval(run).items() if name in FIGURES}
     for file in sorted([*(run / "probe").glob("*.json"), *(run / "dense").glob("*.json")]):
         found = read_json(file)
-        of = f"{found['input']} input, {found['weights']}, DATASET {found['data_sha256'][:12]}"
-        rows |= {f"{name}, {of}": f"{found[name]:.4f}" for name in FIGURES if found.get(name) is not None}
-    settings = json.dumps(recorded(run)["config"], indent=2)
+        if found["weights"] == config["mcm"]["weights"]:
+            of = f"{found['input']} input, DATASET {found['data_sha256'][:12]}"
+            rows |= {f"{name}, {of}": f"{found[name]:.4f}" for name in FIGURES if found.get(name) is not None}
+    settings = json.dumps(facts["config"], indent=2)
     return CARD.format(table="".join(f"| {name} | {value} |\n" for name, value in rows.items()), settings=settings)
 
 
