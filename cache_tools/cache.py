@@ -1,6 +1,6 @@
-"""CACHE: views and teacher features in units that are whole, checked and bound together by commits.
+"""CACHE: views and teacher features, read by chunk and checked against the commits.
 
-B rows, N tokens, C channels. See docs/format.md for every byte.
+B rows, N tokens, C channels. docs/format.md describes every byte.
 """
 
 import re
@@ -26,19 +26,21 @@ from .zarr_shards import array_json, group_json, read_chunk
 if TYPE_CHECKING:
     import zarr
 
-_INDEX_HEADER_BYTES = len(encode_npy(np.zeros(0, VIEW_INDEX_DTYPE)))  # numpy pads it, whatever the number of rows
-# Shards whose constants stay in memory: 27 MB per 1,024 shards of 1,024 rows and 768 channels. Chunks come
-# in random order, so that a small part of ImageNet's 1,252 shards per view would rarely be the right one.
+# NumPy pads the header to the same size for every number of rows.
+_INDEX_HEADER_BYTES = len(encode_npy(np.zeros(0, VIEW_INDEX_DTYPE)))
+# Number of shards whose constants stay in memory. They take 27 MB per 1,024 shards (1,024 rows, 768
+# channels). Chunks are read in random order. A smaller limit would rarely hold the right shard:
+# ImageNet has 1,252 shards per view.
 MAX_KNOWN = 16_384
 _COMMIT, _VIEW = re.compile(r"([0-9]{6,})\.json"), re.compile(r"v(0|[1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """16 rows (fewer at the end of a split), every byte checked; pictures are still encoded.
+    """16 rows (fewer at the end of a split), after every checksum agreed. Pictures are encoded.
 
-    labels int32 [B], codes int8 or float16 [B, N, C], scale float32 [B, N], mean and std float32 [C] (these for int8),
-    cls float16 [B, C]. What the dtype does not have is None.
+    labels int32 [B], codes int8 or float16 [B, N, C], scale float32 [B, N], mean and std float32
+    [C], cls float16 [B, C]. `scale`, `mean` and `std` are None unless the dtype is int8.
     """
 
     row0: int
@@ -52,11 +54,11 @@ class Chunk:
 
     @property
     def rows(self) -> int:
-        """Rows in this chunk."""
+        """Number of rows in this chunk."""
         return len(self.pictures)
 
     def features(self) -> npt.NDArray[np.float32]:
-        """Decoded patch features, float32 [B, N, C]."""
+        """Return the decoded patch features, float32 [B, N, C]."""
         features: npt.NDArray[np.float32] = decode(self.codes, self.scale, self.mean, self.std)
         return features
 
@@ -78,28 +80,28 @@ class Unit:
         return f"{self.split}/v{self.view}"
 
     def tar(self, shard: int) -> Path:
-        """The views of a shard."""
+        """Return the path of the views of a shard."""
         return self.path / "views" / f"{shard_name(shard)}.tar"
 
     def index_file(self, shard: int) -> Path:
-        """The index of a shard's views."""
+        """Return the path of the index of a shard's views."""
         return self.path / "views" / f"{shard_name(shard)}.index.npy"
 
     def commit_file(self, shard: int) -> Path:
-        """The commit of a shard."""
+        """Return the path of the commit of a shard."""
         return self.path / "commits" / f"{shard_name(shard)}.json"
 
     @property
     def manifest_file(self) -> Path:
-        """The manifest: there when the unit is complete."""
+        """The path of the manifest, which exists if the unit is complete."""
         return self.path / "manifest.json"
 
     def shard_rows(self, shard: int) -> int:
-        """Rows of a shard: `rows_per_shard`, fewer in the last."""
+        """Return the number of rows of a shard: `rows_per_shard`, or fewer in the last shard."""
         return min(self.identity.rows_per_shard, self.rows - shard * self.identity.rows_per_shard)
 
     def committed(self) -> list[int]:
-        """Shards that have a commit, by one look into the folder."""
+        """Return the shards that have a commit, from one listing of the folder."""
         folder = self.path / "commits"
         if not folder.is_dir():
             return []
@@ -108,25 +110,28 @@ class Unit:
 
     @property
     def complete(self) -> bool:
-        """Whether the manifest is there."""
+        """Whether the manifest exists."""
         return self.manifest_file.is_file()
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The manifest, bound to this unit of this cache.
+        """The manifest, after a check that it belongs to this unit of this cache.
 
-        Raises: CorruptionError or IdentityError.
+        Raises: CorruptionError if it is damaged; IdentityError if it belongs to another unit.
         """
-        manifest = read_record(Manifest, self.manifest_file)
-        found = (manifest.identity_sha256, manifest.split, manifest.view, manifest.rows, len(manifest.commits))
+        read = read_record(Manifest, self.manifest_file)
+        found = (read.identity_sha256, read.split, read.view, read.rows, len(read.commits))
         if found != (self.identity_sha256, self.split, self.view, self.rows, self.num_shards):
-            raise IdentityError(f"{self.manifest_file}: expected the manifest of {self} of this cache; found {found}")
-        return manifest
+            expected = f"expected the manifest of {self} of this cache"
+            raise IdentityError(f"{self.manifest_file}: {expected}; found {found}")
+        return read
 
     def commit(self, shard: int, bound: bool = True) -> Commit:
-        """The commit of a shard, bound to its place and, in a complete unit, to the manifest if `bound`.
+        """Return the commit of a shard, after a check that it belongs to this shard.
 
-        Raises: CorruptionError when it is missing, damaged or another's.
+        If `bound` is true and the unit is complete, the manifest must also hold its digest.
+
+        Raises: CorruptionError if it is missing or damaged, or if it belongs to another shard.
         """
         path = self.commit_file(shard)
         if not path.is_file():
@@ -134,77 +139,88 @@ class Unit:
         commit = read_record(Commit, path)
         found = (commit.identity_sha256, commit.split, commit.view, commit.shard, commit.rows)
         if found != (self.identity_sha256, self.split, self.view, shard, self.shard_rows(shard)):
-            raise CorruptionError(f"{path}: expected the commit of shard {shard} of {self}; found that of {found[1:]}")
+            expected = f"expected the commit of shard {shard} of {self}"
+            raise CorruptionError(f"{path}: {expected}; found that of {found[1:]}")
         chunks, channels = -(-commit.rows // CHUNK_ROWS), self.identity.channels
-        expected = {name: chunks if spec.chunk_rows == CHUNK_ROWS else 1 for name, spec in self.specs.items()}
-        lengths = {name: len(checksums) for name, checksums in commit.chunk_crc32c.items()}
+        by_chunk = {name: spec.chunk_rows == CHUNK_ROWS for name, spec in self.specs.items()}
+        lengths = {name: chunks if many else 1 for name, many in by_chunk.items()}
+        found_lengths = {name: len(values) for name, values in commit.chunk_crc32c.items()}
         statistics = (len(commit.channel_mean), len(commit.channel_var))
-        if lengths != expected | {"index": chunks} or statistics != (channels, channels):
-            raise CorruptionError(f"{path}: expected checksums of {chunks} chunks and statistics; found {lengths}")
+        if found_lengths != lengths | {"index": chunks} or statistics != (channels, channels):
+            expected = f"expected {chunks} checksums per array and {channels} statistics"
+            raise CorruptionError(f"{path}: {expected}; found {found_lengths} and {statistics}")
         if bound and self.complete and record_sha256(commit) != self.manifest.commits[shard]:
-            raise CorruptionError(f"{path}: expected the commit that {self.manifest_file} names; found another")
+            expected = f"expected the commit that {self.manifest_file} names"
+            raise CorruptionError(f"{path}: {expected}; found another")
         return commit
 
     def check_arrays(self) -> None:
-        """Compare every zarr.json with what the identity asks for, before an array is touched.
+        """Compare every zarr.json with the identity. Call it before an array is read.
 
-        Raises: CorruptionError naming the file.
+        Raises: CorruptionError with the path of the file if one differs.
         """
         for path, expected in self.zarr_files().items():
             check_bytes(path, expected)
 
     def zarr_files(self) -> dict[Path, bytes]:
-        """Every zarr.json of the unit and its bytes."""
-        arrays = {self.group / name / "zarr.json": array_json(spec) for name, spec in self.specs.items()}
-        return {self.group / "zarr.json": group_json(), **arrays}
+        """Return the path and the expected bytes of every zarr.json of the unit."""
+        arrays = {self.group / name: array_json(spec) for name, spec in self.specs.items()}
+        folders = {self.group: group_json(), **arrays}
+        return {folder / "zarr.json": data for folder, data in folders.items()}
 
-    @lru_cache(None)  # noqa: B019  the units of a process are few and live as long as it
+    @lru_cache(None)  # noqa: B019  a process has few units, and keeps them until it exits
     def _checksums(self, shard: int) -> dict[str, npt.NDArray[np.uint32]]:
-        """crc32c of each chunk of a shard: 31 bytes per chunk (16 of them data) stay in memory, the commit does not."""
-        return {name: np.array(values, np.uint32) for name, values in self.commit(shard).chunk_crc32c.items()}
+        """Return the crc32c of each chunk of a shard.
+
+        The arrays stay in memory: 31 bytes per chunk, of which 16 are data. The commit does not.
+        """
+        checksums = self.commit(shard).chunk_crc32c.items()
+        return {name: np.array(values, np.uint32) for name, values in checksums}
 
     def stored_index(self, shard: int) -> npt.NDArray[np.void]:
-        """The index records of the views of a shard, as they are on disk."""
+        """Return the index records of the views of a shard, without a check."""
         size = self.shard_rows(shard) * VIEW_INDEX_DTYPE.itemsize
-        return np.frombuffer(read_at(self.index_file(shard), _INDEX_HEADER_BYTES, size), VIEW_INDEX_DTYPE)
+        data = read_at(self.index_file(shard), _INDEX_HEADER_BYTES, size)
+        return np.frombuffer(data, VIEW_INDEX_DTYPE)
 
     def index(self, shard: int) -> npt.NDArray[np.void]:
-        """The index records of the views of a shard.
+        """Return the index records of the views of a shard.
 
-        Raises: CorruptionError when they are not those of the commit.
+        Raises: CorruptionError if their crc32c differs from the commit.
         """
         index = self.stored_index(shard)
         if index_crc32cs(index) != tuple(self._checksums(shard)["index"]):
-            raise CorruptionError(
-                f"{self.index_file(shard)}: expected the records whose crc32c the commit holds; found others;"
-                " run `mcm-cache verify`"
-            )
+            expected = f"{self.index_file(shard)}: expected the crc32c that the commit records"
+            raise CorruptionError(f"{expected}; found another; run `mcm-cache verify`")
         return index
 
     @lru_cache(MAX_KNOWN)  # noqa: B019
     def _constants(self, shard: int) -> tuple[npt.NDArray[np.void], Floats | None, Floats | None]:
-        """What the chunks of a shard share: the index without geometry, the channels' mean and std."""
+        """Return the index without the geometry, and the mean and std [C] of a shard."""
         records = self.index(shard)[list(INDEX_DTYPE.names or ())].astype(INDEX_DTYPE)
         mean, std = (self._array(name, shard, 0, 1) for name in ("channel_mean", "channel_std"))
         return records, None if mean is None else mean[0], None if std is None else std[0]
 
     def chunk(self, chunk: int, into: Mapping[str, npt.NDArray[Any]] | None = None) -> Chunk:
-        """Rows [16 chunk, 16 chunk + 16) of the unit; pictures, codes and their position agree with the commit.
+        """Return rows [16 chunk, 16 chunk + 16) of the unit, checked against the commit.
 
-        `into` may name arrays of 16 rows for `patch`, `scale` and `cls`: a whole chunk is read into them, and
-        `cls` only if it is named.
-        Raises: CorruptionError naming the file.
+        `into` may hold arrays of 16 rows for `patch`, `scale` and `cls`. A chunk of 16 rows is read
+        into these arrays. If `into` is given without `cls`, `cls` is not read.
+
+        Raises: CorruptionError with the path of the file.
         """
         shard, position = divmod(chunk, self.chunks_per_shard)
         row0 = chunk * CHUNK_ROWS
         rows = min(CHUNK_ROWS, self.rows - row0)
         records, mean, std = self._constants(shard)
         index: Any = records[position * CHUNK_ROWS :][:rows]
-        # The 16 pictures lie side by side in the tar: one read, headers and labels included.
+        # The 16 pictures are adjacent in the tar, so one read gets all of them.
         start = int(index["offset"][0])
         tar = self.tar(shard)
-        data = memoryview(read_at(tar, start, int(index["offset"][-1]) + int(index["size"][-1]) - start))
-        spans = zip((index["offset"] - start).tolist(), index["size"].tolist(), index["crc32c"].tolist(), strict=True)
+        end = int(index["offset"][-1]) + int(index["size"][-1])
+        data = memoryview(read_at(tar, start, end - start))
+        columns = (index["offset"] - start, index["size"], index["crc32c"])
+        spans = zip(*(column.tolist() for column in columns), strict=True)
         pictures = [
             checked_picture(tar, data[offset : offset + size], checksum, row0 + i)
             for i, (offset, size, checksum) in enumerate(spans)
@@ -227,9 +243,9 @@ class Unit:
         return read_chunk(self.group, self.specs[name], shard, position, expected, out)[:rows]
 
     def channel_stats(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Mean and std [C] of the features of all rows, from the commits."""
-        commits = map(self.commit, range(self.num_shards))  # one at a time: as Python's numbers each takes 67 KB
-        found = [(one.rows, np.array(one.channel_mean), np.array(one.channel_var)) for one in commits]
+        """Return the mean and std [C] of the features of all rows, from the commits."""
+        commits = map(self.commit, range(self.num_shards))  # one at a time: each takes 67 KB
+        found = [(c.rows, np.array(c.channel_mean), np.array(c.channel_var)) for c in commits]
         weights, means, variances = map(np.array, zip(*found, strict=True))
         mean = np.average(means, axis=0, weights=weights)
         return mean, np.sqrt(np.average(variances + (means - mean) ** 2, axis=0, weights=weights))
@@ -238,85 +254,88 @@ class Unit:
 class Cache:
     """A CACHE folder opened for reading.
 
-    Raises: UsageError when there is none, CorruptionError or IdentityError when cache.json is damaged or of another
-    version.
+    Raises: UsageError if the folder is not a CACHE; CorruptionError if cache.json is damaged;
+    IdentityError if it has another format version.
     """
 
     def __init__(self, path: Path) -> None:
         if not (path / "cache.json").is_file():
-            found = found_at(path)
-            raise UsageError(f"{path}: expected a CACHE (cache.json); found {found}; make one with `mcm-cache extract`")
+            found = f"found {found_at(path)}; make one with `mcm-cache extract`"
+            raise UsageError(f"{path}: expected a CACHE (cache.json); {found}")
         self.path = path
         self.identity = read_record(CacheIdentity, path / "cache.json")
         self.sha256 = record_sha256(self.identity)
 
     def units(self, split: str) -> list[Unit]:
-        """The units of a split that have begun, by view."""
-        folder = self.path / split
-        found = (_VIEW.fullmatch(path.name) for path in folder.glob("v*"))
-        return [Unit(self.path, self.identity, split, view) for view in sorted(int(name[1]) for name in found if name)]
+        """Return the units of a split that have a folder, in the order of their views."""
+        found = (_VIEW.fullmatch(path.name) for path in (self.path / split).glob("v*"))
+        views = sorted(int(name[1]) for name in found if name)
+        return [Unit(self.path, self.identity, split, view) for view in views]
 
     def all_units(self) -> list[Unit]:
-        """The units of every split."""
+        """Return the units of every split."""
         return [unit for split in self.identity.rows for unit in self.units(split)]
 
     def projection(self) -> npt.NDArray[np.float32]:
-        """The teacher's own matrix from its C channels to the space it shares with text, float32 [C, E].
+        """Return the teacher's projection from C channels to the joint space, float32 [C, E].
 
-        Raises: UsageError for a teacher without one; CorruptionError.
+        Raises: UsageError if the teacher has no projection; CorruptionError if the file is damaged.
         """
         path, expected = self.path / "projection.npy", self.identity.teacher.projection_sha256
         if expected is None:
-            name = self.identity.teacher.name
-            raise UsageError(f"{self.path}: expected a teacher with a projection to its joint space; {name} has none")
+            found = f"{self.identity.teacher.name} has none"
+            raise UsageError(f"{self.path}: expected a teacher with a projection; {found}")
         matrix = read_npy(path)
-        # The digest is of the values: another byte order, or bytes behind them, would pass it.
+        # The digest covers the values only: another byte order or trailing bytes would pass it.
         canonical = encode_npy(matrix.astype("<f4")) == path.read_bytes()
         if not canonical or sha256_hex(matrix.tobytes()) != expected:
-            raise CorruptionError(f"{path}: its sha256 is not what cache.json says")
+            raise CorruptionError(f"{path}: expected the sha256 in cache.json; found another")
         return np.array(matrix, np.float32)
 
     def complete_units(self, split: str) -> list[Unit]:
-        """The units of a split that can be trained on: those with a manifest."""
+        """Return the units of a split that have a manifest: training uses only these."""
         return [unit for unit in self.units(split) if unit.complete]
 
     def zarr(self, split: str, view: int = 0) -> "zarr.Group":
-        """The arrays of a complete unit, as a read-only group of zarr-python.
+        """Return the arrays of a complete unit, as a read-only group of zarr-python.
 
-        docs/format.md describes how codes decode. zarr-python reads a missing shard as fill values;
-        `Unit.chunk` raises.
-        Raises: UsageError naming the complete units; CorruptionError when a zarr.json is changed.
+        docs/format.md describes how codes are decoded. zarr-python reads a missing shard as fill
+        values; `Unit.chunk` raises.
+
+        Raises: UsageError with the names of the complete units if there is no such unit;
+        CorruptionError if a zarr.json differs from the identity.
         """
-        import zarr  # 0.6 s
+        import zarr  # takes 0.6 s
 
         units = {(unit.split, unit.view): unit for unit in self.all_units() if unit.complete}
         if (split, view) not in units:
             names = ", ".join(map(str, units.values())) or "none"
-            raise UsageError(f"{self.path}: expected a complete unit; found no {split}/v{view}; there is {names}")
+            found = f"found no {split}/v{view}; there is {names}"
+            raise UsageError(f"{self.path}: expected a complete unit; {found}")
         units[split, view].check_arrays()
         return zarr.open_group(units[split, view].group, mode="r")
 
 
 def check_bytes(path: Path, expected: bytes) -> None:
-    """Raises: CorruptionError unless the file holds the bytes that follow from cache.json or dataset.json."""
+    """Raise CorruptionError unless the file at `path` holds the bytes `expected`."""
     if not path.is_file() or path.stat().st_size != len(expected) or path.read_bytes() != expected:
-        raise CorruptionError(f"{path}: expected the bytes that its request determines; it is missing or changed")
+        found = "it is missing or changed"
+        raise CorruptionError(f"{path}: expected the bytes that the request determines; {found}")
 
 
 def read_probe(cache: Path) -> npt.NDArray[np.float32]:
-    """The teacher's features of the probe pictures, float32 [pictures, N, C].
+    """Return the teacher's features of the probe pictures, float32 [pictures, N, C].
 
-    Raises: CorruptionError if probe.npy is not the file whose sha256 probe.json holds.
+    Raises: CorruptionError if the sha256 of probe.npy differs from probe.json.
     """
     path, record = cache / "probe.npy", read_record(ProbeRecord, cache / "probe.json")
     if not path.is_file() or file_sha256(path) != record.features_sha256:
-        raise CorruptionError(
-            f"{path}: expected the sha256 in probe.json; the file is damaged; run `mcm-cache verify --repair`"
-        )
+        found = "the file is damaged; run `mcm-cache verify --repair`"
+        raise CorruptionError(f"{path}: expected the sha256 in probe.json; {found}")
     return read_npy(path)
 
 
 def index_crc32cs(index: npt.NDArray[np.void]) -> tuple[int, ...]:
-    """crc32c of every 16 records of an index."""
+    """Return one crc32c per 16 records of an index."""
     starts = range(0, len(index), CHUNK_ROWS)
     return tuple(crc32c(index[start : start + CHUNK_ROWS].tobytes()) for start in starts)

@@ -1,4 +1,4 @@
-"""DATASET: labelled pictures in WebDataset tars, with an index that finds and checks each of them."""
+"""DATASET: labelled pictures in WebDataset tars, with an index that locates and checks each one."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,8 @@ Ignore = Annotated[tuple[int, ...] | None, _ABSENT]
 class ShardEntry(Record):
     """One tar of a split and its index.
 
-    The order of the split is read from `first_candidate` on to make the shard again; the first datasets left it out.
+    `first_candidate` is the position in the split's order at which reading starts to rebuild the
+    shard. Early datasets do not record it.
     """
 
     rows: Count
@@ -38,7 +39,11 @@ class ShardEntry(Record):
 
 
 class SplitEntry(Record):
-    """All tars of a split; `refused` pictures are in its quarantine.jsonl; the digest is of the source's listing."""
+    """All tars of a split.
+
+    `refused` counts the pictures in quarantine.jsonl. `listing_sha256` is the digest of the source
+    listing.
+    """
 
     rows: Count
     refused: Amount
@@ -47,10 +52,10 @@ class SplitEntry(Record):
 
 
 class DatasetRecord(Record):
-    """dataset.json: written last, so that a folder without it is unfinished.
+    """dataset.json. It is written last; a folder without it is unfinished.
 
-    `task` is "segment" where rows have masks, and absent where they have labels. `ignore` are the values of the
-    source's masks that mean unlabelled; class k was the k-th of the other values.
+    `task` is "segment" if rows have masks, and absent if they have labels. `ignore` holds the
+    source mask values that mean unlabelled. Class k is the k-th of the remaining values.
     """
 
     format: Literal["mcm-dataset"] = "mcm-dataset"
@@ -70,39 +75,42 @@ class DatasetRecord(Record):
             rows.append(split.rows - sum(rows))
             if [entry.rows for entry in split.shards] != rows or rows[-1] > self.rows_per_shard:
                 raise ValueError(f"splits.{name}: its shards do not hold its {split.rows} rows")
-            if any((entry.targets_sha256 is None) != (self.task is None) for entry in split.shards):
-                raise ValueError(f"splits.{name}: expected targets_sha256 of every shard if task is segment, else none")
+            if any((shard.targets_sha256 is None) != (self.task is None) for shard in split.shards):
+                expected = "expected targets_sha256 in every shard if task is segment, else in none"
+                raise ValueError(f"splits.{name}: {expected}")
         return self
 
 
 def row_key(row: int) -> str:
-    """The WebDataset key of a row."""
+    """Return the WebDataset key of a row."""
     return f"{row:09d}"
 
 
 def shard_name(shard: int) -> str:
-    """The file name of a shard, without its extension."""
+    """Return the file name of a shard, without its extension."""
     return f"{shard:06d}"
 
 
 def info_json(name: str, split: SplitEntry) -> bytes:
-    """_info.json of a split, for timm's reader: a pure function of what dataset.json says."""
+    """Return the _info.json of a split, for timm's reader. It depends on dataset.json alone."""
     filenames = [f"{shard_name(shard)}.tar" for shard in range(len(split.shards))]
     lengths = [entry.rows for entry in split.shards]
-    info = {"name": name, "num_samples": split.rows, "filenames": filenames, "shard_lengths": lengths}
+    info = {"name": name, "num_samples": split.rows, "filenames": filenames}
+    info |= {"shard_lengths": lengths}
     return (json.dumps({"splits": {name: info}}, sort_keys=True) + "\n").encode()
 
 
 class Dataset:
     """A finished DATASET folder, opened for reading.
 
-    Raises: UsageError when the folder is none or unfinished; CorruptionError when bytes are not as committed.
+    Raises: UsageError if the folder is not a finished DATASET; CorruptionError if bytes differ from
+    what was committed.
     """
 
     def __init__(self, path: Path) -> None:
         if not (path / "dataset.json").is_file():
-            expected = "expected a finished DATASET (dataset.json)"
-            raise UsageError(f"{path}: {expected}; found {found_at(path)}; make one with `mcm-cache shard`")
+            found = f"found {found_at(path)}; make one with `mcm-cache shard`"
+            raise UsageError(f"{path}: expected a finished DATASET (dataset.json); {found}")
         self.path = path
         self.record = read_record(DatasetRecord, path / "dataset.json")
         self.sha256 = record_sha256(self.record)
@@ -110,32 +118,33 @@ class Dataset:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; a label is a position in it, -1 where a picture has none."""
+        """Class names. A label is a position in this tuple, or -1 for a picture without a label."""
         return self.record.classes
 
     def split(self, split: str) -> SplitEntry:
-        """The entry of a split.
+        """Return the entry of a split.
 
-        Raises: UsageError naming the splits there are.
+        Raises: UsageError with the names of the splits if there is no such split.
         """
-        if split not in self.record.splits:
-            names = ", ".join(sorted(self.record.splits))
-            raise UsageError(f"{self.path}: no split {split!r}; it has {names}{nearest(split, self.record.splits)}")
-        return self.record.splits[split]
+        splits = self.record.splits
+        if split not in splits:
+            found = f"found {', '.join(sorted(splits))}{nearest(split, splits)}"
+            raise UsageError(f"{self.path}: expected a split {split!r}; {found}")
+        return splits[split]
 
     def rows(self, split: str) -> int:
-        """Pictures in a split."""
+        """Return the number of pictures in a split."""
         return self.split(split).rows
 
     def tar(self, split: str, shard: int) -> Path:
-        """The tar of a shard."""
+        """Return the path of the tar of a shard."""
         return self.path / split / f"{shard_name(shard)}.tar"
 
     def webdataset(self, split: str) -> Any:
-        """The rows of a split in order, as a `webdataset.WebDataset` of undecoded samples.
+        """Return the rows of a split in order, as a `webdataset.WebDataset` of undecoded samples.
 
-        Keys of a sample: `jpg`, `png` or `webp` (the picture), `cls` (its label), `json` (its source).
-        webdataset does not compare checksums; `picture` does.
+        The keys of a sample are `jpg`, `png` or `webp` (the picture), `cls` (its label) and `json`
+        (its source). webdataset does not compare checksums; `picture` does.
         """
         import webdataset  # imports torch
 
@@ -143,13 +152,16 @@ class Dataset:
         return webdataset.WebDataset(tars, shardshuffle=False)
 
     def index(self, split: str, shard: int) -> npt.NDArray[np.void]:
-        """The index of a shard, checked against dataset.json; 20 bytes a row stay in memory."""
+        """Return the index of a shard, checked against dataset.json.
+
+        The index stays in memory (20 bytes per row).
+        """
         return self._index(split, shard, ".index.npy", self.split(split).shards[shard].index_sha256)
 
     def targets(self, split: str, shard: int) -> npt.NDArray[np.void]:
-        """The index of a shard's masks, checked against dataset.json.
+        """Return the index of a shard's masks, checked against dataset.json.
 
-        Raises: UsageError where rows have no masks.
+        Raises: UsageError if rows have no masks.
         """
         sha256 = self.split(split).shards[shard].targets_sha256
         if sha256 is None:
@@ -159,47 +171,57 @@ class Dataset:
     def _index(self, split: str, shard: int, suffix: str, sha256: str) -> npt.NDArray[np.void]:
         key = (split, shard, suffix)
         if key not in self._indexes:
-            path, rows = self.tar(split, shard).with_suffix(suffix), self.split(split).shards[shard].rows
+            path = self.tar(split, shard).with_suffix(suffix)
+            rows = self.split(split).shards[shard].rows
             if not path.is_file() or file_sha256(path) != sha256:
-                raise CorruptionError(f"{path}: expected the index that dataset.json names; it is missing or changed")
+                expected = "expected the index that dataset.json names"
+                raise CorruptionError(f"{path}: {expected}; it is missing or changed")
             index = read_npy(path, TARGETS_DTYPE if suffix == ".targets.npy" else INDEX_DTYPE)
             if index.shape != (rows,):
-                raise CorruptionError(f"{path}: expected {rows} rows as dataset.json says; found {index.shape}")
+                found = f"found {index.shape}"
+                raise CorruptionError(f"{path}: expected {rows} rows as in dataset.json; {found}")
             self._indexes[key] = index
         return self._indexes[key]
 
     def labels(self, split: str) -> npt.NDArray[np.int32]:
-        """Labels of all rows of a split."""
+        """Return the labels of all rows of a split."""
         shards = range(len(self.split(split).shards))
         return np.concatenate([self.index(split, shard)["label"] for shard in shards])
 
     def copies(self, split: str, of: str) -> npt.NDArray[np.int64]:
-        """Rows of `split` whose pictures are also in `of`, byte for byte.
+        """Return the rows of `split` that are byte-for-byte copies of a picture in `of`.
 
-        Only those are read whose size and crc32c are also in the indexes of `of`.
+        A picture is read only if the indexes of both splits contain its size and crc32c.
         """
-        keys, there = self._keys(split), self._keys(of)
-        order = np.argsort(there)
-        first, last = np.searchsorted(there[order], keys, "left"), np.searchsorted(there[order], keys, "right")
-        alike = ((row, order[first[row] : last[row]].tolist()) for row in np.flatnonzero(first < last).tolist())
-        same = (row for row, rows in alike if self.picture(split, row)[0] in (self.picture(of, i)[0] for i in rows))
+        keys, keys_of = self._keys(split), self._keys(of)
+        order = np.argsort(keys_of)
+        first = np.searchsorted(keys_of[order], keys, "left")
+        last = np.searchsorted(keys_of[order], keys, "right")
+        rows = np.flatnonzero(first < last).tolist()
+        alike = ((row, order[first[row] : last[row]].tolist()) for row in rows)
+        same = (
+            row
+            for row, rows_of in alike
+            if self.picture(split, row)[0] in (self.picture(of, i)[0] for i in rows_of)
+        )
         return np.fromiter(same, np.int64)
 
     def _keys(self, split: str) -> npt.NDArray[np.uint64]:
-        """Size and crc32c of every picture, as one number."""
+        """Return the size and crc32c of every picture, as one number per picture."""
         indexes = (self.index(split, shard) for shard in range(len(self.split(split).shards)))
-        return np.concatenate([index["size"].astype(np.uint64) << 32 | index["crc32c"] for index in indexes])
+        keys = [index["size"].astype(np.uint64) << 32 | index["crc32c"] for index in indexes]
+        return np.concatenate(keys)
 
     def picture(self, split: str, row: int) -> tuple[bytes, int]:
-        """(source bytes, label) of a row, its crc32c checked."""
+        """Return the source bytes of a row, after a crc32c check, and its label."""
         shard, position = divmod(row, self.record.rows_per_shard)
         place: Any = self.index(split, shard)[position]
         return read_picture(self.tar(split, shard), place, row), int(place["label"])
 
     def mask(self, split: str, row: int) -> Mask:
-        """The labels [H, W] of a row's pixels, IGNORED where there are none; its crc32c is checked.
+        """Return the pixel labels [H, W] of a row. Unlabelled pixels are IGNORED.
 
-        Raises: UsageError where rows have no masks; CorruptionError.
+        Raises: UsageError if rows have no masks; CorruptionError if the crc32c differs.
         """
         shard, position = divmod(row, self.record.rows_per_shard)
         tar = self.tar(split, shard)

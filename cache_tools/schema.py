@@ -1,4 +1,4 @@
-"""What a CACHE is and what vouches for it: the records of cache.json, the commits and the manifests."""
+"""The records of a CACHE: cache.json, probe.json, commits and manifests."""
 
 from typing import Literal, Self
 
@@ -8,14 +8,15 @@ from .dataset import CHUNK_ROWS, RowsPerShard
 from .records import Amount, Checksum, Count, Record, SplitName
 from .zarr_shards import ArraySpec
 
-MAX_ROW = 1 << 24  # features, and pixels, of one row; CLIP L/14 at 336 px has 2^19.2
-MAX_SHARDS = 1 << 20  # of a unit
+MAX_ROW = 1 << 24  # features, or pixels, per row; CLIP L/14 at 336 px has 2^19.2
+MAX_SHARDS = 1 << 20  # per unit
 
 
 class CropPolicy(Record):
-    """How views of the training split are drawn; every other split is centre crops.
+    """How the views of the training split are drawn. Every other split has centre crops.
 
-    `scale` is the crop's share of the source's area, `ratio` its width over height, `flip` the chance of a mirror.
+    `scale` is the range of the crop's area relative to the source picture. `ratio` is the range of
+    its width divided by its height. `flip` is the probability of a horizontal flip.
     """
 
     kind: Literal["rrc", "center"] = "rrc"
@@ -25,7 +26,10 @@ class CropPolicy(Record):
 
 
 class TeacherIdentity(Record):
-    """What computed the features; `weights_sha256` is over the loaded tensors, whatever file they came from."""
+    """The teacher that computed the features.
+
+    `weights_sha256` is the digest of the loaded tensors, not of the file they were loaded from.
+    """
 
     name: str
     architecture_sha256: str
@@ -43,10 +47,11 @@ class TeacherIdentity(Record):
 
 
 class CacheIdentity(Record):
-    """cache.json: a pure function of the request. `grid` is (rows, columns) of patch tokens; sizes are pixels.
+    """cache.json: a pure function of the request.
 
-    What came after the first caches is None in them and then left out, so that their digests stay what they were:
-    `compress`, and `pixels_sha256`, a fixed picture through this machine's decoders, resize and encoder.
+    `grid` is (rows, columns) of patch tokens. Sizes are in pixels. `pixels_sha256` is the digest of
+    a fixed picture after this machine's decoders, resize and encoder. Early caches have neither
+    `compress` nor `pixels_sha256`. The None value is omitted, so the digests of these caches hold.
     """
 
     format: Literal["mcm-cache"] = "mcm-cache"
@@ -71,27 +76,31 @@ class CacheIdentity(Record):
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:
-        """What a reader allocates for a chunk, and lists of a unit, stays in proportion whoever wrote cache.json."""
+        """Limit the memory that an untrusted cache.json can make a reader allocate."""
         shards = max((self.shards(split) for split in self.rows), default=0)
-        if max(self.tokens * self.channels, self.view_height * self.view_width) > MAX_ROW or shards > MAX_SHARDS:
-            raise ValueError(f"expected rows of at most {MAX_ROW} features and pixels, in at most {MAX_SHARDS} shards")
+        if (
+            max(self.tokens * self.channels, self.view_height * self.view_width) > MAX_ROW
+            or shards > MAX_SHARDS
+        ):
+            expected = f"expected rows of at most {MAX_ROW} features and pixels"
+            raise ValueError(f"{expected}, in at most {MAX_SHARDS} shards")
         return self
 
     @property
     def tokens(self) -> int:
-        """Patch tokens N of a row."""
+        """Number of patch tokens N per row."""
         return self.grid[0] * self.grid[1]
 
     def shards(self, split: str) -> int:
-        """Shards of a unit of `split`."""
+        """Return the number of shards of a unit of `split`."""
         return -(-self.rows[split] // self.rows_per_shard)
 
     def arrays(self, split: str) -> dict[str, ArraySpec]:
-        """The arrays of a unit of `split`, by name."""
+        """Return the arrays of a unit of `split`, by name."""
         rows, shards = self.rows[split], self.shards(split)
         layout = (CHUNK_ROWS, self.rows_per_shard)
-        patch = ArraySpec("patch", (rows, self.tokens, self.channels), self.dtype, *layout, self.compress)
-        specs = {"patch": patch}
+        shape = (rows, self.tokens, self.channels)
+        specs = {"patch": ArraySpec("patch", shape, self.dtype, *layout, self.compress)}
         if self.dtype == "int8":
             specs["scale"] = ArraySpec("scale", (rows, self.tokens), "float32", *layout)
         if self.has_cls:
@@ -111,7 +120,7 @@ class ProbeRecord(Record):
 
 
 class Fingerprint(Record):
-    """What the bytes depend on besides the request: the same one gives the same bytes."""
+    """What the bytes depend on besides the request. The same fingerprint gives the same bytes."""
 
     device: str
     precision: Literal["fp32", "fp16", "bf16"]
@@ -120,7 +129,11 @@ class Fingerprint(Record):
 
 
 class Fidelity(Record):
-    """Loss of the stored features: by quantisation (channel-standardised values) and by the forward's precision."""
+    """Error of the stored features.
+
+    `relative_mse` and `cosine` measure the quantisation of channel-standardised values.
+    `precision_mse` measures the precision of the teacher's forward pass.
+    """
 
     relative_mse: float
     cosine: float
@@ -135,7 +148,11 @@ class FileEntry(Record):
 
 
 class Commit(Record):
-    """Vouches for one shard of one unit. `chunk_crc32c` has a list an array, and "index" for 16 index records each."""
+    """The sizes, digests and statistics of one shard of one unit. It is written last.
+
+    `chunk_crc32c` has one list per array, with one value per chunk. Its list "index" has one value
+    per 16 index records.
+    """
 
     format: Literal["mcm-commit"] = "mcm-commit"
     version: Literal[1] = 1
@@ -153,7 +170,7 @@ class Commit(Record):
 
 
 class Manifest(Record):
-    """Written when all commits of a unit are there: the sha256 of each, in order."""
+    """The sha256 of every commit of a unit, in order. It is written when all commits exist."""
 
     format: Literal["mcm-manifest"] = "mcm-manifest"
     version: Literal[1] = 1

@@ -176,7 +176,7 @@ def test_other_weights_and_another_activation_are_refused(place: Path, cache: Pa
         (dict(crop={"scale": [0.5, 2.0]}), r"expected crop.scale = .LOW, HIGH. in"),
         (dict(teacher=None), "expected --teacher and --weights, or --config"),
         (dict(encoding="jpeg:120:420"), "jpeg:QUALITY"),
-        (dict(splits=("tset",)), "no split 'tset'"),
+        (dict(splits=("tset",)), "expected a split 'tset'"),
     ],
 )
 def test_usage_errors_come_before_any_work(place: Path, tmp_path: Path, changes: dict[str, object], said: str) -> None:
