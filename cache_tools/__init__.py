@@ -1,1 +1,1 @@
-"""The waist: everything both stages agree on, down to the byte. No torch here."""
+"""The on-disk format, which both stages read and write byte for byte. It does not import torch."""

@@ -1,4 +1,4 @@
-"""The errors a user can meet, and the exit code of each."""
+"""The errors that a user can meet, and the exit code of each."""
 
 from os.path import exists, isdir, isfile, join
 
@@ -12,17 +12,22 @@ _KINDS = {
 
 
 def found_at(path: object) -> str:
-    """Say what lies at `path`: the "found" part of an error about a path."""
+    """Return what lies at `path`, for the "found" part of an error about a path."""
     place = str(path)
     if not isdir(place):
         return "a file" if exists(place) else "nothing there"
-    return next((kind for name, kind in _KINDS.items() if isfile(join(place, name))), "another folder")
+    kinds = (kind for name, kind in _KINDS.items() if isfile(join(place, name)))
+    return next(kinds, "another folder")
 
 
 def check_output(path: object, kind: str) -> None:
-    """Raise UsageError where `path` is a file or holds something other than `kind`; an unfinished folder passes."""
+    """Check that `path` is free for output of `kind`; an unfinished folder passes.
+
+    Raises: UsageError if `path` is a file or holds another kind of output.
+    """
     if (found := found_at(path)) not in ("nothing there", "another folder", kind):
-        raise UsageError(f"{path}: expected {kind} or a new folder; found {found}; choose another name")
+        message = f"{path}: expected {kind} or a new folder; found {found}; choose another name"
+        raise UsageError(message)
 
 
 class McmError(Exception):
@@ -32,7 +37,7 @@ class McmError(Exception):
 
 
 class Diverged(McmError):
-    """This configuration cannot be trained further: the loss is not finite, or falls without teaching anything."""
+    """Training cannot continue: the loss is not finite, or it falls while the model collapses."""
 
 
 class UsageError(McmError):
@@ -48,24 +53,24 @@ class TooManyRefused(McmError):
 
 
 class CorruptionError(McmError):
-    """Bytes on disk are not what was committed."""
+    """The bytes on disk differ from the committed bytes."""
 
     exit_code = 4
 
 
 class IdentityError(McmError):
-    """Two things that must be the same are not (another cache, weights, run, format version)."""
+    """Two things that must be the same differ: cache, weights, run or format version."""
 
     exit_code = 5
 
 
 class ResourceError(McmError):
-    """Disk, permission, GPU memory or network."""
+    """A resource is missing: disk, permission, GPU memory or network."""
 
     exit_code = 7
 
 
 class Interrupted(McmError):
-    """Stopped by a signal at a safe point; running the same command again resumes."""
+    """A signal stopped the command at a safe point; running the same command again resumes it."""
 
     exit_code = 75

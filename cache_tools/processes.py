@@ -1,4 +1,4 @@
-"""Child processes end with their parent, whatever it died of: a killed parent tells its children nothing."""
+"""Watcher threads that end a process after its parent has ended, even if SIGKILL ended it."""
 
 import multiprocessing
 import os
@@ -9,14 +9,17 @@ from collections.abc import Callable
 
 
 def end_with_parent() -> None:
-    """Kill this `multiprocessing` child once its parent has ended; the parent alone holds a pipe open until then."""
+    """Kill this `multiprocessing` child once its parent has ended.
+
+    The kernel closes a pipe of the parent at that moment, and the child waits for this.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     _end_after(parent.join, signal.SIGKILL)
 
 
 def stop_with_launcher() -> None:
-    """Send SIGTERM to this process, which saves and stops, once the process that started it has ended."""
+    """Send SIGTERM to this process once its launcher has ended, so that it saves and stops."""
     launcher = os.getppid()
 
     def wait() -> None:

@@ -1,4 +1,4 @@
-"""The first lines of both programs: signals and standard streams, before the imports that take time."""
+"""The start of both programs: signals and standard streams, set up before the slow imports."""
 
 import os
 import signal
@@ -10,16 +10,18 @@ _EXIT_CODE = 75  # of errors.Interrupted
 
 
 def begin() -> None:
-    """Prepare a process as a program: a signal before or after the command ends it with 75.
+    """Set up signals, standard streams and UTF-8 for a program.
 
-    A standard stream that the caller closed becomes /dev/null, so that no data file gets its number. File names and
-    text are UTF-8 under every locale; other bytes are escaped in messages. Nothing is done in a worker process, or
-    where the program is imported as a library.
+    SIGTERM or SIGINT outside a command ends the process with exit code 75. A closed standard stream
+    becomes /dev/null; otherwise a data file could get its descriptor. File names and text are UTF-8
+    in every locale, and messages escape other bytes. Worker processes and library imports, which
+    have loaded `multiprocessing`, are left unchanged.
     """
     if "multiprocessing" in sys.modules:
         return
     if sys.getfilesystemencoding() != "utf-8":
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"PYTHONUTF8": "1"})
+        arguments = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, arguments, os.environ | {"PYTHONUTF8": "1"})
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest free number

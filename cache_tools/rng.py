@@ -1,4 +1,4 @@
-"""Every random draw of the software: a hash of (seed, purpose, counters), so that no generator state exists."""
+"""Counter-based random numbers: each draw is a hash of (seed, purpose, counters), without state."""
 
 import hashlib
 
@@ -10,9 +10,9 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Finaliser of splitmix64 (Steele, Lea and Flood 2014): a bijection of 64 bits."""
+    """Apply the finalizer of splitmix64 (Steele, Lea and Flood 2014), a bijection of 64 bits."""
     x = x ^ (x >> np.uint64(30))
-    x *= np.uint64(0xBF58476D1CE4E5B9)  # in place: fresh memory would take as long as the arithmetic
+    x *= np.uint64(0xBF58476D1CE4E5B9)  # in place: allocation takes as long as the arithmetic
     x ^= x >> np.uint64(27)
     x *= np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
@@ -20,20 +20,22 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def hash_u64(seed: int, purpose: str, *counters: Counter) -> npt.NDArray[np.uint64]:
-    """64 hashed bits for every element of the broadcast `counters`."""
+    """Return 64 hashed bits for each element of the broadcast `counters`."""
     name = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     state = np.array(int.from_bytes(name[:8], "little"), dtype=np.uint64)
     with np.errstate(over="ignore"):
         for counter in counters:
-            state = _mix(state + _GAMMA + _mix(np.asarray(counter).astype(np.uint64) * _GAMMA + _GAMMA))
+            bits = np.asarray(counter).astype(np.uint64)
+            state = _mix(state + _GAMMA + _mix(bits * _GAMMA + _GAMMA))
         return _mix(state + _GAMMA)
 
 
 def uniform(seed: int, purpose: str, *counters: Counter) -> npt.NDArray[np.float64]:
-    """Uniform draws in [0, 1) of 53 bits."""
+    """Return uniform draws from [0, 1) with 53 bits."""
     return (hash_u64(seed, purpose, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(n: int, seed: int, purpose: str, *counters: int) -> npt.NDArray[np.int64]:
-    """A permutation of range(n): the order of n hashed numbers."""
-    return np.argsort(hash_u64(seed, purpose, *counters, np.arange(n)), kind="stable").astype(np.int64)
+    """Return a permutation of range(n), int64 [n]: the argsort of n hashed numbers."""
+    hashes = hash_u64(seed, purpose, *counters, np.arange(n))
+    return np.argsort(hashes, kind="stable").astype(np.int64)

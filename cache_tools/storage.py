@@ -1,10 +1,11 @@
-"""The only file that writes: atomic, durable, and never over another's file unless asked to.
+"""All writes of the software: atomic and durable; an existing file is replaced only on request.
 
-A temporary file has a unique name, `.NAME.RANDOM.partial`, and a lock that its writer holds. The
-next run removes those without a living writer; where a file system has no locks, they stay.
+A temporary file has a unique name, `.NAME.RANDOM.partial`, and its writer holds a lock on it. The
+next run removes each temporary file without a live writer. If the file system has no locks, the
+temporary files stay.
 
-Every change goes through `os.*` or `open` as this module knows them: tests put a disk of their own in their place,
-which records, fails or dies at any operation (tests/disk.py).
+Every write calls `os.*` or `open` through the globals of this module. tests/disk.py replaces them
+to record any operation, to fail it or to kill the process before it.
 """
 
 import errno
@@ -22,39 +23,43 @@ from typing import BinaryIO
 from .errors import CorruptionError, IdentityError
 
 Buffer = bytes | bytearray | memoryview
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system without hard links
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # a file system without hard links
 
 
 def make_dir(path: Path) -> None:
-    """Create a folder and its parents, each durable in the one above."""
+    """Create a folder and its parents, and fsync each parent."""
     if not path.is_dir():
         make_dir(path.parent)
         try:
             os.mkdir(path)
-        except FileExistsError:  # another process was faster
+        except FileExistsError:  # another process created it first
             if not path.is_dir():
                 raise
         _sync_dir(path.parent)
 
 
 def work_dir(path: Path) -> Path:
-    """PATH/.run: locks and progress of a DATASET, CACHE or RUN, which are no part of its bytes.
+    """Return PATH/.run, which holds the locks and the progress of a DATASET, CACHE or RUN.
 
-    The folder lies inside: a path beside PATH is another one for each link, mount or relative name.
+    Its files are not part of the content. It lies inside PATH, because a path beside PATH would
+    differ for each link, mount or relative name.
     """
     return path / ".run"
 
 
 def shard_lock(cache: Path, split: str, shard: int) -> Path:
-    """The lock of a shard in all its views; a process that writes or moves the shard holds it."""
+    """Return the path of the lock that covers all views of one shard.
+
+    A process holds this lock while it writes or moves the shard.
+    """
     return work_dir(cache) / "locks" / f"{split}-{shard:06d}"
 
 
 def settle(path: Path) -> None:
-    """Make every name below `path` durable and remove the temporary files of killed processes.
+    """Fsync every folder below `path` and remove the temporary files of killed processes.
 
-    A killed process may have left names without an fsync, and the next run builds on them. Its
-    files are durable: they get their names after that.
+    A killed process may leave names that were not fsynced, and the next run relies on them. The
+    content needs no fsync here: `atomic_file` fsyncs a file before it renames it.
     """
     for folder, _, files in os.walk(path):
         for name in files:
@@ -67,7 +72,7 @@ def settle(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add `path` to errors of the system that name no file, as those of write and fsync."""
+    """Add `path` to every OSError that names no file, such as those of write and fsync."""
     try:
         yield
     except OSError as error:
@@ -86,9 +91,9 @@ def _sync_dir(path: Path) -> None:
 
 @contextmanager
 def _temporary(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
-    """A new file or folder beside `path` under a unique name, and a descriptor that holds its lock.
+    """Create a file or folder beside `path`; yield its unique path and a descriptor with its lock.
 
-    It is removed when the block raises; the block gives it its name.
+    The block renames it to `path`. If the block raises, it is removed.
     """
     make_dir(path.parent)
     while True:
@@ -100,7 +105,7 @@ def _temporary(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
             descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         if _flock(descriptor) is not False and temp.exists():
             break
-        os.close(descriptor)  # `_remove_abandoned` came between the two calls
+        os.close(descriptor)  # `_remove_abandoned` ran between open and flock
     try:
         with naming(path):
             yield temp, descriptor
@@ -118,9 +123,9 @@ def _remove(path: Path) -> None:
 
 
 def _remove_abandoned(temp: Path) -> None:
-    """Remove a temporary file or folder, unless a living process holds its lock or none can be held."""
+    """Remove a temporary file or folder if this process can lock it: its writer has ended."""
     kind = os.O_RDONLY | os.O_DIRECTORY if temp.is_dir() else os.O_WRONLY
-    with suppress(FileNotFoundError):  # it has just got its name
+    with suppress(FileNotFoundError):  # its writer has just renamed it
         descriptor = os.open(temp, kind | os.O_NOFOLLOW)
         try:
             if _flock(descriptor):
@@ -130,13 +135,13 @@ def _remove_abandoned(temp: Path) -> None:
 
 
 class AtomicFile:
-    """What `atomic_file` yields: `bytes` and `sha256` are those of all that was written."""
+    """An open file that `atomic_file` yields; it counts and hashes the bytes that it writes."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash, self.bytes = file, hashlib.sha256(), 0
 
     def write(self, buffer: Buffer) -> int:
-        """Append `buffer`; returns its bytes."""
+        """Append `buffer` and return its size in bytes."""
         view = memoryview(buffer).cast("B")
         self._file.write(view)
         self._hash.update(view)
@@ -144,20 +149,20 @@ class AtomicFile:
         return view.nbytes
 
     def tell(self) -> int:
-        """The position, as tarfile asks for it."""
+        """Return the position in bytes; tarfile calls this."""
         return self.bytes
 
     @property
     def sha256(self) -> str:
-        """Hex sha256 of all that was written."""
+        """The hex sha256 of the bytes written so far."""
         return self._hash.hexdigest()
 
 
 @contextmanager
 def atomic_file(path: Path, replace: bool = True) -> Iterator[AtomicFile]:
-    """A file that appears under its name whole, hashed and fsynced, or not at all.
+    """Yield a file that appears at `path` complete, hashed and fsynced, or not at all.
 
-    Without `replace`, FileExistsError is raised at the end when the name is taken.
+    Raises: FileExistsError at the end if `path` exists and `replace` is False.
     """
     with _temporary(path) as (temp, descriptor), open(descriptor, "wb", closefd=False) as file:
         yield AtomicFile(file)
@@ -176,39 +181,44 @@ def atomic_file(path: Path, replace: bool = True) -> Iterator[AtomicFile]:
 
 
 def write_atomic(path: Path, data: Buffer) -> None:
-    """Replace `path` by `data`, atomically and durably."""
+    """Write `data` to `path` atomically and durably; an existing file is replaced."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 def publish(path: Path, data: bytes, compare: bool = True) -> None:
-    """Write `data` to `path` unless it exists; with `compare`, it must then hold the same bytes.
+    """Write `data` to `path` unless it exists; with `compare`, check that it holds the same bytes.
 
-    Raises: IdentityError when the file there holds other bytes.
+    Raises: IdentityError if the file holds other bytes.
     """
     if not path.exists():
         with suppress(FileExistsError), atomic_file(path, replace=False) as file:
             file.write(data)
     if compare and path.read_bytes() != data:
-        raise IdentityError(f"{path}: expected the bytes of this request; found those of another; use a new folder")
+        message = f"{path}: expected the bytes of this request; found other bytes; use a new folder"
+        raise IdentityError(message)
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append one line to a log; not fsynced, a log may lose its tail."""
+    """Append one line to a log without an fsync; a crash may lose the last lines."""
     make_dir(path.parent)
     with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write(text + "\n")
 
 
 def keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
-    """Rewrite a log with the lines that `keep` accepts. A torn last line is dropped; a missing log is fine."""
+    """Rewrite a log with the lines that `keep` accepts, without an incomplete last line.
+
+    A missing log is not an error.
+    """
     if path.is_file():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        write_atomic(path, "".join(line for line in lines if line.endswith("\n") and keep(line)).encode())
+        kept = "".join(line for line in lines if line.endswith("\n") and keep(line))
+        write_atomic(path, kept.encode())
 
 
 def remove(path: Path) -> None:
-    """Remove a file durably; a missing one is fine."""
+    """Remove a file durably; a missing file is not an error."""
     if path.parent.is_dir():
         with suppress(FileNotFoundError):
             os.unlink(path)
@@ -216,16 +226,16 @@ def remove(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder of ours; a missing one is fine. A link inside is removed, its target stays.
+    """Remove a folder; a missing folder is not an error. The target of a link inside it stays.
 
-    Raises: OSError for a link to a folder.
+    Raises: OSError if `path` is a link to a folder.
     """
     with suppress(FileNotFoundError):
         shutil.rmtree(path)
 
 
 def move_durably(path: Path, target: Path) -> bool:
-    """Move a file to a name that is free; returns False if it is missing."""
+    """Move a file to the free name `target`; return False if the file is missing."""
     if not os.path.lexists(path):
         return False
     make_dir(target.parent)
@@ -237,9 +247,10 @@ def move_durably(path: Path, target: Path) -> bool:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """An empty folder to fill with `atomic_file`; it is renamed to `final` at the end, or removed.
+    """Yield an empty folder; it is renamed to `final` at the end, or removed if the block raises.
 
-    Raises: IdentityError when `final` exists.
+    Its files must be written with `atomic_file`.
+    Raises: IdentityError if `final` exists.
     """
     for abandoned in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
         _remove_abandoned(abandoned)
@@ -251,33 +262,35 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            message = f"{final}: expected no such folder; it exists; choose another name"
+            message = f"{final}: expected a free name; found an existing one; choose another name"
             raise IdentityError(message) from error
 
 
 @contextmanager
 def _opened(path: Path, offset: int, size: int) -> Iterator[BufferedReader]:
-    """A committed file, opened at `offset`; the size is compared before memory is taken for it.
+    """Yield a committed file at `offset`, after a check that `size` bytes follow.
 
-    Raises: CorruptionError when the file is missing or shorter.
+    The check comes first, so a wrong size allocates no memory.
+    Raises: CorruptionError if the file is missing or too short.
     """
     try:
         file = open(path, "rb")
     except FileNotFoundError as error:
-        raise CorruptionError(f"{path}: expected a committed file; it is missing; run `mcm-cache verify`") from error
+        message = f"{path}: expected a committed file; found nothing; run `mcm-cache verify`"
+        raise CorruptionError(message) from error
     with file, naming(path):
-        there = max(0, os.fstat(file.fileno()).st_size - offset)
-        if min(offset, size) < 0 or there < size:
-            found = f"expected {size} bytes at {offset}; found {there}"
+        available = max(0, os.fstat(file.fileno()).st_size - offset)
+        if min(offset, size) < 0 or available < size:
+            found = f"expected {size} bytes at offset {offset}; found {available}"
             raise CorruptionError(f"{path}: {found}; run `mcm-cache verify`")
         file.seek(offset)
         yield file
 
 
 def read_at(path: Path, offset: int, size: int) -> bytes:
-    """Exactly `size` bytes at `offset`.
+    """Return exactly `size` bytes at `offset`.
 
-    Raises: CorruptionError when the file is missing or shorter.
+    Raises: CorruptionError if the file is missing or too short.
     """
     with _opened(path, offset, size) as file:
         return file.read(size)
@@ -286,23 +299,23 @@ def read_at(path: Path, offset: int, size: int) -> bytes:
 def read_into(path: Path, offset: int, out: memoryview) -> None:
     """Fill `out` with the bytes at `offset`.
 
-    Raises: CorruptionError when the file is missing or shorter.
+    Raises: CorruptionError if the file is missing or too short.
     """
     with _opened(path, offset, out.nbytes) as file:
         file.readinto(out)
 
 
 def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
+    """Return the hex sha256 of a file, which is read in pieces."""
     with naming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """Hold the lock file `path` while inside; yields False when another process holds it.
+    """Hold a lock on the file `path` in the block; yield False if another process holds it.
 
-    The kernel frees a flock when its holder dies, so that no lock is ever stale.
+    The kernel releases a flock when its process ends, so a lock is never stale.
     """
     make_dir(path.parent)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -313,13 +326,13 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 
 def _flock(descriptor: int, how: int = fcntl.LOCK_EX) -> bool | None:
-    """True: locked; False: another process holds it; None: this file system has no such locks."""
+    """Return True if locked, False if another process holds it, None if flock is not supported."""
     try:
         fcntl.flock(descriptor, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
-        # EBADF: NFS locks a folder only where it could be written as a file.
+        # EBADF: NFS locks a descriptor only if it is open for writing, which a folder never is.
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
             raise
         return None
@@ -327,14 +340,14 @@ def _flock(descriptor: int, how: int = fcntl.LOCK_EX) -> bool | None:
 
 
 def free_bytes(path: Path) -> int:
-    """Free space where `path` is or will be."""
+    """Return the free bytes of the file system that holds `path`, which need not exist yet."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
 def locks_work(folder: Path) -> bool:
-    """Whether the file system of `folder` has flock; some network file systems do not."""
+    """Return whether the file system of `folder` supports flock; some network ones do not."""
     make_dir(folder)
     with open(os.open(folder / "probe", os.O_RDWR | os.O_CREAT, 0o666), "rb") as file:
         return _flock(file.fileno(), fcntl.LOCK_SH) is not None
