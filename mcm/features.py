@@ -1,4 +1,4 @@
-"""Features of pictures to probe: of full, folded or masked inputs, from the patch tokens, the class token or both.
+"""Extraction of the features that probes classify: from full, folded or masked inputs.
 
 Letters: B batch, N patches, D width, H W pixels.
 """
@@ -24,17 +24,19 @@ from mcm.sampler import EvalOrder
 from mcm.stream import DatasetSource, Stream, batches
 
 BATCH_ROWS = 128
-POOL_ROWS = 4096  # masks to pick from for masked:K
+POOL_ROWS = 4096  # the number of masks in the pool of masked:K
 
-Encode = Callable[[Tensor, npt.NDArray[np.int64]], Tensor]  # pictures [B, 3, H, W] and their rows to features [B, D]
+# Maps pictures [B, 3, H, W] and their row numbers to features [B, D].
+Encode = Callable[[Tensor, npt.NDArray[np.int64]], Tensor]
 
 
 @dataclass(frozen=True)
 class Prober:
-    """A backbone, the pictures to probe it with, and where it runs.
+    """A backbone, and the pictures whose features it computes.
 
-    `tokens` is "mean" (of the patch tokens), "cls" or "both"; `shots` is labels a class, 0 for all.
-    Of `world` ranks, each encodes its own batches of rows.
+    `tokens` is "mean" (of the patch tokens), "cls", "both" or "patch".
+    `shots` is the number of labels per class, 0 for all.
+    Each of `world` ranks encodes its own batches of rows.
     """
 
     backbone: Backbone
@@ -48,12 +50,14 @@ class Prober:
     rank: int = 0
 
     def rows(self) -> npt.NDArray[np.int64]:
-        """Rows of "train" whose labels are used."""
+        """Return the rows of "train" whose labels are used."""
         return training_rows(self.data.labels("train"), self.data.classes, self.shots, self.seed)
 
-    def features(self, split: str, encode: Encode, rows: npt.NDArray[np.int64] | None = None) -> Features:
-        """Features of a split's centre crops, or of some of its rows, in order."""
-        quiet = self.quiet or rows is not None  # the many short passes that choose s
+    def features(
+        self, split: str, encode: Encode, rows: npt.NDArray[np.int64] | None = None
+    ) -> Features:
+        """Return the features of a split's centre crops, or of the crops of `rows`, in order."""
+        quiet = self.quiet or rows is not None  # choosing s takes many short passes
         source = DatasetSource(self.data, split, eval_transform(self.backbone), self.seed, rows)
         order = EvalOrder(len(source.rows), 1, BATCH_ROWS, self.world, self.rank)
         x, y = [], []
@@ -64,45 +68,49 @@ class Prober:
         ):
             for batch in items:
                 kept = int(batch["weight"].sum())
-                x.append(encode(batch["pictures"].to(device()), batch["rows"].numpy()).float().cpu()[:kept])
-                y.append(batch["labels"][:kept].clone())  # each tensor of a worker holds a file descriptor
+                found = encode(batch["pictures"].to(device()), batch["rows"].numpy())
+                x.append(found.float().cpu()[:kept])
+                # A copy, because each tensor of a worker holds a file descriptor.
+                y.append(batch["labels"][:kept].clone())
                 bar.update(kept)
         return Features(torch.cat(x), torch.cat(y))
 
     def full(self, model: Any = None) -> Encode:
-        """Features of unmasked pictures."""
+        """Return the encode function of unmasked pictures."""
         module = (model or self.backbone.model).to(device()).eval()
         return lambda pictures, rows: pooled(module, encode_tokens(module, pictures), self.tokens)
 
     def folded(self, s: float) -> Encode:
-        """Features of the encoder with x~ = e + s (x - e)."""
+        """Return the encode function with x~ = e + s (x - e) folded into the patch embedding."""
         masked: Any = self.backbone.masked
         model = copy.deepcopy(masked.encoder)
         model.load_state_dict(folded_state(masked.encoder, masked.encoder_fill, s))
         return self.full(model)
 
     def masked(self, passes: int) -> Encode:
-        """Mean over `passes` fixed random masks a row, of the features."""
+        """Return the encode function that averages over `passes` fixed random masks per row."""
         whole: Any = self.backbone.masked
         model = whole.to(device()).eval()
         patches = model.encoder.patch_embed.num_patches
-        width, positions = (patches, 1) if model.mode == "patch" else (model.encoder.embed_dim, patches)
+        by_patch = model.mode == "patch"
+        width, positions = (patches, 1) if by_patch else (model.encoder.embed_dim, patches)
         pool = torch.from_numpy(mask_pool(self.seed, 0, POOL_ROWS, width, model.ratio)).to(device())
 
         def encode(pictures: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
             total = torch.zeros((), device=device())
             for epoch in range(passes):
-                picks = torch.from_numpy(mask_picks(self.seed, epoch, rows, positions, POOL_ROWS)).to(device())
-                tokens_BND = model.tokens(pictures, model.mask((pool, picks)))
+                picks = torch.from_numpy(mask_picks(self.seed, epoch, rows, positions, POOL_ROWS))
+                tokens_BND = model.tokens(pictures, model.mask((pool, picks.to(device()))))
                 total = total + pooled(model.encoder, tokens_BND, self.tokens)
             return total / passes
 
         return encode
 
     def held_out_knn(self, encode: Encode) -> float:
-        """k-NN accuracy on a fifth of some training rows, by which choices are made; the rest is the bank.
+        """Return the k-NN accuracy on held-out training rows, which chooses s.
 
-        It is 0 where no class has a row to hold out.
+        A fifth of the rows of `choice_rows` is held out; the rest is the bank.
+        Return 0 where no class has a row to hold out.
         """
         rows = self.rows()
         parts = choice_rows(self.data.labels("train")[rows], self.seed)
@@ -111,10 +119,13 @@ class Prober:
         bank, held = (self.features("train", encode, rows[part]) for part in parts)
         return knn_accuracy(bank, held, device())
 
-    def encoder(self, kind: str, held_out: Callable[[Encode], float] | None = None) -> tuple[Encode, float | None]:
-        """(encode, s) of an input called full, folded or masked:K.
+    def encoder(
+        self, kind: str, held_out: Callable[[Encode], float] | None = None
+    ) -> tuple[Encode, float | None]:
+        """Return (encode, s) of the input "full", "folded" or "masked:K"; s is None unless folded.
 
-        s is the one of {1, sqrt(1 - r), 1 - r} with the best `held_out` score, k-NN by default; the first wins ties.
+        s is the value of {1, sqrt(1 - r), 1 - r} with the best `held_out` score, by default
+        `held_out_knn`. The first value wins ties.
         """
         if kind == "folded":
             masked: Any = self.backbone.masked
@@ -122,10 +133,10 @@ class Prober:
             score = held_out or self.held_out_knn
             s = max((1.0, kept**0.5, kept), key=lambda s: score(self.folded(s)))
             return self.folded(s), s
-        return (self.full() if kind == "full" else self.masked(int(kind.partition(":")[2]))), None
+        return self.full() if kind == "full" else self.masked(int(kind.partition(":")[2])), None
 
 
 def device() -> torch.device:
-    """The accelerator, or the CPU."""
-    torch.backends.cudnn.allow_tf32 = False  # the probes are float32: convolutions have TF32 by default
+    """Return the GPU, or the CPU where there is none; turn TF32 convolutions off."""
+    torch.backends.cudnn.allow_tf32 = False  # probes compute in float32; cuDNN's default is TF32
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

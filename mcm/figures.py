@@ -1,4 +1,4 @@
-"""Every figure of the report: a function takes arrays and returns an <img> that embeds its PNG.
+"""The figures of the report: each function takes arrays and returns an <img> with an embedded PNG.
 
 Letters: S samples, N patches, C channels, H W pixels.
 """
@@ -17,14 +17,15 @@ from mcm.scorecard import DEAD
 
 Array = npt.NDArray[Any]
 
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
-LOWEST = -1.0  # R^2 can be far below zero, and would leave no room for the rest
+STYLE: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
+LOWEST = -1.0  # the axes clip R^2 here; far negative values would compress the rest
 R2 = f"R^2, not below {LOWEST:g}"
-RANKED, SHOWN = 4, 3  # channels of each end, and pictures of each
+RANKED, SHOWN = 4, 3  # best and worst channels each, and pictures per channel
 
 
 def curves(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Plot names that begin alike, such as "r2_masked" and "eval r2_full", on one axis over the steps."""
+    """Plot series (step, value) by name; names with one prefix, such as "r2", share an axis."""
     if not series:
         return "<p>no metrics yet</p>"
     groups: dict[str, list[str]] = {}
@@ -35,8 +36,9 @@ def curves(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     together = sorted(groups.items(), key=lambda group: len(group[1]), reverse=True)
     for axis, (group, names) in zip(axes, together, strict=True):
         for name in names:
-            points = series[name]
-            axis.plot(*zip(*points, strict=True), linewidth=1, marker="." if len(points) < 20 else None, label=name)
+            steps, values = zip(*series[name], strict=True)
+            marker = "." if len(steps) < 20 else None
+            axis.plot(steps, values, linewidth=1, marker=marker, label=name)
         axis.set(title=names[0] if len(names) == 1 else group, xlabel="step", xlim=(0, 1.03 * last))
         if len(names) > 1:
             axis.legend(fontsize=8)
@@ -46,23 +48,26 @@ def curves(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
 
 
 def channel_figures(channels: Mapping[str, Array]) -> str:
-    """Plot the R^2 [C], masked and full, of channels that vary: a histogram, and R^2 against the target's std."""
+    """Plot the R^2 [C] of channels that vary: a histogram, and R^2 against the target's std."""
     varying, std_C = _varying(channels), channels["target_std"]
-    r2 = {kind: channels[f"r2_{kind}"][varying].clip(LOWEST) for kind in ("masked", "full") if f"r2_{kind}" in channels}
+    kinds = [kind for kind in ("masked", "full") if f"r2_{kind}" in channels]
+    r2 = {kind: channels[f"r2_{kind}"][varying].clip(LOWEST) for kind in kinds}
     figure, (counts, against) = _panels(2, 2, 3.6)
     counts.hist(list(r2.values()), 50, histtype="stepfilled", alpha=0.55, label=list(r2))
     counts.set(title="channels by R^2", xlabel=R2, ylabel="channels")
     for kind, values in r2.items():
         against.scatter(std_C[varying], values, s=10, alpha=0.55, linewidths=0, label=kind)
-    label = f"std of the target; {len(std_C) - len(varying)} constant channels are left out"
+    label = f"std of the target; {len(std_C) - len(varying)} constant channels are not shown"
     against.set(title="R^2 against std of the target", xlabel=label, ylabel=R2, xscale="log")
     for axis in (counts, against):
         axis.legend(fontsize=8)
     return _image(figure)
 
 
-def channel_maps(tensors: Mapping[str, Array], channels: Mapping[str, Array], grid: Sequence[int]) -> str:
-    """Show the target above the prediction for the channels with the best and the worst R^2, on stored samples."""
+def channel_maps(
+    tensors: Mapping[str, Array], channels: Mapping[str, Array], grid: Sequence[int]
+) -> str:
+    """Show the target above the prediction of the channels with the best and the worst R^2."""
     kind = "masked" if "r2_masked" in channels else "full"
     r2_C, varying = channels[f"r2_{kind}"], _varying(channels)
     order = varying[np.argsort(-r2_C[varying])]
@@ -71,14 +76,16 @@ def channel_maps(tensors: Mapping[str, Array], channels: Mapping[str, Array], gr
     for i, view in enumerate(tensors["views"][:SHOWN]):
         pictures += [[view], [None]]
         for channel in picked:
-            target, prediction = (tensors[name][:SHOWN, :, channel] for name in ("target", "prediction"))
-            low, high = np.percentile(target, [1, 99])  # one outlier token would leave no colours to the others
-            for line, map_N in zip(pictures[-2:], (target[i], prediction[i]), strict=True):
+            maps = [tensors[name][:SHOWN, :, channel] for name in ("target", "prediction")]
+            # Percentiles, because one outlier token would compress the colours of the others.
+            low, high = np.percentile(maps[0], [1, 99])
+            for line, map_N in zip(pictures[-2:], (maps[0][i], maps[1][i]), strict=True):
                 line.append(((map_N - low) / max(high - low, 1e-6)).reshape(grid))
     figure, axes = sheet(pictures)
     for axis, channel in zip(axes[0, 1:], picked, strict=True):
         axis.set_title(f"channel {channel}, R^2 {r2_C[channel]:.3f}", fontsize=8)
-    figure.suptitle(f"best and worst channels by R^2 of {kind} input: target above prediction, in the target's range")
+    title = f"best and worst channels by R^2 of {kind} input"
+    figure.suptitle(f"{title}: target above prediction, in the target's range")
     return _image(figure)
 
 
@@ -89,9 +96,12 @@ def _varying(channels: Mapping[str, Array]) -> Array:
 
 
 def samples(tensors: Mapping[str, Array], grid: Sequence[int]) -> str:
-    """Show views [S, H, W, 3] above the PCA colours of target and prediction [S, N, C], in the target's basis."""
-    target = tensors["target"]
-    lines = [pca_colours(tensors[name], target).reshape(len(target), *grid, 3) for name in ("target", "prediction")]
+    """Show views [S, H, W, 3] above PCA colours of target and prediction [S, N, C].
+
+    The target gives the PCA basis of both.
+    """
+    target, shape = tensors["target"], (len(tensors["target"]), *grid, 3)
+    lines = [pca_colours(tensors[name], target).reshape(shape) for name in ("target", "prediction")]
     figure, axes = sheet([tensors["views"], *lines])
     for axis, label in zip(axes[:, 0], ("view", "target", "prediction"), strict=True):
         axis.set_ylabel(label)
@@ -99,12 +109,12 @@ def samples(tensors: Mapping[str, Array], grid: Sequence[int]) -> str:
 
 
 def dots(columns: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str]) -> str:
-    """Plot one axis per column, in percent: a dot per seed and a bar for the mean, the rows from top to bottom."""
+    """Plot one axis per column, one line per row, in percent: a dot per seed, a bar at the mean."""
     figure, axes = _panels(len(columns), 3, 0.9 + 0.24 * len(rows))
     for i, (axis, (title, cells)) in enumerate(zip(axes, columns.items(), strict=True)):
         for y, values in enumerate(cells):
-            percent = 100 * np.array(values)
-            axis.plot(percent, np.full(len(values), y), "o", color="C0", alpha=0.55, markersize=5, markeredgewidth=0)
+            percent, dot = 100 * np.array(values), {"alpha": 0.55, "markersize": 5}
+            axis.plot(percent, [y] * len(values), "o", color="C0", markeredgewidth=0, **dot)
             if len(values):
                 axis.plot(percent.mean(), y, "|", color="C3", markersize=13, markeredgewidth=2)
         axis.set(title=title, xlabel="%", yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5))

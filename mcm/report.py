@@ -1,4 +1,4 @@
-"""One static HTML file about runs: tables of accuracies and ablations, figures, configurations and provenance."""
+"""The report: one static HTML file of tables, figures, configurations and provenance of runs."""
 
 import html
 import json
@@ -22,20 +22,23 @@ from mcm.figures import Array, channel_figures, channel_maps, curves, dots, samp
 from mcm.probe import ProbeResult
 from mcm.run_dir import last_eval, read_metrics, recorded
 
-FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full"}  # held out; masked at the run's ratio, and full
-ABLATIONS = {"columns", "rows"}  # of a results.json
-MINUTES = "minutes"  # of an ablation's row
+FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full"}  # held-out; at the run's ratio, unmasked
+ABLATIONS = {"columns", "rows"}  # keys of a results.json
+MINUTES = "minutes"  # a column of an ablation
 RANDOM = "random init"
-STYLE = "body{font:15px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse}td,th{padding:.3em .8em;\
-border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}pre{background:#f4f4f4;\
-padding:1em;overflow:auto}img{max-width:100%}"
+STYLE = (
+    "body{font:15px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse}"
+    "td,th{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}"
+    "pre{background:#f4f4f4;padding:1em;overflow:auto}img{max-width:100%}"
+)
 
 
 class Table(dict[str, dict[str, float]]):
-    """Rows of columns: accuracies and R^2 of models on one DATASET, as fractions of 1."""
+    """Accuracies and R^2 of models on one DATASET by row and column, as fractions of 1."""
 
     def put(self, row: str, values: Mapping[str, float], run: str) -> None:
-        """Fill cells of a row; a second, different value for a cell goes to a row that names its run."""
+        """Fill cells of a row; a second value that differs goes to a row named after `run`."""
         for column, value in values.items():
             taken = self.get(row, {}).get(column, value)
             self.setdefault(row if taken == value else f"{row} ({run})", {})[column] = value
@@ -43,7 +46,7 @@ class Table(dict[str, dict[str, float]]):
     def lines(self) -> list[list[str]]:
         """Return the header and the rows as text, accuracies in percent."""
         columns = dict.fromkeys(column for cells in self.values() for column in cells)
-        rows = [[row, *(_shown(name, cells.get(name)) for name in columns)] for row, cells in self.items()]
+        rows = [[row, *(_shown(name, self[row].get(name)) for name in columns)] for row in self]
         return [["model", *columns], *rows]
 
 
@@ -56,14 +59,20 @@ def _shown(column: str, value: float | None) -> str:
 
 
 def probed(result: ProbeResult) -> dict[str, float]:
-    """Return the accuracies of a probe by column; a column names the input, the features, the shots and the seed."""
+    """Return the accuracies of a probe by column.
+
+    A column names the input, the features, the shots and the seed.
+    """
     label = result.label + _seed(result.seed)
     found = {f"k-NN {label}": result.knn, f"linear {label}": result.linear}
     return {column: value for column, value in found.items() if value is not None}
 
 
 def fine_tuned(run: Path, seeded: bool = True) -> dict[str, float]:
-    """Return the last accuracy of a fine-tuning run by column; a column names the shots and, if `seeded`, the seed."""
+    """Return the last accuracy of a fine-tuning run by column.
+
+    A column names the shots and, if `seeded`, the seed.
+    """
     config = recorded(run)["config"]
     shots = f", {shots} shots" if (shots := config["data"]["shots"]) else ""
     column = ("linear (LARS)" if config["frozen"] else "fine-tuned") + shots
@@ -85,10 +94,11 @@ def _seed(seed: int) -> str:
 def report(runs: Sequence[Path], out: Path, note: str = "") -> dict[str, Table]:
     """Write the HTML file and return its tables by the sha256 of their DATASET.
 
-    Raises: UsageError for a folder that is no RUN, no CACHE and holds no ablation, or where `out` is a folder.
+    Raises: UsageError for a folder that is not a RUN, a CACHE or an ablation, or a folder `out`.
     """
     if out.is_dir():
-        raise UsageError(f"--out {out}: expected the name of a file; found {found_at(out)}")
+        advice = "name a file, such as report.html"
+        raise UsageError(f"--out {out}: expected a file name; found {found_at(out)}; {advice}")
     tables, sections, labels = defaultdict[str, Table](Table), [], _labels(runs)
     rows = _rows(labels)
     for path, label in labels.items():
@@ -105,8 +115,8 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> dict[str, Table]:
     header = f"<p>{html.escape(note)}</p>" if note else ""
     overview = "".join(_html_table(table.lines(), caption(data)) for data, table in tables.items())
     body = f"<h1>Masked Channel Modeling</h1>{header}{overview}{''.join(sections)}"
-    page = f"<!doctype html><meta charset=utf-8><title>Masked Channel Modeling</title><style>{STYLE}</style>{body}\n"
-    write_atomic(out, printable(page).encode())
+    head = f"<meta charset=utf-8><title>Masked Channel Modeling</title><style>{STYLE}</style>"
+    write_atomic(out, printable(f"<!doctype html>{head}{body}\n").encode())
     return dict(tables)
 
 
@@ -116,23 +126,27 @@ def caption(data: str) -> str:
 
 
 def _labels(runs: Sequence[Path]) -> dict[Path, str]:
-    """Return the name of each folder, or its path where another folder has the same name."""
+    """Return the label of each folder: its name, or its path where two folders share a name."""
     names = [run.name for run in dict.fromkeys(runs)]
     return {run: run.name if names.count(run.name) == 1 else str(run) for run in runs}
 
 
 def _rows(labels: Mapping[Path, str]) -> dict[str, str]:
-    """Return the row of each checkpoint's weights; weights that a later checkpoint followed have a row of their own."""
+    """Return the table row of each checkpoint's weights.
+
+    A run's last checkpoint has the run's label. Each earlier checkpoint has its own row.
+    """
     rows = {"untrained": RANDOM, "random": RANDOM}
     for run, label in labels.items():
         steps = checkpoint.complete(run)
         for path in steps:
-            rows[checkpoint.weights(path)] = label if path == steps[-1] else f"{label} at {path.name}"
+            at = "" if path == steps[-1] else f" at {path.name}"
+            rows[checkpoint.weights(path)] = label + at
     return rows
 
 
 def _add_teacher(tables: dict[str, Table], cache: Path, label: str) -> str:
-    """Add the probes of a CACHE's mean features to the table of its DATASET; returns its section."""
+    """Add the probes of a CACHE's mean features to the table of its DATASET; return its section."""
     section, data = "", read_record(CacheIdentity, cache / "cache.json").dataset_sha256
     for file in sorted(work_dir(cache).glob("probe*.json")):
         result = read_record(ProbeResult, file)
@@ -143,22 +157,28 @@ def _add_teacher(tables: dict[str, Table], cache: Path, label: str) -> str:
 
 
 def _add_run(tables: dict[str, Table], run: Path, label: str, rows: Mapping[str, str]) -> None:
-    """Add a RUN's figures: a pre-training run is a row, a fine-tuning run fills a cell of the weights it began with."""
+    """Add a RUN's results to the tables.
+
+    A pre-training run is a row. A fine-tuning run fills a cell in the row of its initial weights.
+    """
     facts = recorded(run)
-    for file in sorted((run / "probe").glob("*.json"), reverse=True):  # random init's row comes first
+    # In reverse order, the probes of the untrained model come first, and so does their row.
+    for file in sorted((run / "probe").glob("*.json"), reverse=True):
         result = read_record(ProbeResult, file)
         row = rows.get(result.weights, f"{label} at {result.weights}")
         tables[result.data_sha256].put(row, probed(result), label)
     for file in sorted((run / "dense").glob("*.json"), reverse=True):
         dense = read_record(DenseResult, file)
-        row, column = rows.get(dense.weights, f"{label} at {dense.weights}"), f"mIoU {dense.input}{_seed(dense.seed)}"
-        tables[dense.data_sha256].put(row, {column: dense.miou}, label)
+        row = rows.get(dense.weights, f"{label} at {dense.weights}")
+        cell = {f"mIoU {dense.input}{_seed(dense.seed)}": dense.miou}
+        tables[dense.data_sha256].put(row, cell, label)
     if facts.get("kind") == "finetune":
         init = facts["init_weights"]
         row = rows.get(init, f"{facts['init']} ({init})")
         tables[facts["dataset_sha256"]].put(row, fine_tuned(run), label)
     elif figures := held_out(run):
-        tables[(facts.get("cache") or {}).get("dataset_sha256", facts["cache_sha256"])].put(label, figures, label)
+        data = (facts.get("cache") or {}).get("dataset_sha256", facts["cache_sha256"])
+        tables[data].put(label, figures, label)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -166,22 +186,27 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _html_table(lines: Sequence[Sequence[str]], caption: str) -> str:
-    rows = [[html.escape(cell) for cell in line] for line in lines]
-    head = "".join(f"<th>{cell}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows[1:])
-    return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>"
+    def row(tag: str, cells: Sequence[str]) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    body = row("th", lines[0]) + "".join(row("td", line) for line in lines[1:])
+    return f"<table><caption>{html.escape(caption)}</caption>{body}</table>"
 
 
 def ablation_lines(results: dict[str, Any]) -> list[list[str]]:
-    """Return the header and the rows as text: mean and sample std over the finished seeds, accuracies in percent."""
+    """Return the header and the rows as text.
+
+    A cell is the mean ± sample std over the finished seeds, accuracies in percent.
+    """
 
     def cell(column: str, values: Sequence[float]) -> str:
         shown = _shown(column, statistics.mean(values) if values else None)
-        return f"{shown} ± {_shown(column, statistics.stdev(values))}" if len(values) > 1 else shown
+        std = f" ± {_shown(column, statistics.stdev(values))}" if len(values) > 1 else ""
+        return shown + std
 
-    columns = results["columns"]
-    rows = [[_row_name(row), *(cell(c, row["values"].get(c, ())) for c in columns)] for row in results["rows"]]
-    return [["variant", *columns], *rows]
+    columns, rows = results["columns"], results["rows"]
+    lines = [[_row_name(r), *(cell(c, r["values"].get(c, ())) for c in columns)] for r in rows]
+    return [["variant", *columns], *lines]
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
@@ -189,17 +214,20 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     first, *others = (max(3, *map(len, column)) for column in zip(*lines, strict=True))
     rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
-    padded = [[n.ljust(first), *map(str.rjust, cells, others)] for n, *cells in [lines[0], rule, *lines[1:]]]
+    ruled = [lines[0], rule, *lines[1:]]
+    padded = [[name.ljust(first), *map(str.rjust, cells, others)] for name, *cells in ruled]
     return "".join(f"| {' | '.join(line)} |\n" for line in padded)
 
 
 def ablation_html(results: dict[str, Any]) -> str:
     """Return the table as HTML, with a figure of every accuracy of every seed."""
     rows, others = results["rows"], {*FIT.values(), MINUTES}
-    cells = {c: [row["values"].get(c, []) for row in rows] for c in results["columns"] if c not in others}
+    columns = [column for column in results["columns"] if column not in others]
+    cells = {column: [row["values"].get(column, []) for row in rows] for column in columns}
     figure = dots(cells, [_row_name(row) for row in rows]) if cells else ""
-    note, caption = html.escape(results.get("note", "")), "mean ± sample std over the seeds; accuracies in percent"
-    return f"<h2>ablations</h2><p>{note}</p>{_html_table(ablation_lines(results), caption)}{figure}"
+    caption = "mean ± sample std over the seeds; accuracies in percent"
+    table = _html_table(ablation_lines(results), caption)
+    return f"<h2>ablations</h2><p>{html.escape(results.get('note', ''))}</p>{table}{figure}"
 
 
 def _row_name(row: dict[str, Any]) -> str:
@@ -217,25 +245,32 @@ def _run_section(run: Path, label: str) -> str:
         if (file := run / name).is_file():
             toml = name.endswith("toml")
             text = file.read_text("utf-8", "replace") if toml else json.dumps(_json(file), indent=2)
-            parts.append(f"<details><summary>{name}</summary><pre>{html.escape(text)}</pre></details>")
+            summary = f"<summary>{name}</summary>"
+            parts.append(f"<details>{summary}<pre>{html.escape(text)}</pre></details>")
     return "".join(parts)
 
 
 def _series(metrics: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Return the points (step, value) of every number in the log; evaluations have the name "eval NAME"."""
+    """Return the points (step, value) of every number in the log by name.
+
+    A number of an evaluation has the name "eval NAME".
+    """
     series: dict[str, list[tuple[int, float]]] = {}
     for line in metrics:
-        for name, value in {**line, **{f"eval {k}": v for k, v in line.get("eval", {}).items()}}.items():
+        evaluated = {f"eval {name}": value for name, value in line.get("eval", {}).items()}
+        for name, value in (line | evaluated).items():
             if isinstance(value, int | float) and name not in ("step", "epoch", "time"):
                 series.setdefault(name, []).append((line["step"], value))
     return series
 
 
 def _tensors(path: Path) -> dict[str, Array]:
-    """Return the arrays of a file, float16 ones as float32; a missing file has none."""
+    """Return the arrays of a safetensors file, float16 as float32, or {} for a missing file."""
     if not path.is_file():
         return {}
     try:
-        return {k: x.astype(np.float32) if x.dtype == np.float16 else x for k, x in load_file(path).items()}
+        found = load_file(path)
     except SafetensorError as error:
-        raise CorruptionError(f"{path}: expected safetensors: {error}; remove it, or resume the run") from error
+        advice = "remove the file, or resume the run"
+        raise CorruptionError(f"{path}: expected safetensors; found {error}; {advice}") from error
+    return {k: x.astype(np.float32) if x.dtype == np.float16 else x for k, x in found.items()}

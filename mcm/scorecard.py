@@ -1,6 +1,6 @@
-"""What a CACHE tells of its teacher: features to probe, odd channels, effective rank, loss by quantisation.
+"""Statistics of the teacher in a CACHE: odd channels, effective rank and quantisation error.
 
-C channels, N patch tokens, R rows.
+Letters: B batch, N patches, C channels, R rows.
 """
 
 from statistics import mean
@@ -15,11 +15,15 @@ from mcm.classifiers import Features
 from mcm.metrics import Gram
 from mcm.targets import Stats
 
-DEAD, OUTLIER = 1e-3, 10.0  # of the median channel's std
+DEAD, OUTLIER = 1e-3, 10.0  # multiples of the median channel's std
 
 
 class Teacher(Record):
-    """Facts about a teacher's patch features; channels by number, loss by quantisation as means over the commits."""
+    """Statistics of a teacher's patch features.
+
+    `dead` and `outliers` are channel indices. `relative_mse` and `cosine` measure the quantisation
+    error, as means over the commits.
+    """
 
     channels: int
     dead: tuple[int, ...]
@@ -29,17 +33,22 @@ class Teacher(Record):
     cosine: float
 
     def text(self) -> str:
-        """Lines for a terminal."""
+        """Return the statistics as lines for a terminal."""
+        rank = f"{self.effective_rank:.1f} of {self.channels}"
         return (
             f"  dead      {len(self.dead)} of {self.channels} channels: {list(self.dead)}\n"
             f"  outliers  {len(self.outliers)} of {self.channels} channels: {list(self.outliers)}\n"
-            f"  rank      {self.effective_rank:.1f} of {self.channels}, effective, patch tokens of 'val'\n"
+            f"  rank      {rank}, effective, patch tokens of 'val'\n"
             f"  stored    relative MSE {self.relative_mse:.1e}, cosine {self.cosine:.6f}"
         )
 
 
 def odd_channels(mean_C: Stats, std_C: Stats) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(dead, outliers): channels that hardly vary; and that vary, or lie off zero, far more than the median varies."""
+    """Return (dead, outliers) as channel indices.
+
+    A dead channel has a std below DEAD times the median std.
+    An outlier has a std or an absolute mean above OUTLIER times the median std.
+    """
     median = np.median(std_C)
     far = np.maximum(std_C, np.abs(mean_C)) > OUTLIER * median
     dead, outliers = (tuple(np.flatnonzero(mask).tolist()) for mask in (std_C < DEAD * median, far))
@@ -47,12 +56,13 @@ def odd_channels(mean_C: Stats, std_C: Stats) -> tuple[tuple[int, ...], tuple[in
 
 
 def stored_features(unit: Unit, quiet: bool, gram: Gram | None = None) -> Features:
-    """The mean patch token of every row of a unit and, where there is one, CLS behind it: [R, C] or [R, 2 C].
+    """Return the mean patch token of every row of a unit, [R, C], or [R, 2 C] with CLS appended.
 
-    `gram` is updated with all the patch tokens.
+    CLS is appended where the cache has it. `gram` is updated with all the patch tokens.
     """
     x, y = [], []
-    with progress(unit.num_chunks, f"teacher's features of {unit.split}", "chunks", quiet=quiet) as bar:
+    title = f"teacher's features of {unit.split}"
+    with progress(unit.num_chunks, title, "chunks", quiet=quiet) as bar:
         for number in range(unit.num_chunks):
             chunk = unit.chunk(number)
             patch_BNC = chunk.features()
@@ -66,11 +76,15 @@ def stored_features(unit: Unit, quiet: bool, gram: Gram | None = None) -> Featur
 
 
 def teacher_facts(unit: Unit, gram: Gram) -> Teacher:
-    """Channels and quantisation of a unit, the rank of what was added to `gram`."""
+    """Return the channel and quantisation statistics of a unit and the effective rank of `gram`."""
     mean_C, std_C = unit.channel_stats()
     dead, outliers = odd_channels(mean_C, std_C)
     stored = [unit.commit(shard).fidelity for shard in range(unit.num_shards)]
     return Teacher(
-        channels=len(mean_C), dead=dead, outliers=outliers, effective_rank=gram.rank(),
-        relative_mse=mean(one.relative_mse for one in stored), cosine=mean(one.cosine for one in stored),
-    )  # fmt: skip
+        channels=len(mean_C),
+        dead=dead,
+        outliers=outliers,
+        effective_rank=gram.rank(),
+        relative_mse=mean(one.relative_mse for one in stored),
+        cosine=mean(one.cosine for one in stored),
+    )

@@ -222,7 +222,7 @@ def test_what_is_no_plain_vit_is_refused_in_one_line(name, tmp_path):
         ("timm:vit_small_patch16_36x1_224", None, "timm has no weights of it; give a file"),
         ("nowhere", None, "found nothing there"),
         ("random", None, r"\[student\]"),
-        ("random", "x", "--weights goes with timm:NAME"),
+        ("random", "x", "expected a timm:NAME beside --weights"),
     ],
 )
 def test_bad_requests(spec, weights, message, tmp_path):

@@ -224,7 +224,7 @@ def test_a_result_says_what_made_it_and_results_of_before_are_still_read(tmp_pat
         ({"data": None}, "expected --data DATASET"),
         ({"features": ["clss"]}, "did you mean 'cls'"),
         ({"shots": 2}, "--shots 2: expected 5 or more for the linear probe"),
-        ({"shots": 90, "methods": ["knn"]}, "expected 90 labels a class; class 'even' has 48"),
+        ({"shots": 90, "methods": ["knn"]}, "expected 90 labels per class; class 'even' has 48"),
     ],
 )
 def test_bad_requests(arguments, message, data, tmp_path):
