@@ -193,7 +193,7 @@ def test_a_second_process_stops_at_the_lock(made):
 
 
 def test_a_signal_stops_behind_a_shard_and_damage_is_named(made, tmp_path, monkeypatch):
-    from pipeline import shard_split as module
+    from pipeline import shard_writer as module
 
     def publish_and_stop(path, data, publish=module.publish):
         publish(path, data)
