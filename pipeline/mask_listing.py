@@ -12,7 +12,7 @@ from cache_tools.errors import UsageError
 from cache_tools.labels import MaskRule, has_palette
 
 from .candidates import Candidates, Sources
-from .listing import lines, split_name, walk
+from .listing import add_files, class_lines, split_name
 
 
 def list_scenes(root: Path, ignore: Sequence[int] = (), classes: Path | None = None) -> Sources | None:
@@ -49,7 +49,7 @@ def _classes(root: Path, file: Path | None, ignore: tuple[int, ...]) -> tuple[tu
     found = [file] if file else [*sorted(root.glob("objectInfo*.txt")), *root.glob("classes.txt")]
     if not found or not found[0].is_file():
         raise UsageError(f"{root}: expected the class names, one per line, in a file that --classes names; found none")
-    rows = [[cell.strip() for cell in line.split("\t")] for line in lines(found[0]) if line]
+    rows = [[cell.strip() for cell in line.split("\t")] for line in class_lines(found[0]) if line]
     head = rows.pop(0) if rows and rows[0][0] == "Idx" else ["Name"]
     table = [dict(zip(head, row, strict=False)) for row in rows if len(row) == len(head)]
     rule = MaskRule(len(table), ignore)
@@ -64,7 +64,7 @@ def _listed(root: Path, pictures: str, masks: str, notes: list[str]) -> Candidat
     """The pictures of a split; notes say what is left out and what its masks are like."""
     candidates, left = Candidates(), Counter[str]()
     candidates.roots, candidates.folders = [root], (pictures, masks)
-    walk(root, f"{pictures}/", -1, candidates, left)
+    add_files(root, f"{pictures}/", -1, candidates, left)
     if left["links"]:
         raise UsageError(f"{root / pictures}: expected files; found {left['links']} links; copy them with `cp -rL`")
     wanted = {candidates[i].mask for i in range(len(candidates))}

@@ -22,7 +22,7 @@ from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.images import PictureRefused, decode_rgb
 from cache_tools.records import printable
-from pipeline import candidates, sources
+from pipeline import candidates, listing
 from pipeline import shard as module
 from pipeline.shard import shard
 
@@ -166,7 +166,7 @@ def test_files_that_change_after_they_were_listed_are_quarantined(canary, monkey
         (source / f"{name}.png").write_bytes(PNG)
 
     def list_and_change(*request):
-        found = sources.list_sources(*request)
+        found = listing.list_sources(*request)
         for name in ("fifo", "folder", "gone", "link"):
             (source / f"{name}.png").unlink()
         os.mkfifo(source / "fifo.png")
@@ -190,7 +190,7 @@ def test_files_that_change_after_they_were_listed_are_quarantined(canary, monkey
 def test_unreadable_pictures_are_refused_and_a_failing_machine_is_named(canary, monkeypatch, number, call):
     (canary / "a").mkdir()
     (canary / "a" / "1.png").write_bytes(PNG)
-    item = sources.list_sources(canary).splits["train"][0]
+    item = listing.list_sources(canary).splits["train"][0]
 
     def failing(*arguments):
         raise OSError(number, os.strerror(number), *([str(arguments[0])] if call == "open" else []))
@@ -210,7 +210,7 @@ def test_an_unreadable_folder_stops_before_any_write(canary, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(sources.os, "scandir", failing)
+    monkeypatch.setattr(listing.os, "scandir", failing)
     with pytest.raises(PermissionError, match="source/a"):
         shard(canary / "source", canary / "out")
     assert not (canary / "out").exists()
@@ -264,8 +264,8 @@ def test_members_in_any_order_and_with_any_name_become_rows(canary, capsys):
 BIG = 8 << 30
 BAD_TARS = {
     "the same name twice": (member("a.png", PNG) * 2, "a.png: duplicate file name"),
-    "duplicates far apart": (member("a.png") + member("b.png") * 1 + member("a.PNG"), "'a' comes twice"),
-    "a label far from its picture": (member("a.png") + member("b.png") + member("a.cls", b"1"), "'a' comes twice"),
+    "duplicates far apart": (member("a.png") + member("b.png") * 1 + member("a.PNG"), "found 'a' twice"),
+    "a label far from its picture": (member("a.png") + member("b.png") + member("a.cls", b"1"), "found 'a' twice"),
     "two labels": (member("a.png") + member("a.cls", b"1") + member("a.cls", b"2"), "a.cls: duplicate file name"),
     "a size of 8 GiB": (member("a.png", PNG) + member("b.png", size=BIG), "does not end inside"),
     "a size of 2^80": (member("a.png", PNG) + member("b.png", size=1 << 80), "does not end inside"),
@@ -276,11 +276,11 @@ BAD_TARS = {
     "a size by pax": (pax("size", "9" * 30) + member("a.png"), "does not end inside"),
     "a long name of 8 GiB": (member("././@LongLink", size=BIG, kind=tarfile.GNUTYPE_LONGNAME), "a header of"),
     "an extended header of 8 GiB": (member("x", size=BIG, kind=tarfile.XHDTYPE), "a header of"),
-    "headers of headers": (member("x", b"y" * 9, kind=tarfile.GNUTYPE_LONGNAME) * 3000, "does not read"),
-    "digits in an extended header": (member("x", b"9" * 5000 + b" a=b\n", kind=tarfile.XHDTYPE), "does not read"),
-    "no tar": (b"not a tar" * 200, "does not read"),
-    "a gzip": (b"\x1f\x8b\x08\0" + bytes(600), "does not read"),
-    "nothing": (b"", "does not read"),
+    "headers of headers": (member("x", b"y" * 9, kind=tarfile.GNUTYPE_LONGNAME) * 3000, "cannot read"),
+    "digits in an extended header": (member("x", b"9" * 5000 + b" a=b\n", kind=tarfile.XHDTYPE), "cannot read"),
+    "no tar": (b"not a tar" * 200, "cannot read"),
+    "a gzip": (b"\x1f\x8b\x08\0" + bytes(600), "cannot read"),
+    "nothing": (b"", "cannot read"),
     "label -2": (member("a.png") + member("a.cls", b"-2"), "a.cls: expected a label"),
     "label 1,000,000": (member("a.png") + member("a.cls", b"1000000"), "a.cls: expected a label"),
     "a label of 5,000 digits": (member("a.png") + member("a.cls", b"9" * 5000), "a.cls: expected a label"),
@@ -314,9 +314,9 @@ def test_a_tar_cut_at_any_byte_is_refused(canary, how_many, tally):
     for cut in cuts:
         path.write_bytes(whole[:cut])
         with pytest.raises(UsageError, match=r"x\.tar"):
-            sources.list_sources(path)
+            listing.list_sources(path)
     path.write_bytes(whole + END)
-    assert len(sources.list_sources(path).splits["train"]) == 3
+    assert len(listing.list_sources(path).splits["train"]) == 3
     tally("tars cut short", inputs=len(cuts), failures=0)
 
 
@@ -328,9 +328,9 @@ def test_tars_of_other_kinds_and_their_listings_are_refused(canary):
     (source / "x.tar").unlink()
     (source / "x.tar").write_bytes(member("a.png", PNG) + member("a.cls", b"1") + END)
     (source / "classes.txt").write_text("one\n")
-    refuse(source, r"classes\.txt: expected one line per class; found 1 and the label 1")
+    refuse(source, r"classes\.txt: expected at least 2 lines, one per class; found 1")
     (source / "classes.txt").write_bytes(b"\xff\xfe\n")
-    refuse(source, r"classes\.txt: expected a class name a line, in UTF-8")
+    refuse(source, r"classes\.txt: expected one class name per line, in UTF-8")
     with open(source / "classes.txt", "wb") as file:
         file.truncate(1 << 40)
     refuse(source, r"classes\.txt: expected a file of at most")
