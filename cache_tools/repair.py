@@ -1,8 +1,10 @@
-"""`verify --repair`: damaged files move to PATH/.run/quarantine; the same `extract` or `shard` makes them again.
+"""`verify --repair`: move damaged files to PATH/.run/quarantine.
 
-Nothing is rewritten here. A CACHE is a pure function of the request: `extract` redoes a shard without a commit,
-finishes a unit without a manifest, and writes cache.json, projection.npy, probe.npy and probe.json where they are
-missing. Commits are moved first: whenever this process dies, no commit vouches for a file that is gone.
+The same `extract` or `shard` command then writes the files again. A CACHE is a pure function of the
+request. `extract` recomputes a shard without a commit and finishes a unit without a manifest. It
+also writes a missing cache.json, projection.npy, probe.npy or probe.json.
+
+Commits are moved first. If this process dies, no commit refers to a file that was moved.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +18,11 @@ from .verify import Problem, Report
 
 @dataclass
 class Repair:
-    """What was moved where (paths below the CACHE or DATASET), what other processes hold, and what to do now."""
+    """The result of a repair.
+
+    `moved` holds paths relative to the CACHE or DATASET. `held` names the shards that other
+    processes hold. `next` is the command to run next.
+    """
 
     quarantine: str
     moved: list[str] = field(default_factory=list)
@@ -24,28 +30,32 @@ class Repair:
     next: str = ""
 
     def lines(self) -> list[str]:
-        """One line per file and per held shard, then what to do."""
+        """Return one line per moved file and per held shard, and the next command."""
         moved = [f"moved {name} to {self.quarantine}" for name in self.moved]
-        return [*moved, *(f"left {name}: a worker holds it" for name in self.held), self.next]
+        held = [f"left {name} in place: a worker holds it" for name in self.held]
+        return [*moved, *held, self.next]
 
 
 def repair(report: Report) -> Repair:
-    """Move what `report` names, and what vouches for it; a shard that a worker holds is left to the worker.
+    """Move the damaged files of `report` and their commits and manifests to the quarantine.
 
-    Raises: OSError. Commits have moved before the files they vouch for; the next repair continues.
+    A shard that a worker holds is left in place.
+
+    Raises: OSError if a file cannot be moved. The next repair continues.
     """
     root = Path(report.path)
     quarantine = work_dir(root) / "quarantine"
     target = quarantine / f"{len(list(quarantine.glob('*'))):06d}"
-    done = Repair(str(target), next=_what_next(root, {problem.what for problem in report.problems}))
+    kinds = {problem.what for problem in report.problems}
+    done = Repair(str(target), next=_next_command(root, kinds))
     for (_, split, shard), group in groupby(sorted(report.problems, key=_place), key=_place):
-        names = [file.relative_to(root) for file in _leaving(root, list(group))]
+        files = _files_to_move(root, list(group))
         if shard < 0:
-            done.moved += [str(name) for name in names if move_durably(root / name, target / name)]
+            done.moved += _move(root, target, files)
             continue
         with try_lock(shard_lock(root, split, shard)) as held:
             if held:
-                done.moved += [str(name) for name in names if move_durably(root / name, target / name)]
+                done.moved += _move(root, target, files)
             else:
                 done.held.append(f"{split} shard {shard}")
     return done
@@ -55,22 +65,31 @@ def _place(problem: Problem) -> tuple[str, str, int]:
     return problem.unit or "", problem.split or "", -1 if problem.shard is None else problem.shard
 
 
-def _leaving(root: Path, problems: list[Problem]) -> list[Path]:
-    """Files to move for the problems of one shard or one unit, in order: commit, manifest, the damaged ones."""
-    first, files = problems[0], [Path(problem.file) for problem in problems if problem.what != "dataset.json"]
-    if first.unit is None:
-        return [*files, root / "probe.json"] if any(problem.what == "probe" for problem in problems) else files
-    vouching = [root / first.unit / "manifest.json"]
-    if first.shard is not None:
-        vouching.insert(0, root / first.unit / "commits" / f"{shard_name(first.shard)}.json")
-    return list(dict.fromkeys([*vouching, *files]))
+def _move(root: Path, target: Path, files: list[Path]) -> list[str]:
+    names = [file.relative_to(root) for file in files]
+    return [str(name) for name in names if move_durably(root / name, target / name)]
 
 
-def _what_next(root: Path, kinds: set[str]) -> str:
-    """What makes the moved files again."""
+def _files_to_move(root: Path, problems: list[Problem]) -> list[Path]:
+    """Return the commit, the manifest and the damaged files of one shard or unit, in this order."""
+    files = [Path(problem.file) for problem in problems if problem.what != "dataset.json"]
+    unit, shard = problems[0].unit, problems[0].shard
+    if unit is None:
+        probe = any(problem.what == "probe" for problem in problems)
+        return [*files, root / "probe.json"] if probe else files
+    records = [root / unit / "manifest.json"]
+    if shard is not None:
+        records.insert(0, root / unit / "commits" / f"{shard_name(shard)}.json")
+    return list(dict.fromkeys([*records, *files]))
+
+
+def _next_command(root: Path, kinds: set[str]) -> str:
+    """Return the command that writes the moved files again."""
     if "dataset.json" in kinds:
-        return "dataset.json cannot be moved: run `mcm-cache shard` on the original pictures into a new folder"
+        new = "run `mcm-cache shard` on the original pictures into a new folder"
+        return f"dataset.json cannot be repaired; {new}"
     if (root / "dataset.json").exists():
-        return f"run the same `mcm-cache shard SOURCE {root}` again: it needs the original pictures"
+        return f"run the same `mcm-cache shard SOURCE {root}` again; it needs the original pictures"
     then = ", then `mcm-cache verify --repair` again" if "cache.json" in kinds else ""
-    return f"run the same `mcm-cache extract` again{then}: damaged shards need the DATASET and the teacher"
+    needs = "damaged shards need the DATASET and the teacher"
+    return f"run the same `mcm-cache extract` again{then}; {needs}"

@@ -1,8 +1,8 @@
-"""`mcm-cache verify`: a DATASET or CACHE against its records; what is wrong, by file, so that `repair` can move it.
+"""`mcm-cache verify`: check a DATASET or CACHE against its records and report each damaged file.
 
-By default, the records decode and are bound to each other, and every committed file has its size
-and its sha256. In a file that differs, the crc32c of each chunk or picture says which of them
-differ. `quick` checks records and sizes alone.
+A full check decodes the records, checks that they refer to each other, and compares the size and
+the sha256 of every committed file. In a file with another sha256, the crc32c of each chunk or
+picture locates the damage. A quick check compares records and sizes only.
 """
 
 import errno
@@ -29,13 +29,17 @@ from .storage import file_sha256
 from .tars import read_picture
 from .zarr_shards import read_chunk
 
-MAX_NAMED = 8  # damaged parts of a file in a message
-_DAMAGE = (errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)  # others say nothing about the bytes
+MAX_NAMED = 8  # maximum number of damaged parts per message
+# Errors of the operating system that mean a damaged file.
+_DAMAGE = (errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A damaged file: `what` is its kind, `unit` such as "train/v0"; with a `shard`, it spoils no other shard."""
+    """A damaged file. `what` is its kind; `unit` is a name such as "train/v0".
+
+    If `shard` is set, the damage affects this shard only.
+    """
 
     text: str
     file: str
@@ -47,7 +51,7 @@ class Problem:
 
 @dataclass
 class Report:
-    """What was checked, in `shards` of `of` shards, and what is wrong."""
+    """The result of a check: `shards` of `of` shards were checked, with these problems."""
 
     path: str
     quick: bool = False
@@ -59,7 +63,7 @@ class Report:
 
     @contextmanager
     def file(self, path: Path, what: str, *place: str | int | None) -> Iterator[None]:
-        """Count `path` as checked, or note as its problem what is raised inside: a damaged file hides no other.
+        """Count `path` as checked. If the block raises, record a problem and continue.
 
         `place` is the split, unit and shard of the file.
         """
@@ -68,43 +72,54 @@ class Report:
         except (CorruptionError, IdentityError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in _DAMAGE:
                 raise
-            self.problems.append(Problem(str(error), str(path), what, *place))  # type: ignore[arg-type]
+            problem = Problem(str(error), str(path), what, *place)  # type: ignore[arg-type]
+            self.problems.append(problem)
         else:
             self.files += 1
 
     def add(self, found: "Report") -> None:
-        """Take up what was found in a shard."""
+        """Add the report of a shard."""
         self.files, self.rows = self.files + found.files, self.rows + found.rows
         self.problems += found.problems
 
 
 class _Part(NamedTuple):
-    """A unit or a split: shards that can be checked each by itself, in any order."""
+    """A unit or a split. Its shards can be checked independently and in any order."""
 
     name: str
     shards: Sequence[int]
     check: Callable[[int], Report]
 
     def drawn(self, share: float, seed: int) -> list[int]:
-        """`share` of the shards, at least one: those of the smallest hashes, so that a larger share holds a smaller."""
-        order = np.argsort(hash_u64(seed, f"verify/{self.name}", np.array(self.shards, np.int64)), kind="stable")
+        """Return a `share` of the shards, at least one.
+
+        The shards with the smallest hashes are drawn, so a larger share contains a smaller one.
+        """
+        hashes = hash_u64(seed, f"verify/{self.name}", np.array(self.shards, np.int64))
+        order = np.argsort(hashes, kind="stable")
         return sorted(self.shards[i] for i in order[: max(1, round(share * len(order)))])
 
 
-def verify(path: Path, quick: bool = False, share: float = 1.0, seed: int = 0, quiet: bool = False) -> Report:
-    """Check a `share` of the shards, drawn by `seed`; damage is reported, not raised.
+def verify(
+    path: Path, quick: bool = False, share: float = 1.0, seed: int = 0, quiet: bool = False
+) -> Report:
+    """Check a `share` of the shards, drawn by `seed`, and return a report of the damage.
 
-    Raises: UsageError when the folder is neither; IdentityError for another format version.
+    Raises: UsageError if `path` is neither a DATASET nor a CACHE; IdentityError if it has another
+    format version.
     """
     if not 0 < share <= 1:
-        raise UsageError("expected a --subset above 0% and up to 100%")
+        raise UsageError(
+            f"--subset: expected more than 0% and at most 100%; found {100 * share:g}%"
+        )
     report = Report(str(path), quick)
     parts = list(_parts(path, report))
     steps = [(part.check, shard) for part in parts for shard in part.drawn(share, seed)]
     report.shards, report.of = len(steps), sum(len(part.shards) for part in parts)
-    # A quick check is Python alone, which threads do not speed up; reads and sha256 overlap.
+    # Threads overlap reads and sha256. A quick check runs Python code only, so it uses one thread.
     threads = 1 if quick else min(8, len(os.sched_getaffinity(0)))
-    with progress(len(steps), f"verify {path}", "shards", quiet=quiet) as bar, ThreadPoolExecutor(threads) as pool:
+    shown = progress(len(steps), f"verify {path}", "shards", quiet=quiet)
+    with shown as bar, ThreadPoolExecutor(threads) as pool:
         for found in (pool.map if threads > 1 else map)(lambda step: step[0](step[1]), steps):
             report.add(found)
             bar.update(1)
@@ -112,22 +127,24 @@ def verify(path: Path, quick: bool = False, share: float = 1.0, seed: int = 0, q
 
 
 def _parts(path: Path, report: Report) -> list[_Part]:
-    """What `path` consists of; files that belong to no shard are checked on the way."""
-    for record, kind in ((path / "cache.json", _cache_parts), (path / "dataset.json", _dataset_parts)):
+    """Return the parts of `path`, after a check of the files that do not belong to a shard."""
+    for name, parts in (("cache.json", _cache_parts), ("dataset.json", _dataset_parts)):
+        record = path / name
         if record.is_file():
             try:
-                return kind(path, report)
-            except CorruptionError as error:  # without it there is nothing to compare the rest with
+                return parts(path, report)
+            except CorruptionError as error:  # the other files are described by this record
                 report.problems.append(Problem(str(error), str(record), record.name))
                 return []
-    raise UsageError(f"{path}: expected a DATASET (dataset.json) or a CACHE (cache.json); found {found_at(path)}")
+    expected = "expected a DATASET (dataset.json) or a CACHE (cache.json)"
+    raise UsageError(f"{path}: {expected}; found {found_at(path)}")
 
 
 def _dataset_parts(path: Path, report: Report) -> list[_Part]:
     dataset, parts = Dataset(path), []
     for split, entry in dataset.record.splits.items():
         info = path / split / "_info.json"
-        if info.is_file():  # where it is missing, `shard` writes it
+        if info.is_file():  # `shard` writes a missing one
             with report.file(info, "_info.json", split):
                 check_bytes(info, info_json(split, entry))
         check = partial(_check_dataset_shard, dataset, report.quick, split)
@@ -144,7 +161,9 @@ def _check_dataset_shard(dataset: Dataset, quick: bool, split: str, shard: int) 
         parts = _damaged_rows(tar, dataset.index(split, shard), row0)
     if entry.targets_sha256:
         with found.file(tar.with_suffix(".targets.npy"), "targets", *place):
-            parts = chain(parts, _damaged_rows(tar, dataset.targets(split, shard), row0, "mask of row"))
+            parts = chain(
+                parts, _damaged_rows(tar, dataset.targets(split, shard), row0, "mask of row")
+            )
     with found.file(tar, "tar", *place):
         _check_file(tar, FileEntry(bytes=entry.tar_bytes, sha256=entry.tar_sha256), quick, parts)
     found.rows = 0 if quick or found.problems else entry.rows
@@ -156,16 +175,16 @@ def _cache_parts(path: Path, report: Report) -> list[_Part]:
     if cache.identity.teacher.projection_sha256:
         with report.file(path / "projection.npy", "projection"):
             cache.projection()
-    if (path / "probe.json").is_file():  # where it is missing, `extract` writes it
+    if (path / "probe.json").is_file():  # `extract` writes a missing one
         with report.file(path / "probe.npy", "probe"):
             read_probe(path)
     for unit in cache.all_units():
-        bound = False  # to a manifest; without a sound one, shards are checked by themselves
+        bound = False  # whether a valid manifest lists the commits
         if unit.complete:
             with report.file(unit.manifest_file, "manifest", unit.split, str(unit)):
                 bound = bool(unit.manifest)
         for file, data in unit.zarr_files().items():
-            if bound or file.exists():  # in an unfinished unit, `extract` writes the missing ones
+            if bound or file.exists():  # in an unfinished unit, `extract` writes a missing one
                 with report.file(file, "zarr.json", unit.split, str(unit)):
                     check_bytes(file, data)
         shards = range(unit.num_shards) if bound else unit.committed()
@@ -181,7 +200,8 @@ def _check_shard(unit: Unit, bound: bool, quick: bool, shard: int) -> Report:
         commit = unit.commit(shard, bound)
         names = {path.relative_to(unit.path).as_posix() for path in paths.values()}
         if commit.files.keys() != names:
-            raise CorruptionError(f"{unit.commit_file(shard)}: expected {sorted(names)}; found {sorted(commit.files)}")
+            expected = f"expected {sorted(names)}; found {sorted(commit.files)}"
+            raise CorruptionError(f"{unit.commit_file(shard)}: {expected}")
     if not found.problems:
         for what, path in paths.items():
             with found.file(path, what, *place):
@@ -192,11 +212,12 @@ def _check_shard(unit: Unit, bound: bool, quick: bool, shard: int) -> Report:
 
 
 def _damaged(unit: Unit, commit: Commit, what: str) -> Iterator[str]:
-    """Yield the chunks of an array or an index, or the rows of a tar, with another crc32c than recorded."""
+    """Yield the chunks of an array or an index, or the rows of a tar, whose crc32c differs."""
     shard = commit.shard
     if what == "views":
-        with suppress(CorruptionError):  # of the index, which is a problem of its own
-            yield from _damaged_rows(unit.tar(shard), unit.index(shard), shard * unit.identity.rows_per_shard)
+        with suppress(CorruptionError):  # a damaged index is reported separately
+            row0 = shard * unit.identity.rows_per_shard
+            yield from _damaged_rows(unit.tar(shard), unit.index(shard), row0)
         return
     checksums = commit.chunk_crc32c[what]
     if what == "index":
@@ -208,7 +229,9 @@ def _damaged(unit: Unit, commit: Commit, what: str) -> Iterator[str]:
     yield from (f"chunk {position}" for position, differs in enumerate(differ) if differs)
 
 
-def _damaged_rows(tar: Path, index: npt.NDArray[np.void], row0: int, what: str = "row") -> Iterator[str]:
+def _damaged_rows(
+    tar: Path, index: npt.NDArray[np.void], row0: int, what: str = "row"
+) -> Iterator[str]:
     rows = enumerate(index, row0)
     return (f"{what} {row}" for row, place in rows if _fails(read_picture, tar, place, row))
 
@@ -224,7 +247,7 @@ def _fails(read: Callable[..., object], *arguments: object) -> bool:
 def _check_file(path: Path, entry: FileEntry, quick: bool, parts: Iterable[str]) -> None:
     """Check the size of a file and, unless `quick`, its sha256.
 
-    Raises: CorruptionError naming the file and its damaged `parts`.
+    Raises: CorruptionError with the path and the damaged `parts` of the file.
     """
     size = path.stat().st_size if path.is_file() else "no file"
     if size != entry.bytes:
@@ -232,5 +255,6 @@ def _check_file(path: Path, entry: FileEntry, quick: bool, parts: Iterable[str])
     if not quick and file_sha256(path) != entry.sha256:
         damaged = list(parts)
         more = f" and {len(damaged) - MAX_NAMED} more" if len(damaged) > MAX_NAMED else ""
-        where = ", ".join(damaged[:MAX_NAMED]) + more or "no part that has a checksum of its own"
-        raise CorruptionError(f"{path}: expected the bytes of the recorded sha256; found others in {where}")
+        where = ", ".join(damaged[:MAX_NAMED]) + more or "not located"
+        found = f"found another; damaged parts: {where}"
+        raise CorruptionError(f"{path}: expected the recorded sha256; {found}")

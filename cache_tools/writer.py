@@ -1,4 +1,4 @@
-"""Writing a CACHE: one shard of one unit at a time, committed whole or absent."""
+"""Write a CACHE, one shard of one unit at a time. A shard is committed whole or absent."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,9 +21,10 @@ from .zarr_shards import shard_writer
 
 @contextmanager
 def unit_writer(unit: Unit, shard: int) -> Iterator["UnitShardWriter"]:
-    """Write one shard of one unit; it is committed whole by `commit`, or absent.
+    """Open the files of one shard of one unit for writing.
 
-    Opening removes the commit (and the manifest) first: from there to `commit`, the shard does not count.
+    The old commit and the manifest are removed first. The shard is absent until
+    `UnitShardWriter.commit` returns.
     """
     remove(unit.manifest_file)
     remove(unit.commit_file(shard))
@@ -33,18 +34,21 @@ def unit_writer(unit: Unit, shard: int) -> Iterator["UnitShardWriter"]:
 
 
 class UnitShardWriter:
-    """What `unit_writer` yields: the open files of one shard of one unit."""
+    """The open files of one shard of one unit. `unit_writer` yields it."""
 
     def __init__(self, unit: Unit, shard: int, stack: ExitStack) -> None:
         self.unit, self.shard, self._stack = unit, shard, stack
         self._tar = stack.enter_context(tar_writer(unit.tar(shard)))
-        specs = unit.specs.items()
-        self._arrays = {name: stack.enter_context(shard_writer(unit.group, spec, shard)) for name, spec in specs}
+        writers = {name: shard_writer(unit.group, spec, shard) for name, spec in unit.specs.items()}
+        self._arrays = {name: stack.enter_context(writer) for name, writer in writers.items()}
         self._index = np.zeros(unit.shard_rows(shard), VIEW_INDEX_DTYPE)
         self._views = 0
 
     def add_view(self, data: bytes, label: int, geometry: Sequence[int]) -> None:
-        """Append the next row's view; geometry is (top, left, height, width, flip, source_height, source_width)."""
+        """Append the view of the next row.
+
+        `geometry` is (top, left, height, width, flip, source_height, source_width).
+        """
         key = row_key(self.shard * self.unit.identity.rows_per_shard + self._views)
         extension = picture_extension(data)
         place = self._tar.add(key, {extension: data, "cls": str(label).encode()}, picture=extension)
@@ -52,7 +56,7 @@ class UnitShardWriter:
         self._views += 1
 
     def add(self, name: str, rows: npt.NDArray[Any]) -> None:
-        """Append rows to an array, whole chunks but for the last call."""
+        """Append rows to an array. Every call but the last must give whole chunks."""
         for start in range(0, len(rows), self.unit.specs[name].chunk_rows):
             self._arrays[name].append(rows[start : start + self.unit.specs[name].chunk_rows])
 
@@ -63,16 +67,18 @@ class UnitShardWriter:
         fidelity: Fidelity,
         fingerprint: Fingerprint,
     ) -> None:
-        """Close and fsync every file, then write the commit that vouches for them."""
+        """Close and fsync every file, then write the commit with their sizes and digests."""
         unit = self.unit
         assert self._views == len(self._index), f"{self._views} views of {len(self._index)}"
         self._stack.close()
         index = encode_npy(self._index)
         write_atomic(unit.index_file(self.shard), index)
-        written = {unit.group / unit.specs[name].shard_file(self.shard): a.file for name, a in self._arrays.items()}
-        written[unit.tar(self.shard)] = self._tar.file
-        entries = {path: FileEntry(bytes=file.bytes, sha256=file.sha256) for path, file in written.items()}
-        entries[unit.index_file(self.shard)] = FileEntry(bytes=len(index), sha256=sha256_hex(index))
+        names = {name: unit.specs[name].shard_file(self.shard) for name in self._arrays}
+        files = {unit.group / names[name]: array.file for name, array in self._arrays.items()}
+        files[unit.tar(self.shard)] = self._tar.file
+        entries = {path: FileEntry(bytes=f.bytes, sha256=f.sha256) for path, f in files.items()}
+        index_entry = FileEntry(bytes=len(index), sha256=sha256_hex(index))
+        entries[unit.index_file(self.shard)] = index_entry
         crc32cs = {name: tuple(array.crc32cs) for name, array in self._arrays.items()}
         crc32cs["index"] = index_crc32cs(self._index)
         record = Commit(
@@ -81,7 +87,7 @@ class UnitShardWriter:
             view=unit.view,
             shard=self.shard,
             rows=len(self._index),
-            files={path.relative_to(unit.path).as_posix(): entry for path, entry in entries.items()},
+            files={path.relative_to(unit.path).as_posix(): one for path, one in entries.items()},
             chunk_crc32c=crc32cs,
             channel_mean=tuple(float(f"{value:.7g}") for value in channel_mean),
             channel_var=tuple(float(f"{value:.7g}") for value in channel_var),
@@ -92,7 +98,9 @@ class UnitShardWriter:
 
 
 def publish_identity(cache: Path, identity: CacheIdentity) -> None:
-    """Write cache.json, or compare with the one that is there; where it was lost, with a commit.
+    """Write cache.json, or compare `identity` with the existing one.
+
+    If cache.json is lost, `identity` is compared with a commit.
 
     Raises: IdentityError with the fields that differ.
     """
@@ -100,10 +108,12 @@ def publish_identity(cache: Path, identity: CacheIdentity) -> None:
     if path.is_file():
         found = differences(identity, read_record(CacheIdentity, path))
         if found:
-            raise IdentityError(f"{cache}: this request is not the cache's (asked != found): {'; '.join(found)}")
+            expected = "expected the request that made this cache (asked != found)"
+            raise IdentityError(f"{cache}: {expected}: {'; '.join(found)}")
     elif commit := next(cache.glob("*/v*/commits/*.json"), None):
         if read_record(Commit, commit).identity_sha256 != record_sha256(identity):
-            raise IdentityError(f"{cache}: expected the request that its commits, such as {commit}, were made by")
+            expected = f"expected the request that made its commits, such as {commit}"
+            raise IdentityError(f"{cache}: {expected}; found another; use the original request")
     publish(path, encode_record(identity))
 
 
@@ -113,12 +123,15 @@ def _publish_arrays(unit: Unit) -> None:
 
 
 def finish_unit(unit: Unit) -> bool:
-    """Write the manifest when every shard has its commit; says whether the unit is complete."""
+    """Write the manifest if every shard has a commit. Return whether the unit is complete."""
     if not unit.complete and len(unit.committed()) == unit.num_shards:
-        _publish_arrays(unit)  # again: `verify --repair` may have moved some away
-        shas = tuple(record_sha256(unit.commit(shard)) for shard in range(unit.num_shards))
+        _publish_arrays(unit)  # `verify --repair` may have moved some of the files
         manifest = Manifest(
-            identity_sha256=unit.identity_sha256, split=unit.split, view=unit.view, rows=unit.rows, commits=shas
+            identity_sha256=unit.identity_sha256,
+            split=unit.split,
+            view=unit.view,
+            rows=unit.rows,
+            commits=tuple(record_sha256(unit.commit(shard)) for shard in range(unit.num_shards)),
         )
         publish(unit.manifest_file, encode_record(manifest))
     return unit.complete

@@ -157,7 +157,7 @@ def test_another_request_cannot_take_the_place_of_a_lost_cache_json(place: Path,
     identity_at(cache)
     mend(cache)
     before = tree_digest(cache)
-    with pytest.raises(IdentityError, match="the request that its commits"):
+    with pytest.raises(IdentityError, match="the request that made its commits"):
         extract(request(place, cache, seed=1))
     assert tree_digest(cache) == before
 

@@ -26,7 +26,7 @@ def flip(path: Path, place: int = -1) -> None:
 def found_in(path: Path) -> dict[str, str]:
     """The name of each damaged file and the parts of it that are named."""
     return {
-        problem.file: problem.text.partition("found others in ")[2] for problem in verify(path, quiet=True).problems
+        problem.file: problem.text.partition("damaged parts: ")[2] for problem in verify(path, quiet=True).problems
     }
 
 
@@ -47,7 +47,7 @@ def test_a_flipped_bit_is_named_by_file_and_chunk(tmp_path: Path, dtype: str, co
         str(patch): "chunk 0",
         str(unit.index_file(0)): "chunk 3",
         str(unit.tar(1)): "row 64",
-        str(unit.group / unit.specs["cls"].shard_file(0)): "no part that has a checksum of its own",
+        str(unit.group / unit.specs["cls"].shard_file(0)): "not located",
     }
     problem = next(problem for problem in verify(path, quiet=True).problems if problem.what == "patch")
     assert (problem.split, problem.unit, problem.shard) == ("train", "train/v0", 1)
