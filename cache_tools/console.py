@@ -1,4 +1,4 @@
-"""What both programs do at a terminal: exit codes, progress, clean stops."""
+"""The terminal behavior of both programs: exit codes, error lines, progress and clean stops."""
 
 import errno
 import functools
@@ -25,11 +25,12 @@ PLAIN_EVERY_S = 10.0
 _PACKAGES = ("cache_tools", "pipeline", "mcm")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FILES = (errno.EMFILE, errno.ENFILE)
-_SCARCE = (*_FULL, *_FILES, errno.ENOMEM, errno.EROFS)  # torch raises a RuntimeError with the text of these
+# Torch raises a RuntimeError that contains the text of one of these error numbers.
+_SCARCE = (*_FULL, *_FILES, errno.ENOMEM, errno.EROFS)
 
 
 def exit_code(error: BaseException) -> int:
-    """The process exit code that stands for `error`."""
+    """Return the exit code of a process that ends with `error`."""
     if isinstance(error, McmError):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
@@ -38,17 +39,18 @@ def exit_code(error: BaseException) -> int:
 
 
 def _is_resource(error: BaseException) -> bool:
-    scarce = isinstance(error, RuntimeError) and any(os.strerror(number) in str(error) for number in _SCARCE)
-    return scarce or isinstance(error, OSError | MemoryError | EOFError) or _is_gpu_memory(error)
+    if isinstance(error, RuntimeError) and any(os.strerror(n) in str(error) for n in _SCARCE):
+        return True
+    return isinstance(error, OSError | MemoryError | EOFError) or _is_gpu_memory(error)
 
 
 def _is_gpu_memory(error: BaseException) -> bool:
-    """Whether this is torch.OutOfMemoryError, by its name: this package does not import torch."""
+    """Return whether `error` is a torch.OutOfMemoryError; torch is not imported to find out."""
     return type(error).__name__ == "OutOfMemoryError"
 
 
 def error_line(error: BaseException) -> str:
-    """One line for the user, control characters escaped."""
+    """Return the message of `error` for the user, as one line without control characters."""
     again = "and run the same command again"
     if isinstance(error, KeyboardInterrupt):
         text = INTERRUPTED
@@ -56,21 +58,27 @@ def error_line(error: BaseException) -> str:
         text = f"{_resource(error)}: {error.strerror or error}"
         if error.errno in _FULL and error.filename:
             text += f", {free_bytes(Path(os.fsdecode(error.filename))) / 1e6:,.0f} MB free"
-        remedy = {**dict.fromkeys(_FULL, "make room"), **dict.fromkeys(_FILES, "raise `ulimit -n`, lower the workers")}
-        text += f"; {remedy.get(error.errno or 0, 'correct that')} {again}"
+        remedies = dict.fromkeys(_FULL, "free disk space")
+        remedies |= dict.fromkeys(_FILES, "raise `ulimit -n` or lower the number of workers")
+        text += f"; {remedies.get(error.errno or 0, 'fix this')} {again}"
     elif _is_gpu_memory(error):
-        text = ". ".join(str(error).split(". ")[:2]) + "; lower train.micro_batch (mcm-train) or --batch (mcm-cache)"
+        text = ". ".join(str(error).split(". ")[:2])
+        text += "; lower train.micro_batch (mcm-train) or --batch (mcm-cache)"
     elif isinstance(error, MemoryError):
-        text = f"memory: {error or 'none is left'}; free some or lower the batch {again}"
+        text = f"memory: {error or 'none is left'}; free memory or lower the batch size {again}"
     elif isinstance(error, EOFError):
-        text = f"a worker process: it ended early ({error}); lower the workers or raise `ulimit -n` {again}"
+        remedy = "lower the number of workers or raise `ulimit -n`"
+        text = f"a worker process ended early ({error}); {remedy} {again}"
     else:
         text = str(error)
     return one_line(text)
 
 
 def _resource(error: OSError) -> str:
-    """What the system's error is about; print, pipes and shared memory name no file."""
+    """Return the resource that an OSError is about.
+
+    Errors of print, pipes and shared memory name no file, so the traceback tells the resource.
+    """
     if error.filename:
         return os.fsdecode(error.filename)
     if error.errno in _FILES:
@@ -81,18 +89,25 @@ def _resource(error: OSError) -> str:
         trace = trace.tb_next
     if any("multiprocessing" in file.parts for file in files):
         return "/dev/shm or a pipe to a worker"
-    return "standard output" if files and files[-1].parent.name in _PACKAGES else f"the system, in {files[-1:]}"
+    if files and files[-1].parent.name in _PACKAGES:
+        return "standard output"
+    caller = f", called from {files[-1]}" if files else ""
+    return f"the operating system{caller}"
 
 
 def one_line(text: str) -> str:
-    """`text` with control characters escaped: names of files may hold any, a terminal obeys some."""
+    """Return `text` with its control characters escaped.
+
+    A file name can contain any of them, and a terminal would act on some.
+    """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager
 def handling(handler: Handler) -> Iterator[None]:
-    """Call `handler` at SIGTERM and Ctrl-C while inside."""
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Call `handler` on SIGTERM and SIGINT (Ctrl-C) inside the block."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
@@ -101,7 +116,10 @@ def handling(handler: Handler) -> Iterator[None]:
 
 
 def _say(text: str, stream: TextIO) -> None:
-    """Print `text` and flush. A stream that is full or closed becomes /dev/null, so that the exit code stays."""
+    """Print `text` and flush the stream.
+
+    A full or closed stream becomes /dev/null, because a later error would change the exit code.
+    """
     try:
         print(text, end="\n" if text else "", file=stream, flush=True)
     except OSError:
@@ -109,23 +127,24 @@ def _say(text: str, stream: TextIO) -> None:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """Warn where a result cannot be written inside the block: what was computed is still printed."""
+def warn_if_not_saved() -> Iterator[None]:
+    """Print a warning if the block cannot write a result; the caller still prints the result."""
     try:
         yield
     except (McmError, OSError) as error:
-        print(f"warning: the result is not kept: {error_line(error)}", file=sys.stderr, flush=True)
+        print(f"warning: the result is not saved: {error_line(error)}", file=sys.stderr, flush=True)
 
 
 def guarded(command: Callable[P, T]) -> Callable[P, T]:
-    """Wrap a command: the user's fault ends in one line on stderr and its exit code, never in a traceback.
+    """Wrap a command: an error of the user prints one line on stderr and sets the exit code.
 
-    SIGTERM and Ctrl-C raise KeyboardInterrupt where no StopFlag is held, and so clean up.
+    Other errors are bugs and keep their traceback. SIGTERM and Ctrl-C raise KeyboardInterrupt
+    outside a StopFlag, so that the command cleans up.
     """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        from .images import ignore_metadata_warnings  # imports numpy, which --help does not need
+        from .images import ignore_metadata_warnings  # it imports numpy, which --help does not need
 
         try:
             with handling(signal.default_int_handler), warnings.catch_warnings():
@@ -138,27 +157,29 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
                 raise
             _say(f"error: {error_line(error)}", sys.stderr)
             _say("", sys.stdout)
-            sys.unraisablehook = lambda _: None  # of objects that a library could not finish making
+            sys.unraisablehook = lambda _: None  # a library may leave incomplete objects behind
             sys.exit(exit_code(error))
 
     return run
 
 
 def print_json(payload: Any) -> None:
-    """The answer of a read command under --json."""
+    """Print the result of a read command as JSON, for --json."""
     print(json.dumps(payload, indent=2, sort_keys=True))
 
 
 class Progress:
-    """How far a long work has come: a bar of `rich` on a terminal, or a line every ten seconds and one at the end."""
+    """The progress of a long command: a bar on a terminal, otherwise one line per ten seconds."""
 
-    def __init__(self, total: int, label: str, unit: str, done: int, show: Callable[..., Any] | None) -> None:
+    def __init__(
+        self, total: int, label: str, unit: str, done: int, show: Callable[..., Any] | None
+    ) -> None:
         self.total, self.label, self.unit, self.done, self.first = total, label, unit, done, done
         self.start = self.last = time.monotonic()
         self.note, self._show = "", show
 
     def update(self, n: int, note: str = "") -> None:
-        """`n` more units are done; `note` is shown behind the rate."""
+        """Add `n` finished units; `note` is shown after the rate."""
         self.done, self.note = self.done + n, note or self.note
         if self._show:
             self._show(completed=self.done, note=self.note)
@@ -169,20 +190,23 @@ class Progress:
         """Print a line with the rate, the remaining time and the note."""
         self.last = time.monotonic()
         rate = (self.done - self.first) / max(self.last - self.start, 1e-9)
-        eta = f", {(self.total - self.done) / rate:.0f} s left" if self.done < self.total and rate else ""
-        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s{eta} {self.note}"
-        print(one_line(text.rstrip()), flush=True)
+        left = self.total - self.done
+        eta = f", {left / rate:.0f} s left" if left > 0 and rate else ""
+        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s{eta}"
+        print(one_line(f"{text} {self.note}".rstrip()), flush=True)
 
 
 @contextmanager
-def progress(total: int, label: str, unit: str, done: int = 0, quiet: bool = False) -> Iterator[Progress]:
-    """Show the progress of a long work; nothing when `quiet` (other ranks)."""
+def progress(
+    total: int, label: str, unit: str, done: int = 0, quiet: bool = False
+) -> Iterator[Progress]:
+    """Show the progress of a long command; `quiet`, which ranks other than 0 set, shows nothing."""
     if not quiet and sys.stdout.isatty():
         from rich import progress as rich
 
-        columns = [rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn()]
-        columns += [rich.TextColumn(unit), rich.TimeRemainingColumn(), rich.TextColumn("{task.fields[note]}")]
-        with rich.Progress(*columns) as bar:
+        text, note = rich.TextColumn("{task.description}"), rich.TextColumn("{task.fields[note]}")
+        numbers = rich.MofNCompleteColumn(), rich.TextColumn(unit), rich.TimeRemainingColumn()
+        with rich.Progress(text, rich.BarColumn(), *numbers, note) as bar:
             task = bar.add_task(one_line(label), total=total, completed=done, note="")
             yield Progress(total, label, unit, done, functools.partial(bar.update, task))
     elif quiet:
@@ -193,9 +217,10 @@ def progress(total: int, label: str, unit: str, done: int = 0, quiet: bool = Fal
 
 
 class StopFlag:
-    """SIGTERM and Ctrl-C ask for a stop at the next safe point; a second Ctrl-C exits at once.
+    """A flag that SIGTERM or Ctrl-C sets, to stop at the next safe point.
 
-    The first signal prints `then`, what happens next; "" prints nothing, for all ranks but the main one.
+    A second Ctrl-C exits at once. The first signal prints `then`, which says what happens next.
+    Ranks other than 0 pass "", which prints nothing.
     """
 
     def __init__(self, then: str = "") -> None:
@@ -208,9 +233,10 @@ class StopFlag:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             os._exit(Interrupted.exit_code)
-        if self.then and not self.requested:  # not by print: the signal may have interrupted one
+        if self.then and not self.requested:
+            text = f"\nstopping: {self.then}; press Ctrl-C again to stop at once\n"
             with suppress(OSError):
-                os.write(2, f"\nstopping: {self.then}; press Ctrl-C again to stop at once\n".encode())
+                os.write(2, text.encode())  # the signal may have interrupted a print
         self.requested = True
 
     def __exit__(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""Strict records, canonical JSON with its own sha256, and TOML configuration."""
+"""Strict records, canonical JSON that contains its own sha256, and TOML configuration."""
 
 import difflib
 import hashlib
@@ -16,25 +16,28 @@ import tomli_w
 from .errors import CorruptionError, IdentityError, McmError, UsageError, found_at
 from .storage import naming
 
-MAX_RECORD_BYTES = 64 << 20  # the manifest of a million shards is smaller
-MAX_CONFIG_BYTES = 64 << 10  # tomllib needs the square of a dotted key: 2 s here
-MAX_MISFITS = 20  # fields in a message
-MAX_SHOWN = 200  # characters of a value in a message
+MAX_RECORD_BYTES = 64 << 20  # more than the manifest of a million shards
+MAX_CONFIG_BYTES = 64 << 10  # tomllib takes quadratic time for a dotted key: 2 s at this size
+MAX_FIELD_ERRORS = 20  # in one message
+MAX_SHOWN = 200  # characters of a value in one message
 _PACKAGE = Path(__file__).parent
 
 
 class Record(pydantic.BaseModel):
-    """Base of every record: typed strictly, closed to unknown fields, immutable.
+    """The base of every record: strict types, no unknown fields, immutable.
 
-    `exclusive` names keys of which one is given: an override of one clears the others.
+    `exclusive` names keys that exclude each other: an override of one clears the others.
     """
 
     exclusive: ClassVar[tuple[str, ...]] = ()
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False
+    )
 
 
 R = TypeVar("R", bound=Record)
-# What numbers and names in a record may be: no shape overflows, nothing is divided by 0, no name leaves its folder.
+# The limits of numbers and names in a record. They rule out an overflow of a shape, a division by 0
+# and a name that leaves its folder.
 Amount = Annotated[int, pydantic.Field(ge=0, le=1 << 40)]
 Count = Annotated[int, pydantic.Field(ge=1, le=1 << 40)]
 Checksum = Annotated[int, pydantic.Field(ge=0, lt=1 << 32)]
@@ -42,26 +45,32 @@ SplitName = Annotated[str, pydantic.Field(pattern="^[A-Za-z0-9_]{1,64}$")]
 
 
 def printable(text: str) -> str:
-    """`text` in characters that UTF-8 has: bytes of a file name that are not UTF-8 become backslash escapes."""
+    """Return `text` with backslash escapes for the bytes of a file name that are not UTF-8."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def check_utf8(path: str | Path) -> None:
-    """Raises: UsageError if `path` is not UTF-8: TensorBoard, safetensors and timm open no other."""
+    """Check that `path` is UTF-8, because TensorBoard, safetensors and timm require it.
+
+    Raises: UsageError if it is not.
+    """
     if (shown := printable(str(path))) != str(path):
-        raise UsageError(f"{shown}: expected a path in UTF-8; rename it, or give a link to it by another name")
+        remedy = "rename it, or use a link to it with a name in UTF-8"
+        raise UsageError(f"{shown}: expected a path in UTF-8; found other bytes; {remedy}")
 
 
-Text = Annotated[str, pydantic.BeforeValidator(printable)]  # a name from the file system or the command line
+# A name from the file system or the command line.
+Text = Annotated[str, pydantic.BeforeValidator(printable)]
 
 
 def sha256_hex(data: bytes) -> str:
-    """Hex sha256 of `data`."""
+    """Return the hex sha256 of `data`."""
     return hashlib.sha256(data).hexdigest()
 
 
 def _canonical(payload: dict[str, Any]) -> bytes:
-    return json.dumps(payload, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+    text = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode()
 
 
 def _sealed(payload: dict[str, Any]) -> bytes:
@@ -69,90 +78,104 @@ def _sealed(payload: dict[str, Any]) -> bytes:
 
 
 def record_sha256(record: Record) -> str:
-    """Digest of the record's canonical JSON: the value of its own `sha256` key on disk."""
+    """Return the sha256 of the record's canonical JSON: the value of its `sha256` key on disk."""
     return sha256_hex(_canonical(record.model_dump(mode="json")))
 
 
 def encode_record(record: Record) -> bytes:
-    """Canonical JSON: sorted keys, one line, with the sha256 of all the rest under "sha256"."""
+    """Return canonical JSON: one line, sorted keys, and the sha256 of the others as `sha256`."""
     return _sealed(record.model_dump(mode="json"))
 
 
 def decode_record(cls: type[R], data: bytes, where: str | Path) -> R:
-    """The record in `data`.
+    """Return the record in `data`; `where` names its file in errors.
 
-    Raises: CorruptionError when the bytes are not canonical JSON that agrees with its own sha256; IdentityError for
-    another format version and for fields that do not fit: a record that is whole is not damaged but foreign.
+    Raises: CorruptionError if `data` is not canonical JSON that matches its own sha256.
+    IdentityError if the format version or a field is not that of this software. Such a record is
+    not damaged, because its sha256 matches; other software wrote it.
     """
     try:
         payload = json.loads(data)
         del payload["sha256"]
-        whole = _sealed(payload)
+        canonical = _sealed(payload)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CorruptionError(f"{where}: expected a JSON record with its sha256; found {error!r}") from error
-    if whole != data:
-        raise CorruptionError(f"{where}: expected bytes that agree with the sha256 inside; they do not; restore it")
+        message = f"{where}: expected a JSON record with its sha256; found {error!r}"
+        raise CorruptionError(message) from error
+    if canonical != data:
+        expected = "expected bytes that match their own sha256"
+        raise CorruptionError(f"{where}: {expected}; found other bytes; restore the file")
     version = cls.model_fields.get("version")
     if version and payload.get("version") != version.default:
         found = f"expected format version {version.default}; found {payload.get('version')}"
-        raise IdentityError(f"{where}: {found}; use the software of that version")
+        raise IdentityError(f"{where}: {found}; use the software that wrote it")
     try:
         record = cls.model_validate_json(_canonical(payload))
     except pydantic.ValidationError as error:
-        odd = "; ".join(map(_misfit, error.errors()[:MAX_MISFITS]))
-        raise IdentityError(f"{where}: not a {cls.__name__} of this software (asked != found): {odd}") from error
-    if encode_record(record) != data:  # true for 1, 1 for 1.0: what we hold would have another digest
-        raise IdentityError(f"{where}: not a {cls.__name__} as this software writes it: a value is of another type")
+        fields = "; ".join(map(_field_error, error.errors()[:MAX_FIELD_ERRORS]))
+        expected = f"expected a {cls.__name__} of this software (asked != found)"
+        raise IdentityError(f"{where}: {expected}: {fields}") from error
+    if encode_record(record) != data:  # true for 1, or 1 for 1.0: the digests would differ
+        expected = f"expected a {cls.__name__} as this software writes it"
+        raise IdentityError(f"{where}: {expected}; found a value of another type")
     return record
 
 
-def _misfit(detail: Any) -> str:
-    """`field: asked != found` of one of pydantic's errors."""
+def _field_error(detail: Any) -> str:
+    """Return `field: asked != found` for one error of pydantic."""
     asked = detail.get("ctx", {}).get("expected", detail["msg"])
     found = {"missing": "nothing"}.get(detail["type"], f"{detail['input']!r:.200}")
     return f"{_location(detail['loc'])}: {asked} != {found}"
 
 
 def read_record(cls: type[R], path: Path) -> R:
-    """`decode_record` of a file; a missing one raises FileNotFoundError."""
+    """Return the record in the file `path`.
+
+    Raises: FileNotFoundError, and the errors of `decode_record`.
+    """
     return decode_record(cls, read_capped(path), path)
 
 
-def read_capped(path: Path, limit: int = MAX_RECORD_BYTES, error: type[McmError] = CorruptionError) -> bytes:
-    """The bytes of a file that somebody else may have made: nothing is read of a FIFO, or of more than `limit` bytes.
+def read_capped(
+    path: Path, limit: int = MAX_RECORD_BYTES, error: type[McmError] = CorruptionError
+) -> bytes:
+    """Return the bytes of an untrusted file.
 
-    Raises: `error` for those; FileNotFoundError.
+    Raises: `error` if the file is not a regular file or has more than `limit` bytes, before it is
+    read; FileNotFoundError.
     """
     with naming(path), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-            raise error(f"{path}: expected a file of at most {limit} bytes; found {status.st_size}, or no regular file")
+            found = f"found {status.st_size} bytes or a special file"
+            raise error(f"{path}: expected a regular file of at most {limit} bytes; {found}")
         return file.read(status.st_size)
 
 
 def read_json(path: Path, error: type[McmError] = CorruptionError) -> dict[str, Any]:
-    """A JSON object that is no record of ours; Raises: `error`."""
+    """Return the JSON object in a file that is not a record.
+
+    Raises: `error` if the file holds anything else; FileNotFoundError.
+    """
     try:
         found = json.loads(read_capped(path, error=error))
     except (ValueError, RecursionError) as problem:
-        raise error(f"{path}: expected a JSON object; it does not read: {problem}") from problem
+        raise error(f"{path}: expected a JSON object; it cannot be parsed: {problem}") from problem
     if not isinstance(found, dict):
         raise error(f"{path}: expected a JSON object; found {type(found).__name__}")
     return found
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the closest of `words`, or an empty string."""
+    """Return `"; did you mean 'x'?"` with the closest of `words`, or an empty string."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def differences(ours: Record, theirs: Record) -> list[str]:
-    """`field: ours != theirs` for every leaf that differs."""
-    ours_flat, theirs_flat = dict(_leaves(ours.model_dump(mode="json"))), dict(_leaves(theirs.model_dump(mode="json")))
-    keys = sorted(ours_flat.keys() | theirs_flat.keys())
-    pairs = ((key, ours_flat.get(key), theirs_flat.get(key)) for key in keys)
-    return [f"{key}: {left!r} != {right!r}" for key, left, right in pairs if left != right]
+    """Return `field: ours != theirs` for each leaf that differs."""
+    left, right = (dict(_leaves(record.model_dump(mode="json"))) for record in (ours, theirs))
+    pairs = ((key, left.get(key), right.get(key)) for key in sorted(left.keys() | right.keys()))
+    return [f"{key}: {one!r} != {other!r}" for key, one, other in pairs if one != other]
 
 
 def _leaves(payload: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -164,9 +187,12 @@ def _leaves(payload: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def config_file(name: str) -> Path:
-    """The TOML file called `name`: a path, or the name of a shipped one such as "pretrain/demo".
+    """Return the TOML file called `name`: a path, or the name of a shipped file ("pretrain/demo").
 
-    Shipped files lie inside the installed wheel, or in configs/ of a checkout (known by its pyproject.toml).
+    The shipped files are in the installed wheel, or in configs/ of a checkout, which has a
+    pyproject.toml.
+
+    Raises: UsageError if there is no such file.
     """
     if Path(name).is_file():
         return Path(name)
@@ -176,26 +202,32 @@ def config_file(name: str) -> Path:
     for root in roots:
         if (root / f"{name}.toml").is_file():
             return root / f"{name}.toml"
-    names = {path.relative_to(root).with_suffix("").as_posix() for root in roots for path in root.rglob("*.toml")}
+    files = [path.relative_to(root) for root in roots for path in root.rglob("*.toml")]
+    names = {file.with_suffix("").as_posix() for file in files}
     shipped = f"{', '.join(sorted(names))}{nearest(name, names)}"
-    raise UsageError(f"config {name!r}: expected a TOML file or one of {shipped}; found {found_at(name)}")
+    expected = f"expected a TOML file or one of {shipped}"
+    raise UsageError(f"config {name!r}: {expected}; found {found_at(name)}")
 
 
 def load_toml(
-    cls: type[R], path: Path | None, overrides: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+    cls: type[R],
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
 ) -> R:
-    """The configuration in `path` with `section.key=value` overrides (values in TOML syntax; bare words are strings).
+    """Return the configuration in `path`, with `flags` and then `overrides` applied.
 
-    An empty value is None where the key is optional.
+    `flags` maps keys to the values of command line options; with them, `path` may be None.
+    An override is `section.key=value`. The value has TOML syntax, but a bare word is a string, and
+    an empty value of an optional key is None.
 
-    `flags` are values of keys that the command line names by options of its own; `path` may be None with them.
-
-    Raises: UsageError naming the key, what was expected and the nearest known key.
+    Raises: UsageError with the key, the expected value and the nearest known key.
     """
     try:
-        payload = tomllib.loads(read_capped(path, MAX_CONFIG_BYTES, UsageError).decode()) if path else {}
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise UsageError(f"{path}: not valid TOML: {error}") from error
+        data = read_capped(path, MAX_CONFIG_BYTES, UsageError) if path else b""
+        payload = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:  # errors of TOML and UTF-8 are ValueErrors
+        raise UsageError(f"{path}: expected valid TOML; it cannot be parsed: {error}") from error
     payload |= flags or {}
     where = path or "the command line"
     for override in overrides:
@@ -203,11 +235,13 @@ def load_toml(
     try:
         for value in payload.values():
             check_utf8(str(value))
-        return cls.model_validate_json(json.dumps(payload, default=str))  # a date of TOML's is then no number either
+        # As a string, a TOML date is not valid as a number.
+        return cls.model_validate_json(json.dumps(payload, default=str))
     except RecursionError as error:
-        raise UsageError(f"{where}: expected sections of values; found tables in tables in tables") from error
+        message = f"{where}: expected sections with values; found tables that are nested too deeply"
+        raise UsageError(message) from error
     except pydantic.ValidationError as error:
-        # A misspelled key shows as one unknown and one missing: the unknown one tells more.
+        # A misspelled key gives an unknown key and a missing key: report the unknown one.
         first = min(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
         raise UsageError(f"{where}: {_explain(cls, first)}") from error
 
@@ -220,7 +254,7 @@ def _override(cls: type[Record], payload: dict[str, Any], override: str) -> None
     for section in sections:
         payload, cls = payload.setdefault(section, {}), _section(cls, section)
         if not isinstance(payload, dict):
-            raise UsageError(f"--set {override!r}: {section!r} is a value, not a section")
+            raise UsageError(f"--set {override!r}: expected a section; found the value {section!r}")
     try:
         payload[key] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -230,15 +264,15 @@ def _override(cls: type[Record], payload: dict[str, Any], override: str) -> None
 
 
 def _kinds(cls: type[Record], key: str) -> tuple[Any, ...]:
-    """The type of a field, and the types that it is made of."""
+    """Return the type of a field and its type arguments, or () for an unknown field."""
     field = cls.model_fields.get(key)
     return (field.annotation, *get_args(field.annotation)) if field else ()
 
 
 def _section(cls: type[Record], key: str) -> type[Record]:
-    """The record that a section holds; Record itself, which has no keys, where it holds none."""
-    kinds = (kind for kind in _kinds(cls, key) if isinstance(kind, type) and issubclass(kind, Record))
-    return next(kinds, Record)
+    """Return the record class of a section, or Record, which has no keys, if there is none."""
+    kinds = (kind for kind in _kinds(cls, key) if isinstance(kind, type))
+    return next((kind for kind in kinds if issubclass(kind, Record)), Record)
 
 
 def _known_keys(cls: type[Record], prefix: str = "") -> list[str]:
@@ -249,7 +283,7 @@ def _known_keys(cls: type[Record], prefix: str = "") -> list[str]:
 
 
 def _location(loc: Sequence[int | str]) -> str:
-    return ".".join(map(str, loc)) or "the whole"
+    return ".".join(map(str, loc)) or "top level"
 
 
 def _explain(cls: type[Record], detail: Any) -> str:
@@ -259,11 +293,11 @@ def _explain(cls: type[Record], detail: Any) -> str:
             return f"unknown key '{where}'{nearest(where, _known_keys(cls))}"
         case "missing":
             return f"missing key '{where}'"
-        case "value_error":  # a rule of ours: it names keys and values itself
+        case "value_error":  # a validator of this software; its message names the keys and values
             return message
     return f"{where}: {message}; found {repr(detail['input'])[:MAX_SHOWN]}"
 
 
 def write_toml(record: Record) -> str:
-    """The record as TOML text that `load_toml` reads back; keys that are None are left out."""
+    """Return the record as TOML text that `load_toml` reads; keys that are None are left out."""
     return tomli_w.dumps(record.model_dump(mode="json", exclude_none=True))

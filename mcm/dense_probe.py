@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cache_tools.console import kept, progress
+from cache_tools.console import progress, warn_if_not_saved
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.labels import IGNORED, Mask
@@ -209,7 +209,7 @@ def dense_probe(
         found = scores(_confusion(prober, encode, weight_KD, bias_K))
         results.append(DenseResult(**found, **fitted, input=kind, fold_scale=s, **facts))
         if run.is_file():
-            with kept():
+            with warn_if_not_saved():
                 name = record_name(kind, dataset.sha256, seed, untrained)
                 write_atomic(run.parent / "dense" / name, encode_record(results[-1]))
     return results

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import pydantic
 
 from cache_tools.cache import Cache
-from cache_tools.console import kept
+from cache_tools.console import warn_if_not_saved
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.records import Record, Text, encode_record, nearest, read_record
@@ -158,7 +158,7 @@ def _score(train: Features, val: Features, methods: Sequence[str], **facts: Any)
 def _store(path: Path, result: ProbeResult) -> ProbeResult:
     """Write the result, or warn that it is not kept; the other method's number stays where nothing else has changed."""
     empty: dict[str, Any] = dict.fromkeys(("knn", "linear", "linear_c", "linear_converged"))
-    with kept():
+    with warn_if_not_saved():
         if path.is_file():
             old = read_record(ProbeResult, path)
             if old.model_copy(update=empty) == result.model_copy(update=empty):

@@ -141,7 +141,7 @@ COMMAND = "from pipeline.cli import app; app(['info', '{}'])"
     [
         ("tests/data/dataset-v1", ">&-", 0, ""),
         ("tests/data/dataset-v1", "<&- >&- 2>&-", 0, ""),
-        ("tests/data/dataset-v1", ">/dev/full", 7, "error: standard output: No space left on device; make room"),
+        ("tests/data/dataset-v1", ">/dev/full", 7, "error: standard output: No space left on device"),
         ("nowhere", "2>/dev/full", 2, ""),
         ("nowhere", "2>&-", 2, ""),
     ],
@@ -180,8 +180,8 @@ def test_paths_that_are_not_utf8_are_refused_or_escaped(tmp_path: Path) -> None:
         (OSError(errno.EMFILE, "Too many open files"), "open files: Too many open files; raise `ulimit -n`"),
         (OSError(errno.ENOSPC, "No space", "/dev/shm/x"), "/dev/shm/x: No space, "),
         (RuntimeError("unable to open shared memory: Read-only file system (30)"), "unable to open shared memory"),
-        (MemoryError("Unable to allocate 3 GiB"), "memory: Unable to allocate 3 GiB; free some"),
-        (EOFError(), "a worker process: it ended early"),
+        (MemoryError("Unable to allocate 3 GiB"), "memory: Unable to allocate 3 GiB; free memory"),
+        (EOFError(), "a worker process ended early"),
     ],
 )
 def test_scarce_resources_are_named(error: Exception, said: str) -> None:

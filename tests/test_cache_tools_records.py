@@ -75,10 +75,10 @@ def test_toml_overrides_and_back(tmp_path: Path) -> None:
         ("steps = 3\n[inner]\nlrr = 1\n", [], "unknown key 'inner.lrr'; did you mean 'inner.lr'"),
         ("step = 3\n", [], "did you mean 'steps'"),
         ("", [], "missing key 'steps'"),
-        ("steps = 3\nsteps = 4\n", [], "not valid TOML"),
+        ("steps = 3\nsteps = 4\n", [], "expected valid TOML"),
         ("steps = 'three'\n", [], "steps: .* found 'three'"),
         ("steps = 3\n", ["inner.lr"], "expected key=value"),
-        ("steps = 3\n", ["steps.x=1"], "is a value, not a section"),
+        ("steps = 3\n", ["steps.x=1"], "expected a section; found the value 'steps'"),
     ],
 )
 def test_configuration_errors(tmp_path: Path, text: str, overrides: list[str], said: str) -> None:

@@ -80,7 +80,7 @@ def test_a_result_that_cannot_be_kept_is_given_with_a_warning(obstacle, data, tm
         (run / "probe").write_text("")
     found = CliRunner().invoke(app, [*args, "--input", "full", "--workers", "0", "--json"])
     assert found.exit_code == 0 and json.loads(found.stdout)[0]["knn"] == kept.knn
-    assert f"warning: the result is not kept: {run / 'probe'}" in found.stderr
+    assert f"warning: the result is not saved: {run / 'probe'}" in found.stderr
 
 
 def test_classes_of_one_row_leave_knn_alone(tmp_path, capsys):

@@ -136,7 +136,7 @@ def test_a_record_has_one_form_and_its_own_digest() -> None:
     data = encode_record(identity)
     spaced = json.dumps(json.loads(data)).encode() + b"\n"
     for other in (spaced, data[:-1], data + b"\n", data.replace(b'"seed":0', b'"seed":1')):
-        with pytest.raises(CorruptionError, match="bytes that agree"):
+        with pytest.raises(CorruptionError, match="bytes that match their own sha256"):
             decode_record(type(identity), other, "here")
 
 

@@ -333,7 +333,7 @@ def test_tars_of_other_kinds_and_their_listings_are_refused(canary):
     refuse(source, r"classes\.txt: expected one class name per line, in UTF-8")
     with open(source / "classes.txt", "wb") as file:
         file.truncate(1 << 40)
-    refuse(source, r"classes\.txt: expected a file of at most")
+    refuse(source, r"classes\.txt: expected a regular file of at most")
     (source / "classes.txt").unlink()
     for text in ("[" * 100_000, '{"splits": {"train": {"filenames": 7}}}', '{"splits": 1}', "\ud800", "NaN"):
         (source / "_info.json").write_text(text, errors="surrogatepass")
