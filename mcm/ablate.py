@@ -1,6 +1,7 @@
-"""`mcm-train ablate`: the rows of a plan, each as commands of `mcm-train`, and one table of them.
+"""Ablations: run each row of a plan as commands of `mcm-train`, and collect one table.
 
-Several processes share a plan by one lock per run folder: start the same command once per GPU.
+Several processes can share one plan: start the same command once per GPU. Each run folder has a
+lock.
 """
 
 import json
@@ -27,22 +28,24 @@ from mcm.probe import ProbeResult, check_kind, labelled, record_name
 from mcm.report import FIT, MINUTES, ablation_lines, fine_tuned, held_out, markdown, probed, report
 from mcm.run_dir import ExitRecord, read_metrics, recorded, software
 
-UNDERFITTED = 0.2  # held-out R^2; below it, an accuracy says little about the target
-WAIT_S = 2.0  # between two looks at the runs of other processes
-# `mcm-train` as a process that saves and stops when the ablation ends, whatever that died of.
+UNDERFITTED = 0.2  # held-out R^2 below which an accuracy says little about the target
+WAIT_S = 2.0  # seconds between two checks of the runs of other processes
+# Runs `mcm-train` as a process that saves and stops when the ablation ends for any reason.
 COMMAND = """
 from mcm.cli import app
 from cache_tools.processes import stop_with_launcher
 stop_with_launcher()
 app()
 """
-MARKS = {"Collapsed": "collapsed", "Diverged": "diverged"}  # an error of exit.json to its mark
+MARKS = {"Collapsed": "collapsed", "Diverged": "diverged"}  # an error in exit.json to its mark
 
 
 class Row(Record):
-    """A line of the table: `set` changes the base; `cache` names another cache beside CACHE.
+    """A row of the table.
 
-    A row with an `init`, "random" or timm:NAME, is not pre-trained; `set` changes its fine-tuning.
+    `set` overrides the base configuration. `cache` names another cache in the folder of CACHE.
+    A row with an `init`, "random" or timm:NAME, is not pre-trained.
+    Its `set` overrides the fine-tuning configuration.
     """
 
     set: tuple[str, ...] = ()
@@ -52,9 +55,9 @@ class Row(Record):
 
 
 class Plan(Record):
-    """What is compared. `set` changes the base of every row.
+    """The rows to compare; `set` overrides the base configuration of every row.
 
-    With `lr`, every row that is pre-trained becomes one row per learning rate.
+    With `lr`, each pre-trained row becomes one row per learning rate.
     """
 
     note: str = ""
@@ -73,15 +76,17 @@ class Plan(Record):
             for lr in self.lr if self.lr and not row.init else (None,):
                 rate = () if lr is None else (f"optim.lr={lr}",)
                 changes = row.set if row.init else (*self.set, *row.set, *rate)
-                rows[name + (f", lr {lr:g}" if rate else "")] = row.model_copy(
-                    update={"set": changes, "finetune": row.finetune or self.finetune}
-                )
+                update = {"set": changes, "finetune": row.finetune or self.finetune}
+                rows[name + (f", lr {lr:g}" if rate else "")] = row.model_copy(update=update)
         return rows
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command of `mcm-train` that writes to the folder `run`; `key` has digests for its paths."""
+    """A command of `mcm-train` that writes to the folder `run`.
+
+    `key` is the command with a digest in place of each path.
+    """
 
     run: Path
     args: tuple[str, ...]
@@ -90,23 +95,25 @@ class Step:
 
     @property
     def record(self) -> Path:
-        """Return the path of the file that is written once the step is done; the file holds the mark."""
+        """Return the path of the file that marks the step as done; the file holds the mark."""
         return work_dir(self.run) / "ablate" / f"{self.args[0]}-{sha256_hex(self.key.encode())}"
 
     @property
     def mark(self) -> str | None:
-        """Return "" for a step that is done, why a training cannot go on, or None for a step that is left."""
+        """Return "" for a finished step, the reason of a failed one, or None for an open step."""
         done = self.record.is_file() and all(file.is_file() for file in self.files)
         return self.record.read_text() if done else None
 
 
 class Ablation:
-    """A plan in the folder `out`, which holds run folders in runs/ and finetune/."""
+    """The steps of a plan; the folder `out` holds the run folders in runs/ and finetune/."""
 
-    def __init__(self, plan: Plan, cache: Path, data: Path, out: Path, weights: Path | None, workers: int) -> None:
+    def __init__(
+        self, plan: Plan, cache: Path, data: Path, out: Path, weights: Path | None, workers: int
+    ) -> None:
         """Read every configuration, cache and dataset before a command runs.
 
-        Raises: UsageError.
+        Raises: UsageError for one that is invalid.
         """
         check_output(out, "an ablation")
         self.plan, self.rows = plan, plan.all_rows()
@@ -115,32 +122,37 @@ class Ablation:
         for kind in plan.inputs:
             check_kind(kind)
         for name in self.rows:
-            if len(twins := [other for other in self.rows if _folder(other, 0) == _folder(name, 0)]) > 1:
-                raise UsageError(f"the plan: expected rows with folders of their own; found {twins}; rename one")
+            twins = [other for other in self.rows if _folder(other, 0) == _folder(name, 0)]
+            if len(twins) > 1:
+                expected = "expected row names that give different folders"
+                raise UsageError(f"the plan: {expected}; found {twins}; rename one")
         self.digests = {str(data): labelled(Dataset(data)).sha256}
         if weights is not None:
             file, chosen = weights_file(weights)
             self.digests[str(weights)] = f"{file_sha256(file)}{chosen}"
-        self.digests |= {str(path): Cache(path).sha256 for path in map(self._cache_of, self.rows.values())}
-        base = config_file(plan.base)
-        self.configs = {n: load_toml(PretrainConfig, base, row.set) for n, row in self.rows.items() if not row.init}
-        self.first = next(iter(self.configs), "")  # "random" is what this row began with
+        caches = map(self._cache_of, self.rows.values())
+        self.digests |= {str(path): Cache(path).sha256 for path in caches}
+        base, trained = config_file(plan.base), {n: r for n, r in self.rows.items() if not r.init}
+        self.configs = {n: load_toml(PretrainConfig, base, r.set) for n, r in trained.items()}
+        self.first = next(iter(self.configs), "")  # "random" means the initial weights of this row
         teacher = work_dir(cache) / "probe.json"
         self.teacher = self._step(out, "probe", cache, "--features", "mean", files=(teacher,))
-        self.steps = {(name, seed): list(self._steps(name, seed)) for seed in plan.seeds for name in self.rows}
+        keys = [(name, seed) for seed in plan.seeds for name in self.rows]
+        self.steps = {key: list(self._steps(*key)) for key in keys}
 
     def _cache_of(self, row: Row) -> Path:
         return self.cache.parent / row.cache if row.cache else self.cache
 
     def _steps(self, name: str, seed: int) -> Iterator[Step]:
-        """The commands of a row in order."""
+        """Yield the commands of a row in order."""
         row, init, seeded = self.rows[name], self.rows[name].init, ("--set", f"train.seed={seed}")
         if source := self.first if init == "random" else "" if init else name:
             trained, run = self.rows[source], self.out / "runs" / _folder(source, seed)
             paths = ("--cache", self._cache_of(trained), "--out", run)
             yield self._step(run, "pretrain", self.plan.base, *paths, *_sets(trained.set), *seeded)
             kinds = self.plan.inputs if self.configs[source].mask.mode != "none" else ("full",)
-            names = [record_name(kind, self.digests[str(self.data)], 0, bool(init)) for kind in kinds]
+            data = self.digests[str(self.data)]
+            names = [record_name(kind, data, 0, bool(init)) for kind in kinds]
             options = [*(f"--input={kind}" for kind in kinds), *["--untrained"] * bool(init)]
             files = tuple(run / "probe" / name for name in names)
             yield self._step(run, "probe", run, "--data", self.data, *options, files=files)
@@ -149,25 +161,27 @@ class Ablation:
         if row.finetune:
             changes = row.set if row.init else ()
             load_toml(FinetuneConfig, config_file(row.finetune), changes)
-            weights = ("--weights", self.weights) if self.weights and init.startswith("timm:") else ()
+            is_given = self.weights and init.startswith("timm:")
+            weights = ("--weights", self.weights) if is_given else ()
             run = self.out / "finetune" / _folder(name, seed)
             paths = ("--data", self.data, "--init", init, *weights, "--out", run)
             yield self._step(run, "finetune", row.finetune, *paths, *_sets(changes), *seeded)
         elif init.startswith("timm:"):
-            raise UsageError(f"the plan: expected a `finetune` for rows.{name}, which has an init; found none")
+            expected = f"expected a `finetune` for rows.{name}, because it has an `init`"
+            raise UsageError(f"the plan: {expected}; found none; add one to the row or the plan")
 
     def _step(self, run: Path, *parts: object, files: tuple[Path, ...] = ()) -> Step:
         args, digests = tuple(map(str, parts)), self.digests | {str(run): run.name}
         return Step(run, args, " ".join(digests.get(arg, arg) for arg in args), files)
 
     def run(self) -> None:
-        """Run every row with the first seed, then with the next, and wait for other processes."""
+        """Run every row, one seed after another; wait for steps that other processes run."""
         left = [[self.teacher], *self.steps.values()]
         while left := [steps for steps in left if not self._advance(steps)]:
             time.sleep(WAIT_S)
 
     def _advance(self, steps: list[Step]) -> bool:
-        """Run the steps that are left; returns False when another process works on one."""
+        """Run the open steps of a row; return False when another process runs one of them."""
         for step in steps:
             if step.mark is None and step not in self.failed:
                 with try_lock(work_dir(step.run) / "ablate" / "lock") as ours:
@@ -180,30 +194,33 @@ class Ablation:
         return True
 
     def _run(self, step: Step) -> None:
-        """Run a step, and record that it is done or that it failed."""
+        """Run a step, and record that it finished or failed."""
         print(f"{step.run}: {step.args[0]}", flush=True)
         workers = ["--workers", str(self.workers)] if step.args[0] == "probe" else []
-        with subprocess.Popen([sys.executable, "-c", COMMAND, *step.args, *workers], stdin=subprocess.PIPE) as process:
+        command = [sys.executable, "-c", COMMAND, *step.args, *workers]
+        with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
             try:
                 process.wait()
             except KeyboardInterrupt:
                 process.terminate()
-                print("stopping: the running command saves and ends", file=sys.stderr, flush=True)
+                print("stopping: the running command saves and exits", file=sys.stderr, flush=True)
                 process.wait()
                 raise
         mark = _mark(step.run / "exit.json") if process.returncode == 1 else ""
         if process.returncode and not mark:
             self.failed[step] = process.returncode
-            print(f"{step.run}: {step.args[0]} failed with exit code {process.returncode}", file=sys.stderr, flush=True)
+            text = f"{step.run}: {step.args[0]} failed with exit code {process.returncode}"
+            print(text, file=sys.stderr, flush=True)
         else:
             write_atomic(step.record, mark.encode())
 
     def results(self) -> dict[str, Any]:
-        """Return the table: the values of every row over its seeds, as fractions of 1, and minutes."""
+        """Return the table: each row's values over its seeds, as fractions of 1, and minutes."""
         rows = [_row("teacher's features", [self.teacher])]
         for name, row in self.rows.items():
             steps = [step for seed in self.plan.seeds for step in self.steps[name, seed]]
-            rows.append(_row(name, [step for step in steps if not row.init or step.args[0] != "pretrain"]))
+            own = [step for step in steps if not row.init or step.args[0] != "pretrain"]
+            rows.append(_row(name, own))
         found = dict.fromkeys(column for row in rows for column in row["values"])
         columns = sorted(found, key=lambda column: column in {*FIT.values(), MINUTES})
         facts = {"config": self.plan.model_dump(mode="json"), "software": software()}
@@ -213,15 +230,15 @@ class Ablation:
 def ablate(
     plan: Plan, cache: Path, data: Path, out: Path, weights: Path | None = None, workers: int = 4
 ) -> dict[Step, int]:
-    """Run what is left of a plan and write OUT/results.json, table.md and report.html.
+    """Run the open steps of a plan, and write OUT/results.json, OUT/table.md and OUT/report.html.
 
-    Returns the steps that failed with their exit codes.
-    Raises: UsageError before a command runs; KeyboardInterrupt once the running command has ended.
+    Returns: the steps that failed, with their exit codes.
+    Raises: UsageError before a command runs; KeyboardInterrupt after the running command has ended.
     """
     ablation = Ablation(plan, cache, data, out, weights, workers)
     try:
         ablation.run()
-    finally:  # an interrupted ablation has a table too
+    finally:  # an interrupted ablation writes a table too
         results = ablation.results()
         write_atomic(out / "results.json", json.dumps(results, indent=1).encode())
         write_atomic(out / "table.md", markdown(ablation_lines(results)).encode())
@@ -238,7 +255,7 @@ def _sets(changes: tuple[str, ...]) -> list[str]:
 
 
 def _is_idle(run: Path) -> bool:
-    """Return whether no command trains in a run; the command of a killed ablation still saves."""
+    """Return whether no process trains in a run; after a kill, the old command may still save."""
     with try_lock(work_dir(run) / "lock") as idle:
         return idle
 
@@ -255,11 +272,12 @@ def _row(name: str, steps: Sequence[Step]) -> dict[str, Any]:
             values.setdefault(column, []).append(value)
     fit = [mean(values[column]) for column in FIT.values() if column in values]
     mark = next((step.mark for step in steps if step.mark), "")
-    return {"name": name, "values": values, "mark": mark or "underfitted" * (bool(fit) and max(fit) < UNDERFITTED)}
+    underfitted = "underfitted" if fit and max(fit) < UNDERFITTED else ""
+    return {"name": name, "values": values, "mark": mark or underfitted}
 
 
 def _figures(step: Step) -> dict[str, float]:
-    """Return what a finished step measured, by column."""
+    """Return the measurements of a finished step by column."""
     if step.args[0] == "probe":
         results = [read_record(ProbeResult, file) for file in step.files]
         return {column: value for result in results for column, value in probed(result).items()}

@@ -1,4 +1,4 @@
-"""`mcm-train`: stage two, a cache in and weights out. Only what a command needs is imported, when it runs."""
+"""The commands of `mcm-train`; each command imports only the modules it needs, when it runs."""
 
 from cache_tools.program import begin
 
@@ -14,16 +14,29 @@ import typer
 
 from cache_tools.console import guarded, print_json
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
-Config = Annotated[str, typer.Argument(metavar="CONFIG|NAME", help="A TOML file, or a shipped one: pretrain/demo.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; may be repeated.")]
-Out = Annotated[Path, typer.Option(metavar="RUN", help="The run's folder; the same command again resumes it.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove what is in RUN first.")]
-Weights = Annotated[Path | None, typer.Option(metavar="FILE[#SET]", help="Of timm:NAME; by default the hub's.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
-Seed = Annotated[int, typer.Option(help="Seed of every draw.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
+TOML_HELP = "A TOML file, or the name of a shipped one, such as"
+SET_HELP = "Override a key of the configuration; may be repeated."
+OUT_HELP = "The folder of the run; the same command resumes it."
+WEIGHTS_HELP = "The weights of timm:NAME; by default, timm downloads them."
+INPUT_HELP = "Inputs to probe beside full; may be repeated."
+FEATURES_HELP = "Patch mean, class token or both; default: mean, of a CACHE all."
+FOLDED_HELP = "Fold x~ = e + S (x - e) into the weights."
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG|NAME", help=f"{TOML_HELP} pretrain/demo.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)]
+Out = Annotated[Path, typer.Option(metavar="RUN", help=OUT_HELP)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove an existing RUN first.")]
+Weights = Annotated[Path | None, typer.Option(metavar="FILE[#SET]", help=WEIGHTS_HELP)]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
+Seed = Annotated[int, typer.Option(help="The seed of all random draws.")]
+Workers = Annotated[int, typer.Option(min=0, help="The number of processes that read pictures.")]
 
 
 def _version(asked: bool) -> None:
@@ -34,9 +47,11 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def mcm_train(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
-    """Masked channel modelling, stage two: pretrain on a cache, fine-tune, probe, export, report."""
+    """Masked channel modeling, stage two: pre-train on a cache, fine-tune, probe, export."""
 
 
 @app.command(no_args_is_help=True)
@@ -45,11 +60,15 @@ def pretrain(
     config: Config,
     cache: Annotated[Path, typer.Option(metavar="CACHE", help="Made by `mcm-cache extract`.")],
     out: Out,
-    data: Annotated[Path | None, typer.Option(metavar="DATASET", help="Pictures for k-NN while training.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DATASET", help="Pictures for k-NN during training.")
+    ] = None,
     set_: Set = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a student on the complete units of a cache. Under `accelerate launch --no_python` on many GPUs.
+    """Train a student on the complete units of a cache.
+
+    For several GPUs, start it with `accelerate launch --no_python mcm-train pretrain ...`.
 
     Example: mcm-train pretrain pretrain/demo --cache cache --out run
     """
@@ -60,7 +79,7 @@ def pretrain(
     from mcm.pretrain import pretrain as run
 
     settings = load_toml(PretrainConfig, config_file(config), set_ or ())
-    Cache(cache)  # a mistyped CACHE or DATASET must not cost the run that --overwrite removes
+    Cache(cache)  # checked before --overwrite removes a run, in case CACHE or DATASET is mistyped
     if data is not None:
         Dataset(data)
     _prepare(out, overwrite)
@@ -72,13 +91,17 @@ def pretrain(
 def finetune(
     config: Config,
     data: Annotated[Path, typer.Option(metavar="DATASET", help="Made by `mcm-cache shard`.")],
-    init: Annotated[str, typer.Option(metavar="RUN|EXPORT|timm:NAME|random", help="Weights to start from.")],
+    init: Annotated[
+        str, typer.Option(metavar="RUN|EXPORT|timm:NAME|random", help="The initial weights.")
+    ],
     out: Out,
     weights: Weights = None,
     set_: Set = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a classifier on top of an encoder, all layers.
+    """Train an encoder and a classifier on labelled pictures.
+
+    All layers are trained; with `frozen = true` in the configuration, only the classifier is.
 
     Example: mcm-train finetune finetune/demo --data dataset --init run --out tuned
     """
@@ -97,24 +120,30 @@ def finetune(
 @guarded
 def probe(
     subject: Annotated[str, typer.Argument(metavar="RUN|EXPORT|timm:NAME|CACHE")],
-    data: Annotated[Path | None, typer.Option(metavar="DATASET", help="Labelled pictures; not for a CACHE.")] = None,
-    method: Annotated[list[str] | None, typer.Option(metavar="knn|linear", help="Both by default.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DATASET", help="Labelled pictures; not for a CACHE.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="knn|linear", help="Default: both.")
+    ] = None,
     input_: Annotated[
-        list[str] | None,
-        typer.Option("--input", metavar="full|folded|masked:K", help="full is always printed; may be repeated."),
+        list[str] | None, typer.Option("--input", metavar="full|folded|masked:K", help=INPUT_HELP)
     ] = None,
     features: Annotated[
-        list[str] | None,
-        typer.Option(metavar="mean|cls|both", help="Of the patch tokens, the class token; all of a CACHE by default."),
+        list[str] | None, typer.Option(metavar="mean|cls|both", help=FEATURES_HELP)
     ] = None,
-    shots: Annotated[int, typer.Option(min=0, help="Labels a class; 0 for all.")] = 0,
+    shots: Annotated[int, typer.Option(min=0, help="Labels per class; 0 for all.")] = 0,
     weights: Weights = None,
-    untrained: Annotated[bool, typer.Option("--untrained", help="RUN's model with the weights it began with.")] = False,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Probe the initial weights of RUN.")
+    ] = False,
     seed: Seed = 0,
     workers: Workers = 4,
     json: Json = False,
 ) -> None:
-    """Measure frozen features by k-NN and by a linear classifier (LBFGS); with masks, patch tokens by a linear one.
+    """Measure the accuracy of k-NN and of a linear classifier (LBFGS) on frozen features.
+
+    On a DATASET with masks, measure the mIoU of a linear classifier on patch tokens.
 
     Example: mcm-train probe run --data dataset
     """
@@ -125,13 +154,15 @@ def probe(
 
     if data is not None and Dataset(data).record.task == "segment":
         if method or features or shots:
-            raise UsageError(f"--method, --features, --shots: expected none of them; {data} has masks, not labels")
+            options = "--method, --features, --shots"
+            raise UsageError(f"{options}: expected labels; {data} has masks; omit these options")
         dense = dense_probe(subject, data, input_ or (), weights, untrained, seed, workers, json)
         if json:
             return print_json([result.model_dump(mode="json") for result in dense])
         return print("\n".join(map(text, dense)))
+    methods, inputs, tokens = method or (), input_ or (), features or ()
     results = run(
-        subject, data, method or (), input_ or (), weights, untrained, seed, workers, json, features or (), shots
+        subject, data, methods, inputs, weights, untrained, seed, workers, json, tokens, shots
     )
     if json:
         return print_json([result.model_dump(mode="json") for result in results])
@@ -147,21 +178,33 @@ def probe(
 @app.command()
 @guarded
 def ablate(
-    plan: Annotated[str, typer.Argument(metavar="PLAN|NAME", help="A TOML file, or a shipped one: ablate/demo.")],
-    cache: Annotated[Path, typer.Option(metavar="CACHE", help="Of every row that names no other beside it.")],
-    data: Annotated[Path, typer.Option(metavar="DATASET", help="Labelled pictures to probe and fine-tune on.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder of all runs; the same command resumes.")],
+    plan: Annotated[str, typer.Argument(metavar="PLAN|NAME", help=f"{TOML_HELP} ablate/demo.")],
+    cache: Annotated[
+        Path, typer.Option(metavar="CACHE", help="The cache of each row that names no other.")
+    ],
+    data: Annotated[
+        Path, typer.Option(metavar="DATASET", help="Labelled pictures to probe and fine-tune on.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder of all runs; the same command resumes.")
+    ],
     weights: Weights = None,
     workers: Workers = 4,
 ) -> None:
-    """Compare the rows of a plan over seeds. With several GPUs, start the command once per GPU."""
+    """Compare the rows of a plan over seeds.
+
+    For several GPUs, start the same command once per GPU.
+
+    Example: mcm-train ablate ablate/demo --cache cache --data dataset --out ablations
+    """
     from cache_tools.errors import UsageError
     from cache_tools.records import config_file, load_toml
     from mcm.ablate import Plan
     from mcm.ablate import ablate as run
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("mcm-train ablate: expected one process; found a launcher's; start it once per GPU")
+        found = "found several processes of a launcher; start the command once per GPU instead"
+        raise UsageError(f"mcm-train ablate: expected one process; {found}")
     failed = run(load_toml(Plan, config_file(plan)), cache, data, out, weights, workers)
     print((out / "table.md").read_text(encoding="utf-8"), end="")
     print(f"{out / 'table.md'}, {out / 'report.html'}")
@@ -176,10 +219,12 @@ def ablate(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
     out: Annotated[Path, typer.Argument(metavar="OUT")],
-    folded: Annotated[float | None, typer.Option(metavar="S", help="Fold x~ = e + S (x - e) into the weights.")] = None,
+    folded: Annotated[float | None, typer.Option(metavar="S", help=FOLDED_HELP)] = None,
     json: Json = False,
 ) -> None:
-    """Write RUN's encoder (a fine-tuned RUN's with its head) as a folder that timm and transformers' AutoModel load.
+    """Write RUN's encoder as a folder that timm and transformers' AutoModel load.
+
+    The encoder of a fine-tuned RUN is written with its head.
 
     Example: mcm-train export run encoder
     """
@@ -188,7 +233,8 @@ def export(
     config = write(run, out, folded)
     if json:
         return print_json(config)
-    print(f'{out}: {config["mcm"]["weights"]}; timm.create_model("local-dir:{out}", pretrained=True)')
+    weights = config["mcm"]["weights"]
+    print(f'{out}: {weights}; timm.create_model("local-dir:{out}", pretrained=True)')
 
 
 @app.command(no_args_is_help=True)
@@ -196,10 +242,12 @@ def export(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN|CACHE|ABLATIONS...")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The HTML file.")] = Path("report.html"),
-    note: Annotated[str, typer.Option(metavar="TEXT", help="Shown above the table.")] = "",
+    note: Annotated[str, typer.Option(metavar="TEXT", help="A text above the tables.")] = "",
     json: Json = False,
 ) -> None:
-    """Write one static HTML file and print a table per DATASET; a CACHE adds its teacher, ABLATIONS a section.
+    """Write one static HTML file, and print one table per DATASET.
+
+    A CACHE adds the row of its teacher; ABLATIONS, the folder of `mcm-train ablate`, a section.
 
     Example: mcm-train report run tuned cache --out report.html
     """
@@ -215,7 +263,7 @@ def report(
 
 
 def _prepare(out: Path, overwrite: bool) -> None:
-    """Check that `out` may hold a RUN, and remove the RUN in it with `overwrite`."""
+    """Check that `out` can hold a RUN; with `overwrite`, remove the RUN in it."""
     from cache_tools.errors import UsageError, check_output
     from cache_tools.storage import remove_tree
     from mcm.run_dir import held
@@ -223,9 +271,13 @@ def _prepare(out: Path, overwrite: bool) -> None:
     check_output(out, "a RUN")
     if overwrite and out.exists():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UsageError(f"--overwrite: expected one process, found several; remove {out} before launching them")
+            advice = f"remove {out} before you launch them"
+            raise UsageError(f"--overwrite: expected one process; found several; {advice}")
         if not (out / "run.json").is_file():
-            raise UsageError(f"--overwrite: expected a RUN (run.json) in {out}; found none; remove it yourself")
+            advice = f"remove {out} by hand"
+            raise UsageError(
+                f"--overwrite: expected a RUN (run.json) in {out}; found none; {advice}"
+            )
         with held(out):
             remove_tree(out)
 

@@ -177,7 +177,7 @@ def test_a_stopped_ablation_stops_its_command_which_saves(shared, place, tmp_pat
         assert process.returncode == -9 and code in (7, 75)  # 7: it printed before it met the signal
         return
     assert code == 75 and list((run / "checkpoints").iterdir())
-    assert process.returncode == 75 and "stopping: the running command saves and ends" in stderr, stderr
+    assert process.returncode == 75 and "stopping: the running command saves and exits" in stderr, stderr
     rows = {row["name"]: row["values"] for row in results(tmp_path / "out")["rows"]}
     assert rows["long"] == {} and len(rows["channel .75"]["fine-tuned"]) == 1
 

@@ -118,7 +118,7 @@ def test_overwrite_removes_runs_only(tmp_path):
     data = make_dataset(tmp_path / "dataset", 32, 16).path
     begin = ["finetune", "finetune/demo", "--init", "random", "--overwrite"]
     answer = mcm_train(*begin, "--data", data, "--out", tmp_path / "photos")
-    assert answer.exit_code == 2 and "remove it yourself" in answer.stderr
+    assert answer.exit_code == 2 and "by hand" in answer.stderr
     assert (tmp_path / "photos" / "a.jpg").is_file()
     run = make_run(tmp_path / "run")
     assert mcm_train(*begin, "--data", tmp_path, "--out", run).exit_code == 2

@@ -186,7 +186,7 @@ def test_the_command_prints_json_and_refuses_what_needs_labels(data, tmp_path):
     (printed,) = json.loads(run_command(*command, "--json"))
     assert printed["miou"] > 0.5 and len(printed["iou"]) == 3
     assert "dense linear (LBFGS) mIoU" in run_command(*command)
-    assert "expected none of them" in run_command(*command, "--shots", "5", expect=2)
+    assert "omit these options" in run_command(*command, "--shots", "5", expect=2)
     assert "expected a RUN trained with masks" in run_command(*command, "--input", "folded", expect=2)
 
 
