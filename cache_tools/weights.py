@@ -1,4 +1,4 @@
-"""Weights from elsewhere: which files torch may open, their sets of tensors, timm's models, and their normalisation."""
+"""Load external weights: safe reading of files, sets of tensors, timm models and preprocessing."""
 
 import argparse
 import itertools
@@ -11,107 +11,124 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import ZipFile, is_zipfile
 
-from .errors import IdentityError, ResourceError, UsageError
+from .errors import IdentityError, ResourceError, UsageError, found_at
 from .records import nearest, read_json
 from .storage import file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# OpenAI's ViT-B/32, B/16, L/14 and L/14 at 336 px, as open_clip's table of downloads has them.
+# ViT-B/32, B/16, L/14 and L/14 at 336 px of OpenAI, from open_clip's table of downloads.
 OPENAI_SHA256 = {
     "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
     "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
     "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
-RANDOM, PRETRAINED = "random", "pretrained"  # weights that are no file: seeded ones, and those of timm's hub
-TOWERS = {"visual", "text", "text_decoder", "vision_model", "text_model"}  # parts of one CLIP, with names in common
-SHOWN_NAMES = 4  # tensors named in a message
+# Weights without a file: seeded initialization, and the download of timm.
+RANDOM, PRETRAINED = "random", "pretrained"
+# Parts of one CLIP model, which share tensor names.
+TOWERS = {"visual", "text", "text_decoder", "vision_model", "text_model"}
+SHOWN_NAMES = 4  # maximum number of tensor names per message
 Triple = tuple[float, float, float]
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a file is one of OpenAI's TorchScript archives; any other file is safetensors or torch's own.
+    """Return whether a file is one of OpenAI's TorchScript archives.
 
-    TorchScript holds programs, which torch runs while it loads them, and they can write files. OpenAI's are known.
+    A TorchScript archive contains code. torch runs this code during loading, and the code can write
+    files. Only the four archives of OpenAI are accepted.
 
-    Raises: UsageError for another TorchScript archive, and for a zip that does not read.
+    Raises: UsageError for another TorchScript archive, and for a damaged zip archive.
     """
     try:
-        scripted = is_zipfile(path) and any(name.endswith("constants.pkl") for name in ZipFile(path).namelist())
+        names = ZipFile(path).namelist() if is_zipfile(path) else []
     except Exception as error:
-        raise UsageError(f"{path}: expected weights; it is a zip that does not read: {error}") from error
+        found = f"found a damaged zip archive: {error}"
+        raise UsageError(f"{path}: expected weights; {found}; copy the file again") from error
+    scripted = any(name.endswith("constants.pkl") for name in names)
     if scripted and file_sha256(path) not in OPENAI_SHA256:
-        raise UsageError(
-            f"{path}: expected weights without code; found a TorchScript archive that is none of OpenAI's; "
-            f"save its state_dict() as safetensors"
-        )
+        found = "found a TorchScript archive that is not one of OpenAI's"
+        advice = "save its state_dict() as safetensors"
+        raise UsageError(f"{path}: expected weights without code; {found}; {advice}")
     return scripted
 
 
 def weights_file(spec: str | Path) -> tuple[Path, str]:
-    """Split "FILE#SET" into the file and the name of a set; the set of a plain FILE is "".
+    """Split "FILE#SET" into the file and the name of the set. The set of a plain FILE is "".
 
-    Raises: UsageError if there is no such file.
+    Raises: UsageError if the file does not exist.
     """
     file, _, chosen = str(spec).rpartition("#")
-    path, chosen = (Path(file), chosen) if file and not Path(spec).is_file() else (Path(spec), "")
+    split = file and not Path(spec).is_file()
+    path, chosen = (Path(file), chosen) if split else (Path(spec), "")
     if not path.is_file():
-        raise UsageError(f"--weights {spec}: expected a file; there is none")
+        raise UsageError(f"--weights {spec}: expected a file; found {found_at(path)}")
     return path, chosen
 
 
 def read_weights(spec: str | Path) -> "tuple[dict[str, Tensor], str]":
-    """Read one set of tensors of FILE or FILE#SET: safetensors, a torch checkpoint or OpenAI's TorchScript.
+    """Read one set of tensors from FILE or FILE#SET.
 
-    Returns the tensors, without the prefixes of DDP and torch.compile, and the name of the set. The name is "" where
-    the file has one set. Half-precision tensors of TorchScript are returned in float32.
+    The file is safetensors, a torch checkpoint or a TorchScript archive of OpenAI. Half-precision
+    tensors of a TorchScript archive are converted to float32.
 
-    Raises: UsageError if the file does not contain weights, or if SET does not name one of several sets.
+    Returns the tensors, without the prefixes of DDP and torch.compile, and the name of the set. The
+    name is "" if the file has one set.
+
+    Raises: UsageError if the file does not contain weights, or if SET does not name one set.
     """
     import torch
     from safetensors.torch import load_file
 
     path, chosen = weights_file(spec)
     if is_torchscript(path):
-        scripted = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-        return {name: value.float() if value.is_floating_point() else value for name, value in scripted.items()}, ""
+        module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+        state = module.state_dict().items()
+        return {name: x.float() if x.is_floating_point() else x for name, x in state}, ""
     try:
         if path.suffix == ".safetensors":
             sets = _sets(load_file(path))
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # the options of MAE, DeiT and DINO
+            # The checkpoints of MAE, DeiT and DINO contain their options as a Namespace.
+            with torch.serialization.safe_globals([argparse.Namespace]):
                 sets = _sets(torch.load(path, map_location="cpu", weights_only=True))
         largest = max(map(len, sets.values()))
     except Exception as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))  # torch's advice is to unpickle the file
-        text = (
-            f"an object of {found[1]}"
-            if found
-            else re.sub(r"\x1b\[[\d;]*m", "", str(error) or repr(error)).split("\n")[0]
-        )
-        raise UsageError(f"{path}: expected weights (safetensors, or torch's without code); found {text}") from error
-    sets = {name: tensors for name, tensors in sets.items() if 2 * len(tensors) >= largest}  # no head, no optimizer
-    fits = [name for name in sets if name == chosen] or [name for name in sets if chosen in name.split(".")]
+        # The error of torch advises to unpickle the file, so only the name of the class is kept.
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        text = re.sub(r"\x1b\[[\d;]*m", "", str(error) or repr(error)).split("\n")[0]
+        found = f"an object of {unsafe[1]}" if unsafe else text
+        expected = "expected weights (safetensors, or torch's without code)"
+        raise UsageError(f"{path}: {expected}; found {found}") from error
+    # Small sets are heads and optimizer states.
+    sets = {name: tensors for name, tensors in sets.items() if 2 * len(tensors) >= largest}
+    fits = [name for name in sets if name == chosen]
+    fits = fits or [name for name in sets if chosen in name.split(".")]
     if not fits and chosen in ("ema", "model"):
         fits = [name for name in sets if ("ema" in name) == (chosen == "ema")]
     fits = fits if chosen else list(sets)
     if len(fits) != 1:
-        short = len(sets) == 2 and sum("ema" in name for name in sets) == 1
-        choices = " or ".join(f"--weights {path}#{name}" for name in (("model", "ema") if short else sets))
-        raise UsageError(f"--weights {spec}: expected one set of weights; found {', '.join(sets)}; use {choices}")
+        one_ema = len(sets) == 2 and sum("ema" in name for name in sets) == 1
+        names = ("model", "ema") if one_ema else sets
+        advice = "use " + " or ".join(f"--weights {path}#{name}" for name in names)
+        found = f"found {', '.join(sets)}"
+        raise UsageError(f"--weights {spec}: expected one set of weights; {found}; {advice}")
     return sets[fits[0]], fits[0] if len(sets) > 1 else ""
 
 
 def _sets(content: Any, prefix: str = "") -> "dict[str, dict[str, Tensor]]":
-    """The sets of tensors in nested dicts, by their dotted keys; a dict of two networks holds two sets."""
+    """Return the sets of tensors in nested dicts, by dotted key.
+
+    A dict of two networks is two sets.
+    """
     import torch
 
     keys = [key for key in content if isinstance(key, str)]
-    named = {re.sub(r"^((module|_orig_mod|backbone|model)\.)+", "", key): content[key] for key in keys}
+    prefixes = r"^((module|_orig_mod|backbone|model)\.)+"
+    named = {re.sub(prefixes, "", key): content[key] for key in keys}
     if len(named) < len(keys):
-        raise ValueError("names that differ in the prefix of a wrapper alone")
+        raise ValueError("names that differ only in the prefix of a wrapper")
     tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
     found = {prefix + name: part for name, part in _networks(tensors).items()} if tensors else {}
     for name, value in named.items():
@@ -120,39 +137,49 @@ def _sets(content: Any, prefix: str = "") -> "dict[str, dict[str, Tensor]]":
 
 
 def _networks(tensors: "dict[str, Tensor]") -> "dict[str, dict[str, Tensor]]":
-    """Split NAME from NAME_ema, and twin networks: PREFIX.NAME beside the same names under another prefix, or none."""
+    """Split a flat dict of tensors into networks.
+
+    NAME_ema is separated from NAME. Two prefixes, or a prefix and no prefix, are two networks if
+    they share most of their names.
+    """
     groups: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         first, _, rest = name.partition(".")
         if name.endswith("_ema"):
             groups.setdefault("ema", {})[name.removesuffix("_ema")] = value
-        elif rest and not rest[0].isdigit():  # a list of layers is no network
+        elif rest and not rest[0].isdigit():  # a list of layers is not a network
             groups.setdefault(first, {})[rest] = value
     groups = {first: group for first, group in groups.items() if 4 * len(group) >= len(tensors)}
     own = {id(value) for first in groups.keys() - TOWERS for value in groups[first].values()}
-    groups = {"model": {name: value for name, value in tensors.items() if id(value) not in own}} | groups
+    rest_of = {name: value for name, value in tensors.items() if id(value) not in own}
+    groups = {"model": rest_of} | groups
     found: dict[str, dict[str, Tensor]] = {}
     for one, other in itertools.permutations(groups, 2):
-        if not {one, other} <= TOWERS | {"model"} and 2 * len(groups[one].keys() & groups[other].keys()) > len(
-            groups[one]
-        ):
+        shared = len(groups[one].keys() & groups[other].keys())
+        if not {one, other} <= TOWERS | {"model"} and 2 * shared > len(groups[one]):
             found |= {name: groups[name] for name in (one, other)}
     return found or {"": tensors}
 
 
-def load_whole(model: "nn.Module", state: "dict[str, Tensor]", where: str, heads: tuple[str, ...] = ()) -> None:
-    """Load `state` into a model. Tensors that begin with one of `heads` and that the model lacks are left out.
+def load_whole(
+    model: "nn.Module", state: "dict[str, Tensor]", where: str, heads: tuple[str, ...] = ()
+) -> None:
+    """Load `state` into a model.
 
-    Raises: IdentityError if a tensor of the model is missing or of another shape, or if a tensor is left over.
+    A tensor that the model does not have is ignored if its name begins with one of `heads`.
+
+    Raises: IdentityError if a tensor of the model is missing or has another shape, or if another
+    tensor of `state` is unused.
     """
     own = model.state_dict()
-    missing = sorted(name for name in own if name not in state or state[name].shape != own[name].shape)
-    unexpected = sorted(name for name in state if name not in own and not name.startswith(heads))
+    missing = sorted(n for n in own if n not in state or state[n].shape != own[n].shape)
+    unexpected = sorted(n for n in state if n not in own and not n.startswith(heads))
     if missing or unexpected:
         share = 100 * (1 - len(missing) / len(own))
         raise IdentityError(
-            f"{where}: expected 100 % of the encoder's {len(own)} tensors; found {share:.1f} %, missing or of another "
-            f"shape: {_names(missing)}; unexpected: {_names(unexpected)}; give the weights of this architecture"
+            f"{where}: expected 100 % of the encoder's {len(own)} tensors; found {share:.1f} %, "
+            f"missing or of another shape: {_names(missing)}; unexpected: {_names(unexpected)}; "
+            f"give the weights of this architecture"
         )
     model.load_state_dict({name: state[name] for name in own})
 
@@ -164,7 +191,10 @@ def _names(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What pictures must look like: mean and std of pixels in [0, 1] and the interpolation; `source` states them."""
+    """The preprocessing of pictures: mean and std of pixels in [0, 1], and the interpolation.
+
+    `source` names where the values come from.
+    """
 
     mean: Triple
     std: Triple
@@ -172,7 +202,7 @@ class Preprocessing:
     source: str
 
     def __str__(self) -> str:
-        mean, std = (",".join(f"{value:g}" for value in triple) for triple in (self.mean, self.std))
+        mean, std = (",".join(f"{x:g}" for x in triple) for triple in (self.mean, self.std))
         return f"mean {mean} std {std} {self.interpolation}"
 
 
@@ -180,11 +210,12 @@ def preprocessing(
     name: str, given: tuple[Triple, Triple] | None, own: Mapping[str, Any], source: str,
     tags: Mapping[str, Mapping[str, Any]], default: tuple[Triple, Triple] | None, advice: str,
 ) -> Preprocessing:  # fmt: skip
-    """Choose the preprocessing of weights of an architecture: as given, or as its `own` configuration states.
+    """Return the preprocessing of weights of an architecture.
 
-    Otherwise it is what every tag of the architecture states, or the `default` (of random weights).
+    The first of these applies: the `given` mean and std, the `own` configuration of the weights,
+    the value that all tags of the architecture share, the `default` for random weights.
 
-    Raises: UsageError where the tags differ, or do not exist, and there is no default.
+    Raises: UsageError if none applies.
     """
     if given:
         return Preprocessing(*given, own.get("interpolation", "bicubic"), "the options")
@@ -198,21 +229,24 @@ def preprocessing(
     if default:
         return Preprocessing(*default, "bicubic", "the default for random weights")
     found = "; ".join(f"{text} of {_names(named)}" for text, named in stated.items()) or "no tags"
-    raise UsageError(f"{name}: expected tags of one mean and std, as the file brings none; found {found}; {advice}")
+    expected = "expected one mean and std for all tags, because the file states none"
+    raise UsageError(f"{name}: {expected}; found {found}; {advice}")
 
 
 def _stated(config: Mapping[str, Any], source: str) -> Preprocessing:
     try:
         mean, std = (tuple(map(float, config[key])) for key in ("mean", "std"))
-        if not len(mean) == len(std) == 3 or not all(map(math.isfinite, mean)) or not all(0 < x < 255 for x in std):
+        finite = all(map(math.isfinite, mean)) and all(0 < x < 255 for x in std)
+        if not len(mean) == len(std) == 3 or not finite:
             raise ValueError(f"{mean} and {std}")
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{source}: expected a mean and a std of three colours; found {error!r}") from error
+        expected = "expected three values of mean and of std"
+        raise UsageError(f"{source}: {expected}; found {error!r}") from error
     return Preprocessing(mean, std, str(config.get("interpolation") or "bicubic"), source)
 
 
 def config_beside(weights: str | Path, name: str) -> dict[str, Any]:
-    """The JSON object called `name` in the folder of FILE or FILE#SET; empty where there is none."""
+    """Return the JSON object in the file `name` beside FILE or FILE#SET, or an empty dict."""
     path = weights_file(weights)[0].with_name(name)
     return read_json(path, UsageError) if path.is_file() else {}
 
@@ -221,44 +255,53 @@ def load_timm(
     name: str, weights: str | Path, heads: tuple[str, ...], advice: str = "",
     given: tuple[Triple, Triple] | None = None, size: int | None = None,
 ) -> "tuple[Any, Preprocessing, str]":  # fmt: skip
-    """Make the headless model NAME or NAME.TAG of timm with "pretrained" or "random" weights, or those of a file.
+    """Create the timm model NAME or NAME.TAG without a head.
 
-    Returns the model, its preprocessing, which is also in its pretrained_cfg, and the name of the set in the file.
+    `weights` is "pretrained", "random", FILE or FILE#SET.
 
-    Raises: UsageError for a name, tag or size that timm does not have, and where the preprocessing is not known;
-    IdentityError unless the file holds every tensor; ResourceError where weights cannot be fetched.
+    Returns the model, its preprocessing, and the name of the set in the file. The preprocessing is
+    also in the model's pretrained_cfg.
+
+    Raises: UsageError for an unknown name, tag, size or preprocessing; IdentityError unless the
+    file holds every tensor; ResourceError if the weights cannot be fetched.
     """
     import timm
     from timm.models import get_arch_pretrained_cfgs, is_model_pretrained
 
     architecture, _, tag = name.partition(".")
     if not timm.is_model(name):
-        raise UsageError(f"timm:{name}: timm has no such model{nearest(architecture, timm.list_models())}")
-    known = {full.partition(".")[2]: config for full, config in get_arch_pretrained_cfgs(architecture).items()}
+        close = nearest(architecture, timm.list_models())
+        raise UsageError(f"timm:{name}: expected a model of timm; found no such name{close}")
+    configs = get_arch_pretrained_cfgs(architecture).items()
+    known = {full.partition(".")[2]: config for full, config in configs}
     if tag and tag not in known:
-        raise UsageError(f"timm:{name}: expected a tag of {architecture}: {', '.join(known)}{nearest(tag, known)}")
+        tags_known = f"{', '.join(known)}{nearest(tag, known)}"
+        raise UsageError(f"timm:{name}: expected a tag of {architecture}: {tags_known}")
     hub, random = weights == PRETRAINED, weights == RANDOM
     if hub and not is_model_pretrained(name):
-        raise UsageError(f"timm:{name}: timm has no weights of it; give a file")
+        raise UsageError(f"timm:{name}: expected pretrained weights; timm has none; give a file")
     state, chosen = ({}, "") if hub or random else read_weights(weights)
     try:
-        model = timm.create_model(name, pretrained=hub, num_classes=0, **({"img_size": size} if size else {}))
-        data, convert = model.pretrained_cfg, getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        options = {"img_size": size} if size else {}
+        model = timm.create_model(name, pretrained=hub, num_classes=0, **options)
+        data, module = model.pretrained_cfg, sys.modules[type(model).__module__]
+        convert = getattr(module, "checkpoint_filter_fn", None)
         state = convert(state, model) if state and convert else state
     except Exception as error:
         if hub and isinstance(error, OSError | RuntimeError):
-            raise ResourceError(f"timm:{name}: its weights cannot be fetched: {error}; give a local file") from error
-        raise UsageError(f"timm:{name}: expected a model that takes these weights and sizes; {error!r}") from error
+            failed = f"its weights cannot be fetched: {error}"
+            raise ResourceError(f"timm:{name}: {failed}; give a local file") from error
+        expected = "expected a model that accepts these weights and this size"
+        raise UsageError(f"timm:{name}: {expected}; found {error!r}") from error
     if state:
         load_whole(model, state, str(weights), heads)
     own, source = (data, f"timm:{name}") if hub or tag else ({}, "")
-    if (
-        not (hub or random or tag)
-        and (config := config_beside(weights, "config.json")).get("architecture") == architecture
-    ):
-        own, source = config.get("pretrained_cfg", {}), "the config.json beside the weights"
+    beside = {} if hub or random or tag else config_beside(weights, "config.json")
+    if beside.get("architecture") == architecture:
+        own, source = beside.get("pretrained_cfg", {}), "the config.json beside the weights"
     tags = {tag: config.to_dict() for tag, config in known.items() if config.has_weights}
     default = (data["mean"], data["std"]) if random else None
-    found = preprocessing(f"timm:{architecture}", given, own, source, tags, default, f"use timm:NAME.TAG, {advice}")
+    family, advice = f"timm:{architecture}", f"use timm:NAME.TAG, {advice}"
+    found = preprocessing(family, given, own, source, tags, default, advice)
     data |= {"mean": found.mean, "std": found.std, "interpolation": found.interpolation}
     return model, found, chosen

@@ -77,7 +77,7 @@ def test_openais_torchscript_archives_give_their_tensors_and_no_other_is_opened(
     module = torch.nn.Linear(2, 3).half()
     with warnings.catch_warnings(action="ignore"):  # torch's: TorchScript is out of date, but OpenAI's files are not
         torch.jit.script(module).save(str(tmp_path / "ViT-B-16.pt"))
-        with pytest.raises(UsageError, match="TorchScript archive that is none of OpenAI's"):
+        with pytest.raises(UsageError, match="TorchScript archive that is not one of OpenAI's"):
             read_weights(tmp_path / "ViT-B-16.pt")
         digest = hashlib.sha256((tmp_path / "ViT-B-16.pt").read_bytes()).hexdigest()
         monkeypatch.setattr("cache_tools.weights.OPENAI_SHA256", {digest})
@@ -219,7 +219,7 @@ def test_what_is_no_plain_vit_is_refused_in_one_line(name, tmp_path):
         ("timm:vit_tinny_patch16_224", None, "did you mean 'vit_tiny_patch16_224'"),
         ("timm:vit_tiny_patch16_224", "missing.safetensors", "expected a file"),
         ("timm:vit_tiny_patch16_224.nope", None, "expected a tag of vit_tiny_patch16_224: augreg_in21k_ft_in1k"),
-        ("timm:vit_small_patch16_36x1_224", None, "timm has no weights of it; give a file"),
+        ("timm:vit_small_patch16_36x1_224", None, "expected pretrained weights; timm has none; give a file"),
         ("nowhere", None, "found nothing there"),
         ("random", None, r"\[student\]"),
         ("random", "x", "expected a timm:NAME beside --weights"),
