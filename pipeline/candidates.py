@@ -1,4 +1,4 @@
-"""Candidate pictures: where each lies, its name and label, in 50 bytes each; and their bytes."""
+"""Candidate pictures: the path, name and label of each (50 bytes per picture), and their bytes."""
 
 import errno
 import hashlib
@@ -15,11 +15,15 @@ from cache_tools.labels import MaskRule, stored_mask
 from cache_tools.records import printable
 
 MAX_PICTURE_BYTES = 1 << 28
-LOST = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.EISDIR)
+LOST = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP}
+LOST |= {errno.ENXIO, errno.ENOTDIR, errno.EISDIR}
 
 
 class SourceItem(NamedTuple):
-    """One candidate: `size` is None for a whole file, else the picture lies at `offset` of the tar `path`."""
+    """One candidate: the file `path`, or `size` bytes at `offset` of the tar `path`.
+
+    `size` is None for a whole file.
+    """
 
     name: str
     path: Path
@@ -30,18 +34,21 @@ class SourceItem(NamedTuple):
 
 
 class Candidates:
-    """The candidate pictures of a split, in columns: 50 bytes a picture and its name."""
+    """The candidate pictures of a split, in columns: 50 bytes per picture plus its name."""
 
     def __init__(self) -> None:
         self.roots: list[Path] = []  # one folder, or tars
-        self.folders: tuple[str, str] | None = None  # of pictures and of masks, below the root
+        self.folders: tuple[str, str] | None = None  # below the root: pictures, masks
         self.labels = array("i")
         self._names = bytearray()
         self._ends, self._roots = array("Q"), array("I")
         self._offsets, self._sizes = array("Q"), array("Q")  # empty for a folder
 
     def add(self, name: str, label: int, place: tuple[int, int] | None = None) -> None:
-        """Append a picture of the newest root: `name` below it, at `place` (offset, size) of it when it is a tar."""
+        """Append a picture of the last root.
+
+        `name` is relative to the root. When the root is a tar, `place` is (offset, size) in it.
+        """
         self._names += os.fsencode(name)
         self._ends.append(len(self._names))
         self._roots.append(len(self.roots) - 1)
@@ -51,7 +58,7 @@ class Candidates:
             self._sizes.append(place[1])
 
     def part(self, chosen: Sequence[bool]) -> "Candidates":
-        """The candidates of which `chosen` is true, in order."""
+        """Return the candidates for which `chosen` is true, in order."""
         part = Candidates()
         part.roots = self.roots
         for i in (i for i, wanted in enumerate(chosen) if wanted):
@@ -72,13 +79,16 @@ class Candidates:
         name = os.fsdecode(bytes(self._names[self._ends[i - 1] if i else 0 : self._ends[i]]))
         root = self.roots[self._roots[i]]
         if self._sizes:
-            return SourceItem(f"{root.name}/{name}", root, self._offsets[i], self._sizes[i], self.labels[i])
-        below = self.folders and root / self.folders[1] / Path(name).relative_to(self.folders[0])
-        return SourceItem(name, root / name, 0, None, self.labels[i], below and below.with_suffix(".png"))
+            name, place = f"{root.name}/{name}", (self._offsets[i], self._sizes[i])
+            return SourceItem(name, root, *place, self.labels[i])
+        mask = self.folders and root / self.folders[1] / Path(name).relative_to(self.folders[0])
+        mask = mask and mask.with_suffix(".png")
+        return SourceItem(name, root / name, 0, None, self.labels[i], mask)
 
     def sha256(self) -> str:
-        """Digest of names, labels and places in tars; where the source lies on the machine does not enter."""
-        digest = hashlib.sha256(b"\0".join(os.fsencode(root.name) for root in self.roots if self._sizes))
+        """Return the digest of names, labels and offsets in tars, but not of the source's path."""
+        roots = (os.fsencode(root.name) for root in self.roots if self._sizes)
+        digest = hashlib.sha256(b"\0".join(roots))
         digest.update(self._names)
         for column in (self._ends, *self._columns()):
             digest.update(column)
@@ -87,7 +97,10 @@ class Candidates:
 
 @dataclass
 class Sources:
-    """All splits of a source; a label is a position in `classes`; `notes` say what was left out; `rule` is of masks."""
+    """All splits of a source; a label is a position in `classes`.
+
+    `notes` tells the user what was left out. `rule` reads the masks, if any.
+    """
 
     classes: tuple[str, ...] = ()
     splits: dict[str, Candidates] = field(default_factory=dict)
@@ -96,27 +109,29 @@ class Sources:
 
 
 def read_source(item: SourceItem) -> bytes:
-    """The bytes of a candidate.
+    """Return the bytes of a candidate.
 
-    Raises: PictureRefused when the file is gone, unreadable, changed or over MAX_PICTURE_BYTES.
+    Raises: PictureRefused when the file is missing, unreadable, changed or over MAX_PICTURE_BYTES.
     """
-    no_link = os.O_NOFOLLOW if item.size is None else 0  # a tar may be a link, as in a snapshot of a hub
+    flags = os.O_RDONLY | os.O_NONBLOCK
+    if item.size is None:  # only a tar may be a link, as in a snapshot of a hub
+        flags |= os.O_NOFOLLOW
     try:
-        descriptor = os.open(item.path, os.O_RDONLY | os.O_NONBLOCK | no_link)
+        descriptor = os.open(item.path, flags)
     except OSError as error:
-        if error.errno not in LOST:  # too many open files, a failing disk: not the picture's fault
+        if error.errno not in LOST:  # such as too many open files, or a failing disk
             raise
         raise PictureRefused("unreadable", error.strerror or "cannot be opened") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise PictureRefused("changed", "expected a regular file, as it was listed; found none")
+            raise PictureRefused("changed", "expected the regular file that was listed; found none")
         size = status.st_size if item.size is None else item.size
         if size > MAX_PICTURE_BYTES:
             raise PictureRefused("too-large", f"{size} bytes is over {MAX_PICTURE_BYTES}")
         data = os.pread(descriptor, size, item.offset)
     except OSError as error:
-        error.filename = str(item.path)  # the call does not know it, and the user must
+        error.filename = str(item.path)  # os.pread reports no file name
         raise
     finally:
         os.close(descriptor)
@@ -126,9 +141,9 @@ def read_source(item: SourceItem) -> bytes:
 
 
 def read_picture(item: SourceItem, rule: MaskRule | None = None) -> tuple[bytes, bytes | None]:
-    """The bytes of a candidate that decodes and, with a `rule`, the mask to store.
+    """Return the bytes of a candidate that decodes and, with a `rule`, the mask to store.
 
-    Raises: PictureRefused; of the mask with the reason no-mask, or as `stored_mask`.
+    Raises: PictureRefused, with the reason no-mask when the mask cannot be read.
     """
     data = read_source(item)
     size = decode_rgb(data).shape[:2]

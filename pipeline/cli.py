@@ -1,4 +1,4 @@
-"""The program `mcm-cache`: stage one, pictures in, cache out."""
+"""The program `mcm-cache` (stage one): it turns pictures into a cache."""
 
 from cache_tools.program import begin
 
@@ -11,16 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from cache_tools.console import guarded, print_json
 from cache_tools.errors import CorruptionError, UsageError
 
-if TYPE_CHECKING:  # imported where they are used: torch is slow to come
+if TYPE_CHECKING:  # commands import what they use: torch is slow to import
     from cache_tools.verify import Report
 
     from .recompute import Recomputed
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 def _version(asked: bool) -> None:
@@ -29,19 +35,22 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
+_Version = Annotated[
+    bool, Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+]
+
+
 @app.callback()
-def mcm_cache(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
-) -> None:
-    """Masked channel modeling, stage one: shard pictures, extract a teacher's features once, verify them."""
+def mcm_cache(version: _Version = False) -> None:
+    """Masked channel modeling, stage one: shard pictures, extract features, verify them."""
 
 
 @app.command("demo-data", no_args_is_help=True)
 @guarded
 def demo_data_command(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder: OUT/pictures and OUT/clip.")],
+    out: Annotated[Path, Argument(metavar="OUT", help="New folder: OUT/pictures and OUT/clip.")],
 ) -> None:
-    """Make a small real dataset (scikit-learn's digits) and a small real CLIP trained on it, offline.
+    """Make a small real dataset (scikit-learn's digits) and train a small real CLIP on it, offline.
 
     Example: mcm-cache demo-data demo
     """
@@ -50,33 +59,39 @@ def demo_data_command(
     demo_data(out)
 
 
+_PLACES = (
+    "SOURCE: an ImageFolder (train/ and val/, or flat), tars (a folder, a file, a glob, a quoted "
+    "{a..b}), or masks: ADE20K's folders, {train,val}/{images,masks}. DATASET: a new folder, or an "
+    "unfinished one."
+)
+
+
 @app.command("shard", no_args_is_help=True)
 @guarded
 def shard_command(
-    places: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[SOURCE] DATASET",
-            help="SOURCE: an ImageFolder (train/ and val/, or flat), tars (a folder, a file, a glob, a quoted {a..b}), "
-            "or masks: ADE20K's folders, {train,val}/{images,masks}. DATASET: a new folder, or an unfinished one.",
-        ),
-    ],
-    train: Annotated[str | None, typer.Option(metavar="SOURCE", help="The source of split train by itself.")] = None,
+    places: Annotated[list[str], Argument(metavar="[SOURCE] DATASET", help=_PLACES)],
+    train: Annotated[str | None, Option(metavar="SOURCE", help="Source of split train.")] = None,
     val: Annotated[
-        str, typer.Option(metavar="SOURCE|SHARE", help="The source of split val, or its share of train, by name.")
+        str, Option(metavar="SOURCE|SHARE", help="Source of split val, or its share of train.")
     ] = "0",
-    rows_per_shard: Annotated[int, typer.Option(help="Pictures a tar; a multiple of 16.")] = 1024,
-    seed: Annotated[int, typer.Option(help="Decides the order of the rows.")] = 0,
-    max_refused: Annotated[float, typer.Option(help="Largest share of a split's pictures that may be refused.")] = 0.01,
-    workers: Annotated[int | None, typer.Option(help="Decoding processes; one per core where left out.", min=1)] = None,
+    rows_per_shard: Annotated[int, Option(help="Pictures per tar; a multiple of 16.")] = 1024,
+    seed: Annotated[int, Option(help="Decides the order of the rows.")] = 0,
+    max_refused: Annotated[
+        float, Option(help="Largest share of a split's pictures that may be refused.")
+    ] = 0.01,
+    workers: Annotated[int | None, Option(min=1, help="Processes; default: one per core.")] = None,
     ignore: Annotated[
-        list[int] | None, typer.Option(help="Masks: a value that means unlabelled; may be repeated. ADE20K's is 0.")
+        list[int] | None,
+        Option(help="Masks: a value that means unlabelled; may be repeated. ADE20K uses 0."),
     ] = None,
     classes: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Masks: a class name per line, in the order of their values.")
+        Path | None,
+        Option(metavar="FILE", help="Masks: class names, one per line, in the order of values."),
     ] = None,
 ) -> None:
-    """Check every picture and put it into WebDataset tars with an index; the same command resumes.
+    """Check every picture and write it into WebDataset tars with an index.
+
+    Run the same command again to resume.
 
     Example: mcm-cache shard ~/imagenet imagenet-dataset
     """
@@ -89,51 +104,71 @@ def shard_command(
         share, named = 0.0, {"train": train, "val": val}
     by_split = {split: source for split, source in named.items() if source}
     if len(rest) != (not by_split):
-        raise UsageError(f"expected SOURCE and DATASET, or DATASET with --train and --val; found {' '.join(places)}")
+        found = " ".join(places)
+        expected = "SOURCE and DATASET, or DATASET with --train and --val"
+        raise UsageError(f"expected {expected}; found {found}")
+    source, ignored = by_split or rest[0], ignore or ()
     record = shard(
-        by_split or rest[0], dataset, rows_per_shard, seed, max_refused, workers, share, ignore or (), classes
+        source, dataset, rows_per_shard, seed, max_refused, workers, share, ignored, classes
     )
     for name, split in record.splits.items():
         print(f"{name}: {split.rows} rows in {len(split.shards)} shards, {split.refused} refused")
-    print(f"{dataset}: {len(record.classes)} classes; next: mcm-cache extract {dataset} CACHE --teacher ...")
+    following = f"mcm-cache extract {dataset} CACHE --teacher ..."
+    print(f"{dataset}: {len(record.classes)} classes; next: {following}")
 
 
 @app.command("extract", no_args_is_help=True)
 @guarded
 def extract_command(
     source: Annotated[
-        str, typer.Argument(metavar="DATASET", help="Or pictures, which are sharded into CACHE/dataset first.")
+        str,
+        Argument(
+            metavar="DATASET", help="Or pictures, which are sharded into CACHE/dataset first."
+        ),
     ],
-    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="New folder, or one to continue.")],
+    cache: Annotated[Path, Argument(metavar="CACHE", help="A new folder, or one to continue.")],
     config: Annotated[
-        str | None, typer.Option(metavar="FILE|NAME", help="A TOML file, or a shipped one: extract/clip_vitb16.")
+        str | None,
+        Option(metavar="FILE|NAME", help="A TOML file, or a shipped one: extract/clip_vitb16."),
     ] = None,
-    teacher: Annotated[str | None, typer.Option(help="open_clip:ARCH, open_clip:FOLDER or timm:NAME.")] = None,
+    teacher: Annotated[str | None, Option(help="open_clip:ARCH|FOLDER, or timm:NAME.")] = None,
     weights: Annotated[
-        str | None, typer.Option(help="A tag (openai), FILE or FILE#SET, 'pretrained' (timm), or 'random'.")
+        str | None, Option(help="A tag (openai), FILE, FILE#SET, 'pretrained' (timm) or 'random'.")
     ] = None,
     teacher_size: Annotated[
-        int | None, typer.Option(help="Side of the teacher's input; a multiple of its patch.")
+        int | None, Option(help="Side of the teacher's input; a multiple of its patch.")
     ] = None,
     teacher_mean: Annotated[
-        str | None, typer.Option(metavar="R,G,B", help="Of pixels in [0, 1]; one number for all.")
+        str | None, Option(metavar="R,G,B", help="Of pixels in [0, 1]; one number for all three.")
     ] = None,
-    teacher_std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Beside --teacher-mean.")] = None,
-    views: Annotated[int | None, typer.Option(help="Views per training picture; more can be added later.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of a view in pixels: what the student sees.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="int8 or float16.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="All splits where left out; may be repeated.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures per forward, a multiple of 16.")] = None,
+    teacher_std: Annotated[str | None, Option(metavar="R,G,B", help="As --teacher-mean.")] = None,
+    views: Annotated[int | None, Option(help="Views per training picture; can grow later.")] = None,
+    size: Annotated[int | None, Option(help="Side of the student's view, in pixels.")] = None,
+    dtype: Annotated[str | None, Option(help="int8 or float16.")] = None,
+    split: Annotated[
+        list[str] | None, Option(help="A split to extract; may be repeated. By default all.")
+    ] = None,
+    batch: Annotated[int | None, Option(help="Pictures per forward; a multiple of 16.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the file; may be repeated.")
+        list[str] | None,
+        Option("--set", metavar="KEY=VALUE", help="Set any key of the file; may be repeated."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default the worker's own GPU.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Rendering threads; by default its share.")] = None,
-    worker: Annotated[int | None, typer.Option(help="Number of this worker; by default from the launcher.")] = None,
-    workers: Annotated[int | None, typer.Option(help="How many there are.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print bytes, shards and hours; write nothing.")] = False,
+    device: Annotated[
+        str | None, Option(help="cpu, cuda or cuda:1; by default the worker's own GPU.")
+    ] = None,
+    threads: Annotated[
+        int | None,
+        Option(min=1, help="Rendering threads; by default this worker's share of cores."),
+    ] = None,
+    worker: Annotated[int | None, Option(help="This worker; default: the launcher's rank.")] = None,
+    workers: Annotated[int | None, Option(help="Number of workers; given with --worker.")] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print bytes, shards and hours; write nothing.")
+    ] = False,
 ) -> None:
-    """Write views and teacher features, shard by shard; the same command resumes, several at once share the work.
+    """Write views and teacher features, shard by shard.
+
+    Run the same command again to resume. Several workers share the shards.
 
     Example: mcm-cache extract dataset cache --config extract/clip_vitb16
     """
@@ -141,19 +176,21 @@ def extract_command(
     from .extract import Request, extract
     from .worker import launched
 
-    flags = dict(teacher=teacher, weights=weights, views=views, size=size, dtype=dtype, batch=batch, splits=split)
-    flags |= dict(teacher_size=teacher_size, teacher_mean=teacher_mean, teacher_std=teacher_std)
+    flags: dict[str, object] = dict(teacher=teacher, weights=weights, views=views, size=size)
+    flags |= dict(dtype=dtype, batch=batch, splits=split, teacher_size=teacher_size)
+    flags |= dict(teacher_mean=teacher_mean, teacher_std=teacher_std)
     request = load_config(config, flags, set_ or ())
     extract(Request(source, cache, request, launched(worker, workers, device, threads), dry_run))
 
 
+_Json = Annotated[bool, Option("--json", help="Print JSON.")]
+_Path = Annotated[Path, Argument(metavar="CACHE|DATASET")]
+
+
 @app.command("info", no_args_is_help=True)
 @guarded
-def info_command(
-    path: Annotated[Path, typer.Argument(metavar="CACHE|DATASET")],
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Say what a CACHE or DATASET is, which shards are done and which workers hold the others.
+def info_command(path: _Path, json: _Json = False) -> None:
+    """Describe a CACHE or DATASET: its content, finished shards, and the workers on the others.
 
     Example: mcm-cache info cache
     """
@@ -169,13 +206,21 @@ def info_command(
 @app.command("preview", no_args_is_help=True)
 @guarded
 def preview_command(
-    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="With a complete view of the split.")],
-    data: Annotated[Path | None, typer.Option(help="Its DATASET, for the originals; CACHE/dataset if there.")] = None,
-    rows: Annotated[int, typer.Option(help="Pictures, spread evenly over the split.", min=1, max=50)] = 8,
-    out: Annotated[Path, typer.Option(help="The PNG file; one of that name is replaced.")] = Path("preview.png"),
-    split: Annotated[str, typer.Option(help="The split that is shown.")] = "train",
+    cache: Annotated[
+        Path, Argument(metavar="CACHE", help="A cache with a complete view of the split.")
+    ],
+    data: Annotated[
+        Path | None, Option(help="Its DATASET, for the originals; by default CACHE/dataset.")
+    ] = None,
+    rows: Annotated[
+        int, Option(min=1, max=50, help="Number of pictures, spread evenly over the split.")
+    ] = 8,
+    out: Annotated[Path, Option(help="PNG file; an existing one is replaced.")] = Path(
+        "preview.png"
+    ),
+    split: Annotated[str, Option(help="The split to show.")] = "train",
 ) -> None:
-    """Draw a contact sheet: crops on the originals, views as stored, features in PCA colours.
+    """Draw a contact sheet: crops on the originals, views as stored, features in PCA colors.
 
     Example: mcm-cache preview cache --data dataset --out preview.png
     """
@@ -184,21 +229,34 @@ def preview_command(
     print(preview(cache, out, data, rows, split))
 
 
+_AS_IN_EXTRACT = "As in `mcm-cache extract`; for --recompute."
+
+
 @app.command("verify", no_args_is_help=True)
 @guarded
 def verify_command(
-    path: Annotated[Path, typer.Argument(metavar="CACHE|DATASET")],
-    quick: Annotated[bool, typer.Option("--quick", help="Records and sizes alone; no data is read.")] = False,
-    subset: Annotated[str, typer.Option(help="Share of the shards, such as 5%, at least one of each unit.")] = "100%",
-    seed: Annotated[int, typer.Option(help="Draws the subset and the rows of --recompute.")] = 0,
-    recompute: Annotated[int, typer.Option(help="Rows to compute again with --teacher and --weights.", min=0)] = 0,
-    teacher: Annotated[str, typer.Option(help="As in extract, for --recompute.")] = "",
-    weights: Annotated[str, typer.Option(help="As in extract, for --recompute.")] = "",
-    device: Annotated[str | None, typer.Option(help="As in extract, for --recompute.")] = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Move what is damaged to PATH/.run/quarantine.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    path: _Path,
+    quick: Annotated[
+        bool, Option("--quick", help="Check records and sizes; read no data.")
+    ] = False,
+    subset: Annotated[
+        str, Option(help="Share of the shards, such as 5%; at least one shard per unit.")
+    ] = "100%",
+    seed: Annotated[int, Option(help="Draws the subset and the rows of --recompute.")] = 0,
+    recompute: Annotated[
+        int, Option(min=0, help="Rows to compute again with --teacher and --weights.")
+    ] = 0,
+    teacher: Annotated[str, Option(help=_AS_IN_EXTRACT)] = "",
+    weights: Annotated[str, Option(help=_AS_IN_EXTRACT)] = "",
+    device: Annotated[str | None, Option(help=_AS_IN_EXTRACT)] = None,
+    repair: Annotated[
+        bool, Option("--repair", help="Move damaged files to PATH/.run/quarantine.")
+    ] = False,
+    json: _Json = False,
 ) -> None:
-    """Check the sha256 of every committed file; exit 4 and the files by name when something is damaged.
+    """Check the sha256 of every committed file.
+
+    If something is damaged, print the names of the files and exit with code 4.
 
     Example: mcm-cache verify cache
     """
@@ -209,13 +267,14 @@ def verify_command(
     if not share:
         raise UsageError(f"--subset {subset!r}: expected a share such as 5%")
     if recompute and not (teacher and weights and (path / "cache.json").is_file()):
-        raise UsageError("--recompute: expected a CACHE, and --teacher and --weights as in its `mcm-cache extract`")
+        expected = "a CACHE, and --teacher and --weights as in its `mcm-cache extract`"
+        raise UsageError(f"--recompute: expected {expected}")
     if warning := guessed(path):
         print(f"warning: {warning}", file=sys.stderr)
     report = verify(path, quick, float(share[1]) / 100, seed, quiet=json)
     again = None
     if recompute and report.problems:
-        print("--recompute: left out until what is damaged below is made again", file=sys.stderr)
+        print("--recompute: skipped until the damaged files below are made again", file=sys.stderr)
     elif recompute:
         from .recompute import recompute as compute_again
 
@@ -225,28 +284,34 @@ def verify_command(
 
 
 def _conclude(report: "Report", again: "Recomputed | None", move: bool, json: bool) -> None:
-    """Print what `verify` found and, with `move`, move it; CorruptionError when it found something."""
+    """Print the problems that `verify` found and, with `move`, move the damaged files.
+
+    Raises: CorruptionError when there is a problem.
+    """
     from dataclasses import asdict
 
     from cache_tools.repair import repair
 
-    lines = [f"{again.rows} rows computed again, lowest cosine {again.lowest_cosine:.6f}"] if again else []
-    lines += [problem.text for problem in report.problems]
-    if lines and not json:  # before a repair, which may fail
+    lines = [problem.text for problem in report.problems]
+    if again:
+        cosine = f"lowest cosine {again.lowest_cosine:.6f}"
+        lines.insert(0, f"{again.rows} rows computed again, {cosine}")
+    if lines and not json:  # print before the repair, which may fail
         print("\n".join(lines), flush=True)
     done = repair(report) if move and report.problems else None
     if json:
         cosines = {"rows": again.rows, "lowest_cosine": again.lowest_cosine} if again else None
         parts = {"recomputed": cosines, "repair": done and asdict(done)}
-        print_json(asdict(report) | {name: part for name, part in parts.items() if part is not None})
+        parts = {name: part for name, part in parts.items() if part is not None}
+        print_json(asdict(report) | parts)
     else:
         share = f", {report.shards} of {report.of} shards" if report.shards < report.of else ""
-        whole = f"{report.files} files and {report.rows} rows are as committed"
-        what = f"{report.files} files are there with their sizes" if report.quick else whole
+        whole = f"{report.files} files and {report.rows} rows match their commits"
+        what = f"{report.files} files exist with their sizes" if report.quick else whole
         print("\n".join([*(done.lines() if done else []), f"{report.path}: {what}{share}"]))
     if report.problems:
-        hint = "" if done else "; `--repair` moves them away, so that they can be made again"
-        raise CorruptionError(f"{report.path}: {len(report.problems)} problems, each named above{hint}")
+        hint = "" if done else "; add `--repair` to move the damaged files away"
+        raise CorruptionError(f"{report.path}: {len(report.problems)} problems, named above{hint}")
 
 
 if __name__ == "__main__":

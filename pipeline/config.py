@@ -1,4 +1,4 @@
-"""The record of an extraction: one TOML file, or the flags of `mcm-cache extract`, says what a CACHE is to hold."""
+"""The configuration of `mcm-cache extract`: the contents of a CACHE, from a TOML file or flags."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -15,10 +15,11 @@ Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 
 
 def _colours(value: Any) -> Any:
-    """Three numbers from "R,G,B", or from one number for all three."""
+    """Return three numbers, from "R,G,B" or from one number for all three."""
     if value is None:
         return None
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    parts = value.split(",") if isinstance(value, str) else value
+    parts = parts if isinstance(parts, list | tuple) else [parts]
     return tuple(float(part) for part in parts) * (3 if len(parts) == 1 else 1)
 
 
@@ -27,17 +28,18 @@ Colours = Annotated[tuple[Colour, Colour, Colour] | None, pydantic.BeforeValidat
 
 
 class ExtractConfig(Record):
-    """What an extraction computes; sizes are in pixels, `batch` in pictures.
+    """The settings of an extraction; sizes are in pixels, `batch` is in pictures.
 
-    `size` is the side of a view, which the student sees; `patch` is the student's, checked against the teacher's grid.
-    `teacher_size` is the side of the teacher's input, None for its own. `teacher_mean` and `teacher_std`, of pixels in
-    [0, 1], normalise it; None for what the weights' own configuration or the tags of the architecture state.
-    `crop` is that of split train; the others get centre crops.
+    `size` is the side of a view, which the student sees. `patch` is the student's patch size; the
+    student's grid must equal the teacher's. `teacher_size` is the side of the teacher's input; None
+    takes the teacher's own size. `teacher_mean` and `teacher_std` normalize pixels in [0, 1]; None
+    takes the values in the configuration of the weights or in the tags of the architecture. `crop`
+    applies to split train; other splits get center crops.
     """
 
     teacher: str
     weights: str
-    splits: tuple[SplitName, ...] = ()  # every split of the DATASET where it is empty
+    splits: tuple[SplitName, ...] = ()  # empty: every split of the DATASET
     views: Count = 4
     size: Side = 224
     patch: Side | None = None
@@ -48,36 +50,44 @@ class ExtractConfig(Record):
     encoding: str = "jpeg:95:444"  # token cosine to the unrecompressed view 0.983; 0.949 at 92:420
     dtype: Literal["int8", "float16"] = "int8"
     compress: Literal["zstd"] | None = None
-    max_error: Annotated[float, pydantic.Field(gt=0)] | None = None  # largest relative MSE of a shard's features
-    precision: Literal["fp32", "fp16", "bf16"] | None = None  # of the forward; fp16 on CUDA, fp32 elsewhere
+    max_error: Annotated[float, pydantic.Field(gt=0)] | None = None  # relative MSE of a shard
+    precision: Literal["fp32", "fp16", "bf16"] | None = None  # None: fp16 on CUDA, fp32 on a CPU
     batch: Annotated[int, pydantic.Field(ge=CHUNK_ROWS, multiple_of=CHUNK_ROWS)] = 64
     seed: int = 0
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> Self:
         check_encoding(self.encoding)
-        if (self.teacher_mean is None) != (self.teacher_std is None) or 0 in (self.teacher_std or ()):
-            raise ValueError("expected teacher_mean and teacher_std together, and a teacher_std above 0")
+        mean, std = self.teacher_mean, self.teacher_std
+        if (mean is None) != (std is None) or 0 in (std or ()):
+            raise ValueError("expected both teacher_mean and teacher_std, and teacher_std above 0")
         (low, high), (narrow, wide) = self.crop.scale, self.crop.ratio
         if not 0 < low <= high <= 1 or not 0 < narrow <= wide or not 0 <= self.crop.flip <= 1:
+            found = f"{self.crop.scale}, {self.crop.ratio} and {self.crop.flip}"
             raise ValueError(
-                f"expected crop.scale = [LOW, HIGH] in (0, 1], crop.ratio = [LOW, HIGH] above 0 and crop.flip in "
-                f"[0, 1]; found {self.crop.scale}, {self.crop.ratio} and {self.crop.flip}"
+                "expected crop.scale = [LOW, HIGH] in (0, 1], crop.ratio = [LOW, HIGH] above 0 and "
+                f"crop.flip in [0, 1]; found {found}"
             )
         return self
 
     @property
     def normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
-        """The teacher's mean and std, where they are given."""
-        return (self.teacher_mean, self.teacher_std) if self.teacher_mean and self.teacher_std else None
+        """Return the teacher's mean and std, or None when they are not given."""
+        mean, std = self.teacher_mean, self.teacher_std
+        return (mean, std) if mean and std else None
 
 
-def load_config(name: str | None, flags: Mapping[str, Any], overrides: Sequence[str] = ()) -> ExtractConfig:
-    """The configuration of the file or shipped name `name` (None: the defaults), then flags, then overrides.
+def load_config(
+    name: str | None, flags: Mapping[str, Any], overrides: Sequence[str] = ()
+) -> ExtractConfig:
+    """Return the configuration of a TOML file, changed by `flags` and then by `overrides`.
+
+    `name` is a path or the name of a shipped file; None starts from the defaults.
 
     Raises: UsageError naming the key.
     """
     given = {key: value for key, value in flags.items() if value is not None}
     if name is None and not given.keys() >= {"teacher", "weights"}:
-        raise UsageError("expected --teacher and --weights, or --config with a TOML file or a shipped name")
+        alternative = "--config with a TOML file or a shipped name"
+        raise UsageError(f"expected --teacher and --weights, or {alternative}")
     return load_toml(ExtractConfig, config_file(name) if name else None, overrides, given)

@@ -1,7 +1,8 @@
-"""A pool of processes that decode pictures: one that crashes or hangs its decoder is refused, and the work goes on.
+"""A pool of processes that decode pictures and refuse a picture that crashes or hangs its decoder.
 
-Decoders are C code, and one crafted picture could end a run of hours. A process that dies breaks its whole executor
-without naming its task. So the tasks that were in flight are then tried one by one, in a process of their own.
+Decoders are C code, and one crafted picture could end a run of hours. A process that dies breaks
+its whole executor, which does not name the task. The pool therefore retries the tasks in flight one
+by one, in a separate process.
 """
 
 import signal
@@ -24,29 +25,36 @@ from cache_tools.processes import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-LIMIT_S = 60  # the largest picture that is allowed decodes in seconds
+LIMIT_S = 60  # the largest allowed picture decodes within seconds
 AHEAD = 4  # tasks in flight per process
-_CRASHES = {-number for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)}
+_SIGNALS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+_CRASH_CODES = {-number for number in _SIGNALS}
 
 
 class DecodePool(AbstractContextManager["DecodePool"]):
-    """`workers` processes behind `map`. Use it in a `with` statement; nothing starts before the first task."""
+    """A `map` over `workers` processes, which start with the first task.
+
+    Use it in a `with` statement, which stops the processes.
+    """
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self._executor: ProcessPoolExecutor | None = None
-        self._single: ProcessPoolExecutor | None = None  # one process, for the tasks that are tried one by one
+        self._single: ProcessPoolExecutor | None = None  # one process, for retries
 
     def __exit__(self, *error: object) -> None:
         _stop(self._executor)
         _stop(self._single)
 
-    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result | PictureRefused]:
-        """The result of every task in order, or the PictureRefused that `function` raised for it.
+    def map(
+        self, function: Callable[[Task], Result], tasks: Iterable[Task]
+    ) -> Iterator[Result | PictureRefused]:
+        """Yield the result of every task in order, or the PictureRefused that `function` raised.
 
-        A task that crashes its process or takes over LIMIT_S is refused as "decoder-crash" or "timeout".
+        A task that crashes its process is refused as "decoder-crash", and one that takes more than
+        LIMIT_S seconds as "timeout".
 
-        Raises: ResourceError when the system kills a process; anything else that `function` raises.
+        Raises: ResourceError when the system kills a process; other errors of `function`.
         """
         todo, pending = iter(tasks), deque[tuple[Task, Future[Result]]]()
         while True:
@@ -70,20 +78,22 @@ class DecodePool(AbstractContextManager["DecodePool"]):
             self._executor = _start(self.workers)
             return self._executor.submit(function, task)
 
-    def _result(self, function: Callable[[Task], Result], task: Task, future: Future[Result]) -> Result:
+    def _result(
+        self, function: Callable[[Task], Result], task: Task, future: Future[Result]
+    ) -> Result:
         try:
             if _ends(future):
                 return future.result()
             _stop(self._executor)
             self._executor = None
         except BrokenProcessPool:
-            pass  # of an executor that `_submit` replaces
+            pass  # `_submit` replaces the executor
         return self._alone(function, task)
 
     def _alone(self, function: Callable[[Task], Result], task: Task) -> Result:
-        """The result of a task, with no other one in work; where it fails, it is to blame."""
+        """Return the result of a task that runs alone, so that a crash has one possible cause."""
         self._single = self._single or _start(1)
-        refusal = PictureRefused("timeout", "its decoder did not come to an end")
+        refusal = PictureRefused("timeout", "its decoder did not finish")
         try:
             future = self._single.submit(function, task)
             if _ends(future):
@@ -92,16 +102,19 @@ class DecodePool(AbstractContextManager["DecodePool"]):
             refusal = PictureRefused("decoder-crash", "its decoder crashed")
         (code,) = _stop(self._single)
         self._single = None
-        if refusal.reason == "decoder-crash" and code not in _CRASHES:
+        if refusal.reason == "decoder-crash" and code not in _CRASH_CODES:
             raise ResourceError(
-                f"a decoding process ended with code {code}; expected it to work on (-9: it was killed, by the kernel "
-                "if memory ran out); the same command resumes"
+                f"a decoding process ended with code {code} (-9: the kernel may have killed it "
+                "because memory ran out); run the same command again to resume"
             )
         raise refusal
 
 
 class _Process(ForkServerProcess):
-    """A process that does not run the main module again: a script may lack the guard, or import torch."""
+    """A process that does not run the main module again.
+
+    A user's script may lack the `__main__` guard, or import torch.
+    """
 
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> Any:
@@ -112,7 +125,9 @@ class _Process(ForkServerProcess):
             sys.modules["__main__"] = main
 
 
-class _Context(ForkServerContext):  # a fork of this process would copy the locks of its threads
+class _Context(ForkServerContext):
+    """A forkserver, because a fork of this process would copy the locks of its threads."""
+
     Process = _Process
 
 
@@ -123,19 +138,22 @@ def _start(workers: int) -> ProcessPoolExecutor:
 
 
 def _begin() -> None:
-    """Prepare a worker: it leaves Ctrl-C to the parent, and ends with it."""
+    """Prepare a process: it ignores Ctrl-C, which the parent handles, and ends with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ignore_metadata_warnings()
     end_with_parent()
 
 
 def _ends(future: Future[Result]) -> bool:
-    """Whether a task ends within LIMIT_S polls of a second; a clock would also count the hours of a stopped machine."""
+    """Return whether a task ends within LIMIT_S polls of one second.
+
+    A clock would also count the hours in which the machine sleeps.
+    """
     return any(wait([future], timeout=1).done for _ in range(LIMIT_S))
 
 
 def _stop(executor: ProcessPoolExecutor | None) -> list[int | None]:
-    """Kill the processes of an executor and wait for their end; returns their exit codes."""
+    """Kill the processes of an executor, wait for them, and return their exit codes."""
     if executor is None:
         return []
     processes, results = list(executor._processes.values()), executor._result_queue
@@ -143,7 +161,7 @@ def _stop(executor: ProcessPoolExecutor | None) -> list[int | None]:
     executor.shutdown(wait=False, cancel_futures=True)
     for process in processes:
         process.kill()
-    # The manager thread may be reading a result; with its writer killed, only the end of the pipe ends that.
+    # The manager thread may wait for a result of a killed process. Closing the pipe ends the wait.
     results._writer.close()  # type: ignore[attr-defined]
     if manager is not None:
         manager.join()

@@ -10,7 +10,7 @@ import warnings
 from cache_tools.images import PictureRefused
 
 REASONS = {"SIGSEGV": "decoder-crash", "SIGABRT": "decoder-crash", "HANG": "timeout"}
-DETAILS = {"decoder-crash": "its decoder crashed", "timeout": "its decoder did not come to an end"}
+DETAILS = {"decoder-crash": "its decoder crashed", "timeout": "its decoder did not finish"}
 
 
 def misbehave(word: str, refuse: bool = False) -> str:

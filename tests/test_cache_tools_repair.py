@@ -252,7 +252,7 @@ def test_the_command(cache: Path) -> None:
     assert "3 of 7 shards" in run("mcm-cache", "verify", cache, "--subset", "34%")
     assert "such as 5%" in run("mcm-cache", "verify", cache, "--subset", "0.05", expect=2)
     flip(cache / "train/v1/views/000001.tar")
-    assert "`--repair` moves them away" in run("mcm-cache", "verify", cache, expect=4)
+    assert "add `--repair` to move the damaged files away" in run("mcm-cache", "verify", cache, expect=4)
     said = run("mcm-cache", "verify", cache, "--repair", "--json", expect=4)
     known = json.loads(said[: said.rindex("}") + 1])
     assert [problem["unit"] for problem in known["problems"]] == ["train/v1"] and len(known["repair"]["moved"]) == 3
