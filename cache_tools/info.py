@@ -1,4 +1,4 @@
-"""`mcm-cache info`: what a DATASET or CACHE is and what of it is done. It takes no locks."""
+"""`mcm-cache info`: describe a DATASET or CACHE and its progress, without locks."""
 
 import tomllib
 from pathlib import Path
@@ -11,36 +11,52 @@ from .records import read_capped
 
 
 def info(path: Path) -> dict[str, Any]:
-    """A description that prints as JSON.
+    """Return a description of a DATASET or CACHE that can be written as JSON.
 
-    Raises: UsageError when the folder is neither DATASET nor CACHE.
+    Raises: UsageError if `path` is neither.
     """
     if (path / "cache.json").is_file():
         return _cache_info(Cache(path))
     if (path / "dataset.json").is_file():
-        dataset = Dataset(path)
-        splits = {
-            name: {"rows": split.rows, "shards": len(split.shards), "refused": split.refused}
-            for name, split in dataset.record.splits.items()
-        }
-        known = {"kind": "dataset", "path": str(path), "sha256": dataset.sha256, "splits": splits}
-        tar_bytes = sum(shard.tar_bytes for split in dataset.record.splits.values() for shard in split.shards)
-        return known | {"classes": len(dataset.classes), "seed": dataset.record.seed, "bytes": tar_bytes}
-    raise UsageError(f"{path}: expected a DATASET (dataset.json) or a CACHE (cache.json); found {found_at(path)}")
+        return _dataset_info(Dataset(path))
+    expected = "expected a DATASET (dataset.json) or a CACHE (cache.json)"
+    raise UsageError(f"{path}: {expected}; found {found_at(path)}")
 
 
 def guessed(path: Path) -> str:
-    """A warning where the teacher's mean and std were guessed: a file's, before extract.toml recorded their values."""
+    """Return a warning if the teacher's mean and std in a CACHE were guessed, or "".
+
+    Early versions guessed them for weights from a file, and did not record them in extract.toml.
+    """
     request = path / "extract.toml"
     try:
-        asked = tomllib.loads(read_capped(request, error=UsageError).decode()) if request.is_file() else {}
-    except (ValueError, UsageError) as error:  # a note, which no feature depends on
-        return f"{request}: expected TOML; it does not read: {error}"
+        text = read_capped(request, error=UsageError).decode() if request.is_file() else ""
+        asked = tomllib.loads(text)
+    except (ValueError, UsageError) as error:  # a warning only: the features do not depend on it
+        return f"{request}: expected TOML; found {error}"
     teacher, weights = str(asked.get("teacher")), str(asked.get("weights"))
-    folder = "/" in teacher or teacher.startswith("timm:") and "." in teacher  # it states them
-    if "teacher_mean" in asked or folder or not {"/", "."} & set(weights):
+    # A local folder and a tag of timm state the mean and std.
+    stated = "/" in teacher or teacher.startswith("timm:") and "." in teacher
+    if "teacher_mean" in asked or stated or not {"/", "."} & set(weights):
         return ""
-    return f"{path}: the teacher's mean and std were guessed, as {weights} states none; compare them with its source"
+    found = f"the teacher's mean and std were guessed, because {weights} states none"
+    return f"{path}: {found}; compare them with the source of the weights"
+
+
+def _dataset_info(dataset: Dataset) -> dict[str, Any]:
+    splits = dataset.record.splits
+    return {
+        "kind": "dataset",
+        "path": str(dataset.path),
+        "sha256": dataset.sha256,
+        "splits": {
+            name: {"rows": split.rows, "shards": len(split.shards), "refused": split.refused}
+            for name, split in splits.items()
+        },
+        "classes": len(dataset.classes),
+        "seed": dataset.record.seed,
+        "bytes": sum(shard.tar_bytes for split in splits.values() for shard in split.shards),
+    }
 
 
 def _cache_info(cache: Cache) -> dict[str, Any]:
@@ -56,42 +72,52 @@ def _cache_info(cache: Cache) -> dict[str, Any]:
 
 def _unit_info(unit: Unit) -> dict[str, Any]:
     shards = unit.committed()
-    known: dict[str, Any] = {"complete": unit.complete, "shards": len(shards), "of": unit.num_shards, "rows": unit.rows}
+    known: dict[str, Any] = {"complete": unit.complete, "shards": len(shards)}
+    known |= {"of": unit.num_shards, "rows": unit.rows}
     if not shards:
         return known
     times_s = sorted(unit.commit_file(shard).stat().st_mtime for shard in shards)
     if len(shards) > 1 and not unit.complete:
-        known["eta_s"] = round((times_s[-1] - times_s[0]) / (len(shards) - 1) * (unit.num_shards - len(shards)))
+        shard_s = (times_s[-1] - times_s[0]) / (len(shards) - 1)
+        known["eta_s"] = round(shard_s * (unit.num_shards - len(shards)))
     found = [(commit.fidelity, commit.files.values()) for commit in map(unit.commit, shards)]
     known["bytes"] = sum(file.bytes for _, files in found for file in files)
     known["cosine"] = min(fidelity.cosine for fidelity, _ in found)
-    return known | {name: max(getattr(f, name) for f, _ in found) for name in ("relative_mse", "precision_mse")}
+    known["relative_mse"] = max(fidelity.relative_mse for fidelity, _ in found)
+    known["precision_mse"] = max(fidelity.precision_mse for fidelity, _ in found)
+    return known
 
 
 def summary(known: dict[str, Any]) -> str:
-    """The description as lines for a person."""
+    """Return the description of `info` as lines of text."""
     if known["kind"] == "dataset":
         size = f"{known['classes']} classes, {known['bytes'] / 1e6:.1f} MB, seed {known['seed']}"
         lines = [f"DATASET {known['path']}: {size}"]
         for name, split in known["splits"].items():
-            lines.append(f"  {name:<8} {split['rows']} rows in {split['shards']} shards, {split['refused']} refused")
+            rows = f"{split['rows']} rows in {split['shards']} shards"
+            lines.append(f"  {name:<8} {rows}, {split['refused']} refused")
         return "\n".join(lines)
     identity = known["identity"]
     teacher, grid = identity["teacher"], identity["grid"]
+    teacher_px = f"{teacher['height']}x{teacher['width']} px"
+    view_px = f"{identity['view_height']}x{identity['view_width']} px"
+    shape = f"{grid[0]}x{grid[1]} tokens x {identity['channels']} channels"
+    compress = f" by {identity['compress']}" if identity.get("compress") else ""
+    cls = ", CLS" if identity["has_cls"] else ""
     lines = [
         f"CACHE {known['path']} ({known['sha256'][:12]})",
-        f"  teacher  {teacher['name']}, {teacher['activation']}, {teacher['height']}x{teacher['width']} px",
+        f"  teacher  {teacher['name']}, {teacher['activation']}, {teacher_px}",
         f"  pixels   mean {teacher['mean']}, std {teacher['std']}, {teacher['kernel']}",
-        f"  features {grid[0]}x{grid[1]} tokens x {identity['channels']} channels, {identity['dtype']}"
-        + (f" by {identity['compress']}" if identity.get("compress") else "")
-        + (", CLS" if identity["has_cls"] else ""),
-        f"  views    {identity['view_height']}x{identity['view_width']} px, {identity['crop']['kind']}, "
-        + identity["view_encoding"],
+        f"  features {shape}, {identity['dtype']}{compress}{cls}",
+        f"  views    {view_px}, {identity['crop']['kind']}, {identity['view_encoding']}",
     ]
     for name, unit in known["units"].items():
         state = "complete" if unit["complete"] else f"{unit['shards']} of {unit['of']} shards"
         line = f"  {name:<10} {state}, {unit['rows']} rows"
         if "cosine" in unit:
-            line += f", {unit['bytes'] / 1e6:.1f} MB, error {unit['relative_mse']:.1e}, cosine {unit['cosine']:.6f}"
-        lines.append(line + (f", about {unit['eta_s']} s left at the pace so far" if "eta_s" in unit else ""))
+            line += f", {unit['bytes'] / 1e6:.1f} MB, error {unit['relative_mse']:.1e}"
+            line += f", cosine {unit['cosine']:.6f}"
+        if "eta_s" in unit:
+            line += f", about {unit['eta_s']} s left at the average rate"
+        lines.append(line)
     return "\n".join(lines + [f"warning: {known['warning']}"] * bool(known["warning"]))
