@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # NumPy pads the header to the same size for every number of rows.
 _INDEX_HEADER_BYTES = len(encode_npy(np.zeros(0, VIEW_INDEX_DTYPE)))
-# Number of shards whose constants stay in memory. They take 27 MB per 1,024 shards (1,024 rows, 768
-# channels). Chunks are read in random order. A smaller limit would rarely hold the right shard:
+# Maximum number of shards with constants in memory: 27 MB per 1,024 shards of 1,024 rows and 768
+# channels. Chunks are read in random order, so a cache smaller than a view would rarely hit.
 # ImageNet has 1,252 shards per view.
 MAX_KNOWN = 16_384
 _COMMIT, _VIEW = re.compile(r"([0-9]{6,})\.json"), re.compile(r"v(0|[1-9][0-9]{0,8})")
@@ -319,8 +319,8 @@ class Cache:
 def check_bytes(path: Path, expected: bytes) -> None:
     """Raise CorruptionError unless the file at `path` holds the bytes `expected`."""
     if not path.is_file() or path.stat().st_size != len(expected) or path.read_bytes() != expected:
-        found = "it is missing or changed"
-        raise CorruptionError(f"{path}: expected the bytes that the request determines; {found}")
+        implied = "expected the bytes that cache.json or dataset.json implies"
+        raise CorruptionError(f"{path}: {implied}; it is missing or changed")
 
 
 def read_probe(cache: Path) -> npt.NDArray[np.float32]:

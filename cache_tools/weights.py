@@ -95,7 +95,7 @@ def read_weights(spec: str | Path) -> "tuple[dict[str, Tensor], str]":
                 sets = _sets(torch.load(path, map_location="cpu", weights_only=True))
         largest = max(map(len, sets.values()))
     except Exception as error:
-        # The error of torch advises to unpickle the file, so only the name of the class is kept.
+        # torch's message recommends unpickling the file, so only the class name is shown.
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         text = re.sub(r"\x1b\[[\d;]*m", "", str(error) or repr(error)).split("\n")[0]
         found = f"an object of {unsafe[1]}" if unsafe else text
