@@ -1,9 +1,14 @@
-"""Pictures: bytes to RGB and back by one written rule.
+"""Decode pictures to RGB and encode views, by one versioned rule.
 
-The rule, version PICTURE_RULES: JPEG, PNG or WebP by content, never by name; the first frame; at most MAX_PIXELS; EXIF
-orientation applied; ICC profiles ignored (as timm and torchvision do); 16-bit grey keeps its high byte, a transparent
-colour of it is ignored; any other picture with transparency is laid over white; all else by Pillow's conversion to RGB
-(CMYK and palettes too). Truncated: refused.
+The rule, of version PICTURE_RULES:
+
+- The content decides the format, which is JPEG, PNG or WebP; the name does not.
+- A picture has at most MAX_PIXELS. Of several frames, the first counts.
+- The EXIF orientation is applied. An ICC profile is ignored, as in timm and torchvision.
+- 16-bit grey keeps the high byte of each value. Its transparent color is ignored.
+- Any other picture with transparency is composited over white.
+- Pillow converts all other modes to RGB, including CMYK and palettes.
+- A truncated picture is refused.
 """
 
 import io
@@ -24,10 +29,10 @@ RGB = npt.NDArray[np.uint8]
 
 
 class PictureRefused(Exception):
-    """A picture that gets no row: `reason` is a short code, `detail` says more."""
+    """A picture is refused and gets no row: `reason` is a short code, `detail` explains it."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)  # both, so that it can be pickled
+        super().__init__(reason, detail)  # pickle needs both arguments
         self.reason, self.detail = reason, detail
 
     def __str__(self) -> str:
@@ -35,17 +40,18 @@ class PictureRefused(Exception):
 
 
 def ignore_metadata_warnings() -> None:
-    """Ignore Pillow's warnings of odd metadata in this process; programs and their workers call it.
+    """Ignore the warnings of Pillow about unusual metadata in this process.
 
-    `decode_rgb` cannot: warnings.catch_warnings is not safe in threads.
+    Each program and each worker calls this once. `decode_rgb` does not filter warnings itself,
+    because warnings.catch_warnings is not thread-safe.
     """
     warnings.filterwarnings("ignore", module="PIL")
 
 
 def picture_extension(data: bytes) -> str:
-    """`jpg`, `png` or `webp` by the first bytes.
+    """Return `jpg`, `png` or `webp`, which the first bytes decide.
 
-    Raises: PictureRefused for anything else.
+    Raises: PictureRefused if the format is another one.
     """
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
@@ -53,11 +59,12 @@ def picture_extension(data: bytes) -> str:
         return "png"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    raise PictureRefused("empty" if not data else "format", f"expected JPEG, PNG or WebP; it begins {data[:12]!r}")
+    reason = "format" if data else "empty"
+    raise PictureRefused(reason, f"expected JPEG, PNG or WebP; it begins {data[:12]!r}")
 
 
 def decode_rgb(data: bytes) -> RGB:
-    """The picture as uint8 [H, W, 3], by the rule in this file's head.
+    """Decode a picture to uint8 [H, W, 3], by the rule in the docstring of this module.
 
     Raises: PictureRefused with the reason empty, format, too-large or damaged.
     """
@@ -65,7 +72,8 @@ def decode_rgb(data: bytes) -> RGB:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
-                raise PictureRefused("too-large", f"{picture.width}x{picture.height} is over {MAX_PIXELS} pixels")
+                detail = f"{picture.width}x{picture.height} is over {MAX_PIXELS} pixels"
+                raise PictureRefused("too-large", detail)
             picture.load()
             return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
     except Image.DecompressionBombError as error:
@@ -73,41 +81,44 @@ def decode_rgb(data: bytes) -> RGB:
     except (PictureRefused, MemoryError):
         raise
     except Exception as error:  # Pillow raises many kinds of errors on damaged files
-        # Pillow names the buffer by its address, which differs each time.
-        raise PictureRefused("damaged", re.sub(r" ?<[^>]* at 0x[0-9a-f]+>", "", str(error))) from error
+        # Remove the address of the buffer from the message, because it differs in each run.
+        detail = re.sub(r" ?<[^>]* at 0x[0-9a-f]+>", "", str(error))
+        raise PictureRefused("damaged", detail) from error
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it to white
-        return Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        high_HW = (np.asarray(picture).astype(np.int64) >> 8).clip(0, 255)
+        picture = Image.fromarray(high_HW.astype(np.uint8))
+    elif picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
     return picture.convert("RGB")
 
 
 def resize_rgb(rgb_HW3: RGB, height: int, width: int) -> RGB:
-    """Antialiased bicubic resize by Pillow; the same array when the size is right already."""
+    """Resize by Pillow (bicubic, antialiased); return the input array if the size matches."""
     if rgb_HW3.shape[:2] == (height, width):
         return rgb_HW3
     return np.asarray(Image.fromarray(rgb_HW3).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def check_encoding(encoding: str) -> tuple[int, str] | None:
-    """(quality, subsampling) of "jpeg:QUALITY:444|422|420", None for "png".
+    """Return (quality, subsampling) of "jpeg:QUALITY:444|422|420", or None for "png".
 
-    Raises: UsageError for anything else.
+    Raises: UsageError if the encoding is another one.
     """
     if encoding == "png":
         return None
     known = re.fullmatch("jpeg:0{0,2}([1-9][0-9]?|100):(444|422|420)", encoding)
     if not known:
-        raise UsageError(f"view encoding: expected png or jpeg:QUALITY:444|422|420; found {encoding!r}")
+        expected = "expected png or jpeg:QUALITY:444|422|420"
+        raise UsageError(f"view encoding: {expected}; found {encoding!r}")
     return int(known[1]), known[2]
 
 
 def encode_view(rgb_HW3: RGB, encoding: str) -> bytes:
-    """A rendered view as JPEG or PNG bytes."""
+    """Encode a rendered view as JPEG or PNG bytes."""
     jpeg = check_encoding(encoding)
     if jpeg is None:
         buffer = io.BytesIO()
@@ -115,13 +126,14 @@ def encode_view(rgb_HW3: RGB, encoding: str) -> bytes:
         return buffer.getvalue()
     quality, subsampling = jpeg
     contiguous = np.ascontiguousarray(rgb_HW3)
-    return bytes(simplejpeg.encode_jpeg(contiguous, quality=quality, colorspace="RGB", colorsubsampling=subsampling))
+    return bytes(simplejpeg.encode_jpeg(contiguous, quality, "RGB", colorsubsampling=subsampling))
 
 
 def decode_view_into(data: bytes | memoryview, out_HW3: RGB) -> None:
-    """Decode a stored view in place: the one decoder behind the teacher's input and the student's.
+    """Decode a stored view into `out_HW3`, uint8 [H, W, 3].
 
-    Raises: CorruptionError when the bytes are no picture of that size.
+    The input of the teacher and the input of the student both use this decoder.
+    Raises: CorruptionError if the bytes are not a picture of this size.
     """
     height, width = out_HW3.shape[:2]
     try:
@@ -135,6 +147,8 @@ def decode_view_into(data: bytes | memoryview, out_HW3: RGB) -> None:
                 if found == (height, width):
                     out_HW3[:] = np.asarray(picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
-        raise CorruptionError(f"expected a view of {height}x{width}; it does not decode: {error}") from error
+        message = f"expected a view of {height}x{width} pixels; it cannot be decoded: {error}"
+        raise CorruptionError(message) from error
     if found != (height, width):
-        raise CorruptionError(f"expected a view of {height}x{width} pixels; found {found[0]}x{found[1]}")
+        message = f"expected a view of {height}x{width} pixels; found {found[0]}x{found[1]}"
+        raise CorruptionError(message)

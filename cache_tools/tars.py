@@ -1,6 +1,7 @@
-"""WebDataset tars, written byte for byte the same each time, and their index.
+"""WebDataset tars with reproducible bytes, and their index.
 
-Written with the standard library: `import webdataset` imports torch (2.8 s, measured), which the waist must not.
+The standard library writes them, because `import webdataset` imports torch (2.8 s, measured), and
+cache_tools must not import torch.
 """
 
 import io
@@ -22,39 +23,41 @@ from .storage import AtomicFile, atomic_file, read_at
 Data = TypeVar("Data", bytes, memoryview)
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32c", "<u4"), ("label", "<i4")])
 TARGETS_DTYPE = np.dtype(INDEX_DTYPE.descr[:3])
-VIEW_INDEX_DTYPE = np.dtype(
-    INDEX_DTYPE.descr
-    + [(name, "<i4") for name in ("top", "left", "height", "width", "flip", "source_height", "source_width")]
-)
+_VIEW_FIELDS = ("top", "left", "height", "width", "flip", "source_height", "source_width")
+VIEW_INDEX_DTYPE = np.dtype(INDEX_DTYPE.descr + [(name, "<i4") for name in _VIEW_FIELDS])
 _HEADER_BYTES = 512
-MAX_NPY_BYTES = 1 << 28  # 5 million rows of an index
-MAX_NPY_HEADER = 2048  # characters that are parsed
+MAX_NPY_BYTES = 1 << 28  # an index of 5 million rows
+MAX_NPY_HEADER = 2048  # characters
 
 
 class TarWriter(NamedTuple):
-    """A tar of samples; `file` has its size and sha256 at the end."""
+    """A writer of samples to a tar; `file` counts and hashes its bytes."""
 
     tar: tarfile.TarFile
     file: AtomicFile
 
     def add(self, key: str, fields: Mapping[str, bytes], picture: str) -> tuple[int, int, int]:
-        """Add one sample, `fields` by extension; returns (offset, size, crc32c) of the field `picture`."""
-        place = (0, 0, 0)
+        """Add one sample, whose `fields` are named by extension.
+
+        Returns (offset, size, crc32c) of the field `picture`.
+        """
+        entry = (0, 0, 0)
         for extension, data in fields.items():
             member = tarfile.TarInfo(f"{key}.{extension}")
             member.size, member.mode = len(data), 0o644
             if extension == picture:
-                place = (self.file.bytes + _HEADER_BYTES, len(data), crc32c(data))
+                entry = (self.file.bytes + _HEADER_BYTES, len(data), crc32c(data))
             self.tar.addfile(member, io.BytesIO(data))
-        self.tar.members = []  # type: ignore[attr-defined]  # the library keeps every header otherwise
-        return place
+        # Otherwise tarfile keeps every header in memory.
+        self.tar.members = []  # type: ignore[attr-defined]
+        return entry
 
 
 @contextmanager
 def tar_writer(path: Path) -> Iterator[TarWriter]:
-    """A tar that appears whole or not at all.
+    """Yield a writer of a tar that appears at `path` complete or not at all.
 
-    The same members in the same order give the same bytes: no clock, user or host enters.
+    The same members in the same order give the same bytes: the tar holds no time, user or host.
     """
     with (
         atomic_file(path) as file,
@@ -64,23 +67,24 @@ def tar_writer(path: Path) -> Iterator[TarWriter]:
 
 
 def encode_npy(array: npt.NDArray[Any]) -> bytes:
-    """An index, or any array, as the bytes of a .npy file."""
+    """Return the bytes of a .npy file with `array`."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
 def read_npy(path: Path, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
-    """The array of `dtype` in a .npy file of version 1.0. Bytes behind the array are ignored.
+    """Return the array of `dtype` in a .npy file of version 1.0; bytes after the array are ignored.
 
-    The header is compared with the size of the file before an array is made: `np.load` allocates first.
+    The array is a view of the bytes that were read, so a wrong header allocates no memory;
+    `np.load` would allocate first.
 
-    Raises: CorruptionError if the file is missing, or is not a .npy file of `dtype`.
+    Raises: CorruptionError if the file is missing or is not a .npy file of `dtype`.
     """
     try:
         data = read_capped(path, MAX_NPY_BYTES)
     except FileNotFoundError as error:
-        raise CorruptionError(f"{path}: expected a .npy file; it is missing") from error
+        raise CorruptionError(f"{path}: expected a .npy file; found nothing") from error
     file = io.BytesIO(data)
     try:
         np.lib.format.read_magic(file)
@@ -89,23 +93,25 @@ def read_npy(path: Path, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
             raise ValueError(f"found a header of {header}")
         return np.frombuffer(data, dtype, math.prod(header[0]), file.tell()).reshape(header[0])
     except Exception as error:
-        raise CorruptionError(f"{path}: expected a .npy file of {np.dtype(dtype)}; {error}") from error
+        expected = f"expected a .npy file of {np.dtype(dtype)}"
+        raise CorruptionError(f"{path}: {expected}; {error}") from error
 
 
-def read_picture(tar: Path, place: Any, row: int) -> bytes:
-    """The picture of a row at a `place` of its index, its crc32c checked.
+def read_picture(tar: Path, entry: Any, row: int) -> bytes:
+    """Return the picture of a row, which `entry` of the index locates, after a crc32c check.
 
-    Raises: CorruptionError naming the file and row.
+    Raises: CorruptionError with the file and the row.
     """
-    return checked_picture(tar, read_at(tar, int(place["offset"]), int(place["size"])), int(place["crc32c"]), row)
+    data = read_at(tar, int(entry["offset"]), int(entry["size"]))
+    return checked_picture(tar, data, int(entry["crc32c"]), row)
 
 
 def checked_picture(tar: Path, data: Data, expected_crc32c: int, row: int) -> Data:
-    """`data`, whose crc32c is as its index says.
+    """Return `data` if its crc32c is the one in the index.
 
-    Raises: CorruptionError naming the file and row.
+    Raises: CorruptionError with the file and the row.
     """
     if crc32c(data) != expected_crc32c:
-        found = "the crc32c of its picture or mask is not that of the index"
+        found = "expected the crc32c of the index for the picture or mask; found another"
         raise CorruptionError(f"{tar}: row {row}: {found}; run `mcm-cache verify`")
     return data
