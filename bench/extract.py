@@ -32,7 +32,7 @@ from cache_tools.console import progress
 from cache_tools.dataset import Dataset
 from cache_tools.schema import CacheIdentity, Fingerprint
 from cache_tools.writer import publish_identity
-from pipeline import extract, launch
+from pipeline import extract, worker
 from pipeline.config import ExtractConfig
 from pipeline.extractor import Extractor, Spent, render_views
 from pipeline.teachers import Teacher, load_teacher
@@ -121,7 +121,7 @@ def extraction_mb(dataset: Path, teacher: str) -> float:
     imports_mb = resident_megabytes()
     cache = dataset.with_name("cache")
     config = ExtractConfig(teacher=teacher, weights="random", size=32, views=1)
-    extract.extract(extract.Request(str(dataset), cache, config, launch.Place(device="cpu", threads=CORES)))
+    extract.extract(extract.Request(str(dataset), cache, config, worker.Place(device="cpu", threads=CORES)))
     return peak_megabytes() - imports_mb
 
 

@@ -27,7 +27,7 @@ from synthetic import Shape, make_cache
 
 from cache_tools.cache import Cache
 from cache_tools.dataset import CHUNK_ROWS
-from mcm.pretrain import choose_units, describe
+from mcm.pretrain import choose_units, run_record
 from mcm.sampler import Order
 from mcm.stream import CacheSource, Stream, batches
 
@@ -40,7 +40,7 @@ def open_stream(folder: Path) -> Stream:
     """The stream of a run on this cache, opened as `mcm.pretrain` does."""
     config, cache = load_config("pretrain/imagenet_vits16_clipb16", BATCH), Cache(folder)
     units, _ = choose_units(cache, ())
-    run = describe(config, cache, units)
+    run = run_record(config, cache, units)
     source = CacheSource(units, run.size, cache.identity.tokens, config.mask.pool, config.train.seed)
     return Stream(Order(units[0].rows, CHUNK_ROWS, BATCH, BATCH, seed=config.train.seed), source)
 
