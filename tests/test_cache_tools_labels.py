@@ -63,19 +63,19 @@ def four_bits() -> bytes:
 @pytest.mark.parametrize(
     ("data", "reason", "detail"),
     [
-        (png(np.full((2, 3), 4, np.uint8)), "mask-value", "up to 3, or .0., which --ignore sets; found 4 at row 0"),
+        (png(np.full((2, 3), 4, np.uint8)), "mask-value", "up to 3, or the values .0. of --ignore; found 4 at row 0"),
         (png(np.array([[0, 1, 2], [3, 2, 255]], np.uint8)), "mask-value", "found 255 at row 1, column 2"),
         (png(np.full((2, 3), 257, np.uint16)), "mask-value", "found 257"),
         (
             png(np.zeros((2, 3, 3), np.uint8)),
             "mask-mode",
-            "grey of 1, 8 or 16 bits or with a palette; found colour type 2 of 8",
+            "grey of 1, 8 or 16 bits, or with a palette; found colour type 2 of 8",
         ),
         (png(np.zeros((2, 3, 4), np.uint8)), "mask-mode", "found colour type 6"),
         (four_bits(), "mask-mode", "found colour type 0 of 4 bits"),
         (b"\xff\xd8\xff\xe0 a JPEG", "mask-mode", "expected a PNG"),
         (b"", "mask-mode", "expected a PNG"),
-        (png(VALUES.T), "mask-size", "expected 3x2 pixels, as the upright picture; found 2x3"),
+        (png(VALUES.T), "mask-size", "expected 3x2 pixels, the size of the upright picture; found 2x3"),
         (png(VALUES)[:45], "mask-damaged", "."),
     ],
 )
@@ -87,7 +87,7 @@ def test_what_is_refused_and_why(data, reason, detail):
 
 @pytest.mark.parametrize("rule", [MaskRule(1, ()), MaskRule(256, ()), MaskRule(255, (0, 255)), MaskRule(0, (0,))])
 def test_numbers_of_classes_that_eight_bits_do_not_hold(rule):
-    with pytest.raises(UsageError, match="expected 2 to 25[45] classes of masks"):
+    with pytest.raises(UsageError, match="expected masks of 2 to 25[45] classes"):
         rule.values()
     assert len(MaskRule(254, (0, 255)).values()) == 254
 

@@ -86,7 +86,7 @@ def turn(root):
     ("change", "reason", "line"),
     [
         (mask_of(png(np.full((40, 32), 4, np.uint8))), "mask-value", "found 4 at row 0, column 0"),
-        (turn, "mask-size", "as the upright picture"),
+        (turn, "mask-size", "the size of the upright picture"),
         (
             lambda root: (root / "annotations/training/003.png").unlink(),
             "no-mask",
@@ -161,7 +161,7 @@ def test_class_names_are_needed_and_two_folders_of_one_split_are_a_question(tmp_
     with pytest.raises(UsageError, match="expected the class names, one per line, in a file that --classes names"):
         shard(root, tmp_path / "out")
     (root / "classes.txt").write_text("only")
-    with pytest.raises(UsageError, match="expected 2 to 255 classes of masks; found 1"):
+    with pytest.raises(UsageError, match="expected masks of 2 to 255 classes; found 1"):
         shard(root, tmp_path / "out")
     (root / "classes.txt").write_bytes(b"caf\xe9\nb")
     with pytest.raises(UsageError, match="in UTF-8"):
