@@ -138,8 +138,8 @@ def warn_if_not_saved() -> Iterator[None]:
 def guarded(command: Callable[P, T]) -> Callable[P, T]:
     """Wrap a command: an error of the user prints one line on stderr and sets the exit code.
 
-    Other errors are bugs and keep their traceback. SIGTERM and Ctrl-C raise KeyboardInterrupt
-    outside a StopFlag, so that the command cleans up.
+    Other errors are bugs and keep their traceback. Outside a StopFlag, SIGTERM and Ctrl-C raise
+    KeyboardInterrupt, and the command cleans up.
     """
 
     @functools.wraps(command)
@@ -217,7 +217,7 @@ def progress(
 
 
 class StopFlag:
-    """A flag that SIGTERM or Ctrl-C sets, to stop at the next safe point.
+    """A flag that SIGTERM or Ctrl-C sets; the command then stops at the next safe point.
 
     A second Ctrl-C exits at once. The first signal prints `then`, which says what happens next.
     Ranks other than 0 pass "", which prints nothing.

@@ -37,7 +37,7 @@ class TarWriter(NamedTuple):
     file: AtomicFile
 
     def add(self, key: str, fields: Mapping[str, bytes], picture: str) -> tuple[int, int, int]:
-        """Add one sample, whose `fields` are named by extension.
+        """Add one sample; `fields` maps each extension to its bytes.
 
         Returns (offset, size, crc32c) of the field `picture`.
         """
