@@ -1,1 +1,1 @@
-"""Stage two, cache in and weights out: masking, model, targets, training, probing, export."""
+"""Stage two, from a cache to weights: masking, model, targets, training, probing and export."""

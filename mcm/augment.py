@@ -1,6 +1,6 @@
-"""Pictures for fine-tuning and probing: timm's transforms and mixup, each a pure function of a hashed seed.
+"""Augmentation for fine-tuning and probing: timm's transforms and mixup with hashed seeds.
 
-Letters: B batch, K classes, H W pixels.
+Each result is a pure function of its seed. B batch, K classes, H W pixels.
 """
 
 import random
@@ -24,13 +24,13 @@ from mcm.config import Augment
 
 
 class SeededTransform:
-    """(seed, picture bytes) -> float32 [3, H, W], normalised: a timm transform that draws only what `seed` gives."""
+    """A timm transform that takes a seed: (seed, bytes) -> normalised float32 [3, H, W]."""
 
     def __init__(self, transform: Any) -> None:
         self.transform = transform
 
     def __call__(self, seed: int, data: bytes) -> Tensor:
-        """One decoded, transformed, normalised picture."""
+        """Return the picture decoded, transformed and normalised."""
         with _seeded(seed):
             pixels: Tensor = self.transform(Image.fromarray(_decoded(data)))
         return pixels
@@ -38,7 +38,7 @@ class SeededTransform:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the three global generators that timm draws from, and restore their states afterwards."""
+    """Seed the three global generators that timm uses, and restore their states afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state(legacy=False)
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
@@ -55,58 +55,66 @@ def _decoded(data: bytes) -> RGB:
     try:
         return decode_rgb(data)
     except PictureRefused as error:
-        raise CorruptionError(f"expected a picture that was good when it was sharded; found {error}") from error
+        raise CorruptionError(
+            f"expected a picture that decoded when it was sharded; found {error}"
+        ) from error
 
 
 def train_transform(augment: Augment, spec: Backbone) -> SeededTransform:
-    """Random resized crop, flip, RandAugment and erasing, as `augment` says."""
-    return SeededTransform(
-        create_transform(
-            (3, *spec.size),
-            is_training=True,
-            scale=(augment.scale_min, 1.0),
-            hflip=augment.flip,
-            color_jitter=None,
-            auto_augment=augment.recipe or None,
-            interpolation=spec.interpolation,
-            mean=spec.mean,
-            std=spec.std,
-            re_prob=augment.erasing,
-            re_mode="pixel",
-        )
+    """Return the training transform: random resized crop, flip, RandAugment and erasing."""
+    transform = create_transform(
+        (3, *spec.size),
+        is_training=True,
+        scale=(augment.scale_min, 1.0),
+        hflip=augment.flip,
+        color_jitter=None,
+        auto_augment=augment.recipe or None,
+        interpolation=spec.interpolation,
+        mean=spec.mean,
+        std=spec.std,
+        re_prob=augment.erasing,
+        re_mode="pixel",
     )
+    return SeededTransform(transform)
 
 
 def eval_transform(spec: Backbone, whole: bool = False) -> SeededTransform:
-    """Resize and centre crop, or squash the `whole` picture to the size; the seed changes nothing."""
-    return SeededTransform(
-        create_transform(
-            (3, *spec.size),
-            interpolation=spec.interpolation,
-            mean=spec.mean,
-            std=spec.std,
-            crop_pct=1.0 if whole else spec.crop_pct,
-            crop_mode="squash" if whole else "center",
-        )
+    """Return the evaluation transform, which ignores the seed: resize and centre crop.
+
+    With `whole`, it squashes the whole picture to the size instead.
+    """
+    transform = create_transform(
+        (3, *spec.size),
+        interpolation=spec.interpolation,
+        mean=spec.mean,
+        std=spec.std,
+        crop_pct=1.0 if whole else spec.crop_pct,
+        crop_mode="squash" if whole else "center",
     )
+    return SeededTransform(transform)
 
 
 class Mixer:
-    """timm's Mixup and CutMix in groups of 16 rows, so that neither batch split nor world size changes a picture.
+    """timm's Mixup and CutMix in groups of 16 rows, independent of batch split and world size.
 
-    Groups are drawn by (seed, epoch, first row of the group); targets are smoothed as timm smooths them.
+    The seed of a group is a hash of (seed, epoch, first row of the group). Label smoothing follows
+    timm.
     """
 
     def __init__(self, augment: Augment, num_classes: int, seed: int) -> None:
         self.seed, self.num_classes, self.smoothing = seed, num_classes, augment.smoothing
-        smoothed: dict[str, Any] = {"label_smoothing": augment.smoothing, "num_classes": num_classes}
-        self.mixup = Mixup(augment.mixup, augment.cutmix, **smoothed) if augment.mixup or augment.cutmix else None
+        alphas = augment.mixup, augment.cutmix
+        kwargs = {"label_smoothing": augment.smoothing, "num_classes": num_classes}
+        self.mixup = Mixup(*alphas, **kwargs) if any(alphas) else None
 
-    def __call__(self, pictures_B3HW: Tensor, labels_B: Tensor, rows_B: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
-        """Mixed pictures (in place) and soft targets [B, K]."""
+    def __call__(
+        self, pictures_B3HW: Tensor, labels_B: Tensor, rows_B: Tensor, epoch: int
+    ) -> tuple[Tensor, Tensor]:
+        """Mix the pictures in place; return them and the soft targets [B, K]."""
         if self.mixup is None:
-            one_hot_BK = functional.one_hot(labels_B.long(), self.num_classes).to(pictures_B3HW.dtype)
-            return pictures_B3HW, one_hot_BK * (1 - self.smoothing) + self.smoothing / self.num_classes
+            one_hot_BK = functional.one_hot(labels_B.long(), self.num_classes)
+            hard_BK = one_hot_BK.to(pictures_B3HW.dtype) * (1 - self.smoothing)
+            return pictures_B3HW, hard_BK + self.smoothing / self.num_classes
         targets = []
         seeds = hash_u64(self.seed, "mixup", epoch, rows_B[::CHUNK_ROWS].numpy())
         for start, seed in zip(range(0, len(rows_B), CHUNK_ROWS), seeds, strict=True):

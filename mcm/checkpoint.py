@@ -1,4 +1,7 @@
-"""Checkpoints: full state by name in safetensors, hashed, written beside, renamed, and only then rotated. No pickle."""
+"""Checkpoints: the model and optimizer state by name, in safetensors with sha256, without pickle.
+
+A checkpoint is written to a temporary folder, hashed and renamed; then older ones are rotated.
+"""
 
 import hashlib
 import os
@@ -24,7 +27,7 @@ Tensors = dict[str, Tensor]
 
 
 class State(Record):
-    """state.json: vouches for the tensor files; `meta` is the run's own, free of ranks and worlds."""
+    """state.json: the size and sha256 of the tensor files; `meta` does not depend on the ranks."""
 
     format: Literal["mcm-checkpoint"] = "mcm-checkpoint"
     version: Literal[1] = 1
@@ -35,7 +38,7 @@ class State(Record):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint in memory; `optimizer` is empty where it was not asked for."""
+    """A verified checkpoint in memory; `optimizer` is empty if it was not loaded."""
 
     path: Path
     step: int
@@ -46,7 +49,7 @@ class Checkpoint:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """The optimizer's state as `parameter name/slot`; names are those of the unwrapped model."""
+    """Return the optimizer state by `parameter name/slot`; names are of the unwrapped model."""
     tensors = {}
     for name, parameter in model.named_parameters():
         for slot, value in optimizer.state.get(parameter, {}).items():
@@ -55,48 +58,57 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ten
 
 
 def on_host(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Copies of the tensors in the host's memory."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    """Return copies of the tensors in host memory."""
+    return {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()}
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors into the unwrapped model and its optimizer, on the device of each parameter.
+    """Load a checkpoint into the unwrapped model and its optimizer, on each parameter's device.
 
-    Raises: IdentityError when the names differ from the model's.
+    Raises: IdentityError when the tensor names differ from the names in the model.
     """
     parameters, state = dict(model.named_parameters()), model.state_dict()
     slots = {name.rpartition("/")[0] for name in checkpoint.optimizer}
     odd = sorted(state.keys() ^ checkpoint.model.keys()) + sorted(slots - parameters.keys())
     if odd:
-        raise IdentityError(f"{checkpoint.path}: expected the tensors of this model; {odd[0]} differs; use another RUN")
+        raise IdentityError(
+            f"{checkpoint.path}: expected the tensors of this model;"
+            f" {odd[0]} differs; use another RUN"
+        )
     model.load_state_dict(checkpoint.model)
     optimizer.state.clear()
     for name, value in checkpoint.optimizer.items():
         owner, _, slot = name.rpartition("/")
-        # Fused Adam keeps its step beside the parameter.
+        # Fused Adam keeps its step on the device of the parameter.
         optimizer.state[parameters[owner]][slot] = value.to(parameters[owner].device)
 
 
 def folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
+    """Return the folder of the checkpoint of `step`."""
     return run_dir / "checkpoints" / f"step_{step:09d}"
 
 
-def save(run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dict[str, Any]) -> Path:
-    """Write RUN/checkpoints/step_000001234/{model,optimizer}.safetensors and state.json, and rename them into place.
+def save(
+    run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dict[str, Any]
+) -> Path:
+    """Write RUN/checkpoints/step_000001234 with {model,optimizer}.safetensors and state.json.
 
-    Whenever the process dies, the folder is there whole or not at all.
-    Raises: OSError, for a full disk too: safetensors gives its number in the message alone.
+    The folder is renamed into place: if the process dies, it is complete or absent.
+
+    Raises: OSError. For a full disk, safetensors gives the error number only in its message.
     """
     final, files = folder(run_dir, step), {}
     with atomic_folder(final) as temp:
         for name, tensors in (("model.safetensors", model), ("optimizer.safetensors", optimizer)):
             path = temp / name
             try:
-                save_file(tensors, path)  # holds Python's lock for at most 5 ms; its `save` for 0.9 s per GB
-                os.chmod(path, path.parent.stat().st_mode & 0o666)  # as the umask says; safetensors makes it 0600
+                # `save_file` holds the GIL for at most 5 ms; `save` holds it for 0.9 s per GB.
+                save_file(tensors, path)
+                # safetensors sets mode 0600; the folder has the mode that the umask gives.
+                os.chmod(path, path.parent.stat().st_mode & 0o666)
             except SafetensorError as error:
-                if (number := re.search(r"(?:os error |code: )(\d+)", str(error))) is None:  # 0.5: "code: 28"
+                # safetensors 0.5 writes "code: 28".
+                if (number := re.search(r"(?:os error |code: )(\d+)", str(error))) is None:
                     raise
                 raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
             with open(path, "rb") as file:
@@ -104,42 +116,52 @@ def save(run_dir: Path, step: int, model: Tensors, optimizer: Tensors, meta: dic
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 files[name] = FileEntry(bytes=file.tell(), sha256=digest)
         write_atomic(temp / "state.json", encode_record(State(step=step, files=files, meta=meta)))
-        remove_tree(final)  # only a damaged one can be in the way: a sound one would have been resumed from
+        remove_tree(final)  # it can only be damaged: the run resumes from a valid one
     return final
 
 
 def complete(run_dir: Path) -> list[Path]:
-    """Folders of checkpoints, oldest first; one without state.json is a leftover of rotation."""
-    found = (path for path in (run_dir / "checkpoints").glob("step_*") if _NAME.fullmatch(path.name))
-    return sorted(path for path in found if (path / "state.json").is_file())
+    """Return the folders of complete checkpoints, oldest first.
+
+    A folder without state.json is left over from rotation.
+    """
+    found = (run_dir / "checkpoints").glob("step_*")
+    named = (path for path in found if _NAME.fullmatch(path.name))
+    return sorted(path for path in named if (path / "state.json").is_file())
 
 
 def rotate(run_dir: Path, previous: int, step: int, keep_last: int) -> None:
-    """After `save` of `step`: keep it and the newest up to the `previous` one, `keep_last` in all.
+    """Remove old checkpoints after `save` of `step`.
 
-    The others are damaged, or what killed processes left.
+    It keeps `step` and the newest ones up to `previous`, `keep_last` in all. Other checkpoints are
+    old, damaged, or left over from killed processes.
     """
     older = [path for path in complete(run_dir) if int(path.name.removeprefix("step_")) <= previous]
     keep = [*older[max(0, len(older) + 1 - keep_last) :], folder(run_dir, step)]
     for path in [path for path in (run_dir / "checkpoints").iterdir() if path not in keep]:
-        remove(path / "state.json")  # first, so that half a folder is never taken for a checkpoint
+        remove(path / "state.json")  # first: a partly removed folder is not a checkpoint
         remove_tree(path)
 
 
 def load(path: Path, optimizer: bool = True) -> Checkpoint:
-    """A checkpoint, every byte that is read checked against state.json.
+    """Return a checkpoint after checking the sha256 of every file read.
 
-    Raises: CorruptionError naming the file that is damaged.
+    Raises: CorruptionError that names the damaged file.
     """
     state = read_record(State, path / "state.json")
     if folder(path.parent.parent, state.step).name != path.name:
-        raise CorruptionError(f"{path}/state.json: expected the step of its folder; found {state.step}; restore it")
+        raise CorruptionError(
+            f"{path}/state.json: expected the step of its folder; found {state.step}; restore it"
+        )
     names = ["model.safetensors", "optimizer.safetensors"][: 1 + optimizer]
     if missing := [name for name in names if name not in state.files]:
-        raise CorruptionError(f"{path}/state.json: expected the file {missing[0]}; it names {sorted(state.files)}")
+        raise CorruptionError(
+            f"{path}/state.json: expected the file {missing[0]}; found {sorted(state.files)}"
+        )
     tensors = [_read_tensors(path / name, state.files[name]) for name in names]
     digest = state.files["model.safetensors"].sha256
-    return Checkpoint(path, state.step, digest, tensors[0], tensors[1] if optimizer else {}, state.meta)
+    model, slots = tensors[0], tensors[1] if optimizer else {}
+    return Checkpoint(path, state.step, digest, model, slots, state.meta)
 
 
 def _read_tensors(path: Path, digest: FileEntry) -> Tensors:
@@ -147,27 +169,28 @@ def _read_tensors(path: Path, digest: FileEntry) -> Tensors:
     data = read_at(path, 0, digest.bytes) if size == digest.bytes else b""
     if sha256_hex(data) != digest.sha256:
         raise CorruptionError(
-            f"{path}: expected {digest.bytes} bytes of sha256 {digest.sha256[:12]}; found {size} others"
+            f"{path}: expected {digest.bytes} bytes of sha256 {digest.sha256[:12]};"
+            f" found {size} other bytes"
         )
     try:
         return parse_safetensors(data)
     except (SafetensorError, ValueError, LookupError) as error:
-        raise CorruptionError(f"{path}: expected safetensors; its header does not read: {error}") from error
+        raise CorruptionError(f"{path}: expected safetensors; found: {error}") from error
 
 
 def weights(path: Path) -> str:
-    """Return the name of a checkpoint's weights in other records: the step and the sha256 of the model.
+    """Return the name of a checkpoint's weights for other records: its step and model sha256.
 
-    Raises: CorruptionError where state.json is damaged.
+    Raises: CorruptionError when state.json is damaged.
     """
     entry = read_record(State, path / "state.json").files.get("model.safetensors")
     return f"{path.name} sha256:{entry.sha256[:12] if entry else 'none'}"
 
 
 def latest(run_dir: Path, optimizer: bool = True) -> Checkpoint | None:
-    """The newest checkpoint that verifies, None when there is none; a damaged one is named and the one before is used.
+    """Return the newest valid checkpoint, or None if there is none; warn about damaged ones.
 
-    Raises: CorruptionError when there are some and all are damaged.
+    Raises: CorruptionError when every checkpoint is damaged.
     """
     problem = None
     for path in reversed(complete(run_dir)):
@@ -175,28 +198,30 @@ def latest(run_dir: Path, optimizer: bool = True) -> Checkpoint | None:
             return load(path, optimizer)
         except CorruptionError as error:
             problem = error
-            print(f"warning: {error}; trying the checkpoint before", flush=True)
+            print(f"warning: {error}; trying the previous checkpoint", flush=True)
     if problem is not None:
-        raise CorruptionError(f"{problem}; no other checkpoint is whole; restore it or remove {run_dir}/checkpoints")
+        raise CorruptionError(
+            f"{problem}; no other checkpoint is valid; restore it or remove {run_dir}/checkpoints"
+        )
     return None
 
 
 def shared(found: Checkpoint | None, group: Any) -> Checkpoint | None:
-    """Return the checkpoint of rank 0 on every rank of a gloo group; the other ranks give None.
+    """Broadcast the checkpoint of rank 0 to every rank of a gloo group; other ranks pass None.
 
-    One rank reads the files and verifies them, so that 8 ranks do not read and hash 3.8 GB (ViT-L) each.
+    One rank reads and verifies the files. Otherwise each rank would read and hash 3.8 GB (ViT-L).
     """
     heads: list[Any] = [None]
     if found is not None:
-        tensors = [{n: (x.shape, x.dtype) for n, x in part.items()} for part in (found.model, found.optimizer)]
+        parts = [found.model, found.optimizer]
+        tensors = [{n: (x.shape, x.dtype) for n, x in part.items()} for part in parts]
         heads = [(found.path, found.step, found.model_sha256, found.meta, tensors)]
     torch.distributed.broadcast_object_list(heads, src=0, group=group)
     if heads[0] is None:
         return None
     path, step, digest, meta, tensors = heads[0]
-    parts = [{n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in part.items()} for part in tensors]
-    if found is not None:
-        parts = [found.model, found.optimizer]
+    if found is None:
+        parts = [{n: torch.empty(s, dtype=d) for n, (s, d) in part.items()} for part in tensors]
     for part, names in zip(parts, tensors, strict=True):
         for name in names:
             torch.distributed.broadcast(part[name], src=0, group=group)

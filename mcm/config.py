@@ -1,4 +1,4 @@
-"""What a run is: one strict record per TOML file, its sections named as the user types them."""
+"""Configuration of a run: one strict record per TOML file, with one field per section."""
 
 import os
 from typing import Annotated, ClassVar, Literal, Self
@@ -7,13 +7,14 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, mod
 
 from cache_tools.records import Record
 
-Count = Annotated[int, Field(gt=0, lt=1 << 31)]  # bounded, so that every product with a float is finite
+# The upper bound keeps every product with a float finite.
+Count = Annotated[int, Field(gt=0, lt=1 << 31)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Student(Record):
-    """The encoder, a plain ViT; the picture size, patch size and token grid come from the cache."""
+    """The encoder, a plain ViT. The cache gives the picture size, patch size and token grid."""
 
     width: Count
     depth: Count
@@ -24,14 +25,19 @@ class Student(Record):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.width % self.heads:
-            raise ValueError(f"student.heads = {self.heads} must divide student.width = {self.width}")
+            raise ValueError(
+                f"student.heads = {self.heads} must divide student.width = {self.width}"
+            )
         if self.width % 4:
-            raise ValueError(f"student.width = {self.width} must be a multiple of 4 for the 2-D sin-cos positions")
+            raise ValueError(
+                f"student.width = {self.width} must be a multiple of 4"
+                " for the 2-D sin-cos positions"
+            )
         return self
 
 
 class SizedStudent(Student):
-    """An encoder for `--init random`, where nothing else gives the picture's size and the patch (pixels)."""
+    """The encoder of `--init random`, with the picture size and the patch size in pixels."""
 
     size: Count
     patch: Count
@@ -44,16 +50,17 @@ class SizedStudent(Student):
 
 
 class Decoder(Record):
-    """Blocks between the second fill and the linear layer; 0 is the linear layer alone."""
+    """The blocks between the second fill and the linear layer; depth 0 is only the linear layer."""
 
     depth: NonNegativeInt = 2
 
 
 class Mask(Record):
-    """What is hidden: `ratio` of the channels of every patch, or of the patches; `pool` masks are made an epoch.
+    """The masks: `ratio` of the channels of every patch, or of the patches, is hidden.
 
-    Departures from the paper: from epoch to epoch the ratio moves linearly to `final_ratio`, and `unmasked_fraction` of
-    the rows is shown whole. `fill` "scalar" ties each of the two fills to one number.
+    Each epoch draws `pool` masks. `fill` = "scalar" makes each of the two fills a single number.
+    Options beyond the paper: the ratio moves linearly over the epochs to `final_ratio`, and a share
+    `unmasked_fraction` of the rows has no mask.
     """
 
     mode: Literal["channel", "dropout", "patch", "none"] = "channel"
@@ -66,9 +73,10 @@ class Mask(Record):
 
 
 class Target(Record):
-    """What is predicted, how it is normalised, and which side carries the linear layer.
+    """The target: its features, its normalisation, and the side that has the linear layer.
 
-    `features`: the teacher's patch tokens, the same in its joint space with text, or the view's own pixels.
+    `features`: the teacher's patch tokens, these tokens in the joint space of picture and text, or
+    the pixels of the view.
     """
 
     features: Literal["patch", "joint", "pixels"] = "patch"
@@ -77,13 +85,16 @@ class Target(Record):
 
 
 class Loss(Record):
-    """What is added to the mean squared error of the patches: with `cls` that of the teacher's CLS token."""
+    """The loss beyond the patches: `cls` adds the mean squared error of the teacher's CLS token."""
 
     cls: bool = False
 
 
 class Optim(Record):
-    """AdamW; `lr` is the peak learning rate, `blr` the same for a global batch of 256; clip_norm 0 is off."""
+    """AdamW. `lr` is the peak learning rate; `blr` is that rate for a global batch of 256.
+
+    `clip_norm` = 0 disables gradient clipping.
+    """
 
     exclusive: ClassVar[tuple[str, ...]] = ("lr", "blr")
     lr: PositiveFloat | None = None
@@ -96,15 +107,18 @@ class Optim(Record):
     @model_validator(mode="after")
     def _one_rate(self) -> Self:
         if (self.lr is None) == (self.blr is None):
-            raise ValueError(f"give exactly one of optim.lr and optim.blr; found lr = {self.lr}, blr = {self.blr}")
+            raise ValueError(
+                "give exactly one of optim.lr and optim.blr;"
+                f" found lr = {self.lr}, blr = {self.blr}"
+            )
         return self
 
 
 class FinetuneOptim(Optim):
-    """The learning rate of block i is scaled by layer_decay ** (blocks above it + 1); 1 is off.
+    """AdamW or LARS with layer decay and EMA. LARS uses beta1 as its momentum.
 
-    LARS has beta1 for its momentum. With `ema`, an average of the weights that keeps this share of itself per step is
-    what is evaluated and exported; 0 is off.
+    The learning rate of block i is scaled by layer_decay ** (blocks above it + 1); 1 disables it.
+    `ema` is the decay of an EMA of the weights, which is evaluated and exported; 0 disables it.
     """
 
     name: Literal["adamw", "lars"] = "adamw"
@@ -116,7 +130,7 @@ class FinetuneOptim(Optim):
 
 
 class Schedule(Record):
-    """Linear warm-up from zero, then a cosine down to min_lr at the last step."""
+    """Learning rate schedule: linear warm-up from zero, then cosine decay to `min_lr`."""
 
     epochs: Count
     warmup_epochs: NonNegativeInt = 0
@@ -125,25 +139,29 @@ class Schedule(Record):
     @model_validator(mode="after")
     def _warms_up_first(self) -> Self:
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"schedule.warmup_epochs = {self.warmup_epochs} must be below epochs = {self.epochs}")
+            raise ValueError(
+                f"schedule.warmup_epochs = {self.warmup_epochs}"
+                f" must be below epochs = {self.epochs}"
+            )
         return self
 
 
 def default_workers() -> int:
-    """Return the number of the stream's workers per rank: the cores of the rank but one, and at most 8.
+    """Return the loader workers per rank: one less than the cores of the rank, and at most 8.
 
-    On 16 cores, 12 workers made the step of ViT-S slower than 8 (docs/performance.md).
+    On 16 cores, the step of ViT-S was slower with 12 workers than with 8 (docs/performance.md).
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(0, min(8, len(os.sched_getaffinity(0)) // ranks - 1))
 
 
 class Train(Record):
-    """The engine. micro_batch: the most rows per device at once.
+    """The training loop. `micro_batch` is the largest number of rows per device at once.
 
-    A checkpoint is saved every `checkpoint_minutes`; with `checkpoint_steps`, every so many steps instead, or with 0 at
-    the ends of epochs.
-    `residual` is the dtype of the residual stream where `precision` is bf16; norms, loss and weights stay float32.
+    A checkpoint is saved every `checkpoint_minutes`. With `checkpoint_steps`, it is saved every so
+    many steps instead, and with `checkpoint_steps` = 0 at the end of each epoch.
+    `residual` is the dtype of the residual stream if `precision` is bf16; norms, loss and weights
+    stay float32.
     """
 
     seed: NonNegativeInt = 0
@@ -162,13 +180,13 @@ class Train(Record):
 
 
 class PretrainData(Record):
-    """Which units of the cache: the first `views` of the complete ones, 0 for all."""
+    """The units of the cache: the first `views` complete ones; 0 takes all."""
 
     views: NonNegativeInt = 0
 
 
 class PretrainConfig(Record):
-    """One pre-training run."""
+    """The configuration of one pre-training run."""
 
     student: Student
     decoder: Decoder = Decoder()
@@ -184,10 +202,15 @@ class PretrainConfig(Record):
     def _fits(self) -> Self:
         hidden, width = round(self.mask.ratio * self.student.width), self.student.width
         if self.mask.mode in ("channel", "dropout") and not 0 < hidden < width:
-            raise ValueError(f"mask.ratio = {self.mask.ratio} hides {hidden} of student.width = {width} channels")
+            raise ValueError(
+                f"mask.ratio = {self.mask.ratio} hides {hidden} of student.width = {width} channels"
+            )
         target = self.target
         if target.norm == "channel" and target.features != "patch":
-            raise ValueError(f'target.norm = "channel" needs target.features = "patch"; found {target.features!r}')
+            raise ValueError(
+                'target.norm = "channel" needs target.features = "patch";'
+                f" found {target.features!r}"
+            )
         without = ("features", "pixels"), ("projection", "learned"), ("norm", "channel")
         for key, value in without if self.loss.cls else ():
             if getattr(target, key) == value:
@@ -196,7 +219,11 @@ class PretrainConfig(Record):
 
 
 class Augment(Record):
-    """timm's training transform: RandAugment string, mixup and cutmix alphas, smoothing, erasing, least crop area."""
+    """timm's training transform.
+
+    `recipe`: the RandAugment string. `mixup`, `cutmix`: alphas. `smoothing`: of the labels.
+    `erasing`, `flip`: probabilities. `scale_min`: the smallest share of the area in a crop.
+    """
 
     recipe: str = ""
     mixup: NonNegativeFloat = 0.0
@@ -208,15 +235,16 @@ class Augment(Record):
 
 
 class Data(Record):
-    """Which rows of the DATASET's "train"; shots: labels per class, 0 for all."""
+    """The rows of "train" of the DATASET: `shots` rows per class; 0 takes all."""
 
     shots: NonNegativeInt = 0
 
 
 class FinetuneConfig(Record):
-    """One fine-tuning run; `student` is for `--init random` only, any other init brings its architecture.
+    """The configuration of one fine-tuning run.
 
-    `frozen`: only the head trains, behind a BatchNorm of each micro-batch, as in MAE's linear probe.
+    `student` is the architecture of `--init random`; any other init brings its own. With `frozen`,
+    only the head trains, after a BatchNorm over each micro-batch, as in MAE's linear probe.
     """
 
     frozen: bool = False

@@ -1,6 +1,6 @@
-"""Evaluation during pre-training: held-out figures, k-NN accuracy, collapse of a learned target, samples.
+"""Evaluation of pre-training: held-out metrics, k-NN accuracy, collapse check, samples.
 
-Every rank evaluates its share, each row once.
+The ranks share the rows, and each row is evaluated once.
 B batch, N patches, D student width, C channels of the target, H W pixels, S samples.
 """
 
@@ -28,45 +28,53 @@ SAMPLES = 8
 
 
 class Evaluation:
-    """What a run evaluates at the end of an epoch: a unit of "val" and a DATASET, where they are given."""
+    """The evaluation at the end of an epoch, on a unit of "val" and a DATASET if they are given."""
 
     def __init__(
-        self, run_dir: Path, objective: Objective, units: Sequence[Unit], val: Sequence[Unit], order: Order,
-        dataset: Dataset | None,
+        self, run_dir: Path, objective: Objective, units: Sequence[Unit], val: Sequence[Unit],
+        order: Order, dataset: Dataset | None,
     ) -> None:  # fmt: skip
-        """Use the batch and the ranks of `order`. Samples are rows of "train" where there is no unit of "val"."""
-        self.run_dir, self.objective, self.dataset, self.has_val = run_dir, objective, dataset, bool(val)
-        self.model, self.config, self.accelerator = objective.model, objective.config, objective.accelerator
+        """Use the batch size and the ranks of `order`; without "val", samples come from "train"."""
+        self.run_dir, self.objective, self.dataset = run_dir, objective, dataset
+        self.model, self.config = objective.model, objective.config
+        self.accelerator, self.has_val = objective.accelerator, bool(val)
         held = val or units[:1]
         self.order = EvalOrder(held[0].rows, CHUNK_ROWS, order.batch, order.world, order.rank)
         self.held = objective.stream(self.order, held)
         self.shown = objective.stream(EvalOrder(held[0].rows, CHUNK_ROWS, CHUNK_ROWS), held)
-        learned = self.model.target_projection
-        self.first_DC = None if learned is None else learned.weight.detach().clone().to(self.accelerator.device)
+        learned, device = self.model.target_projection, self.accelerator.device
+        self.first_DC = None if learned is None else learned.weight.detach().clone().to(device)
 
     def __call__(self, epochs_done: int) -> dict[str, float]:
-        """Held-out figures of this epoch; the last epoch has them all, whatever `train` says."""
+        """Return the metrics that are due after this epoch; after the last epoch, all are due."""
+        settings = self.config.train
         metrics = {} if self.first_DC is None else self.check_collapse(self.first_DC)
-        if self.has_val and evaluation_due(self.config, self.config.train.eval_epochs, epochs_done):
+        if self.has_val and evaluation_due(self.config, settings.eval_epochs, epochs_done):
             metrics |= self.held_out()
-        if self.dataset is not None and evaluation_due(self.config, self.config.train.knn_epochs, epochs_done):
+        knn_due = evaluation_due(self.config, settings.knn_epochs, epochs_done)
+        if self.dataset is not None and knn_due:
             metrics["knn_full"] = self.knn(self.dataset)
         return metrics
 
     @torch.inference_mode()
     def held_out(self) -> dict[str, float]:
-        """Figures of the val unit at the mask ratio, with fixed masks, and unmasked; those per channel go to a file."""
+        """Return the metrics of the val unit on masked and on full inputs; the masks are fixed.
+
+        The main rank writes the metrics per channel to RUN/channels.safetensors.
+        """
+        model, workers = self.model, self.config.train.workers
         kinds = ["full"] if self.config.mask.mode == "none" else ["masked", "full"]
-        channels = self.model.decoder.linear.out_features
+        channels = model.decoder.linear.out_features
         held = HeldOut(kinds, channels, self.config.student.width, self.accelerator.device)
-        with batches(self.held, 0, len(self.order), self.config.train.workers) as items, self.accelerator.autocast():
+        loaded = batches(self.held, 0, len(self.order), workers)
+        with loaded as items, self.accelerator.autocast():
             for batch in items:
                 batch = to_device(batch, self.accelerator.device)
-                target = self.model.project(self.objective.target(batch))
+                target = model.project(self.objective.target(batch))
                 for kind in kinds:
-                    mask = self.model.mask(self.objective.masks(batch)) if kind == "masked" else None
-                    tokens = self.model.tokens(batch["pictures"], mask)
-                    y = self.model.decode(tokens, mask)[:, -target.shape[1] :]
+                    mask = model.mask(self.objective.masks(batch)) if kind == "masked" else None
+                    tokens = model.tokens(batch["pictures"], mask)
+                    y = model.decode(tokens, mask)[:, -target.shape[1] :]
                     held.update(kind, tokens[:, 1:], y, target, mask, batch["weight"])
         held.reduce(lambda sums: cast(Tensor, self.accelerator.reduce(sums, "sum")))
         if self.accelerator.is_main_process:
@@ -75,25 +83,28 @@ class Evaluation:
 
     @torch.inference_mode()
     def check_collapse(self, first_DC: Tensor) -> dict[str, float]:
-        """How much a learned target still varies on sixteen fixed rows.
+        """Return the relative std and effective rank of a learned target on sixteen fixed rows.
 
-        Raises: Collapsed once it is all but constant.
+        Raises: Collapsed when one of them is below COLLAPSED.
         """
         with batches(self.shown, 0, 1, workers=0) as items:
             target = self.objective.target(to_device(next(items), self.accelerator.device))
         std, rank = collapse(self.model.project(target), target @ first_DC.T)
         if min(std, rank) < COLLAPSED:
             raise Collapsed(
-                'target.projection = "learned" has collapsed:'
-                f" expected channels that keep {COLLAPSED} of their first"
-                f' std and effective rank; found {std:.3g} and {rank:.3g}; use "prediction" or "orthogonal"'
+                'target.projection = "learned" has collapsed: expected at least'
+                f" {COLLAPSED} of the first std and effective rank;"
+                f' found {std:.3g} and {rank:.3g}; use "prediction" or "orthogonal"'
             )
         return {"target_std": std, "target_rank": rank}
 
     def knn(self, dataset: Dataset) -> float:
-        """k-NN accuracy of the encoder's features of full pictures; each rank encodes and classifies its own rows."""
-        run, encoder = self.objective.run, self.model.encoder
-        backbone = Backbone(encoder, "", "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
+        """Return the k-NN accuracy of the encoder's features on full pictures.
+
+        Each rank encodes and classifies its own rows.
+        """
+        run, enc = self.objective.run, self.model.encoder
+        backbone = Backbone(enc, "", "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
         prober = Prober(
             backbone, dataset, self.config.train.seed, self.config.train.workers, quiet=True,
             world=self.accelerator.num_processes, rank=self.accelerator.process_index,
@@ -105,21 +116,26 @@ class Evaluation:
         return float(correct / rows)
 
     def gathered(self, part: Features) -> Features:
-        """The features of all ranks, on the device; ranks with fewer rows pad, and label -1 marks the padding."""
-        device, accelerator = self.accelerator.device, self.accelerator
-        padded = (accelerator.pad_across_processes(x.to(device), pad_index=-1) for x in (part.x, part.y))
-        x, y = map(accelerator.gather, padded)
+        """Return the features of all ranks on the device; label -1 marks a rank's padding."""
+        device, pad = self.accelerator.device, self.accelerator.pad_across_processes
+        padded = (pad(x.to(device), pad_index=-1) for x in (part.x, part.y))
+        x, y = map(self.accelerator.gather, padded)
         return Features(x[y >= 0], y[y >= 0])
 
     @torch.inference_mode()
     def samples(self) -> dict[str, Tensor]:
-        """Eight fixed rows for the report: views uint8 [S, H, W, 3], target and masked prediction float16 [S, N, C]."""
+        """Return eight fixed rows for the report.
+
+        views uint8 [S, H, W, 3]; target and prediction (from masked inputs) float16 [S, N, C].
+        """
         with batches(self.shown, 0, 1, workers=0) as items:
             batch = to_device(next(items), self.accelerator.device)
         self.model.eval()
-        target, mask = self.model.project(self.objective.target(batch)), self.model.mask(self.objective.masks(batch))
+        target = self.model.project(self.objective.target(batch))
+        mask = self.model.mask(self.objective.masks(batch))
         with self.accelerator.autocast():
-            y = self.model.decode(self.model.tokens(batch["pictures"], mask), mask)[:, -target.shape[1] :]
+            y = self.model.decode(self.model.tokens(batch["pictures"], mask), mask)
+        y = y[:, -target.shape[1] :]
         shown = {"views": batch["pictures"], "target": target.half(), "prediction": y.half()}
         count = min(SAMPLES, int(batch["weight"].sum()))
         return {name: tensor[:count].cpu().contiguous() for name, tensor in shown.items()}

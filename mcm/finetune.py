@@ -1,6 +1,6 @@
-"""Fine-tuning: an encoder with a new linear head, all layers trained or the head alone, on the loop of pre-training.
+"""Fine-tuning: train an encoder with a new linear head, or only the head, by the loop of `loop.py`.
 
-Letters: B batch, K classes, H W pixels.
+B batch, K classes, H W pixels.
 """
 
 from dataclasses import replace
@@ -27,56 +27,68 @@ from mcm.run_dir import claim, identity_config, recorded, recorded_exit, write_e
 from mcm.sampler import EvalOrder, Order
 from mcm.stream import Batch, DatasetSource, Stream, batches
 
-HEAD_STD, PROBE_STD = 2e-5, 0.01  # as MAE: fine-tuning starts from predictions that are uniform, a linear probe not
+# The std of a new head, as in MAE: fine-tuning starts from uniform predictions, a probe does not.
+HEAD_STD, PROBE_STD = 2e-5, 0.01
 
 
-def finetune(config: FinetuneConfig, data: Path, init: str, weights: Path | None, out: Path) -> float:
-    """Train, or resume, the run in `out`; returns the top-1 accuracy on the val split.
+def finetune(
+    config: FinetuneConfig, data: Path, init: str, weights: Path | None, out: Path
+) -> float:
+    """Train, or resume, the run in `out`; return the top-1 accuracy on the val split.
 
-    Raises: UsageError or IdentityError before the first step; what `loop.train` raises.
+    Raises: UsageError or IdentityError before the first step; the errors of `loop.train`.
     """
-    dataset, seed = labelled(Dataset(data)), config.train.seed
+    dataset, settings = labelled(Dataset(data)), config.train
+    seed, num_classes = settings.seed, len(dataset.classes)
     rows = training_rows(dataset.labels("train"), dataset.classes, config.data.shots, seed)
-    with engine(config.train.precision) as accelerator:
+    with engine(settings.precision) as accelerator:
         world, rank = accelerator.num_processes, accelerator.process_index
-        order = Order(len(rows), 1, config.train.global_batch, config.train.micro_batch, world, rank, seed)
+        global_batch, micro_batch = settings.global_batch, settings.micro_batch
+        order = Order(len(rows), 1, global_batch, micro_batch, world, rank, seed)
         backbone = starting_point(out, config, init, weights)
         model = make_classifier(
-            backbone.model, len(dataset.classes), config.pool, config.drop_path, seed, config.frozen
+            backbone.model, num_classes, config.pool, config.drop_path, seed, config.frozen
         )
         claim(out, run_record(config, dataset, init, backbone, order), FinetuneConfig)
-        mixer = Mixer(config.augment, len(dataset.classes), seed)
-        source = DatasetSource(dataset, "train", train_transform(config.augment, backbone), seed, rows)
+        mixer = Mixer(config.augment, num_classes, seed)
+        transform = train_transform(config.augment, backbone)
+        source = DatasetSource(dataset, "train", transform, seed, rows)
         held = DatasetSource(dataset, "val", eval_transform(backbone), seed)
         held_order = EvalOrder(len(held.rows), 1, order.batch, world, rank)
 
         def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
-            pictures_B3HW, targets_BK = mixer(batch["pictures"], batch["labels"], batch["rows"], batch["epoch"])
+            parts = (batch[name] for name in ("pictures", "labels", "rows", "epoch"))
+            pictures_B3HW, targets_BK = mixer(*parts)
             return functional.cross_entropy(wrapped(pictures_B3HW).float(), targets_BK)
 
         def evaluate(epochs_done: int) -> dict[str, float]:
-            if not evaluation_due(config, config.train.eval_epochs, epochs_done):
+            if not evaluation_due(config, settings.eval_epochs, epochs_done):
                 return {}
-            for buffer in model.buffers():  # of BatchNorm: each process has its own; the main one's are saved
+            # BatchNorm has its own buffers on each rank; those of the main rank are saved.
+            for buffer in model.buffers():
                 broadcast(buffer)
-            return accuracy(model, held, held_order, config.train.workers, accelerator)
+            return accuracy(model, held, held_order, settings.workers, accelerator)
 
         with recorded_exit(out, accelerator.is_main_process) as stop:
             if accelerator.is_main_process:
                 warn_of_copies(dataset, quiet=False)
-                write_environment(out, config, dataset=str(data), init=init, processes=world, rows=len(rows))
+                facts = {"dataset": str(data), "init": init, "processes": world, "rows": len(rows)}
+                write_environment(out, config, **facts)
             optimizer = build_optimizer(model, config.optim)
             job = Job(out, model, optimizer, Stream(order, source), loss, evaluate, config)
             top1 = train(job, accelerator, stop)["top1"]
         if accelerator.is_main_process:
-            print(f"{out}: top-1 {100 * top1:.2f} % on {len(held.rows)} pictures of 'val'", flush=True)
+            pictures = f"{len(held.rows)} pictures of 'val'"
+            print(f"{out}: top-1 {100 * top1:.2f} % on {pictures}", flush=True)
     return top1
 
 
 def starting_point(out: Path, config: FinetuneConfig, init: str, weights: Path | None) -> Backbone:
-    """Return the encoder of `init`, or the run's own where `init` is gone: after a checkpoint, its weights are unused.
+    """Return the encoder of `init`, or the encoder of the run if `init` no longer exists.
 
-    Raises: what `load_encoder` raises.
+    A run that has a checkpoint does not use the weights of `init`.
+
+    Raises: the errors of `load_encoder`.
     """
     built = init == "random" or init.startswith("timm:")
     source = weights or (None if built else Path(init))
@@ -86,8 +98,10 @@ def starting_point(out: Path, config: FinetuneConfig, init: str, weights: Path |
     return replace(load_encoder(str(out)), weights=recorded(out)["init_weights"])
 
 
-def run_record(config: FinetuneConfig, dataset: Dataset, init: str, backbone: Backbone, order: Order) -> FinetuneRun:
-    """The run's identity; the backbone's model has its new head already."""
+def run_record(
+    config: FinetuneConfig, dataset: Dataset, init: str, backbone: Backbone, order: Order
+) -> FinetuneRun:
+    """Return the identity of the run; the backbone's model already has its new head."""
     architecture, arguments = model_args(backbone.model)
     return FinetuneRun(
         config=identity_config(config),
@@ -108,11 +122,13 @@ def run_record(config: FinetuneConfig, dataset: Dataset, init: str, backbone: Ba
 
 
 def make_classifier(
-    model: VisionTransformer, num_classes: int, pool: str, drop_path: float, seed: int, frozen: bool = False
-) -> VisionTransformer:
-    """The encoder with a new linear head; with pool "avg" its final norm moves behind the pool, weights kept.
+    model: VisionTransformer, num_classes: int, pool: str, drop_path: float, seed: int,
+    frozen: bool = False,
+) -> VisionTransformer:  # fmt: skip
+    """Return the encoder with a new linear head.
 
-    A `frozen` encoder stays as it is, also in training; before its head stands a BatchNorm without parameters.
+    With pool "avg", the final norm moves behind the pooling and keeps its weights. A `frozen`
+    encoder stays in eval mode, and its head follows a BatchNorm without parameters.
     """
     model.reset_classifier(num_classes, pool)
     draw = torch.Generator().manual_seed(seed)
@@ -122,34 +138,40 @@ def make_classifier(
         return _freeze(model)
     norm = model.norm if isinstance(model.fc_norm, nn.Identity) else model.fc_norm
     model.norm, model.fc_norm = (nn.Identity(), norm) if pool == "avg" else (norm, nn.Identity())
-    for block, rate in zip(model.blocks, torch.linspace(0, drop_path, len(model.blocks)).tolist(), strict=True):
-        block.drop_path1, block.drop_path2 = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
+    rates = torch.linspace(0, drop_path, len(model.blocks)).tolist()
+    for block, rate in zip(model.blocks, rates, strict=True):
+        paths = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
+        block.drop_path1, block.drop_path2 = paths
     return model.requires_grad_(True)
 
 
 def _freeze(model: VisionTransformer) -> VisionTransformer:
     model.requires_grad_(False).eval()
+    # The loop calls model.train(), which must not enable the drop paths of the encoder.
     for child in model.children():
-        child.train = lambda mode=True, child=child: child  # the loop's model.train() must not wake its drop paths
+        child.train = lambda mode=True, child=child: child
     head = model.head.requires_grad_(True)
-    model.head = nn.Sequential(nn.BatchNorm1d(head.in_features, eps=BATCHNORM_EPS, affine=False), head)
+    norm = nn.BatchNorm1d(head.in_features, eps=BATCHNORM_EPS, affine=False)
+    model.head = nn.Sequential(norm, head)
     return model
 
 
 @torch.inference_mode()
 def accuracy(
-    model: nn.Module, source: DatasetSource, order: EvalOrder, workers: int, accelerator: Accelerator
-) -> dict[str, float]:
-    """Top-1, top-5 (fractions) and cross-entropy over all processes; padded rows count nothing."""
+    model: nn.Module, source: DatasetSource, order: EvalOrder, workers: int,
+    accelerator: Accelerator,
+) -> dict[str, float]:  # fmt: skip
+    """Return top-1, top-5 (fractions) and cross-entropy over all ranks, without padded rows."""
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     with batches(Stream(order, source), 0, len(order), workers) as items:
         for batch in items:
             batch = to_device(batch, accelerator.device)
             logits_BK = model(batch["pictures"]).float()
             labels_B, weight_B = batch["labels"], batch["weight"].double()
-            ranked_BK = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices == labels_B[:, None]
+            top_B5 = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices
+            hits_B5 = top_B5 == labels_B[:, None]
             losses_B = functional.cross_entropy(logits_BK, labels_B, reduction="none")
-            terms = (ranked_BK[:, 0], ranked_BK.any(1), losses_B, torch.ones_like(losses_B))
+            terms = (hits_B5[:, 0], hits_B5.any(1), losses_B, torch.ones_like(losses_B))
             sums += torch.stack([(term.double() * weight_B).sum() for term in terms])
     top1, top5, loss, count = accelerator.reduce(sums, "sum").tolist()
     return {"top1": top1 / count, "top5": top5 / count, "loss": loss / count}

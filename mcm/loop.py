@@ -1,4 +1,7 @@
-"""One loop for pre-training and fine-tuning: clip, step, log, evaluate, save, stop; resumes to the bit on a CPU."""
+"""The training loop of pre-training and fine-tuning: step, log, evaluate, save, stop, resume.
+
+On a CPU, a resumed run is identical to the bit.
+"""
 
 import math
 import os
@@ -21,6 +24,7 @@ from cache_tools.console import StopFlag, error_line, progress
 from cache_tools.errors import Diverged, Interrupted, UsageError
 from cache_tools.rng import hash_u64
 from mcm import checkpoint
+from mcm.checkpoint import Tensors
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.optim import learning_rate, peak_lr, swap_average
 from mcm.run_dir import Log
@@ -29,17 +33,18 @@ from mcm.stream import Batch, Stream, batches
 
 MODES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SHOWN_SPANS = 32
-GO_ON, SAVE, STOP = 0, 1, 2  # after a step; the largest wish of all ranks wins
-FAILED_SAVES = 3  # in a row, before a run that cannot save stops
-TIMEOUT = timedelta(minutes=10)  # the longest wait of a rank: for the main process, which saves a checkpoint
+GO_ON, SAVE, STOP = 0, 1, 2  # what follows a step; the maximum over the ranks is taken
+FAILED_SAVES = 3  # the run stops after this many failed saves in a row
+TIMEOUT = timedelta(minutes=10)  # of collectives; ranks wait this long for the main rank's save
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one run trains. The model is not wrapped; `stream.order` is an `Order` for this process.
+    """The parts of one training run. `model` is not wrapped; `stream.order` is this rank's `Order`.
 
-    `loss(model, batch)` gets the wrapped model and a batch on the device and returns the float32 mean over its rows.
-    `evaluate(epochs_done)` runs on every process at the end of an epoch and returns numbers for the log, or none.
+    `loss(model, batch)` takes the wrapped model and a batch on the device; it returns the float32
+    mean over the rows. `evaluate(epochs_done)` runs on every rank at the end of an epoch and
+    returns the metrics to log, if any.
     """
 
     run_dir: Path
@@ -52,25 +57,33 @@ class Job:
 
 
 def evaluation_due(config: PretrainConfig | FinetuneConfig, every: int, epochs_done: int) -> bool:
-    """Tell whether to evaluate after an epoch: after each `every` (0: none), and always after the last."""
+    """Return whether to evaluate: after every `every`-th epoch (0: none) and after the last."""
     return epochs_done == config.schedule.epochs or bool(every and epochs_done % every == 0)
 
 
 @contextmanager
 def engine(precision: str) -> Iterator[Accelerator]:
-    """Accelerate, on the CPU where there is no GPU; its process group ends with the block.
+    """Yield an Accelerator, on the CPU without a GPU; the process group ends with the block.
 
-    Raises: UsageError for a mode of the launcher that is neither one process nor DDP, and for bf16 on a GPU without it.
+    Raises: UsageError for a launcher mode other than one process or DDP, and for bf16 on a GPU
+    without bfloat16.
     """
     _check_launcher()
-    torch.backends.cudnn.allow_tf32 = False  # True by default for convolutions: fp32 must mean float32
-    torch._dynamo.config.recompile_limit = 8  # timm.optim sets 1,000,000; torch warns beyond the limit
-    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
-        raise UsageError('train.precision = "bf16": this GPU has no bfloat16; use --set train.precision=fp32')
+    # cuDNN uses TF32 for convolutions by default, but fp32 must mean float32.
+    torch.backends.cudnn.allow_tf32 = False
+    # timm.optim sets 1,000,000; torch warns when the limit is exceeded.
+    torch._dynamo.config.recompile_limit = 8
+    cuda = torch.cuda.is_available()
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(False):
+        raise UsageError(
+            'train.precision = "bf16": expected a GPU with bfloat16; this GPU has none;'
+            " use --set train.precision=fp32"
+        )
     mixed = "bf16" if precision == "bf16" else "no"
-    # The gradients lie in the buckets that the ranks reduce, which saves a copy of each.
-    handlers = [InitProcessGroupKwargs(timeout=TIMEOUT), DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
+    # The gradients are views of DDP's buckets, which saves a copy of each gradient.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    handlers = [InitProcessGroupKwargs(timeout=TIMEOUT), ddp]
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not cuda, kwargs_handlers=handlers)
     try:
         if (kind := accelerator.distributed_type) not in MODES:
             raise UsageError(f"accelerate launch: expected one process or DDP; found {kind}")
@@ -80,9 +93,11 @@ def engine(precision: str) -> Iterator[Accelerator]:
 
 
 def _check_launcher() -> None:
-    """Check the launcher's environment: on a CPU, Accelerate replaces FSDP and DeepSpeed by DDP without a message.
+    """Check the environment of the launcher.
 
-    Raises: UsageError naming the option that must be left out.
+    On a CPU, Accelerate replaces FSDP and DeepSpeed by DDP without a message.
+
+    Raises: UsageError that names the option to leave out.
     """
     for name in ("USE_FSDP", "USE_DEEPSPEED", "DYNAMO_BACKEND"):
         if (value := os.environ.get(f"ACCELERATE_{name}", "no").lower()) not in ("no", "false"):
@@ -94,13 +109,13 @@ def _check_launcher() -> None:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device; row numbers are read on the host."""
+    """Return the batch with its tensors on the device; row numbers stay on the host."""
     stays = {k for k, v in batch.items() if not isinstance(v, Tensor) or k == "rows"}
     return {k: v if k in stays else v.to(device, non_blocking=True) for k, v in batch.items()}
 
 
 def on_device(items: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches on the device. A GPU copies the next one on a side stream while it computes with the current one."""
+    """Yield the batches on the device; a GPU copies the next batch on a side stream meanwhile."""
     if device.type != "cuda":
         yield from (to_device(batch, device) for batch in items)
         return
@@ -119,7 +134,7 @@ def on_device(items: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def _ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    """The batch, for the current stream; its memory is not reused before that stream has read it."""
+    """Return the batch once it is copied; keep its memory until the current stream has read it."""
     stream = torch.cuda.current_stream()
     stream.wait_event(copied)
     for x in batch.values():
@@ -129,9 +144,10 @@ def _ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
 
 
 def train(job: Job, accelerator: Accelerator, stop: StopFlag) -> dict[str, float]:
-    """Train from the newest checkpoint, or from the start, to the last step; return the last evaluation.
+    """Train from the newest checkpoint, or from step 0, to the last step; return the last metrics.
 
-    Raises: Interrupted once it has saved when asked to stop; Diverged on a loss that is not finite; errors of the data.
+    Raises: Interrupted after a requested stop, when the checkpoint is saved; Diverged when a loss
+    is not finite; errors of the data.
     """
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(cuda):  # each step seeds the generators
@@ -139,7 +155,7 @@ def train(job: Job, accelerator: Accelerator, stop: StopFlag) -> dict[str, float
 
 
 class Loop:
-    """A run in progress. `step` alone needs no RUN folder, so a bench times the step of a run itself."""
+    """A run in progress. `step` needs no RUN folder: a benchmark times the step of a real run."""
 
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
         assert isinstance(job.stream.order, Order)
@@ -149,23 +165,27 @@ class Loop:
         self.warmup_steps = job.config.schedule.warmup_epochs * self.order.steps_per_epoch
         self.peak_lr, self.lr = peak_lr(job.config.optim, self.order.global_batch), 0.0
         if job.config.train.compile:
-            job.model.compile()  # in place: names of the state stay
+            job.model.compile()  # in place: the names in the state dict do not change
         self.model, self.optimizer = accelerator.prepare(job.model, job.optimizer)
         self.model.train()
-        # What the processes agree on at each step must not wait for the GPU: it goes through the hosts.
-        several = accelerator.num_processes > 1
-        self.hosts: Any = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT) if several else None
-        self.pending: list[Tensor] = []  # (loss, gradient norm) of steps that are still on the device
+        # The ranks agree through a gloo group on the hosts, which does not wait for the GPU.
+        self.hosts: Any = None
+        if accelerator.num_processes > 1:
+            self.hosts = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
+        self.pending: list[Tensor] = []  # (loss, gradient norm) of steps, still on the device
         self.metrics: dict[str, float] = {}  # of the last evaluation
-        self.window: list[float] = []  # losses since the last line of the log
+        self.window: list[float] = []  # losses since the last log line
         self.grad_norm, self.waited_s, self.logged_at = 0.0, 0.0, time.perf_counter()
         self.logged_step, self.saved_step, self.failed_saves, self.note = 0, -1, 0, ""
         self.writer, self.saved_at = ThreadPoolExecutor(1), time.monotonic()
         self.writing: tuple[int, Future[None]] | None = None
 
     def run(self, stop: StopFlag) -> dict[str, float]:
-        """Take the steps that are left; a complete run is evaluated again, as its log may have lost the last line."""
-        settings, order, cuda = self.job.config.train, self.order, self.accelerator.device.type == "cuda"
+        """Take the remaining steps and return the last metrics.
+
+        A complete run is evaluated again, because its log may have lost the last line.
+        """
+        settings, order, device = self.job.config.train, self.order, self.accelerator.device
         found = self._newest()
         step = found.step if found else -1
         evaluated = found is not None and bool(found.meta["evaluated"]) and step < self.total_steps
@@ -173,14 +193,15 @@ class Loop:
         with closing(log) as self.log:
             if found:
                 self._restore(found, evaluated)
-                found = None  # frees a whole checkpoint
+                found = None  # frees the memory of the checkpoint
             step = max(step, 0)
-            left = range(step * order.accumulation, self.total_steps * order.accumulation)
+            start, end = (s * order.accumulation for s in (step, self.total_steps))
+            workers, title = settings.workers if start < end else 0, f"training {self.job.run_dir}"
             with (
-                progress(self.total_steps, f"training {self.job.run_dir}", "steps", step, not self.main) as bar,
-                batches(self.job.stream, left.start, left.stop, settings.workers if left else 0, cuda) as loaded,
+                progress(self.total_steps, title, "steps", step, not self.main) as bar,
+                batches(self.job.stream, start, end, workers, device.type == "cuda") as loaded,
             ):
-                items = on_device(loaded, self.accelerator.device)
+                items = on_device(loaded, device)
                 try:
                     while step < self.total_steps:
                         asked = self.step(step, items, stop)
@@ -194,9 +215,9 @@ class Loop:
         return self.metrics
 
     def _end_of_step(self, step: int, asked: int) -> None:
-        """Evaluate at the end of an epoch, save if it is time to, and stop if asked to."""
-        epoch_ends, every = step % self.order.steps_per_epoch == 0, self.job.config.train.checkpoint_steps
-        last = step == self.total_steps
+        """Evaluate at the end of an epoch, save if a checkpoint is due, and stop if requested."""
+        every = self.job.config.train.checkpoint_steps
+        epoch_ends, last = step % self.order.steps_per_epoch == 0, step == self.total_steps
         stopping = asked == STOP and not last
         due = asked == SAVE if every is None else step % every == 0 if every else epoch_ends
         if epoch_ends and not stopping:
@@ -204,10 +225,12 @@ class Loop:
         if stopping or last or due:
             self._save(step, evaluated=epoch_ends and not stopping, must=stopping or last)
         if stopping:
-            raise Interrupted(f"stopped after step {step} of {self.total_steps}, saved; the same command resumes")
+            raise Interrupted(
+                f"stopped after step {step} of {self.total_steps}, saved; the same command resumes"
+            )
 
     def _newest(self) -> checkpoint.Checkpoint | None:
-        """The newest sound checkpoint, on every rank; the main rank reads and verifies it."""
+        """Return the newest valid checkpoint on every rank; the main rank reads and verifies it."""
         found = checkpoint.latest(self.job.run_dir) if self.main else None
         return found if self.hosts is None else checkpoint.shared(found, self.hosts)
 
@@ -217,17 +240,22 @@ class Loop:
         self.window = list(found.meta["window"])
         self.logged_step = self.saved_step = found.step
         if self.main:
-            print(f"{self.job.run_dir}: resumes after step {found.step} of {self.total_steps}", flush=True)
+            where = f"step {found.step} of {self.total_steps}"
+            print(f"{self.job.run_dir}: resumes after {where}", flush=True)
         if found.step % self.order.steps_per_epoch == 0 and not evaluated:
             self._evaluate(found.step)
 
     def step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> int:
-        """One optimizer step on batches on the device; returns what all ranks do next: GO_ON, SAVE or STOP."""
-        job, micro_steps = self.job, self.order.accumulation
-        self.lr = learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, job.config.schedule.min_lr)
+        """Take one optimizer step; return what all ranks do next: GO_ON, SAVE or STOP."""
+        job, micro_steps, min_lr = (
+            self.job,
+            self.order.accumulation,
+            self.job.config.schedule.min_lr,
+        )
+        self.lr = learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["lr_scale"]
-        # Dropout and drop-path draw from here: a pure function of the step. No generator is saved.
+        # Seeds dropout and drop path by the step, so checkpoints save no generator state.
         torch.manual_seed(int(hash_u64(job.config.train.seed, "step", step, self.order.rank)) >> 1)
         total = torch.zeros((), device=self.accelerator.device)
         for left in reversed(range(micro_steps)):
@@ -235,10 +263,11 @@ class Loop:
             asked = GO_ON if left else self._agree(stop)
             with self.accelerator.no_sync(self.model) if left else nullcontext():
                 loss = job.loss(self.model, batch) / micro_steps
-                # Not accelerator.backward: it divides by the launcher's own accumulation; bf16 needs no scaler.
+                # accelerator.backward divides by the launcher's accumulation; bf16 needs no scaler.
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), job.config.optim.clip_norm or math.inf)
+        clip_norm = job.config.optim.clip_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.pending.append(torch.stack([total, norm.to(total)]))
@@ -251,17 +280,20 @@ class Loop:
         return batch
 
     def _agree(self, stop: StopFlag) -> int:
-        """The largest wish of all ranks; the main rank's clock decides when to save."""
-        due = self.main and time.monotonic() - self.saved_at >= 60 * self.job.config.train.checkpoint_minutes
-        wish = torch.tensor(STOP if stop.requested else SAVE if due else GO_ON)
+        """Return the maximum request over the ranks; the clock of the main rank requests SAVE."""
+        every_s = 60 * self.job.config.train.checkpoint_minutes
+        due = self.main and time.monotonic() - self.saved_at >= every_s
+        request = torch.tensor(STOP if stop.requested else SAVE if due else GO_ON)
         if self.hosts is not None:
-            torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX, group=self.hosts)
-        return int(wish)
+            torch.distributed.all_reduce(request, torch.distributed.ReduceOp.MAX, group=self.hosts)
+        return int(request)
 
     def _drain(self, step: int) -> None:
-        """Bring the losses of the steps up to `step` to the host, averaged over the processes.
+        """Copy the losses of the steps before `step` to the host, averaged over the ranks.
 
-        Raises: Diverged naming step and rows when one is not finite; nothing was saved since.
+        No checkpoint is saved before its losses are checked here.
+
+        Raises: Diverged that names the step and its rows when a value is not finite.
         """
         if not self.pending:
             return
@@ -276,14 +308,16 @@ class Loop:
     def _poisoned(self, step: int, loss: float, norm: float) -> Diverged:
         rows = self.job.stream.source.rows_of(self.order.step_chunks(step)[1])
         spans = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-        shown = ", ".join(f"{span[0]}-{span[-1]}" for span in spans[:SHOWN_SPANS]) + " ..." * (len(spans) > SHOWN_SPANS)
+        shown = ", ".join(f"{span[0]}-{span[-1]}" for span in spans[:SHOWN_SPANS])
+        shown += " ..." * (len(spans) > SHOWN_SPANS)
         return Diverged(
-            f"step {step + 1}: expected a finite loss and gradient norm; found {loss} and {norm} on rows {shown};"
-            f" the checkpoints in {self.job.run_dir} are of steps before; lower optim.lr, or check the rows"
+            f"step {step + 1}: expected a finite loss and gradient norm; found {loss} and {norm}"
+            f" on rows {shown}; the checkpoints in {self.job.run_dir} are of earlier steps;"
+            " lower optim.lr, or check the rows"
         )
 
     def _log(self, step: int) -> None:
-        """Log the mean loss and the speed since the last line."""
+        """Log the mean loss and the speed since the last log line."""
         self._drain(step)
         now, loss = time.perf_counter(), math.fsum(self.window) / len(self.window)
         elapsed_s, steps = now - self.logged_at, step - self.logged_step
@@ -305,15 +339,15 @@ class Loop:
         self.metrics = self.job.evaluate(step // self.order.steps_per_epoch)
         swap_average(self.optimizer.optimizer)
         self.model.train()
-        self.logged_at += time.perf_counter() - start  # images_per_s is the speed of training
+        self.logged_at += time.perf_counter() - start  # images_per_s excludes the evaluation
         if self.metrics:
             self.log.write(step, {"eval": self.metrics})
 
     def _save(self, step: int, evaluated: bool, must: bool) -> None:
-        """Save a checkpoint on the main rank: it copies to the host, and a thread writes while training goes on.
+        """Save a checkpoint on the main rank: copy to the host, then write in a thread.
 
-        The file `model` holds the averaged weights, where there are some, and `optimizer` the weights.
-        With `must`, all ranks wait until it is written, as a launcher ends them all when one ends.
+        With EMA, the file `model` holds the EMA and the file `optimizer` holds the weights. With
+        `must`, all ranks wait for the write, because a launcher ends all ranks when one ends.
         """
         self._drain(step)
         self.saved_at = time.monotonic()
@@ -321,7 +355,8 @@ class Loop:
             self._join_save(must=False)
             swap_average(self.optimizer.optimizer)
             tensors = checkpoint.optimizer_tensors(self.job.model, self.optimizer.optimizer)
-            model, optimizer = checkpoint.on_host(self.job.model.state_dict()), checkpoint.on_host(tensors)
+            model = checkpoint.on_host(self.job.model.state_dict())
+            optimizer = checkpoint.on_host(tensors)
             swap_average(self.optimizer.optimizer)
             meta = {"window": list(self.window), "evaluated": evaluated}
             self.writing = step, self.writer.submit(self._write, step, model, optimizer, meta)
@@ -329,16 +364,18 @@ class Loop:
             self._join_save(must)
             self.accelerator.wait_for_everyone()
 
-    def _write(self, step: int, model: checkpoint.Tensors, optimizer: checkpoint.Tensors, meta: dict[str, Any]) -> None:
+    def _write(self, step: int, model: Tensors, optimizer: Tensors, meta: dict[str, Any]) -> None:
         run_dir = self.job.run_dir
         checkpoint.save(run_dir, step, model, optimizer, meta)
         checkpoint.rotate(run_dir, self.saved_step, step, self.job.config.train.keep_last)
         self.saved_step = step
 
     def _join_save(self, must: bool) -> None:
-        """Wait for the checkpoint that is being written, if there is one.
+        """Wait for the checkpoint that is being written, if any.
 
-        A full disk costs a warning and the checkpoint. It ends the run with `must`, or after FAILED_SAVES in a row.
+        If the disk is full, print a warning and go on without this checkpoint.
+
+        Raises: OSError with `must`, or after FAILED_SAVES failed saves in a row.
         """
         if self.writing is None:
             return
@@ -350,4 +387,5 @@ class Loop:
             self.failed_saves += 1
             if must or self.failed_saves == FAILED_SAVES:
                 raise
-            print(f"warning: step {step} is not saved: {error_line(error)}; training goes on", flush=True)
+            cause = error_line(error)
+            print(f"warning: step {step} is not saved: {cause}; training goes on", flush=True)

@@ -1,4 +1,7 @@
-"""Pre-training: a cache in, a RUN with checkpoints and held-out figures out."""
+"""Pre-training: read a cache, train the student, write checkpoints and held-out metrics to a RUN.
+
+`pretrain` lists the parts of a run: data order, objective, evaluation, stream, optimizer, loop.
+"""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -17,59 +20,83 @@ from mcm.loop import Job, engine, train
 from mcm.objective import Objective
 from mcm.optim import build_adamw
 from mcm.probe import labelled
-from mcm.run_dir import PretrainRun, claim, identity_config, recorded, recorded_exit, write_environment
+from mcm.run_dir import (
+    PretrainRun,
+    claim,
+    identity_config,
+    recorded,
+    recorded_exit,
+    write_environment,
+)
 from mcm.sampler import Order
 
 
 def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | None = None) -> None:
-    """Train, or resume, the run in `out` on the complete units of a cache; `data` is for the k-NN probe.
+    """Train, or resume, the run in `out` on the complete units of a cache.
 
-    Raises: UsageError or IdentityError before the first step; what `loop.train` raises.
+    `data` is the DATASET of the k-NN evaluation.
+
+    Raises: UsageError or IdentityError before the first step; the errors of `loop.train`.
     """
     dataset = labelled(Dataset(data)) if data is not None else None
-    cache = Cache(cache_path)
+    cache, seed = Cache(cache_path), config.train.seed
     units, val = choose_units(cache, recorded(out).get("units", ()), config.data.views)
-    run, seed = run_record(config, cache, [*units, *val], dataset), config.train.seed
+    run = run_record(config, cache, [*units, *val], dataset)
     with engine(config.train.precision) as accelerator:
-        main, world, rank = accelerator.is_main_process, accelerator.num_processes, accelerator.process_index
-        order = Order(units[0].rows, CHUNK_ROWS, config.train.global_batch, config.train.micro_batch, world, rank, seed)
+        main = accelerator.is_main_process
+        world, rank = accelerator.num_processes, accelerator.process_index
+        global_batch, micro_batch = config.train.global_batch, config.train.micro_batch
+        order = Order(units[0].rows, CHUNK_ROWS, global_batch, micro_batch, world, rank, seed)
         objective = Objective(config, run, cache, units, accelerator)
         claim(out, run, PretrainConfig)
         with recorded_exit(out, main) as stop:
             if main:
-                write_environment(out, config, cache=str(cache_path), processes=world, rows=order.rows)
-                announce(cache, units, val, order, bool(config.train.knn_epochs and dataset is None))
+                facts = {"cache": str(cache_path), "processes": world, "rows": order.rows}
+                write_environment(out, config, **facts)
+                no_knn = bool(config.train.knn_epochs and dataset is None)
+                announce(cache, units, val, order, no_knn)
             evaluation = Evaluation(out, objective, units, val, order, dataset)
             stream = objective.stream(order, units, config.mask.unmasked_fraction)
-            optimizer = build_adamw(objective.model, config.optim)
-            train(Job(out, objective.model, optimizer, stream, objective.loss, evaluation, config), accelerator, stop)
+            model, optimizer = objective.model, build_adamw(objective.model, config.optim)
+            job = Job(out, model, optimizer, stream, objective.loss, evaluation, config)
+            train(job, accelerator, stop)
             if main:
-                write_atomic(out / "samples.safetensors", safetensors_bytes(evaluation.samples()))
+                samples = safetensors_bytes(evaluation.samples())
+                write_atomic(out / "samples.safetensors", samples)
 
 
-def choose_units(cache: Cache, recorded: Collection[str], views: int = 0) -> tuple[list[Unit], list[Unit]]:
-    """The complete units of "train", or the first `views`, and one of "val" or none; a run that has begun keeps the
-    `recorded` ones.
+def choose_units(
+    cache: Cache, recorded: Collection[str], views: int = 0
+) -> tuple[list[Unit], list[Unit]]:
+    """Return the complete units of "train" and at most one complete unit of "val".
 
-    Raises: UsageError when too few are complete; CorruptionError when an array is not the one of this cache.
+    `views` limits the units of "train" to the first ones; 0 takes all. A resumed run keeps the
+    units that its run.json names (`recorded`).
+
+    Raises: UsageError when too few units are complete; CorruptionError when an array belongs to
+    another cache.
     """
     complete = cache.complete_units("train")
     units = [unit for unit in complete if str(unit) in recorded] or complete[: views or None]
     if not units:
-        begun = len(cache.units("train"))
         raise UsageError(
-            f"{cache.path}: expected a complete unit of 'train'; found {begun} begun; finish `mcm-cache extract`"
+            f"{cache.path}: expected a complete unit of 'train';"
+            f" found {len(cache.units('train'))} begun; finish `mcm-cache extract`"
         )
     if len(units) < views:
-        raise UsageError(f"{cache.path}: expected data.views = {views} complete units of 'train'; found {len(units)}")
-    val = [unit for unit in cache.complete_units("val") if not recorded or str(unit) in recorded][:1]
+        raise UsageError(
+            f"{cache.path}: expected data.views = {views} complete units of 'train';"
+            f" found {len(units)}; extract more views or lower data.views"
+        )
+    complete = cache.complete_units("val")
+    val = [unit for unit in complete if not recorded or str(unit) in recorded][:1]
     for unit in (*units, *val):
         unit.check_arrays()
     return units, val
 
 
 def student_patch(identity: CacheIdentity) -> int:
-    """The student's patch size in pixels, so that its token grid is the cache's.
+    """Return the student's patch size in pixels that gives the token grid of the cache.
 
     Raises: UsageError when no square patch gives that grid.
     """
@@ -77,13 +104,14 @@ def student_patch(identity: CacheIdentity) -> int:
     patch = height // rows
     if (rows * patch, columns * patch) != (height, width):
         raise UsageError(
-            f"cache: expected views of {rows}x{columns} square patches; found {height}x{width} pixels; extract again"
+            f"cache: expected views of {rows}x{columns} square patches;"
+            f" found {height}x{width} pixels; extract again"
         )
     return patch
 
 
 def target_channels(config: PretrainConfig, cache: Cache) -> int:
-    """C of the target: the teacher's channels, those of its joint space, or the values of a patch of pixels."""
+    """Return C: the channels of the teacher or its joint space, or the values of a pixel patch."""
     features = config.target.features
     if features == "pixels":
         return 3 * student_patch(cache.identity) ** 2
@@ -93,13 +121,16 @@ def target_channels(config: PretrainConfig, cache: Cache) -> int:
 def run_record(
     config: PretrainConfig, cache: Cache, units: Sequence[Unit], dataset: Dataset | None = None
 ) -> PretrainRun:
-    """The run's identity. The student sees its pictures normalised as the teacher does.
+    """Return the identity of the run. The student and the teacher share one mean and one std.
 
-    Raises: UsageError for a target that the cache has not.
+    Raises: UsageError when the cache lacks the configured target.
     """
     identity = cache.identity
     if config.loss.cls and not identity.has_cls:
-        raise UsageError(f"loss.cls = true: expected a teacher with a CLS token; {identity.teacher.name} has none")
+        raise UsageError(
+            "loss.cls = true: expected a teacher with a CLS token;"
+            f" {identity.teacher.name} has none; use --set loss.cls=false"
+        )
     return PretrainRun(
         config=identity_config(config),
         cache_sha256=cache.sha256,
@@ -117,15 +148,19 @@ def run_record(
     )
 
 
-def announce(cache: Cache, units: Sequence[Unit], val: Sequence[Unit], order: Order, no_knn: bool) -> None:
-    """Say what is trained on and what is left out."""
+def announce(
+    cache: Cache, units: Sequence[Unit], val: Sequence[Unit], order: Order, no_knn: bool
+) -> None:
+    """Print what the run trains on and what it leaves out."""
     left_out = len(cache.units("train")) - len(units)
-    print(f"{order.rows} rows in {len(units)} views; {left_out} incomplete or later views are left out")
+    views = f"{left_out} incomplete or later views are left out"
+    print(f"{order.rows} rows in {len(units)} views; {views}")
     if partial := order.rows % CHUNK_ROWS:
         print(f"the last {partial} rows, a partial chunk, are left out of training")
-    split = f"{order.world} processes x {order.accumulation} x {order.batch}"
-    print(f"{order.steps_per_epoch} steps an epoch of {order.global_batch} rows: {split}", flush=True)
+    split = f"{order.world} ranks x {order.accumulation} micro-steps x {order.batch} rows"
+    steps = f"{order.steps_per_epoch} steps per epoch"
+    print(f"{steps}, each of {order.global_batch} rows: {split}", flush=True)
     if not val:
-        print("the run has no complete unit of 'val': no held-out loss and R^2", flush=True)
+        print("the cache has no complete unit of 'val': no held-out loss or R^2", flush=True)
     if no_knn:
-        print("train.knn_epochs is set, but there is no --data DATASET: no k-NN accuracy", flush=True)
+        print("train.knn_epochs is set without --data DATASET: no k-NN accuracy", flush=True)

@@ -1,4 +1,4 @@
-"""The small files of a RUN folder: its identity, configuration and environment, its log, how the last command ended."""
+"""The small files of a RUN: run.json, config.toml, env.json, exit.json and metrics.jsonl."""
 
 import json
 import os
@@ -17,31 +17,54 @@ from torch.distributed import DistError
 
 from cache_tools.console import StopFlag, error_line, exit_code
 from cache_tools.dataset import CHUNK_ROWS
-from cache_tools.errors import CorruptionError, IdentityError, Interrupted, ResourceError, UsageError
+from cache_tools.errors import (
+    CorruptionError,
+    IdentityError,
+    Interrupted,
+    ResourceError,
+    UsageError,
+)
 from cache_tools.processes import stop_with_launcher
-from cache_tools.records import R, Record, check_utf8, differences, encode_record, read_json, read_record, write_toml
+from cache_tools.records import (
+    R,
+    Record,
+    check_utf8,
+    differences,
+    encode_record,
+    read_json,
+    read_record,
+    write_toml,
+)
 from cache_tools.schema import CacheIdentity
-from cache_tools.storage import append_line, keep_lines, publish, settle, try_lock, work_dir, write_atomic
+from cache_tools.storage import (
+    append_line,
+    keep_lines,
+    publish,
+    settle,
+    try_lock,
+    work_dir,
+    write_atomic,
+)
 
-# What may change between two commands on one run: no picture, mask or learning rate depends on it.
+# Fields that may change when a run is resumed: no picture, mask or learning rate depends on them.
 ENGINE_FIELDS = {
-    "micro_batch", "compile", "workers", "log_steps", "checkpoint_minutes", "checkpoint_steps", "keep_last",
-    "eval_epochs", "knn_epochs",
+    "micro_batch", "compile", "workers", "log_steps", "checkpoint_minutes", "checkpoint_steps",
+    "keep_last", "eval_epochs", "knn_epochs",
 }  # fmt: skip
 
 
 class PretrainRun(Record):
-    """run.json of a pre-training run: what its weights depend on, and what the student's pictures must be.
+    """run.json of a pre-training run: its identity, and the format of the student's pictures.
 
-    `cache` names the field that differs where `cache_sha256` differs; older runs lack it. `data_sha256` is the DATASET
-    of the k-NN probe; a run without one lacks it.
+    `cache` shows which field differs when `cache_sha256` differs; older runs lack it. `data_sha256`
+    identifies the DATASET of the k-NN evaluation; a run without a DATASET lacks it.
     """
 
     kind: Literal["pretrain"] = "pretrain"
     version: Literal[1] = 1
     config: dict[str, Any]
     cache_sha256: str
-    units: dict[str, str]  # "train/v0" to the sha256 of its manifest
+    units: dict[str, str]  # the sha256 of the manifest by unit, such as "train/v0"
     teacher: str
     size: tuple[int, int]
     patch: int
@@ -55,9 +78,9 @@ class PretrainRun(Record):
 
 
 class ExitRecord(Record):
-    """exit.json: how the last command on this folder ended; a launcher turns every code into 1.
+    """exit.json: the exit code of the last command, because a launcher turns every code into 1.
 
-    The code is None while the command runs, and stays None when the system kills it.
+    The code is None while the command runs, and stays None if the system kills the command.
     """
 
     code: int | None
@@ -65,24 +88,26 @@ class ExitRecord(Record):
 
 
 def identity_config(config: Record) -> dict[str, Any]:
-    """A config without the fields that may change while a run goes on."""
+    """Return a config without ENGINE_FIELDS."""
     return config.model_dump(mode="json", exclude={"train": ENGINE_FIELDS})
 
 
 def recorded_config(cls: type[R], config: dict[str, Any]) -> R:
-    """The config of a run.json, whose engine fields have their defaults.
+    """Return the config of a run.json, with the defaults of ENGINE_FIELDS.
 
-    Raises: ValueError or LookupError when it is no such config.
+    Raises: ValueError or LookupError when `config` is not a valid `cls`.
     """
-    payload = config | {"train": config["train"] | {"micro_batch": CHUNK_ROWS}}  # it has no default
+    # micro_batch has no default.
+    payload = config | {"train": config["train"] | {"micro_batch": CHUNK_ROWS}}
     return cls.model_validate_json(json.dumps(payload))
 
 
 def claim(run_dir: Path, run: Any, cls: type[Record]) -> None:
-    """Publish run.json, or check that the folder holds this very run.
+    """Publish run.json, or check that the folder holds the same run.
 
-    The digest in `init_weights` identifies the weights, wherever `init` lies. A command may leave out `data`.
-    A run of an older version may lack keys of `cls`, the configuration: they have their defaults.
+    `init` may have moved, because the digest in `init_weights` identifies the weights. A command
+    may omit `data`. Configuration keys that an older run lacks have the defaults of `cls`.
+
     Raises: IdentityError with every field that differs when the folder holds another run.
     """
     path = run_dir / "run.json"
@@ -95,24 +120,31 @@ def claim(run_dir: Path, run: Any, cls: type[Record]) -> None:
         there = read_record(type(run), path)
         same = {"init"} if "sha256:" in getattr(run, "init_weights", "") else set()
         same |= {name for name, value in run if None in (value, getattr(there, name))}
-        with suppress(ValueError, LookupError, TypeError):  # else it differs, and is shown as it is
-            there = there.model_copy(update={"config": identity_config(recorded_config(cls, there.config))})
-        found = differences(run.model_copy(update={name: getattr(there, name) for name in same}), there)
+        with suppress(ValueError, LookupError, TypeError):  # an invalid config is shown unchanged
+            config = identity_config(recorded_config(cls, there.config))
+            there = there.model_copy(update={"config": config})
+        asked = run.model_copy(update={name: getattr(there, name) for name in same})
+        found = differences(asked, there)
     if found:
-        raise IdentityError(f"{run_dir} holds another run (asked != found): {'; '.join(found)}; use another --out")
+        raise IdentityError(
+            f"{run_dir} holds another run (asked != found): {'; '.join(found)}; use another --out"
+        )
 
 
 def recorded(run_dir: Path) -> dict[str, Any]:
-    """The fields of run.json, of either kind and not checked; empty where there is no run.
+    """Return the unchecked fields of a run.json of any kind, or {} if there is no run.
 
-    Raises: CorruptionError when it does not read.
+    Raises: CorruptionError when run.json is not valid JSON.
     """
     path = run_dir / "run.json"
     return read_json(path) if path.is_file() else {}
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The versions of the packages that are installed; a checkout runs without its own metadata and without zarr's."""
+    """Return the versions of those packages that are installed.
+
+    A checkout runs without its own metadata, and training runs without zarr.
+    """
     found = {}
     for name in packages:
         with suppress(PackageNotFoundError):
@@ -121,21 +153,24 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def software() -> str:
-    """The version of this package, and the commit where it lies in a git checkout."""
+    """Return the version of this package and, in a git checkout, the commit."""
     found = versions("masked-channel-modeling").get("masked-channel-modeling", "not installed")
     root = Path(__file__).parents[1]
     if not (root / ".git").exists() or not (git := shutil.which("git")):
         return found
-    command = [git, "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    command = [git, "--no-optional-locks", "-C", str(root), "describe"]
+    command += ["--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return f"{found} git {commit}" if commit else found
 
 
 def write_environment(run_dir: Path, config: Record, **facts: Any) -> None:
-    """Write config.toml, the resolved configuration, and env.json: versions, device and `facts`."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    """Write config.toml (the resolved configuration) and env.json (versions, device, `facts`)."""
+    device = platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     ours = {"software": software(), "python": platform.python_version(), "device": device}
-    # Not the wheel's where LD_LIBRARY_PATH has another.
+    # The loaded cuDNN: LD_LIBRARY_PATH may replace the one of the wheel.
     ours["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
     env = ours | versions("torch", "timm", "accelerate", "numpy", "zarr") | facts
     write_atomic(run_dir / "config.toml", write_toml(config).encode())
@@ -144,9 +179,9 @@ def write_environment(run_dir: Path, config: Record, **facts: Any) -> None:
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Hold the RUN's lock.
+    """Hold the lock of the RUN.
 
-    Raises: UsageError while another process trains in this RUN.
+    Raises: UsageError when another process trains in this RUN.
     """
     lock = work_dir(run_dir) / "lock"
     with try_lock(lock) as ours:
@@ -157,11 +192,14 @@ def held(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
-    """Keep exit.json: "running" at first, then success by the main process, or the first error of any process.
+    """Record in exit.json how the command ends: running, success, or the first error of any rank.
 
-    The main process holds the RUN's lock, removes what killed ones left, and then writes. SIGTERM sets the flag
-    until exit.json is written: a launcher sends it 0.1 s after a rank has died, and the others must still say why.
-    Raises: UsageError while another process trains in this RUN; ResourceError where the connection to a rank is lost.
+    The main rank holds the lock of the RUN and removes the leftovers of killed processes. SIGTERM
+    only sets the flag until exit.json is written: a launcher sends it 0.1 s after a rank has died,
+    and the other ranks must still record their error.
+
+    Raises: UsageError when another process trains in this RUN; ResourceError when the connection to
+    a rank is lost.
     """
     check_utf8(run_dir)
     path = run_dir / "exit.json"
@@ -171,7 +209,7 @@ def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
 
     then = "this step is finished and saved" if main else ""
     with held(run_dir) if main else nullcontext(), StopFlag(then) as stop:
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun and accelerate launch, which start several ranks
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun and accelerate launch
             stop_with_launcher()
         if main:
             settle(run_dir)
@@ -194,20 +232,27 @@ def _lost_rank() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, DistError) and "gloo" not in str(error):  # gloo raises a plain RuntimeError
+        # gloo raises a plain RuntimeError.
+        if not isinstance(error, DistError) and "gloo" not in str(error):
             raise
-        message = f"lost the connection to another rank ({error}); the launcher names the rank that ended first"
-        raise ResourceError(f"{message}; the same command resumes") from error
+        raise ResourceError(
+            f"lost the connection to another rank ({error});"
+            " the launcher names the rank that ended first; the same command resumes"
+        ) from error
 
 
 class Log:
-    """metrics.jsonl and TensorBoard, continued after `step` (-1: from nothing); what came later is written again.
+    """metrics.jsonl and TensorBoard, continued after `step` (-1: from the start) by the main rank.
 
-    `evaluated` tells whether the evaluation at `step` itself is done. Silent where it is not the main process.
+    Lines of later steps are removed and written again. `evaluated` tells whether the evaluation at
+    `step` is done.
     """
 
-    def __init__(self, run_dir: Path, step: int, evaluated: bool, main: bool, steps_per_epoch: int) -> None:
-        self.path, self.main, self.steps_per_epoch = run_dir / "metrics.jsonl", main, steps_per_epoch
+    def __init__(
+        self, run_dir: Path, step: int, evaluated: bool, main: bool, steps_per_epoch: int
+    ) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self.main, self.steps_per_epoch = main, steps_per_epoch
         if main:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -215,26 +260,28 @@ class Log:
             self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, fields: dict[str, Any]) -> None:
-        """One JSON line, and the same numbers on the board; where they cannot be written, a warning."""
+        """Write the fields as one JSON line and to TensorBoard; on an OSError, print a warning."""
         if not self.main:
             return
         epoch = round(step / self.steps_per_epoch, 4)
         try:
             append_line(self.path, json.dumps({"step": step, "epoch": epoch} | fields))
+            group = "eval" if "eval" in fields else "train"
             for name, value in fields.get("eval", fields).items():
-                self.board.add_scalar(f"{'eval' if 'eval' in fields else 'train'}/{name}", value, step)
+                self.board.add_scalar(f"{group}/{name}", value, step)
             self.board.flush()
-        except OSError as error:  # a full disk is no reason to lose what was trained
-            print(f"warning: step {step} is not logged: {error_line(error)}; training goes on", flush=True)
+        except OSError as error:  # training continues on a full disk
+            cause = error_line(error)
+            print(f"warning: step {step} is not logged: {cause}; training goes on", flush=True)
 
     def close(self) -> None:
-        """Close the board's file and its thread."""
+        """Close the TensorBoard file and its thread."""
         if self.main:
             self.board.close()
 
 
 def _entry(line: str) -> dict[str, Any] | None:
-    """A line of the log; None where it is damaged."""
+    """Return a line of the log, or None if it is damaged."""
     try:
         entry = json.loads(line)
     except ValueError:
@@ -243,26 +290,29 @@ def _entry(line: str) -> dict[str, Any] | None:
 
 
 def _is_kept(line: str, step: int, evaluated: bool) -> bool:
-    if (entry := _entry(line)) is None:  # torn when the machine went down
-        print("warning: a line of metrics.jsonl does not read; it is left out", flush=True)
+    if (entry := _entry(line)) is None:  # cut short when the machine went down
+        print("warning: a line of metrics.jsonl is damaged; it is left out", flush=True)
         return False
-    return bool(entry["step"] < step or (entry["step"] == step and (evaluated or "eval" not in entry)))
+    at_step = entry["step"] == step and (evaluated or "eval" not in entry)
+    return bool(entry["step"] < step or at_step)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Lines of RUN/metrics.jsonl, without an incomplete last one, which a run may be writing.
+    """Return the lines of RUN/metrics.jsonl, without an unfinished last line of a running command.
 
-    Raises: CorruptionError naming the file and line.
+    Raises: CorruptionError that names the file and line.
     """
     path = run / "metrics.jsonl"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = [_entry(line) for line in text.split("\n")[:-1]]
     if None in found:
-        raise CorruptionError(f"{path}: line {found.index(None) + 1}: expected a JSON object with a step; remove it")
+        raise CorruptionError(
+            f"{path}: line {found.index(None) + 1}: expected a JSON object with a step; remove it"
+        )
     return [entry for entry in found if entry is not None]
 
 
 def last_eval(run: Path) -> dict[str, float]:
-    """The newest evaluation of a run; empty when there is none."""
-    evaluations: list[dict[str, float]] = [line["eval"] for line in read_metrics(run) if "eval" in line]
-    return evaluations[-1] if evaluations else {}
+    """Return the metrics of the newest evaluation of a run, or {} if there is none."""
+    evals: list[dict[str, float]] = [line["eval"] for line in read_metrics(run) if "eval" in line]
+    return evals[-1] if evals else {}

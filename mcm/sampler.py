@@ -1,4 +1,4 @@
-"""The order of rows: one sequence per run, the same for every number of processes and every split of a batch."""
+"""The order of rows: one sequence per run, which depends on neither world size nor batch split."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,64 +20,71 @@ def _epoch_order(chunks: int, seed: int, epoch: int) -> Indices:
 
 @dataclass(frozen=True)
 class Order:
-    """One world-free sequence: an epoch permutes whole chunks; step s, micro-step a, rank r take the contiguous slice
-    [s G + (a W + r) b, + b) of it. The remainder after floor(rows / G) steps is another one each epoch.
+    """The training order: each epoch permutes the whole chunks of the data.
 
-    Raises: UsageError where rows, global batch, world and micro-batch do not fit.
+    Step s, micro-step a, rank r of W ranks take the slice [s G + (a W + r) b, + b) of the
+    permutation. Each epoch leaves out another remainder after floor(rows / G) steps.
+
+    Raises: UsageError when rows, global batch, world size and micro-batch do not fit.
     """
 
     rows: int
     rows_per_chunk: int  # 16 for a cache, 1 for a dataset
     global_batch: int  # G
-    micro_batch: int  # the most rows a device takes at once
+    micro_batch: int  # the largest number of rows per device at once
     world: int = 1
     rank: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.global_batch % (self.world * CHUNK_ROWS) or self.micro_batch < CHUNK_ROWS:
-            multiples = self.global_batch // CHUNK_ROWS
-            worlds = [w for w in range(1, multiples + 1) if self.global_batch % (w * CHUNK_ROWS) == 0]
+            total, multiples = self.global_batch, self.global_batch // CHUNK_ROWS
+            worlds = [w for w in range(1, multiples + 1) if total % (w * CHUNK_ROWS) == 0]
             raise UsageError(
-                f"train.global_batch: expected a multiple of {CHUNK_ROWS} rows x {self.world} processes, and"
-                f" train.micro_batch >= {CHUNK_ROWS}; found {self.global_batch} and {self.micro_batch};"
+                f"train.global_batch: expected a multiple of {CHUNK_ROWS} rows x {self.world}"
+                f" processes, and train.micro_batch >= {CHUNK_ROWS};"
+                f" found {self.global_batch} and {self.micro_batch};"
                 f" numbers of processes that fit: {', '.join(map(str, worlds)) or 'none'}"
             )
         if self.steps_per_epoch == 0:
             raise UsageError(
-                f"too few rows for one global batch: expected train.global_batch = {self.global_batch} rows in whole"
-                f" chunks of {self.rows_per_chunk}; found {self.rows} rows; lower train.global_batch or add rows"
+                "too few rows for one global batch: expected"
+                f" train.global_batch = {self.global_batch} rows in whole chunks of"
+                f" {self.rows_per_chunk}; found {self.rows} rows;"
+                " lower train.global_batch or add rows"
             )
 
     @property
     def chunks(self) -> int:
-        """Whole chunks; a trailing partial one is left out of training."""
+        """The number of whole chunks; training leaves out a trailing partial chunk."""
         return self.rows // self.rows_per_chunk
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch: floor(rows in whole chunks / G)."""
+        """The number of optimizer steps per epoch: floor(rows in whole chunks / G)."""
         return self.chunks * self.rows_per_chunk // self.global_batch
 
     @property
     def batch(self) -> int:
-        """b: the largest multiple of 16 that is at most micro_batch and divides a rank's share of the global batch."""
+        """b: the largest multiple of 16 <= micro_batch that divides a rank's share of G."""
         share = self.global_batch // self.world
-        return max(b for b in range(CHUNK_ROWS, min(self.micro_batch, share) + 1, CHUNK_ROWS) if share % b == 0)
+        sizes = range(CHUNK_ROWS, min(self.micro_batch, share) + 1, CHUNK_ROWS)
+        return max(b for b in sizes if share % b == 0)
 
     @property
     def accumulation(self) -> int:
-        """A: micro-steps per step."""
+        """A: the number of micro-steps per step."""
         return self.global_batch // (self.world * self.batch)
 
     def step_chunks(self, step: int) -> tuple[int, Indices]:
-        """(epoch, chunk numbers) of a whole global batch."""
+        """Return (epoch, chunk numbers) of a whole global batch."""
         epoch, within = divmod(step, self.steps_per_epoch)
         count = self.global_batch // self.rows_per_chunk
-        return epoch, _epoch_order(self.chunks, self.seed, epoch)[within * count : (within + 1) * count]
+        chunks = _epoch_order(self.chunks, self.seed, epoch)
+        return epoch, chunks[within * count : (within + 1) * count]
 
     def slice(self, index: int) -> tuple[int, Indices]:
-        """(epoch, chunk numbers) of this rank's micro-step `index` = step * A + a."""
+        """Return (epoch, chunk numbers) of this rank's micro-step `index` = step * A + a."""
         step, micro = divmod(index, self.accumulation)
         epoch, chunks = self.step_chunks(step)
         count = self.batch // self.rows_per_chunk
@@ -87,7 +94,10 @@ class Order:
 
 @dataclass(frozen=True)
 class EvalOrder:
-    """Every row once, in order, in equal batches on every rank; what the last ones lack is padded with weight 0."""
+    """The evaluation order: every row once, in order, and equally many batches on every rank.
+
+    The last batches are padded with rows of weight 0.
+    """
 
     rows: int
     rows_per_chunk: int
@@ -97,14 +107,14 @@ class EvalOrder:
 
     @property
     def chunks(self) -> int:
-        """Chunks, with a trailing partial one."""
+        """The number of chunks, including a trailing partial chunk."""
         return -(-self.rows // self.rows_per_chunk)
 
     def __len__(self) -> int:
         return -(-self.chunks // (self.world * self.batch // self.rows_per_chunk))
 
     def slice(self, index: int) -> tuple[int, Indices]:
-        """(0, chunk numbers) of this rank's batch; may be short or empty."""
+        """Return (0, chunk numbers) of this rank's batch, which may be short or empty."""
         count = self.batch // self.rows_per_chunk
         start = (index * self.world + self.rank) * count
         return 0, np.arange(min(start, self.chunks), min(start + count, self.chunks))

@@ -1,5 +1,6 @@
-"""The stream: stream[micro_step] is a finished batch, a pure function of run and step, so that resume is exact.
+"""The stream: stream[micro_step] is a finished batch, a pure function of run and step.
 
+A resumed run therefore reads exactly the batches of an uninterrupted run.
 B rows of a batch, M chunks of a batch, N tokens, C teacher channels, H W pixels.
 """
 
@@ -30,39 +31,42 @@ from cache_tools.rng import hash_u64
 from mcm.masking import mask_picks
 from mcm.sampler import EvalOrder, Indices, Order
 
-PREFETCH = 2  # batches a worker makes ahead
-WORKERS_FROM_ROWS = 4096  # to evaluate fewer takes less time than to start workers
+PREFETCH = 2  # batches that each worker prepares ahead
+WORKERS_FROM_ROWS = 4096  # evaluating fewer rows is faster than starting workers
 
-# Arrays of the cache with a row a picture, and their names in a batch.
+# Arrays of the cache with one row per picture, and their names in a batch.
 _STORED = {"patch": "codes", "scale": "scale"}
 Batch = dict[str, Any]  # Tensors with B (or M) first, and ints
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor; inside a worker it lies in shared memory, and no copy is needed to send it."""
+    """Return an uninitialised tensor; in a worker, it lies in shared memory and is not copied."""
     out = torch.empty(0, dtype=dtype)
-    if get_worker_info() is None:  # by numpy, which asks for huge pages: 4 % faster to fill
+    if get_worker_info() is None:  # numpy asks for huge pages, which are 4 % faster to fill
         return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
     size = math.prod(shape) * out.itemsize
     try:
-        storage = torch.UntypedStorage._new_shared(size, device="cpu")  # type: ignore[no-untyped-call]
+        new_shared = torch.UntypedStorage._new_shared
+        storage = new_shared(size, device="cpu")  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        remedy = "enlarge it, or lower train.workers or train.micro_batch"
-        raise ResourceError(f"/dev/shm: expected room for {size} bytes more: {error}; {remedy}") from error
+        raise ResourceError(
+            f"/dev/shm: expected room for {size} bytes more; found: {error};"
+            " enlarge it, or lower train.workers or train.micro_batch"
+        ) from error
     return out.set_(storage).resize_(shape)
 
 
 class CacheSource:
-    """Batches of a cache's chunks: epoch e shows chunk c in view (e + hash(seed, c)) mod V.
+    """Batches of the chunks of a cache. Epoch e shows chunk c in view (e + hash(seed, c)) mod V.
 
-    pictures uint8 [B, H, W, 3], codes as stored [B, N, C], picks int32 [B, positions], rows and labels [B]; for int8
-    also scale [B, N], mean and std [M, C]; with `cls` cls [B, C]. Every picture's and chunk's crc32c is checked by
-    `Unit.chunk`.
+    A batch has pictures uint8 [B, H, W, 3], codes as stored [B, N, C], picks int32 [B, positions],
+    rows and labels [B]. int8 codes add scale [B, N], mean and std [M, C]; `cls` adds cls [B, C].
+    `Unit.chunk` checks the crc32c of every picture and chunk.
     """
 
     def __init__(
-        self, units: Sequence[Unit], size_HW: tuple[int, int], positions: int, pool_rows: int, seed: int,
-        unmasked_fraction: float = 0.0, cls: bool = False,
+        self, units: Sequence[Unit], size_HW: tuple[int, int], positions: int, pool_rows: int,
+        seed: int, unmasked_fraction: float = 0.0, cls: bool = False,
     ) -> None:  # fmt: skip
         self.units, self.size_HW, self.seed = list(units), size_HW, seed
         self.positions, self.pool_rows = positions, pool_rows  # positions 0: no mask
@@ -70,25 +74,26 @@ class CacheSource:
         self.stored = _STORED | ({"cls": "cls"} if cls else {})
 
     def view(self, epoch: int, number: int) -> Unit:
-        """The unit whose view of a chunk `epoch` shows."""
+        """Return the unit that gives the view of a chunk in an epoch."""
         return self.units[(int(hash_u64(self.seed, "view", number)) + epoch) % len(self.units)]
 
     def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
-        """The batch, in the memory of a `used` one where it is given.
+        """Return the batch of the chunks, in the memory of the `used` batch if it is given.
 
-        Rows beyond the given chunks are zero, their weight 0 and their row number -1.
+        Rows beyond the chunks are zero, with weight 0 and row number -1.
         """
         out = (used or self._allocate(batch)) | _numbers(batch)
-        arrays, filled = {name: tensor.numpy() for name, tensor in out.items() if isinstance(tensor, Tensor)}, 0
+        arrays = {name: x.numpy() for name, x in out.items() if isinstance(x, Tensor)}
+        names, filled = {k: v for k, v in self.stored.items() if v in arrays}, 0
         for position, number in enumerate(chunks.tolist()):
             span = slice(filled, filled + CHUNK_ROWS)
-            into = {array: arrays[name][span] for array, name in self.stored.items() if name in arrays}
+            into = {array: arrays[name][span] for array, name in names.items()}
             chunk = self.view(epoch, number).chunk(number, into)
             _fill(arrays, chunk, filled, position)
             filled += chunk.rows
         _pad(out, filled)
-        rows = out["rows"].numpy()
-        picks = mask_picks(self.seed, epoch, rows, self.positions, self.pool_rows, self.unmasked_fraction)
+        rows, unmasked = out["rows"].numpy(), self.unmasked_fraction
+        picks = mask_picks(self.seed, epoch, rows, self.positions, self.pool_rows, unmasked)
         return out | {"picks": torch.from_numpy(picks), "epoch": epoch}
 
     def _allocate(self, batch: int) -> Batch:
@@ -96,50 +101,54 @@ class CacheSource:
         specs = self.units[0].specs
         for array, name in self.stored.items():
             if array in specs:
-                out[name] = _empty((batch, *specs[array].shape[1:]), getattr(torch, specs[array].dtype))
+                shape, dtype = specs[array].shape[1:], getattr(torch, specs[array].dtype)
+                out[name] = _empty((batch, *shape), dtype)
         if "channel_mean" in specs:
             stats = (batch // CHUNK_ROWS, specs["channel_mean"].shape[1])
             out["mean"], out["std"] = torch.zeros(stats), torch.ones(stats)
         return out
 
     def rows_of(self, chunks: Indices) -> Indices:
-        """Row numbers of whole chunks."""
+        """Return the row numbers of whole chunks."""
         return (chunks[:, None] * CHUNK_ROWS + np.arange(CHUNK_ROWS)).ravel()
 
 
 class DatasetSource:
-    """Batches of a DATASET's pictures, one row a chunk, through transform(seed, bytes) -> [3, H, W].
+    """Batches of the pictures of a DATASET; one row is one chunk.
 
-    pictures [B, 3, H, W], rows and labels [B]. `rows` picks rows of the split (few-shot); the seed that a picture's
-    transform gets is a hash of (seed, epoch, row).
+    A batch has pictures [B, 3, H, W], rows and labels [B]. `transform(seed, bytes)` returns a
+    picture [3, H, W]; its seed is a hash of (seed, epoch, row). `rows` selects rows of the split.
     """
 
     def __init__(
-        self, dataset: PictureDataset, split: str, transform: Callable[[int, bytes], Tensor], seed: int,
-        rows: Indices | None = None,
+        self, dataset: PictureDataset, split: str, transform: Callable[[int, bytes], Tensor],
+        seed: int, rows: Indices | None = None,
     ) -> None:  # fmt: skip
         self.dataset, self.split, self.transform, self.seed = dataset, split, transform, seed
         self.rows = np.arange(dataset.rows(split)) if rows is None else rows
 
     def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
-        """The batch, in the memory of a `used` one; missing rows are zero, their weight 0 and their row number -1."""
+        """Return the batch of the rows, with memory and padding as in `CacheSource`."""
         out = used and used | _numbers(batch)
         for position, row in enumerate(self.rows[chunks].tolist() or [int(self.rows[0])]):
             data, label = self.dataset.picture(self.split, row)
             picture = self.transform(int(hash_u64(self.seed, "augment", epoch, row)), data)
-            out = out or {"pictures": _empty((batch, *picture.shape), picture.dtype)} | _numbers(batch)
-            out["pictures"][position], out["rows"][position], out["labels"][position] = picture, row, label
+            if not out:
+                out = {"pictures": _empty((batch, *picture.shape), picture.dtype)}
+                out |= _numbers(batch)
+            out["pictures"][position], out["rows"][position] = picture, row
+            out["labels"][position] = label
         assert out is not None
         _pad(out, len(chunks))
         return out | {"epoch": epoch}
 
     def rows_of(self, chunks: Indices) -> Indices:
-        """Row numbers of a batch's chunks."""
+        """Return the row numbers of a batch's chunks."""
         return self.rows[chunks]
 
 
 def _fill(arrays: dict[str, npt.NDArray[Any]], chunk: Chunk, start: int, position: int) -> None:
-    """Put a chunk into its place in the batch; the codes of a whole one were read into theirs."""
+    """Copy a chunk into the batch; the codes of a whole chunk have been read into place already."""
     span = slice(start, start + chunk.rows)
     if chunk.rows < CHUNK_ROWS:
         stored = {"codes": chunk.codes, "scale": chunk.scale, "cls": chunk.cls}
@@ -155,12 +164,12 @@ def _fill(arrays: dict[str, npt.NDArray[Any]], chunk: Chunk, start: int, positio
 
 
 def _numbers(batch: int) -> Batch:
-    """Rows and labels, new in every batch: an evaluation keeps them."""
+    """Return new tensors for rows and labels; an evaluation keeps them across batches."""
     return {name: _empty((batch,), torch.int64) for name in ("rows", "labels")}
 
 
 def _pad(out: Batch, filled: int) -> None:
-    """Zero what lies beyond `filled` rows and give every row its weight."""
+    """Zero the rows beyond `filled` and set the weight of every row."""
     out["weight"] = torch.ones(len(out["rows"]))
     if filled < len(out["rows"]):
         for name in out.keys() & {"pictures", "rows", "labels", "weight", "cls", *_STORED.values()}:
@@ -168,13 +177,16 @@ def _pad(out: Batch, filled: int) -> None:
 
 
 class Stream(Dataset[Batch | McmError | OSError]):
-    """stream[micro_step]: one finished batch of `source` in `order`.
+    """A map-style dataset: stream[micro_step] is a finished batch of `source` in `order`.
 
-    An error is returned, not raised: a worker would wrap it in a traceback. `batches` raises it.
+    An error is returned and `batches` raises it. If it were raised here, a worker would wrap it in
+    a traceback.
     """
 
-    def __init__(self, order: Order | EvalOrder, source: CacheSource | DatasetSource, reuse: int = 0) -> None:
-        """With `reuse` n, a batch is made in the memory of that n before it: fresh pages take time (LOG.md)."""
+    def __init__(
+        self, order: Order | EvalOrder, source: CacheSource | DatasetSource, reuse: int = 0
+    ) -> None:
+        """Reuse the memory of the batch `reuse` batches ago, since new pages take time (LOG.md)."""
         self.order, self.source = order, source
         self.used: deque[Batch] = deque(maxlen=reuse)
 
@@ -190,17 +202,21 @@ class Stream(Dataset[Batch | McmError | OSError]):
 
 
 def _start_forkserver(workers: int) -> None:
-    """Start the process that forks the workers. They block SIGTERM and Ctrl-C, and end with this process.
+    """Start the forkserver with SIGTERM and SIGINT blocked; the workers end with this process.
 
-    A launcher signals whole process groups; the stop at the next step still needs the workers' batches.
-    Raises: ResourceError where this process may not open enough files.
+    A launcher signals the whole process group, but the last step before a stop still needs batches.
+
+    Raises: ResourceError when the limit of open files is too low.
     """
     limit, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 48 + 16 * workers
     if limit < needed:
-        advice = f"raise it by `ulimit -n {needed}`, or lower the number of workers"
-        raise ResourceError(f"open files: expected a limit of {needed} for {workers} workers; found {limit}; {advice}")
+        raise ResourceError(
+            f"open files: expected a limit of {needed} for {workers} workers; found {limit};"
+            f" raise it by `ulimit -n {needed}`, or lower the number of workers"
+        )
     multiprocessing.forkserver.set_forkserver_preload(["torch", "mcm.stream"])
-    multiprocessing.resource_tracker.ensure_running()  # before the block, which its start would lift
+    # Started before the signals are blocked, because its start unblocks them.
+    multiprocessing.resource_tracker.ensure_running()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         multiprocessing.forkserver.ensure_running()
@@ -209,25 +225,27 @@ def _start_forkserver(workers: int) -> None:
 
 
 @contextmanager
-def batches(stream: Stream, start: int, end: int, workers: int, pin_memory: bool = False) -> Iterator[Iterator[Batch]]:
-    """`with batches(stream, start, end, workers) as items:` yields stream[start] ... stream[end - 1] in order.
+def batches(
+    stream: Stream, start: int, end: int, workers: int, pin_memory: bool = False
+) -> Iterator[Iterator[Batch]]:
+    """Yield an iterator over stream[start] ... stream[end - 1] in order, from `workers` processes.
 
-    Pictures and features are the caller's until the next batch is asked for; then their memory is used again.
+    The next batch may reuse the memory of pictures and features.
 
-    Raises: the McmError or OSError that a batch met, in this process; ResourceError when a worker was killed.
+    Raises: the McmError or OSError of a batch; ResourceError when a worker was killed.
     """
     if isinstance(stream.order, EvalOrder) and stream.order.rows < WORKERS_FROM_ROWS:
         workers = 0
     if workers:
         _start_forkserver(workers)
     loader = DataLoader(
-        # In a worker, PREFETCH batches are under way and one is the caller's.
+        # Per worker, PREFETCH batches are in flight and the caller holds one more.
         Stream(stream.order, stream.source, reuse=PREFETCH + 1 if workers else 1),
         batch_size=None,
         sampler=range(start, end),
         num_workers=workers,
         pin_memory=pin_memory,
-        # In /dev/shm, a process: workers x 3 batches, such as 8 x 3 x 256 rows x 0.3 MB = 1.8 GB.
+        # /dev/shm per rank: workers x 3 batches, such as 8 x 3 x 256 rows x 0.3 MB = 1.8 GB.
         prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=_begin_worker,
@@ -236,7 +254,7 @@ def batches(stream: Stream, start: int, end: int, workers: int, pin_memory: bool
     try:
         yield _raising(iterator)
     finally:
-        if workers:  # at once, not when the garbage collector comes: an exit waits for live workers
+        if workers:  # do not wait for garbage collection: the exit waits for live workers
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
@@ -255,6 +273,6 @@ def _raising(items: Iterable[Batch | McmError | OSError]) -> Iterator[Batch]:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise ResourceError(
-            f"{error}: expected it to live; the system may have killed it: look at free memory and /dev/shm, then"
-            " lower train.workers or train.micro_batch"
+            f"expected a live worker; found: {error}; the system may have killed it: check free"
+            " memory and /dev/shm, or lower train.workers or train.micro_batch"
         ) from error

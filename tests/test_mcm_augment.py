@@ -54,7 +54,7 @@ def test_eval_transform_is_the_whole_centre_square_for_our_students(png):
 
 
 def test_a_picture_that_no_longer_decodes_is_corruption(png):
-    with pytest.raises(CorruptionError, match="good when it was sharded"):
+    with pytest.raises(CorruptionError, match="expected a picture that decoded when it was sharded"):
         eval_transform(SPEC)(0, png[:60])
 
 

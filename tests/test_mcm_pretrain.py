@@ -305,7 +305,7 @@ def test_every_control_runs_from_every_cache(tmp_path, mode, dtype, capsys):
     pretrain(make_config(**changes, schedule={"epochs": 2}), cache.path, tmp_path / "run")
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     said = capsys.readouterr().out
-    assert losses[-1] < losses[0] and "no complete unit of 'val'" in said and "there is no --data DATASET" in said
+    assert losses[-1] < losses[0] and "no complete unit of 'val'" in said and "without --data DATASET" in said
 
 
 @pytest.mark.parametrize("target", [{"features": "joint"}, {"features": "pixels"}, {}])
