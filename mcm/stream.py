@@ -273,6 +273,6 @@ def _raising(items: Iterable[Batch | McmError | OSError]) -> Iterator[Batch]:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise ResourceError(
-            f"expected a live worker; found: {error}; the system may have killed it: check free"
-            " memory and /dev/shm, or lower train.workers or train.micro_batch"
+            f"{error}: expected a live worker; the system may have killed it;"
+            " check free memory and /dev/shm, or lower train.workers or train.micro_batch"
         ) from error
