@@ -1,4 +1,4 @@
-"""Time and memory for the benches, on a GPU or a CPU: variants in turn, medians, peaks."""
+"""Timing and memory for the benches on a GPU or a CPU: alternating variants, medians, peaks."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -36,12 +36,21 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int = 1) 
 
 
 def in_turns(
-    works: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 3, repeats: int = 1
+    works: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int = 3,
+    repeats: int = 1,
 ) -> dict[str, float]:
-    """Median seconds of a call of each; once unmeasured, then they take turns, as the machine may have neighbours."""
+    """Return the median seconds per call of each work, after one warm-up call.
+
+    The works alternate, because the load of a shared machine changes.
+    """
     for work in works.values():
         work()
-    found = [{name: seconds(work, device, repeats) for name, work in works.items()} for _ in range(rounds)]
+    found = [
+        {name: seconds(work, device, repeats) for name, work in works.items()}
+        for _ in range(rounds)
+    ]
     return {name: median(one[name] for one in found) for name in works}
 
 
@@ -55,4 +64,8 @@ def reset_peak(device: torch.device) -> None:
 
 def peak(device: torch.device) -> int:
     """Most megabytes since `reset_peak`: allocated on the GPU, or resident (VmHWM) on a CPU."""
-    return round(torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else peak_megabytes())
+    return round(
+        torch.cuda.max_memory_allocated(device) / 2**20
+        if device.type == "cuda"
+        else peak_megabytes()
+    )

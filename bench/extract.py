@@ -1,12 +1,16 @@
-"""Extraction by pipeline's own Extractor against what the forward and the rendering alone allow, on the same machine.
+"""The speed of extraction against its limit on the same machine, and the memory it takes.
 
-    python bench/extract.py --out bench/results/extract.json [--photos FOLDER] [--weights DEIT_TINY] [--quick]
+    python bench/extract.py --out bench/results/extract.json [--photos FOLDER]
+        [--weights DEIT_TINY] [--quick]
 
-Teachers: DeiT-tiny (--weights FILE, or random) and a random CLIP ViT-B/16 (quickgelu); 1 and 4 views a picture of 500 x
-375 or so, int8. All in views a second, `render` that of one core. The limit is min(forward, cores x render) on a GPU;
-on a CPU, where both want the same cores, 1 / (1 / forward + 1 / (cores x render)). Bar: 0.95 of it. What is compared
-takes turns. `memory`: the peak of a whole extraction by a tiny teacher on the CPU, of a dataset and of one four times
-its size, on top of the imports, each in a process of its own; bar 1.1 for their ratio.
+Teachers are DeiT-tiny (--weights FILE, or random) and a random CLIP ViT-B/16 (quickgelu).
+Each source picture of about 500 x 375 gives 1 or 4 views, stored as int8.
+Rates are in views per second; `render` is the rate of one core.
+On a GPU the limit is min(forward, cores x render). On a CPU, where both share the cores, it is
+1 / (1 / forward + 1 / (cores x render)). The bar is 0.95 of the limit. Compared rates alternate.
+
+`memory` is the peak memory of a whole extraction on the CPU, without the imports. It compares a
+dataset with one of four times its size; each runs in its own process. The bar for the ratio is 1.1.
 """
 
 import argparse
@@ -45,13 +49,17 @@ Row = dict[str, Any]
 class Place:
     """A dataset and a teacher, and the three rates that are compared."""
 
-    def __init__(self, folder: Path, dataset: Dataset, teacher: Teacher, views: int, size: int) -> None:
+    def __init__(
+        self, folder: Path, dataset: Dataset, teacher: Teacher, views: int, size: int
+    ) -> None:
         self.folder, self.dataset, self.teacher, self.runs = folder, dataset, teacher, 0
         config = ExtractConfig(teacher=teacher.identity.name, weights="", views=views, size=size)
         request = extract.Request(str(dataset.path), folder, config)
         self.identity: CacheIdentity = extract.cache_identity(request, dataset, teacher)
         self.views, device, versions = range(views), teacher.device.type, extract.versions(teacher)
-        self.fingerprint = Fingerprint(device=device, precision=teacher.precision, batch=BATCH, versions=versions)
+        self.fingerprint = Fingerprint(
+            device=device, precision=teacher.precision, batch=BATCH, versions=versions
+        )
 
     def units(self) -> list[Unit]:
         """Units of a new cache."""
@@ -61,7 +69,7 @@ class Place:
         return [Unit(cache, self.identity, "train", view) for view in self.views]
 
     def whole(self, rows: int) -> tuple[float, Spent]:
-        """(views a second, split of the time) of extraction, from the sources to the commits of the first shards."""
+        """Return (views per second, split of the time) from the sources to the first commits."""
         units = self.units()
         shards = range(-(-rows // self.identity.rows_per_shard))
         with (
@@ -69,17 +77,18 @@ class Place:
             ThreadPoolExecutor(1) as behind,
             progress(rows, "bench", "views", quiet=True) as bar,
         ):
-            own = Extractor(self.dataset, self.identity, self.teacher, self.fingerprint, 0.0, math.inf, ahead, behind)
+            facts = (self.dataset, self.identity, self.teacher, self.fingerprint)
+            own = Extractor(*facts, 0.0, math.inf, ahead, behind)
             took = seconds(lambda: [own.shard(units, k, bar) for k in shards], self.teacher.device)
         return sum(units[0].shard_rows(k) for k in shards) * len(units) / took, own.spent
 
     def forward(self, batches: int) -> float:
-        """Views a second of the teacher alone, from pictures in memory to features on its device."""
+        """Return the views per second of the teacher alone, from pictures in memory."""
         batch = self.pictures()
         return BATCH / seconds(lambda: self.teacher.features(batch), self.teacher.device, batches)
 
     def render(self, rows: int) -> float:
-        """Views a second of one core: decode, crop, resize, encode, decode, and the teacher's size."""
+        """Return the views per second of one core, from the source to the teacher's input."""
         start = time.perf_counter()
         for row in range(rows):
             render_views(self.dataset, self.identity, "train", row, self.views)
@@ -88,7 +97,10 @@ class Place:
     def pictures(self) -> Tensor:
         """A batch of the teacher's inputs, uint8."""
         rows = range(min(BATCH, self.identity.rows["train"]))
-        inputs = [render_views(self.dataset, self.identity, "train", row, [0])[0].teacher_input for row in rows]
+        inputs = [
+            render_views(self.dataset, self.identity, "train", row, [0])[0].teacher_input
+            for row in rows
+        ]
         return torch.from_numpy(np.stack([inputs[row % len(inputs)] for row in range(BATCH)]))
 
 
@@ -116,22 +128,32 @@ def measure(place: Place, rows: int, rounds: int) -> Row:
 
 
 def extraction_mb(dataset: Path, teacher: str) -> float:
-    """Most megabytes that a whole extraction takes on top of the imports, one view, into a cache beside the dataset."""
+    """Return the peak megabytes of a whole extraction of one view, without the imports."""
     reset_peak(torch.device("cpu"))
     imports_mb = resident_megabytes()
     cache = dataset.with_name("cache")
     config = ExtractConfig(teacher=teacher, weights="random", size=32, views=1)
-    extract.extract(extract.Request(str(dataset), cache, config, worker.Place(device="cpu", threads=CORES)))
+    extract.extract(
+        extract.Request(str(dataset), cache, config, worker.Place(device="cpu", threads=CORES))
+    )
     return peak_megabytes() - imports_mb
 
 
 def memory(folder: Path, rows: int) -> Row:
     """Memory of extraction against the dataset's size."""
-    sizes, teacher, sources = (rows, 4 * rows), tiny_clip(folder / "memory"), list(pictures(None, 16, 48, 64))
+    sizes, teacher, sources = (
+        (rows, 4 * rows),
+        tiny_clip(folder / "memory"),
+        list(pictures(None, 16, 48, 64)),
+    )
     datasets = [make_dataset(folder / f"{size} rows", sources, size, 64).path for size in sizes]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as alone:
         found = list(alone.map(extraction_mb, datasets, [teacher] * 2))
-    return {"rows": sizes, "own_mb": [round(own) for own in found], "ratio": round(found[1] / found[0], 3)}
+    return {
+        "rows": sizes,
+        "own_mb": [round(own) for own in found],
+        "ratio": round(found[1] / found[0], 3),
+    }
 
 
 def teachers(options: argparse.Namespace, folder: Path) -> dict[str, tuple[Teacher, int]]:
@@ -147,14 +169,20 @@ def teachers(options: argparse.Namespace, folder: Path) -> dict[str, tuple[Teach
 
 def main() -> None:
     """Make the datasets, measure each teacher with 1 and 4 views, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, help="folder of source pictures; synthetic ones where left out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--photos", type=Path, help="folder of source pictures; synthetic ones where left out"
+    )
     parser.add_argument("--weights", default="random", help="DeiT-tiny's, a file of timm")
     parser.add_argument("--rows", type=int, default=4096 if torch.cuda.is_available() else 512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument(
-        "--quick", action="store_true", help="32 px, 128 rows, one round, a tiny teacher: for the tests"
+        "--quick",
+        action="store_true",
+        help="32 px, 128 rows, one round, a tiny teacher: for the tests",
     )
     options = parser.parse_args()
     size, per_shard = 32 if options.quick else 224, 256 if torch.cuda.is_available() else 64
@@ -164,14 +192,22 @@ def main() -> None:
         folder = Path(name)
         table["memory"] = memory(folder, rows)
         print(f"memory: {table['memory']}", flush=True)
-        dataset = make_dataset(folder, list(pictures(options.photos, min(rows, 64))), rows, per_shard)
+        dataset = make_dataset(
+            folder, list(pictures(options.photos, min(rows, 64))), rows, per_shard
+        )
         for teacher_name, (teacher, part) in teachers(options, folder).items():
-            table["where"] = describe(teacher.device) | {"cores": CORES, "rows": rows, "batch": BATCH}
+            table["where"] = describe(teacher.device) | {
+                "cores": CORES,
+                "rows": rows,
+                "batch": BATCH,
+            }
             for views in (1, 4):
                 with tempfile.TemporaryDirectory(dir=folder) as cache:
                     place = Place(Path(cache), dataset, teacher, views, size)
                     key = f"{teacher_name}, {views} views"
-                    table[key] = measure(place, max(rows // part // views, per_shard), options.rounds)
+                    table[key] = measure(
+                        place, max(rows // part // views, per_shard), options.rounds
+                    )
                 print(f"{key}: {table[key]}", flush=True)
                 write_results(options.out, table)
 

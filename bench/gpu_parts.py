@@ -1,7 +1,8 @@
-"""The parts of the GPU run: ceilings, steps, online against cached, extraction, and a real command.
+"""The parts of the GPU benchmark: ceilings, steps, online teachers, extraction, a real command.
 
-Students are those of configs/pretrain at 224 px in bf16, teachers have random weights. Utilisation is the forward's
-operations x 3 per second, over the rate of a bf16 matrix product measured on the same machine.
+Students are those of configs/pretrain at 224 px in bf16; teachers have random weights.
+Utilisation is 3 times the operations of the forward per second, divided by the measured rate of a
+bf16 matrix product on the same machine.
 """
 
 import dataclasses
@@ -48,7 +49,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A student as it is measured: its configuration, rows per step, steps per measurement, and its cache's shape."""
+    """A measured student: configuration, rows per step, steps per measurement, cache shape."""
 
     config: str
     batch: int
@@ -74,10 +75,13 @@ def run(name: str, out: Path, quick: bool) -> None:
     ):
         part = Part(name, out, Path(folder), accelerator, quick)
         works: dict[str, Callable[[], None]] = {
-            "machine": part.machine, "online": part.online, "extract": part.extract,
-            "road": part.road, **{student: lambda s=student: part.student(s) for student in STUDENTS},
+            "machine": part.machine,
+            "online": part.online,
+            "extract": part.extract,
+            "road": part.road,
+            **{student: lambda s=student: part.student(s) for student in STUDENTS},
             **{f"compile_{student}": lambda s=student: part.compile(s) for student in STUDENTS},
-        }  # fmt: skip
+        }
         works[name]()
     if part.failed:
         raise SystemExit(f"{name}: failed: {', '.join(part.failed)}")
@@ -87,10 +91,13 @@ class Part:
     """The rows of one part; the JSON file is written after every row."""
 
     def __init__(self, name: str, out: Path, folder: Path, accelerator: Any, quick: bool) -> None:
-        self.name, self.out, self.folder, self.accelerator, self.quick = name, out, folder, accelerator, quick
+        self.name, self.out, self.folder = name, out, folder
+        self.accelerator, self.quick = accelerator, quick
         self.device: torch.device = accelerator.device
         self.file, self.failed = out / f"{name}.json", []
-        self.table: dict[str, Row] = {"where": describe(self.device) | {"cores": len(os.sched_getaffinity(0))}}
+        self.table: dict[str, Row] = {
+            "where": describe(self.device) | {"cores": len(os.sched_getaffinity(0))}
+        }
         if name == "machine" and self.file.exists():  # measured again last, on a warm card
             self.table = json.loads(self.file.read_text())["table"]
 
@@ -104,7 +111,9 @@ class Part:
             found = {"failed": repr(error).splitlines()[0][:300]}
             self.failed.append(name)
         found["row_s"] = time.perf_counter() - start
-        self.table[name] = {key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in found.items()}
+        self.table[name] = {
+            key: float(f"{x:.4g}") if isinstance(x, float) else x for key, x in found.items()
+        }
         print(f"{self.name}: {name}: {self.table[name]}", flush=True)
         write_results(self.file, self.table)
 
@@ -113,12 +122,17 @@ class Part:
         self.row("ceilings again" if "ceilings" in self.table else "ceilings", self.ceilings)
 
     def ceilings(self) -> Row:
-        """Rates of a bf16 matrix product, of a device copy (bytes read and written) and of a pinned copy to it."""
+        """Measure a bf16 matrix product, a device copy (bytes read and written), a pinned copy."""
         side, mega = (128, 1) if self.quick else (8192, 1024)
         a, b = (torch.randn(side, side, device=self.device, dtype=torch.bfloat16) for _ in range(2))
         x = torch.empty(mega * 2**20, dtype=torch.uint8, device=self.device)
-        y, host = torch.empty_like(x), torch.empty(x.shape, dtype=x.dtype, pin_memory=self.device.type == "cuda")
-        works = {"product": lambda: a @ b, "copy": lambda: y.copy_(x), "h2d": lambda: x.copy_(host, non_blocking=True)}
+        y, is_cuda = torch.empty_like(x), self.device.type == "cuda"
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=is_cuda)
+        works = {
+            "product": lambda: a @ b,
+            "copy": lambda: y.copy_(x),
+            "h2d": lambda: x.copy_(host, non_blocking=True),
+        }
         took = in_turns(works, self.device, 5, 10)
         return {
             "matmul_tflops": 2 * side**3 / took["product"] / 1e12,
@@ -134,15 +148,23 @@ class Part:
         ceilings = json.loads((self.out / "machine.json").read_text())["table"]["ceilings"]
         return 1e12 * float(ceilings["matmul_tflops"])
 
-    def build(self, student: Student, *overrides: str, compiled: bool = True, batch: int = 0) -> OneStep:
+    def build(
+        self, student: Student, *overrides: str, compiled: bool = True, batch: int = 0
+    ) -> OneStep:
         """A step of a student; its cache is made at the first call."""
         cache = self.folder / f"{student.shape.channels} channels"
         if not cache.exists():
             make_cache(cache, student.shape, "int8")
-        torch._dynamo.reset()  # models share code, and dynamo leaves what varies too often uncompiled
+        torch._dynamo.reset()  # models share code; dynamo stops compiling code that varies
         self.accelerator.free_memory()
-        chosen = [*student.overrides, f"train.compile={str(compiled and not self.quick).lower()}", *overrides]
-        return OneStep(load_config(student.config, batch or student.batch, chosen), cache, self.accelerator)
+        chosen = [
+            *student.overrides,
+            f"train.compile={str(compiled and not self.quick).lower()}",
+            *overrides,
+        ]
+        return OneStep(
+            load_config(student.config, batch or student.batch, chosen), cache, self.accelerator
+        )
 
     def resident(self, step: OneStep, steps: int) -> Row:
         """A step on a resident batch: median of three measurements."""
@@ -181,15 +203,23 @@ class Part:
             self.row("profile", lambda: self.profile(step, self.out / f"profile_{name}.txt"))
         if name != "L":
             for workers in (0, 1) if self.quick else (8, 12):
-                self.row(f"stream, {workers} workers", lambda w=workers: self.stream(step, w, student.steps))
+                self.row(
+                    f"stream, {workers} workers",
+                    lambda w=workers: self.stream(step, w, student.steps),
+                )
         self.row("checkpoint", lambda: step.saving(self.folder / "run"))
 
     def compile(self, name: str) -> None:
-        """Compile a student, with B the teachers too, so that other parts find them in the compiler's cache."""
+        """Compile a student, and with B the teachers, into the compiler's cache for other parts."""
         student = QUICK if self.quick else STUDENTS[name]
-        self.row("student", lambda: {"s": seconds(self.first_step(self.build(student)), self.device)})
+        self.row(
+            "student", lambda: {"s": seconds(self.first_step(self.build(student)), self.device)}
+        )
         for teacher in (CLIP_B, CLIP_L) if name == "B" and not self.quick else ():
-            self.row(teacher[0], lambda t=teacher: {"s": seconds(compiled_teacher(*t, student.batch), self.device)})
+            self.row(
+                teacher[0],
+                lambda t=teacher: {"s": seconds(compiled_teacher(*t, student.batch), self.device)},
+            )
 
     def first_step(self, step: OneStep) -> Callable[[], None]:
         """A function that takes one step."""
@@ -200,28 +230,43 @@ class Part:
         resident = step.resident_s(steps)
         plain, _ = step.streamed_s(workers, steps, ahead=False)
         streamed, waited = step.streamed_s(workers, 2 * steps)
-        row = {"images_per_s": step.batch / streamed, "ratio": resident / streamed, "wait_share": waited}
+        row = {
+            "images_per_s": step.batch / streamed,
+            "ratio": resident / streamed,
+            "wait_share": waited,
+        }
         return row | {"ratio_without_side_stream": resident / plain}
 
     def profile(self, step: OneStep, file: Path) -> Row:
-        """Shares of the GPU's time by kind of kernel, over three steps; the file has the kernels."""
+        """Return the share of GPU time per kind of kernel over three steps; write a file."""
         with torch.profiler.profile() as profile:
             step.run(repeat(step.resident), 3)
-        kernels = [e for e in profile.key_averages() if e.self_device_time_total and "#" not in e.key]
+        kernels = [
+            e for e in profile.key_averages() if e.self_device_time_total and "#" not in e.key
+        ]
         kernels = [e for e in kernels if str(e.device_type).endswith("CUDA")]
         kernels.sort(key=lambda event: -event.self_device_time_total)
-        total, shares = sum(event.self_device_time_total for event in kernels), dict.fromkeys((*KINDS, "other"), 0.0)
+        total = sum(event.self_device_time_total for event in kernels)
+        shares = dict.fromkeys((*KINDS, "other"), 0.0)
         for event in kernels:
             name = event.key.lower()
-            kind = next((kind for kind, pieces in KINDS.items() if any(p in name for p in pieces)), "other")
+            kind = next(
+                (kind for kind, pieces in KINDS.items() if any(p in name for p in pieces)), "other"
+            )
             shares[kind] += event.self_device_time_total / total
-        lines = [f"{e.self_device_time_total / 3e3:9.3f} ms {e.count // 3:5} x  {e.key[:150]}" for e in kernels[:60]]
+        lines = [
+            f"{e.self_device_time_total / 3e3:9.3f} ms {e.count // 3:5} x  {e.key[:150]}"
+            for e in kernels[:60]
+        ]
         file.write_text("\n".join(lines) + "\n")
-        attention = next((event.key for event in kernels if "sdpa" in event.key or "flash" in event.key), "none seen")
+        attention = next(
+            (event.key for event in kernels if "sdpa" in event.key or "flash" in event.key),
+            "none seen",
+        )
         return {"gpu_ms": total / 3e3, **shares, "attention_kernel": attention[:100]}
 
     def online(self) -> None:
-        """The cached step of ViT-B against one whose loss runs the teacher, both fed by the stream."""
+        """Compare the cached step of ViT-B with a step that runs the teacher."""
         own, workers = QUICK if self.quick else STUDENTS["B"], 0 if self.quick else 8
         wide = dataclasses.replace(own, shape=dataclasses.replace(own.shape, channels=1024))
         pairs = {"B/16": (own, *CLIP_B), "L/14 at 196 px": (wide, *CLIP_L)}
@@ -232,14 +277,25 @@ class Part:
             resident = step.resident_s(student.steps)
             cached, _ = step.streamed_s(workers, student.steps)
             for kind in ("eager teacher",) if self.quick else ("eager teacher", "compiled teacher"):
-                work = (step, resident, cached, workers, student.steps, teacher, size, kind == "compiled teacher")
+                work = (
+                    step,
+                    resident,
+                    cached,
+                    workers,
+                    student.steps,
+                    teacher,
+                    size,
+                    kind == "compiled teacher",
+                )
                 self.row(f"{name}, {kind}", lambda work=work: one_online(*work))
 
     def extract(self) -> None:
         """The teacher's forward, and `mcm-cache extract` itself with one process and with many."""
         name, size = (tiny_clip(self.folder / "clip"), 32) if self.quick else CLIP_B
         self.row("forward", lambda: self.forward(name, size))
-        rows, per_shard, many = (128, 64, 2) if self.quick else (7168, 128, max(1, len(os.sched_getaffinity(0)) - 2))
+        rows, per_shard, many = (
+            (128, 64, 2) if self.quick else (7168, 128, max(1, len(os.sched_getaffinity(0)) - 2))
+        )
         dataset = make_dataset(self.folder, list(pictures(None, 32)), rows, per_shard).path
         flags = ["--teacher", name, "--weights", "random", "--views", "4", "--size", str(size)]
         for label, processes, seconds_s in (("1 process", 1, 25), ("many processes", many, 120)):
@@ -261,36 +317,68 @@ class Part:
         return found
 
     def road(self) -> None:
-        """`mcm-train pretrain` of ViT-S as a user types it, stopped by SIGTERM and started again."""
+        """Run `mcm-train pretrain` of ViT-S as a user would; stop it by SIGTERM and restart it."""
         student = QUICK if self.quick else STUDENTS["S"]
         make_cache(self.folder / "cache", student.shape, "int8")
         epochs, precision = (150, "fp32") if self.quick else (40, "bf16")
-        chosen = [*student.overrides, f"schedule.epochs={epochs}", "schedule.warmup_epochs=1", "train.log_steps=4"]
+        chosen = [
+            *student.overrides,
+            f"schedule.epochs={epochs}",
+            "schedule.warmup_epochs=1",
+            "train.log_steps=4",
+        ]
         chosen += [f"train.global_batch={student.batch}", f"train.micro_batch={student.batch}"]
-        chosen += [f"train.precision={precision}", f"train.workers={0 if self.quick else 8}", "train.compile=false"]
-        line = ["pretrain", student.config, "--cache", self.folder / "cache", "--out", self.folder / "run"]
+        chosen += [
+            f"train.precision={precision}",
+            f"train.workers={0 if self.quick else 8}",
+            "train.compile=false",
+        ]
+        line = [
+            "pretrain",
+            student.config,
+            "--cache",
+            self.folder / "cache",
+            "--out",
+            self.folder / "run",
+        ]
         line += [word for key in chosen for word in ("--set", key)]
         self.row("first command", lambda: command_until(line, self.folder / "run", stop_after=2))
         self.row("second command", lambda: command_until(line, self.folder / "run"))
 
 
 def forward_flops(step: OneStep) -> int:
-    """Floating-point operations of the forward of one picture: two per multiply-add, attention as matrix products."""
+    """Return the floating-point operations of the forward of one picture, two per multiply-add.
+
+    Attention counts as matrix products.
+    """
     batch = {name: x[:1] if isinstance(x, Tensor) else x for name, x in step.resident.items()}
-    plain = type(step.objective.model).forward  # below autocast and torch.compile, which would hide what it calls
+    # Below autocast and torch.compile, which would hide the operations.
+    plain = type(step.objective.model).forward
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         plain(step.objective.model, batch["pictures"], step.objective.masks(batch))
     return counter.get_total_flops()
 
 
 def one_online(
-    step: OneStep, resident: float, cached: float, workers: int, steps: int, name: str, size: int, compiled: bool
-) -> Row:  # fmt: skip
-    """A step whose loss runs the teacher; `bound` is 1 + t_teacher / t_step, both measured on resident batches."""
+    step: OneStep,
+    resident: float,
+    cached: float,
+    workers: int,
+    steps: int,
+    name: str,
+    size: int,
+    compiled: bool,
+) -> Row:
+    """Measure a step whose loss runs the teacher.
+
+    `bound` is 1 + t_teacher / t_step, both measured on resident batches.
+    """
     teacher, own = load_teacher(name, "random", size), step.loop.job
     if compiled:
         teacher.tower.compile()
-    forward = in_turns({"": lambda: features(teacher, step.resident["pictures"])}, step.device, 3, 3)[""]
+    forward = in_turns(
+        {"": lambda: features(teacher, step.resident["pictures"])}, step.device, 3, 3
+    )[""]
 
     def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
         prediction = wrapped(batch["pictures"], step.objective.masks(batch))
@@ -306,7 +394,7 @@ def one_online(
 
 
 def compiled_teacher(name: str, size: int, batch: int) -> Callable[[], object]:
-    """A function that computes the features of a batch of pictures of 224 px by a compiled teacher."""
+    """Return a function that computes the features of a batch of 224 px by a compiled teacher."""
     teacher = load_teacher(name, "random", size)
     teacher.tower.compile()
     pictures_BHW3 = torch.zeros(batch, 224, 224, 3, dtype=torch.uint8, device=teacher.device)
@@ -314,7 +402,7 @@ def compiled_teacher(name: str, size: int, batch: int) -> Callable[[], object]:
 
 
 def features(teacher: Teacher, pictures_BHW3: Tensor) -> Tensor:
-    """The teacher's patch features of a batch on the device, resized there where its pictures are smaller."""
+    """Return the teacher's patch features of a batch on the device; resize pictures if needed."""
     size = (teacher.identity.height, teacher.identity.width)
     if pictures_BHW3.shape[1:3] != size:
         x_B3HW = pictures_BHW3.permute(0, 3, 1, 2).float()
@@ -324,13 +412,25 @@ def features(teacher: Teacher, pictures_BHW3: Tensor) -> Tensor:
 
 
 def extraction(dataset: Path, cache: Path, flags: list[str], processes: int, limit_s: float) -> Row:
-    """Views per second of `mcm-cache extract`, between its first and its last commit; stopped after `limit_s`."""
-    line = [sys.executable, "-c", "from pipeline.cli import app; app()", "extract", str(dataset), str(cache), *flags]
+    """Measure `mcm-cache extract` in views per second, from its first to its last commit.
+
+    The extraction is stopped after `limit_s`.
+    """
+    line = [
+        sys.executable,
+        "-c",
+        "from pipeline.cli import app; app()",
+        "extract",
+        str(dataset),
+        str(cache),
+        *flags,
+    ]
     workers = [[*line, "--worker", str(k), "--workers", str(processes)] for k in range(processes)]
     threads = ["--threads", str(max(1, len(os.sched_getaffinity(0)) // processes))]
     start = time.time()
     running = [
-        subprocess.Popen([*worker, *threads], stdout=subprocess.DEVNULL, start_new_session=True) for worker in workers
+        subprocess.Popen([*worker, *threads], stdout=subprocess.DEVNULL, start_new_session=True)
+        for worker in workers
     ]
     for process in running:
         try:
@@ -340,7 +440,8 @@ def extraction(dataset: Path, cache: Path, flags: list[str], processes: int, lim
     exits = {process.wait(60) for process in running}
     ends = sorted(path.stat().st_mtime for path in cache.glob("train/v*/commits/*.json"))
     rows = json.loads((cache / "train/v0/commits/000000.json").read_text())["rows"]
-    later = sum(1 for end in ends if end > ends[0] + 0.5)  # all views of the first shard are committed together
+    # All views of the first shard are committed together.
+    later = sum(1 for end in ends if end > ends[0] + 0.5)
     return {
         "views_per_s": later * rows / (ends[-1] - ends[0]),
         "commits": len(ends),
@@ -352,7 +453,7 @@ def extraction(dataset: Path, cache: Path, flags: list[str], processes: int, lim
 
 
 def command_until(line: list[Any], run_dir: Path, stop_after: int = 0) -> Row:
-    """Run `mcm-train`; with `stop_after`, send SIGTERM once the log has so many lines per second of training."""
+    """Run `mcm-train`; with `stop_after`, send SIGTERM after that many lines of the log."""
     log, start = run_dir / "metrics.jsonl", time.time()
     words = [sys.executable, "-c", "from mcm.cli import app; app()", *map(str, line)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
@@ -365,5 +466,11 @@ def command_until(line: list[Any], run_dir: Path, stop_after: int = 0) -> Row:
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     rates = [entry["images_per_s"] for entry in lines if "images_per_s" in entry]
     waits = [entry["wait_share"] for entry in lines if "wait_share" in entry]
-    return {"exit": code, "s": time.time() - start, "steps": lines[-1]["step"], "images_per_s": median(rates),
-            "wait_share": median(waits), "last_loss": [e["loss"] for e in lines if "loss" in e][-1]}  # fmt: skip
+    return {
+        "exit": code,
+        "s": time.time() - start,
+        "steps": lines[-1]["step"],
+        "images_per_s": median(rates),
+        "wait_share": median(waits),
+        "last_loss": [e["loss"] for e in lines if "loss" in e][-1],
+    }

@@ -1,4 +1,4 @@
-"""One pre-training step just as a run does it, on a resident batch or fed by the stream, without a RUN folder."""
+"""A pre-training step as in a run, on a resident batch or on the stream, without a RUN folder."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -25,10 +25,16 @@ from mcm.stream import PREFETCH, Batch, Stream, batches
 
 
 def load_config(name: str, batch: int, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """A shipped configuration at `batch` rows a step; bf16 on a GPU, float32 on a CPU, as the benches measure."""
+    """Return a shipped configuration with `batch` rows per step, in bf16 on a GPU, else float32."""
     precision = "bf16" if torch.cuda.is_available() else "fp32"
-    engine = [f"train.global_batch={batch}", f"train.micro_batch={batch}", f"train.precision={precision}"]
-    return load_toml(PretrainConfig, config_file(name), [*engine, "train.compile=false", *overrides])
+    engine = [
+        f"train.global_batch={batch}",
+        f"train.micro_batch={batch}",
+        f"train.precision={precision}",
+    ]
+    return load_toml(
+        PretrainConfig, config_file(name), [*engine, "train.compile=false", *overrides]
+    )
 
 
 def first_batch(stream: Stream, device: torch.device) -> Batch:
@@ -38,16 +44,28 @@ def first_batch(stream: Stream, device: torch.device) -> Batch:
 
 
 class OneStep:
-    """A model, its optimizer and its data in the loop of a run; `resident` is its first batch on the device."""
+    """A model, optimizer and stream in a run's loop; `resident` is a first batch on the device."""
 
     def __init__(self, config: PretrainConfig, cache_path: Path, accelerator: Accelerator) -> None:
         cache, train = Cache(cache_path), config.train
         units, _ = choose_units(cache, ())
-        order = Order(units[0].rows, CHUNK_ROWS, train.global_batch, train.micro_batch, seed=train.seed)
-        self.objective = objective = Objective(config, run_record(config, cache, units), cache, units, accelerator)
+        order = Order(
+            units[0].rows, CHUNK_ROWS, train.global_batch, train.micro_batch, seed=train.seed
+        )
+        self.objective = objective = Objective(
+            config, run_record(config, cache, units), cache, units, accelerator
+        )
         stream = objective.stream(order, units, config.mask.unmasked_fraction)
         optimizer = build_adamw(objective.model, config.optim)
-        self.job = Job(Path("no run"), objective.model, optimizer, stream, objective.loss, lambda epochs: {}, config)
+        self.job = Job(
+            Path("no run"),
+            objective.model,
+            optimizer,
+            stream,
+            objective.loss,
+            lambda epochs: {},
+            config,
+        )
         self.loop, self.device, self.done = Loop(self.job, accelerator), accelerator.device, 0
         self.resident = first_batch(self.job.stream, self.device)
         self.batch = train.global_batch
@@ -62,20 +80,24 @@ class OneStep:
         assert losses.isfinite().all(), losses
 
     def resident_s(self, count: int) -> float:
-        """Seconds a step on the resident batch, from `count` steps after one that is not counted."""
+        """Return seconds per step on the resident batch over `count` steps, after a warm-up."""
         self.run(repeat(self.resident), 1)
         return seconds(lambda: self.run(repeat(self.resident), count), self.device) / count
 
     def streamed_s(self, workers: int, count: int, ahead: bool = True) -> tuple[float, float]:
-        """(seconds per step, share of them spent waiting for the stream) once the batches made ahead are used up.
+        """Return (seconds per step, share of waiting for the stream) after the prefetched batches.
 
         Without `ahead`, no batch is copied to the device before its step.
-        All take the masks of epoch 0: the pool is made once an epoch, and an epoch of this cache is a few steps.
+        All steps use the masks of epoch 0. A pool is made once per epoch; epochs here are short.
         """
         warm = PREFETCH * workers + 2
         end = (warm + count) * self.job.stream.order.accumulation  # type: ignore[union-attr]
         with batches(self.job.stream, 0, end, workers, self.device.type == "cuda") as loaded:
-            items = on_device(loaded, self.device) if ahead else (to_device(b, self.device) for b in loaded)
+            items = (
+                on_device(loaded, self.device)
+                if ahead
+                else (to_device(b, self.device) for b in loaded)
+            )
             same_pool = (batch | {"epoch": 0} for batch in items)
             self.run(same_pool, warm)
             self.loop.waited_s = 0.0
@@ -83,12 +105,15 @@ class OneStep:
         return took / count, self.loop.waited_s / took
 
     def saving(self, run_dir: Path) -> dict[str, float]:
-        """A checkpoint as the loop makes it: the copy to the host, the write in a thread, what steps lose meanwhile."""
+        """Measure a checkpoint: copy to the host, write in a thread, the time that steps lose."""
         plain_s = self.resident_s(4)
         synchronize(self.device)
         start = time.perf_counter()
         tensors = checkpoint.optimizer_tensors(self.job.model, self.loop.optimizer.optimizer)
-        model, optimizer = checkpoint.on_host(self.job.model.state_dict()), checkpoint.on_host(tensors)
+        model, optimizer = (
+            checkpoint.on_host(self.job.model.state_dict()),
+            checkpoint.on_host(tensors),
+        )
         copied, steps = time.perf_counter(), 0
         with ThreadPoolExecutor(1) as thread:
             writing = thread.submit(checkpoint.save, run_dir, self.done, model, optimizer, {})
@@ -100,4 +125,10 @@ class OneStep:
         gb = sum(path.stat().st_size for path in writing.result().iterdir()) / 1e9
         lost_s = end - start - steps * plain_s
         share = lost_s / (60 * self.job.config.train.checkpoint_minutes)
-        return {"copy_s": copied - start, "write_s": end - copied, "gb": gb, "lost_s": lost_s, "share": share}
+        return {
+            "copy_s": copied - start,
+            "write_s": end - copied,
+            "gb": gb,
+            "lost_s": lost_s,
+            "share": share,
+        }

@@ -1,10 +1,15 @@
-"""What each dtype and compression costs: bytes a row, relative MSE, cosine, worst channel; real and hard features.
+"""The size and the error of each dtype and compression, on real and on difficult features.
 
-    python bench/quantization.py --photos FOLDER --weights deit_tiny.safetensors --out bench/results/quantization.json
+    python bench/quantization.py --photos FOLDER --weights deit_tiny.safetensors
+        --out bench/results/quantization.json
 
-Features: DeiT-tiny on photographs (real); the same with two channels planted 100 times as wide as the widest; with two
-channels at 10, 40 and 100 sigma in one token of each picture (massive tokens, as large ViTs have them); CLIP B/16 and
-L/14 with random weights (their shapes; random weights have no outliers of their own).
+The columns are bytes per row, relative MSE, cosine and the worst channel. The features are:
+
+* DeiT-tiny on photographs (real features);
+* the same with two added channels of 100 times the std of the widest channel;
+* the same with two channels at 10, 40 and 100 sigma in one token per picture (massive tokens, which
+  large ViTs have);
+* CLIP B/16 and L/14 with random weights: real shapes, but no outliers of their own.
 """
 
 import argparse
@@ -29,12 +34,13 @@ FORMS = [("float16", None), ("float16", "zstd"), ("int8", None), ("int8", "zstd"
 
 
 def photographs(folder: Path, rows: int, size: int) -> np.ndarray:
-    """Centre crops, uint8 [rows, size, size, 3], of the first pictures in the folder, over and over if they are few."""
+    """Return centre crops, uint8 [rows, size, size, 3], of the first pictures; repeat if few."""
     files = list(islice((p for p in sorted(folder.rglob("*")) if p.is_file()), rows))
     views = []
     for row in range(rows):
         rgb = decode_rgb(files[row % len(files)].read_bytes())
-        views.append(render(rgb, draw_crop(CropPolicy(kind="center"), 0, "train", row, 0, *rgb.shape[:2]), size, size))
+        crop = draw_crop(CropPolicy(kind="center"), 0, "train", row, 0, *rgb.shape[:2])
+        views.append(render(rgb, crop, size, size))
     return np.stack(views)
 
 
@@ -46,7 +52,7 @@ def features(teacher: str, weights: str, folder: Path, rows: int) -> np.ndarray:
 
 
 def wide_channels(x_BNC: np.ndarray, sigma: float) -> np.ndarray:
-    """`x_BNC` with two channels `sigma` times as wide as the widest, and off centre, in every token."""
+    """Return `x_BNC` with two off-centre channels, `sigma` times as wide as the widest."""
     x = x_BNC.copy()
     widest = x.std((0, 1)).max()
     for channel in (7, 100):
@@ -63,13 +69,18 @@ def massive_tokens(x_BNC: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def stored_bytes(arrays: dict[str, np.ndarray], compress: str | None) -> int:
-    """Bytes of the shard files that cache_tools writes for these arrays; only `patch` is compressed."""
+    """Return the bytes of the shard files of these arrays; only `patch` is compressed."""
     with tempfile.TemporaryDirectory() as folder:
         total = 0
         for name, array in arrays.items():
             rows = len(array)
             spec = ArraySpec(
-                name, array.shape, array.dtype.name, CHUNK_ROWS, rows, compress if name == "patch" else None
+                name,
+                array.shape,
+                array.dtype.name,
+                CHUNK_ROWS,
+                rows,
+                compress if name == "patch" else None,
             )
             with shard_writer(Path(folder), spec, 0) as writer:
                 for start in range(0, rows, CHUNK_ROWS):
@@ -79,7 +90,7 @@ def stored_bytes(arrays: dict[str, np.ndarray], compress: str | None) -> int:
 
 
 def measure(x_BNC: np.ndarray, dtype: str, compress: str | None) -> dict[str, Any]:
-    """Errors on channel-standardised values, calibrated as extraction does, on the first 256 rows."""
+    """Return errors on channel-standardised values, with calibration on the first 256 rows."""
     calibration = channel_stats(x_BNC[:CALIBRATION_ROWS])
     arrays = encode(dtype, x_BNC, *calibration)
     decoded = decode(arrays["patch"], arrays.get("scale"), *calibration)
@@ -102,20 +113,25 @@ def measure(x_BNC: np.ndarray, dtype: str, compress: str | None) -> dict[str, An
 
 
 def main() -> None:
-    """Print the table, a line a set of features and a form."""
+    """Print the table, one line per feature set, dtype and compression."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photos", type=Path, required=True, help="folder of pictures")
     parser.add_argument("--weights", required=True, help="DeiT-tiny's, or 'random'")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--quick", action="store_true", help="32 rows of DeiT-tiny alone: for the tests")
+    parser.add_argument(
+        "--quick", action="store_true", help="32 rows of DeiT-tiny alone: for the tests"
+    )
     arguments = parser.parse_args()
     rows = 32 if arguments.quick else arguments.rows
     real = features("timm:deit_tiny_patch16_224", arguments.weights, arguments.photos, rows)
     sets = {"DeiT-tiny" if arguments.weights != "random" else "DeiT-tiny (random weights)": real}
     if not arguments.quick:
         sets["DeiT-tiny, 2 channels x 100"] = wide_channels(real, 100)
-        sets |= {f"DeiT-tiny, tokens at {sigma} sigma": massive_tokens(real, sigma) for sigma in (10, 40, 100)}
+        sets |= {
+            f"DeiT-tiny, tokens at {sigma} sigma": massive_tokens(real, sigma)
+            for sigma in (10, 40, 100)
+        }
         for name in ("ViT-B-16", "ViT-L-14"):
             few = features(f"open_clip:{name}-quickgelu", "random", arguments.photos, rows // 8)
             sets[f"CLIP {name}, random weights"] = few
@@ -125,9 +141,10 @@ def main() -> None:
             row = {"features": name, "rows": len(x_BNC), **measure(x_BNC, dtype, compress)}
             table.append(row)
             print(
-                f"{name:<32} {dtype:<8} {row['compress']:<6} {row['bytes_a_row']:>8} B  mse {row['relative_mse']:.2e}  "
-                f"cosine {row['cosine']:.6f}  "
-                f"worst token {row['worst_token_mse_but_2_channels']:.1e}  channel {row['worst_channel_mse']:.1e}",
+                f"{name:<32} {dtype:<8} {row['compress']:<6} {row['bytes_a_row']:>8} B  "
+                f"mse {row['relative_mse']:.2e}  cosine {row['cosine']:.6f}  "
+                f"worst token {row['worst_token_mse_but_2_channels']:.1e}  "
+                f"channel {row['worst_channel_mse']:.1e}",
                 flush=True,
             )
     write_results(arguments.out, table)

@@ -1,4 +1,4 @@
-"""Where a figure comes from: every bench writes its table with the date, the command, the hardware and the versions."""
+"""The origin of a figure: each bench writes its table with date, command, hardware and versions."""
 
 import json
 import os
@@ -11,7 +11,8 @@ from typing import Any
 
 
 def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         if line.startswith("model name"):
             return line.partition(": ")[2]
     return platform.machine()
@@ -25,7 +26,7 @@ def _version(name: str) -> str | None:
 
 
 def peak_megabytes() -> float:
-    """Largest resident memory of this process (getrusage's would be that of the process which started it)."""
+    """Return the peak resident memory of this process; getrusage would include its parent's."""
     return _status_megabytes("VmHWM:")
 
 
@@ -42,10 +43,20 @@ def write_results(out: Path | None, table: Any) -> None:
     """Write `table` as JSON to `out`, if one was asked for."""
     if out is None:
         return
-    names = ("torch", "timm", "open_clip_torch", "zarr", "numcodecs", "numpy", "pillow", "simplejpeg")
+    words = [word if word.startswith("bench/") else Path(word).name for word in sys.argv]
+    names = (
+        "torch",
+        "timm",
+        "open_clip_torch",
+        "zarr",
+        "numcodecs",
+        "numpy",
+        "pillow",
+        "simplejpeg",
+    )
     result = {
         "date": date.today().isoformat(),
-        "command": " ".join(["python", *(word if word.startswith("bench/") else Path(word).name for word in sys.argv)]),
+        "command": " ".join(["python", *words]),
         "hardware": f"{len(os.sched_getaffinity(0))} cores of {_processor()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in names},

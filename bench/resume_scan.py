@@ -1,10 +1,12 @@
-"""What `extract` does on a CACHE of 100,000 committed shards before it finds the missing one; info and verify --quick.
+"""The time of `extract`, `info` and `verify --quick` on a CACHE of 100,000 committed shards.
 
     python bench/resume_scan.py --out bench/results/resume_scan.json
 
-Bar for the scan: 5 s and 1 GiB, of which the imports (numpy, torch) are the floor printed beside. Each shard has its
-tar, index, features, CLS and commit, tiny ones: 64 rows of 4 tokens of 4 channels, files linked to a few. A commit has
-2 KB instead of 20: the scan reads none; `info` and `verify --quick` read all of them, so that theirs are too good.
+`extract` scans the commits until it finds the missing shard. The bar for the scan is 5 s and 1 GiB;
+the memory of the imports (numpy, torch) is printed beside it.
+Each shard has a tar, an index, features, CLS and a commit of tiny size: 64 rows of 4 tokens of 4
+channels, as links to a few files. A commit has 2 KB instead of 20 KB. The scan reads no commit.
+`info` and `verify --quick` read all commits, so their times are lower than with real commits.
 """
 
 import argparse
@@ -53,7 +55,7 @@ print(json.dumps({"s": seconds, "peak_mib": round(peak()), "floor_mib": round(fl
 
 
 def make(path: Path, shards: int) -> None:
-    """A CACHE whose last shard is missing: one real shard, and its files under every other number."""
+    """Make a CACHE without its last shard; all others are links to the files of one real shard."""
     known = make_identity(Shape(ROWS * shards, ROWS, grid=2, channels=4, pixels=16), "float16")
     one = known.model_copy(update={"rows": {"train": ROWS}})
     publish_identity(path, known)
@@ -65,7 +67,10 @@ def make(path: Path, shards: int) -> None:
         file.write_bytes(data)
     sources: dict[str, str] = {}
     for shard in range(shards - 1):
-        renamed = {name: name.replace("000000", f"{shard:06d}").replace("/c.0", f"/c.{shard}") for name in commit.files}
+        renamed = {
+            name: name.replace("000000", f"{shard:06d}").replace("/c.0", f"/c.{shard}")
+            for name in commit.files
+        }
         for name, other in renamed.items() if shard else ():
             if shard % LINKS:
                 os.link(unit.path / sources[name], unit.path / other)
@@ -80,7 +85,9 @@ def make(path: Path, shards: int) -> None:
 
 def measure(cache: Path, what: str) -> dict[str, Any]:
     """Seconds and peak of memory in a process of its own; the floor is that of the imports."""
-    done = subprocess.run([sys.executable, "-c", SCAN, str(cache), what], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCAN, str(cache), what], capture_output=True, text=True, check=True
+    )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -1,11 +1,13 @@
-"""What a pre-training step spends beside its matrix products: the stream, masks, the target, saving.
+"""The parts of a pre-training step beside its matrix products: stream, masks, target, saving.
 
-    python bench/step.py --out bench/results/step.json [--config pretrain/NAME] [--set KEY=VALUE] [--quick]
+    python bench/step.py --out bench/results/step.json [--config pretrain/NAME] [--set KEY=VALUE]
+        [--quick]
 
-The step is the loop's own (mcm.loop.Loop.step). Bars: resident over streamed >= 0.97 where compute dominates, masks and
-fills <= 3 % of the step, saving <= 2 % of a run. On a GPU the student is ViT-B/16 in bf16 at 256 rows, on a CPU a
-ViT-S/16 of 4 blocks in float32 at 32. Data are synthetic, 196 x 768 features beside views of 224 px. What is compared
-takes turns.
+The step is that of the loop (mcm.loop.Loop.step). Bars: resident over streamed >= 0.97 where
+compute dominates, masks and fills <= 3 % of the step, saving <= 2 % of a run.
+On a GPU the student is ViT-B/16 in bf16 with 256 rows. On a CPU it is a ViT-S/16 of 4 blocks in
+float32 with 32 rows. Data are synthetic: 196 x 768 features and views of 224 px. Compared variants
+alternate.
 """
 
 import argparse
@@ -44,26 +46,44 @@ class Bench:
 
     def build(self, *overrides: str) -> OneStep:
         """A step of the configuration, changed."""
-        config = load_config(self.options.config, self.options.batch, [*self.options.set, *overrides])
+        config = load_config(
+            self.options.config, self.options.batch, [*self.options.set, *overrides]
+        )
         return OneStep(config, self.folder / "int8", self.accelerator)
 
     def stream(self) -> Row:
         """The same step on a resident batch and fed by the stream."""
         count, workers = self.options.steps, self.options.workers
-        pairs = [(self.own.resident_s(count), *self.own.streamed_s(workers, count)) for _ in range(self.options.rounds)]
+        pairs = [
+            (self.own.resident_s(count), *self.own.streamed_s(workers, count))
+            for _ in range(self.options.rounds)
+        ]
         resident, streamed, waited = (median(column) for column in zip(*pairs, strict=True))
         ratio = median(one / other for one, other, _ in pairs)
-        row = {"resident_ms": 1e3 * resident, "streamed_ms": 1e3 * streamed, "ratio": ratio, "wait_share": waited}
+        row = {
+            "resident_ms": 1e3 * resident,
+            "streamed_ms": 1e3 * streamed,
+            "ratio": ratio,
+            "wait_share": waited,
+        }
         return row | {"images_per_s": self.options.batch / streamed, "workers": workers}
 
     def masks(self) -> Row:
-        """Masks and both fills: the step against one with mask.mode none, and the operations by themselves."""
+        """Measure masks and fills: the step against mask.mode none, and the operations alone."""
         plain, count = self.build("mask.mode=none"), self.options.steps
-        works = {"masked": partial(self.own.resident_s, count), "none": partial(plain.resident_s, count)}
-        rounds = [{name: work() for name, work in works.items()} for _ in range(self.options.rounds)]
+        works = {
+            "masked": partial(self.own.resident_s, count),
+            "none": partial(plain.resident_s, count),
+        }
+        rounds = [
+            {name: work() for name, work in works.items()} for _ in range(self.options.rounds)
+        ]
         masked, none = (median(one[name] for one in rounds) for name in works)
         ops = in_turns({"ops": self.mask_ops()}, self.device, self.options.rounds, 5)["ops"]
-        shares = {"share": median(1 - one["none"] / one["masked"] for one in rounds), "ops_share": ops / self.step_s}
+        shares = {
+            "share": median(1 - one["none"] / one["masked"] for one in rounds),
+            "ops_share": ops / self.step_s,
+        }
         return {"masked_ms": 1e3 * masked, "none_ms": 1e3 * none, "ops_ms": 1e3 * ops} | shares
 
     def mask_ops(self) -> Callable[[], object]:
@@ -85,18 +105,27 @@ class Bench:
         """Codes to the normalised target, alone, of the whole step."""
         units = Cache(self.folder / dtype).complete_units("train")
         source = self.own.objective.source(units)
-        batch = first_batch(Stream(EvalOrder(self.options.batch, 16, self.options.batch), source), self.device)
-        took = in_turns({"target": lambda: self.own.objective.target(batch)}, self.device, self.options.rounds, 5)[
-            "target"
-        ]
+        batch = first_batch(
+            Stream(EvalOrder(self.options.batch, 16, self.options.batch), source), self.device
+        )
+        took = in_turns(
+            {"target": lambda: self.own.objective.target(batch)},
+            self.device,
+            self.options.rounds,
+            5,
+        )["target"]
         return {"ms": 1e3 * took, "share": took / self.step_s}
 
 
 def parse() -> argparse.Namespace:
     """The command line, with what it leaves out chosen by the device."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     gpu = torch.cuda.is_available()
-    parser.add_argument("--config", default=f"pretrain/imagenet_{'vitb16' if gpu else 'vits16'}_clipb16")
+    parser.add_argument(
+        "--config", default=f"pretrain/imagenet_{'vitb16' if gpu else 'vits16'}_clipb16"
+    )
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="as in mcm-train")
     parser.add_argument("--batch", type=int, default=256 if gpu else 32)
     parser.add_argument("--workers", type=int, default=8 if gpu else 1)
@@ -107,7 +136,10 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     options.set = options.set or ([] if gpu else ["student.depth=4"])
     if options.quick:
-        options.config, options.set = "pretrain/demo", ["student.depth=1", "student.width=32", "decoder.depth=1"]
+        options.config, options.set = (
+            "pretrain/demo",
+            ["student.depth=1", "student.width=32", "decoder.depth=1"],
+        )
         options.batch, options.workers, options.steps, options.rounds = 32, 0, 2, 1
     return options
 
@@ -116,10 +148,17 @@ def main() -> None:
     """Make the caches, measure part by part, print."""
     options = parse()
     tiny = {"rows_per_shard": 64, "grid": 4, "channels": 64, "pixels": 32} if options.quick else {}
-    with tempfile.TemporaryDirectory() as place, engine(load_config(options.config, 16).train.precision) as accelerator:
+    with (
+        tempfile.TemporaryDirectory() as place,
+        engine(load_config(options.config, 16).train.precision) as accelerator,
+    ):
         folder = Path(place)
         for dtype in DTYPES:
-            make_cache(folder / dtype, Shape(rows=options.batch * (4 if dtype == "int8" else 1), **tiny), dtype)
+            make_cache(
+                folder / dtype,
+                Shape(rows=options.batch * (4 if dtype == "int8" else 1), **tiny),
+                dtype,
+            )
         bench = Bench(options, folder, accelerator)
         parts: dict[str, Callable[[], Row]] = {
             "stream": bench.stream,
@@ -128,10 +167,14 @@ def main() -> None:
             "saving": lambda: bench.own.saving(folder / "run"),
         }
         settings = {"config": options.config, "set": options.set, "batch": options.batch}
-        table: dict[str, Row] = {"where": describe(bench.device) | settings | {"steps": options.steps}}
+        table: dict[str, Row] = {
+            "where": describe(bench.device) | settings | {"steps": options.steps}
+        }
         for name, part in parts.items():
             found = part()
-            table[name] = {key: round(x, 4) if isinstance(x, float) else x for key, x in found.items()}
+            table[name] = {
+                key: round(x, 4) if isinstance(x, float) else x for key, x in found.items()
+            }
             print(f"{name}: {table[name]}", flush=True)
             write_results(options.out, table)
 

@@ -1,12 +1,15 @@
-"""The stream against its limit and its peers: the same pictures and codes, one table.
+"""The stream against its limit and against other loaders on the same pictures and features.
 
     python bench/stream.py --out bench/results/stream.json [--photos FOLDER] [--quick]
 
-Rows are views of 224 px (JPEG 95 4:4:4) and 196 x 768 features. The limit is bare preads and bare JPEG decodes into
-the batch, without a check. Peers read rendered views (decoded by simplejpeg) or, "crop", source pictures that Pillow
-decodes and crops; torch's DataLoader makes their batches. Each line is a process of its own, in three rounds. Figures
-are medians. Ratios are of CPU-seconds, ours to the limit and peers to ours, from passes that take turns in one process.
-Lines with workers have no ratio, as workers are other processes. litdata is left out, and named, where it is missing.
+Rows are views of 224 px (JPEG 95 4:4:4) and 196 x 768 features. The limit is plain preads and JPEG
+decodes into the batch, without checks. Peers read rendered views, decoded by simplejpeg, or, for
+"crop", source pictures that Pillow decodes and crops. torch's DataLoader makes their batches.
+
+Each line of the table is one process, in three rounds; figures are medians. Ratios compare
+CPU-seconds, ours with the limit and peers with ours, over alternating passes in one process.
+Lines with workers have no ratio, because workers are other processes. litdata is omitted, and named
+in the output, where it is not installed.
 """
 
 import argparse
@@ -29,7 +32,9 @@ import numpy as np
 from record import peak_megabytes, write_results
 
 BATCH, TOKENS, CHANNELS, SIZE, ROWS_PER_SHARD = 64, 196, 768, 224, 256
-OURS = [f"ours {dtype}, {workers} workers" for dtype in ("int8", "float16") for workers in (0, 1, 2)]
+OURS = [
+    f"ours {dtype}, {workers} workers" for dtype in ("int8", "float16") for workers in (0, 1, 2)
+]
 LIMITS = [f"limit {dtype}" for dtype in ("int8", "float16")]
 PEERS = ["webdataset views", "webdataset crop", "litdata views"]
 
@@ -70,9 +75,15 @@ def read_limit(folder: Path, dtype: str) -> Callable[[], Iterator[int]]:
     indexes = [np.load(unit.index_file(k)) for k in range(unit.num_shards)]
     names = [name for name in ("patch", "scale") if name in unit.specs]
     files = {
-        n: [os.open(unit.group / unit.specs[n].shard_file(k), os.O_RDONLY) for k in range(len(tars))] for n in names
+        n: [
+            os.open(unit.group / unit.specs[n].shard_file(k), os.O_RDONLY) for k in range(len(tars))
+        ]
+        for n in names
     }
-    out = {name: np.empty((BATCH, *unit.specs[name].shape[1:]), unit.specs[name].dtype) for name in names}
+    out = {
+        name: np.empty((BATCH, *unit.specs[name].shape[1:]), unit.specs[name].dtype)
+        for name in names
+    }
     rgb = np.empty((BATCH, SIZE, SIZE, 3), np.uint8)
 
     def epoch() -> Iterator[int]:
@@ -82,13 +93,19 @@ def read_limit(folder: Path, dtype: str) -> Callable[[], Iterator[int]]:
                 shard, position = divmod(int(chunk), unit.chunks_per_shard)
                 rows = indexes[shard][position * 16 : position * 16 + 16]
                 start = int(rows["offset"][0])
-                data = os.pread(tars[shard], int(rows["offset"][-1]) + int(rows["size"][-1]) - start, start)
-                for i, (offset, size) in enumerate(zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True)):
+                data = os.pread(
+                    tars[shard], int(rows["offset"][-1]) + int(rows["size"][-1]) - start, start
+                )
+                for i, (offset, size) in enumerate(
+                    zip(rows["offset"].tolist(), rows["size"].tolist(), strict=True)
+                ):
                     jpg = data[offset - start : offset - start + size]
                     simplejpeg.decode_jpeg(jpg, colorspace="RGB", buffer=rgb[place * 16 + i])
                 for name in names:
                     target = out[name][place * 16 : place * 16 + 16].data.cast("B")
-                    os.preadv(files[name][shard], [target], position * (unit.specs[name].chunk_bytes + 4))
+                    os.preadv(
+                        files[name][shard], [target], position * (unit.specs[name].chunk_bytes + 4)
+                    )
             yield BATCH
 
     return epoch
@@ -113,7 +130,9 @@ def read_ours(folder: Path, dtype: str, workers: int) -> Callable[[], Iterator[i
     return lambda: islice(items, order.steps_per_epoch)
 
 
-def loaded(samples: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]]) -> Callable[[], Iterator[int]]:
+def loaded(
+    samples: Callable[[], Iterator[tuple[np.ndarray, np.ndarray]]],
+) -> Callable[[], Iterator[int]]:
     """Samples in batches by torch's DataLoader, as the peers' documentation has it."""
     from torch.utils.data import DataLoader, IterableDataset
 
@@ -136,7 +155,11 @@ def read_peer(folder: Path, name: str) -> Callable[[], Iterator[int]]:
 
         with Image.open(io.BytesIO(jpg)) as picture:
             side = min(picture.size)
-            return np.asarray(picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, (0, 0, side, side)))
+            return np.asarray(
+                picture.convert("RGB").resize(
+                    (SIZE, SIZE), Image.Resampling.BICUBIC, (0, 0, side, side)
+                )
+            )
 
     where = folder / name
     if name.startswith("webdataset"):
@@ -178,7 +201,7 @@ def drop_from_memory(folder: Path) -> None:
 
 
 def reference(name: str) -> str | None:
-    """What a line is compared with: ours with the limit of its dtype, a peer with ours, with workers nothing."""
+    """Return the line to compare with: the limit for ours, ours for a peer, none with workers."""
     if name in LIMITS or name.endswith((" 1 workers", " 2 workers")):
         return None
     return f"limit {name.split()[1].rstrip(',')}" if name in OURS else OURS[0]
@@ -213,14 +236,20 @@ def measure(folder: Path, name: str, seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     """Make the data, let every line run in turns, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, help="folder of source pictures; synthetic ones where left out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--photos", type=Path, help="folder of source pictures; synthetic ones where left out"
+    )
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each line in a round, warm")
     parser.add_argument("--out", type=Path)
     parser.add_argument(
-        "--quick", action="store_true", help="three lines of 256 rows, one pass, one round: for the tests"
+        "--quick",
+        action="store_true",
+        help="three lines of 256 rows, one pass, one round: for the tests",
     )
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -228,7 +257,8 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.folder, arguments.measure, arguments.seconds)))
         return
-    from synthetic import Shape, make_cache, pictures, rendered_view  # a line that measures a peer imports only that
+    # Imported here, because a line that measures a peer imports only that peer.
+    from synthetic import Shape, make_cache, pictures, rendered_view
 
     if arguments.quick:
         arguments.rows, arguments.rounds, arguments.seconds = 256, 1, 0.0
@@ -237,7 +267,12 @@ def main() -> None:
         sources = list(pictures(arguments.photos, arguments.rows))
         views = [rendered_view(source, row, SIZE) for row, source in enumerate(sources)]
         for dtype in ("int8", "float16"):
-            make_cache(folder / dtype, Shape(arguments.rows, ROWS_PER_SHARD, 14, CHANNELS, SIZE), dtype, views)
+            make_cache(
+                folder / dtype,
+                Shape(arguments.rows, ROWS_PER_SHARD, 14, CHANNELS, SIZE),
+                dtype,
+                views,
+            )
         make_peers(folder, sources, views)
         write_results(arguments.out, run_table(arguments, folder))
 
@@ -245,13 +280,25 @@ def main() -> None:
 def run_table(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
     """Every line, in turns; figures are medians of the rounds."""
     peers = [name for name in PEERS if (folder / name).is_dir()]
-    print("left out, not installed:", ", ".join(name for name in PEERS if name not in peers) or "nothing")
+    print(
+        "left out, not installed:",
+        ", ".join(name for name in PEERS if name not in peers) or "nothing",
+    )
     lines = [LIMITS[0], OURS[0], peers[0]] if arguments.quick else [*LIMITS, *OURS, *peers]
     rounds: list[dict[str, dict[str, Any]]] = []
     for _ in range(arguments.rounds):
         rounds.append({})
         for name in lines:
-            line = [sys.executable, __file__, "--measure", name, "--folder", folder, "--seconds", arguments.seconds]
+            line = [
+                sys.executable,
+                __file__,
+                "--measure",
+                name,
+                "--folder",
+                folder,
+                "--seconds",
+                arguments.seconds,
+            ]
             done = subprocess.run([str(word) for word in line], capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{name}: {done.stderr}")
@@ -262,13 +309,19 @@ def run_table(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str
 def show(name: str, rounds: list[dict[str, Any]], rows: int) -> dict[str, Any]:
     """Print a line of the table, and return it."""
     numbers = ("per_s", "per_cpu_s", "cold_per_s", "rss_mb")
-    row: dict[str, Any] = {key: round(statistics.median(one[key] for one in rounds)) for key in numbers}
+    row: dict[str, Any] = {
+        key: round(statistics.median(one[key] for one in rounds)) for key in numbers
+    }
     row["bytes_a_sample"] = round(rounds[0]["bytes"] / rows)
-    text = f"{name:<26} {row['per_s']:>6}/s warm {row['cold_per_s']:>6}/s cold {row['rss_mb']:>5} MB"
+    text = (
+        f"{name:<26} {row['per_s']:>6}/s warm {row['cold_per_s']:>6}/s cold {row['rss_mb']:>5} MB"
+    )
     text += f" {row['bytes_a_sample']:>7} B a sample"
     if reference(name):
         ratio = statistics.median(one["ratio"] for one in rounds)
-        row |= {"of_limit": round(ratio, 3)} if name in OURS else {"ours_over_it": round(1 / ratio, 2)}
+        row |= (
+            {"of_limit": round(ratio, 3)} if name in OURS else {"ours_over_it": round(1 / ratio, 2)}
+        )
         text += f" {row['per_cpu_s']:>6} a CPU-second, " + str(row).rpartition(", ")[2].strip("}")
     elif name in OURS:
         del row["per_cpu_s"]  # of this process, which only waits for others

@@ -1,6 +1,6 @@
-"""Made-up data for the benches, by the project's own writers: pictures, a CACHE of any shape, a DATASET, a tiny CLIP.
+"""Synthetic data for the benches, by the project's writers: pictures, DATASET, CACHE, a tiny CLIP.
 
-B rows, N tokens, C channels.
+Letters: B rows, N tokens, C channels.
 """
 
 import json
@@ -28,7 +28,7 @@ FEATURE_ROWS = 64  # rows of features that a cache repeats
 
 @dataclass(frozen=True)
 class Shape:
-    """What a cache holds: rows of `pixels` x `pixels` views and `grid` x `grid` tokens of `channels`."""
+    """The shape of a cache: square views of `pixels`, `grid` x `grid` tokens of `channels`."""
 
     rows: int
     rows_per_shard: int = 1024
@@ -45,7 +45,9 @@ def noise_views(pixels: int, count: int = 32) -> list[bytes]:
     return [encode_view(picture, "jpeg:95:444") for picture in pictures]
 
 
-def pictures(photos: Path | None, rows: int, height: int = 375, width: int = 500) -> Iterator[bytes]:
+def pictures(
+    photos: Path | None, rows: int, height: int = 375, width: int = 500
+) -> Iterator[bytes]:
     """Source JPEGs: photographs over and over, or smooth noise with grain."""
     files = [path for path in sorted(photos.rglob("*")) if path.is_file()] if photos else []
     for row in range(rows):
@@ -72,14 +74,27 @@ def make_identity(shape: Shape, dtype: Literal["int8", "float16"]) -> CacheIdent
         height=shape.pixels, width=shape.pixels, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
     )  # fmt: skip
     return CacheIdentity(
-        teacher=teacher, crop=CropPolicy(kind="rrc"), seed=0, view_height=shape.pixels, view_width=shape.pixels,
-        view_encoding="jpeg:95:444", picture_rules=PICTURE_RULES, dtype=dtype, grid=(shape.grid, shape.grid),
-        channels=shape.channels, has_cls=True, rows_per_shard=shape.rows_per_shard, rows={"train": shape.rows},
-        classes=("none",), dataset_sha256=NO_SHA,
-    )  # fmt: skip
+        teacher=teacher,
+        crop=CropPolicy(kind="rrc"),
+        seed=0,
+        view_height=shape.pixels,
+        view_width=shape.pixels,
+        view_encoding="jpeg:95:444",
+        picture_rules=PICTURE_RULES,
+        dtype=dtype,
+        grid=(shape.grid, shape.grid),
+        channels=shape.channels,
+        has_cls=True,
+        rows_per_shard=shape.rows_per_shard,
+        rows={"train": shape.rows},
+        classes=("none",),
+        dataset_sha256=NO_SHA,
+    )
 
 
-def make_cache(folder: Path, shape: Shape, dtype: Literal["int8", "float16"], views: Sequence[bytes] = ()) -> Unit:
+def make_cache(
+    folder: Path, shape: Shape, dtype: Literal["int8", "float16"], views: Sequence[bytes] = ()
+) -> Unit:
     """A CACHE of one complete unit: `views` (or noise) and noise features, over and over."""
     identity = make_identity(shape, dtype)
     publish_identity(folder, identity)
@@ -102,7 +117,9 @@ def write_unit(unit: Unit, views: Sequence[bytes]) -> None:
         rows = unit.shard_rows(shard)
         with unit_writer(unit, shard) as writer:
             for row, view in enumerate(islice(endless, rows)):
-                writer.add_view(view, row % 10, (0, 0, known.view_height, known.view_width, 0, 1, 1))
+                writer.add_view(
+                    view, row % 10, (0, 0, known.view_height, known.view_width, 0, 1, 1)
+                )
             for start in range(0, rows, FEATURE_ROWS):
                 for name, values in arrays.items():
                     writer.add(name, values[: rows - start])
@@ -127,10 +144,15 @@ def make_dataset(folder: Path, sources: Sequence[bytes], rows: int, rows_per_sha
 
 
 def tiny_clip(folder: Path, pixels: int = 32, patch: int = 8) -> str:
-    """The name, for --teacher, of a CLIP tower of two blocks and 64 channels; its weights are "random"."""
+    """Write a CLIP tower of two blocks and 64 channels; return its name for --teacher.
+
+    Its weights are "random".
+    """
     folder.mkdir(parents=True)
     vision = {"image_size": pixels, "layers": 2, "width": 64, "head_width": 32, "patch_size": patch}
     text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
     model = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text, "quick_gelu": True}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": {}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": model, "preprocess_cfg": {}})
+    )
     return f"open_clip:{folder}"

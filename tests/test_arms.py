@@ -43,7 +43,7 @@ def test_pretrain_without_pipeline_and_open_clip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "package", ["arrays", "cache", "dataset", "info", "preview", "quantize", "tars", "verify", "writer"]
+    "package", ["cache", "dataset", "info", "preview", "quantize", "tars", "verify", "writer", "zarr_shards"]
 )
 def test_the_waist_without_torch(package: str) -> None:
     python({"torch", "open_clip", "timm", "accelerate", "webdataset"}, f"import cache_tools.{package}")
