@@ -29,7 +29,6 @@ from cache_tools.cache import Cache
 from mcm.loop import engine
 from mcm.masking import apply_fill
 from mcm.sampler import EvalOrder
-from mcm.stream import Stream
 
 DTYPES = ("int8", "float16")
 Row = dict[str, Any]
@@ -104,16 +103,10 @@ class Bench:
     def target(self, dtype: str) -> Row:
         """Codes to the normalised target, alone, of the whole step."""
         units = Cache(self.folder / dtype).complete_units("train")
-        source = self.own.objective.source(units)
-        batch = first_batch(
-            Stream(EvalOrder(self.options.batch, 16, self.options.batch), source), self.device
-        )
-        took = in_turns(
-            {"target": lambda: self.own.objective.target(batch)},
-            self.device,
-            self.options.rounds,
-            5,
-        )["target"]
+        order = EvalOrder(self.options.batch, 16, self.options.batch)
+        batch = first_batch(self.own.objective.stream(order, units), self.device)
+        works = {"target": lambda: self.own.objective.target(batch)}
+        took = in_turns(works, self.device, self.options.rounds, 5)["target"]
         return {"ms": 1e3 * took, "share": took / self.step_s}
 
 
