@@ -266,7 +266,7 @@ def _prepare(out: Path, overwrite: bool) -> None:
     """Check that `out` can hold a RUN; with `overwrite`, remove the RUN in it."""
     from cache_tools.errors import UsageError, check_output
     from cache_tools.storage import remove_tree
-    from mcm.run_dir import held
+    from mcm.run_dir import run_lock
 
     check_output(out, "a RUN")
     if overwrite and out.exists():
@@ -278,7 +278,7 @@ def _prepare(out: Path, overwrite: bool) -> None:
             raise UsageError(
                 f"--overwrite: expected a RUN (run.json) in {out}; found none; {advice}"
             )
-        with held(out):
+        with run_lock(out):
             remove_tree(out)
 
 

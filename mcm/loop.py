@@ -26,7 +26,7 @@ from cache_tools.rng import hash_u64
 from mcm import checkpoint
 from mcm.checkpoint import Tensors
 from mcm.config import FinetuneConfig, PretrainConfig
-from mcm.optim import learning_rate, peak_lr, swap_average
+from mcm.optim import learning_rate, peak_lr, swap_ema
 from mcm.run_dir import Log
 from mcm.sampler import Order
 from mcm.stream import Batch, Stream, batches
@@ -236,7 +236,7 @@ class Loop:
 
     def _restore(self, found: checkpoint.Checkpoint, evaluated: bool) -> None:
         checkpoint.restore(found, self.job.model, self.optimizer.optimizer)
-        swap_average(self.optimizer.optimizer)
+        swap_ema(self.optimizer.optimizer)
         self.window = list(found.meta["window"])
         self.logged_step = self.saved_step = found.step
         if self.main:
@@ -301,11 +301,11 @@ class Loop:
         first, self.pending = step - len(values), []
         for position, numbers in enumerate(values):
             if not all(map(math.isfinite, numbers)):
-                raise self._poisoned(first + position, *numbers)
+                raise self._diverged(first + position, *numbers)
         self.window += [loss for loss, _ in values]
         self.grad_norm = values[-1][1]
 
-    def _poisoned(self, step: int, loss: float, norm: float) -> Diverged:
+    def _diverged(self, step: int, loss: float, norm: float) -> Diverged:
         rows = self.job.stream.source.rows_of(self.order.step_chunks(step)[1])
         spans = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
         shown = ", ".join(f"{span[0]}-{span[-1]}" for span in spans[:SHOWN_SPANS])
@@ -335,9 +335,9 @@ class Loop:
         self._drain(step)
         start = time.perf_counter()
         self.model.eval()
-        swap_average(self.optimizer.optimizer)
+        swap_ema(self.optimizer.optimizer)
         self.metrics = self.job.evaluate(step // self.order.steps_per_epoch)
-        swap_average(self.optimizer.optimizer)
+        swap_ema(self.optimizer.optimizer)
         self.model.train()
         self.logged_at += time.perf_counter() - start  # images_per_s excludes the evaluation
         if self.metrics:
@@ -353,11 +353,11 @@ class Loop:
         self.saved_at = time.monotonic()
         if self.main:
             self._join_save(must=False)
-            swap_average(self.optimizer.optimizer)
+            swap_ema(self.optimizer.optimizer)
             tensors = checkpoint.optimizer_tensors(self.job.model, self.optimizer.optimizer)
             model = checkpoint.on_host(self.job.model.state_dict())
             optimizer = checkpoint.on_host(tensors)
-            swap_average(self.optimizer.optimizer)
+            swap_ema(self.optimizer.optimizer)
             meta = {"window": list(self.window), "evaluated": evaluated}
             self.writing = step, self.writer.submit(self._write, step, model, optimizer, meta)
         if must:

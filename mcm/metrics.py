@@ -63,7 +63,7 @@ class Fit:
 
 
 class Gram:
-    """The sum of outer products of tokens, and from it their effective rank.
+    """The sum of the outer products of tokens, which gives their effective rank.
 
     The effective rank is the exponential of the entropy of the singular values (RankMe).
     """

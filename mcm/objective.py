@@ -1,7 +1,7 @@
-"""The objective of masked channel modeling: the masks, the target and the loss of a batch.
+"""The objective of masked channel modeling (section 3 of the paper): masks, target and loss.
 
+`Objective.loss` computes a batch's loss: masks -> prediction of the model -> target -> loss_fn.
 B batch, N patches, D student width, C channels of the target, H W pixels, K pool rows.
-The objective follows section 3 of the paper.
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class Objective:
         )
         self.mean, self.std = (torch.tensor(x, device=device) * 255 for x in (run.mean, run.std))
         tokens = run.grid[0] * run.grid[1]
-        # Masks hide channels of every patch; patch masks have one position and hide whole patches.
+        # A pool row masks the channels of one patch; in patch mode, it masks the patches of a row.
         shapes = {"patch": (1, tokens), "none": (0, 0)}
         self.positions, self.width = shapes.get(config.mask.mode, (tokens, width))
         self.pools: dict[int, Future[Tensor]] = {}
@@ -85,9 +85,10 @@ class Objective:
         return self.pools[epoch].result(), batch["picks"]
 
     def _pool(self, epoch: int) -> Tensor:
+        """Return the mask pool of an epoch, plus one mask that hides nothing, for unmasked rows."""
         mask, seed = self.config.mask, self.config.train.seed
         pool = mask_pool(seed, epoch, mask.pool, self.width, self.ratio(epoch))
-        pool = np.concatenate([pool, np.zeros_like(pool[:1])])  # unmasked rows pick the last mask
+        pool = np.concatenate([pool, np.zeros_like(pool[:1])])
         return torch.from_numpy(pool).to(self.accelerator.device)
 
     def ratio(self, epoch: int) -> float:
@@ -98,7 +99,7 @@ class Objective:
         return mask.ratio + (mask.final_ratio - mask.ratio) * epoch / last
 
     def target(self, batch: Batch) -> Tensor:
-        """Return the normalised float32 target of a batch; a learned projection is the model's."""
+        """Return the normalised float32 target of a batch, before any learned projection."""
         if self.config.target.features == "pixels":
             pictures_BHW3 = (batch["pictures"].float() - self.mean) / self.std
             return self.targets.normalise(unfold_patches(pictures_BHW3, self.run.patch))
@@ -117,6 +118,7 @@ class Objective:
         return self.compare(y, tensors)
 
     def _compare(self, y: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of predictions y [B, N, C] or, with loss.cls, [B, 1 + N, C]."""
         target = self.target(batch)
         loss = loss_fn(y[:, -target.shape[1] :], target)
         if not self.config.loss.cls:

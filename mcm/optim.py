@@ -76,23 +76,23 @@ def build_optimizer(model: nn.Module, optim: FinetuneOptim) -> torch.optim.Optim
         groups = param_groups(model, optim.weight_decay, optim.layer_decay)
         optimizer = Lars(groups, lr=0.0, momentum=optim.beta1)
     if optim.ema:
-        optimizer.register_step_post_hook(partial(_average, optim.ema))
+        optimizer.register_step_post_hook(partial(_update_ema, optim.ema))
     return optimizer
 
 
 @torch.no_grad()
-def _average(keep: float, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _update_ema(decay: float, optimizer: torch.optim.Optimizer, *_: Any) -> None:
     averaged = [(state["ema"], x) for x, state in optimizer.state.items() if "ema" in state]
     for parameter, state in optimizer.state.items():
         if "ema" not in state:
             state["ema"] = parameter.clone()
     if averaged:  # one call for all tensors, of which a ViT-B has 150
         averages, parameters = (list(tensors) for tensors in zip(*averaged, strict=True))
-        torch._foreach_lerp_(averages, parameters, 1.0 - keep)
+        torch._foreach_lerp_(averages, parameters, 1.0 - decay)
 
 
 @torch.no_grad()
-def swap_average(optimizer: torch.optim.Optimizer) -> None:
+def swap_ema(optimizer: torch.optim.Optimizer) -> None:
     """Exchange the weights and their EMA, if there is one; a second call exchanges them back."""
     for parameter, state in optimizer.state.items():
         if "ema" in state:

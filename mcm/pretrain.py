@@ -57,7 +57,8 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
                 announce(cache, units, val, order, no_knn)
             evaluation = Evaluation(out, objective, units, val, order, dataset)
             stream = objective.stream(order, units, config.mask.unmasked_fraction)
-            model, optimizer = objective.model, build_adamw(objective.model, config.optim)
+            model = objective.model
+            optimizer = build_adamw(model, config.optim)
             job = Job(out, model, optimizer, stream, objective.loss, evaluation, config)
             train(job, accelerator, stop)
             if main:
@@ -66,18 +67,18 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
 
 
 def choose_units(
-    cache: Cache, recorded: Collection[str], views: int = 0
+    cache: Cache, resumed: Collection[str], views: int = 0
 ) -> tuple[list[Unit], list[Unit]]:
     """Return the complete units of "train" and at most one complete unit of "val".
 
     `views` limits the units of "train" to the first ones; 0 takes all. A resumed run keeps the
-    units that its run.json names (`recorded`).
+    units of its run.json (`resumed`).
 
     Raises: UsageError when too few units are complete; CorruptionError when an array belongs to
     another cache.
     """
     complete = cache.complete_units("train")
-    units = [unit for unit in complete if str(unit) in recorded] or complete[: views or None]
+    units = [unit for unit in complete if str(unit) in resumed] or complete[: views or None]
     if not units:
         raise UsageError(
             f"{cache.path}: expected a complete unit of 'train';"
@@ -89,7 +90,7 @@ def choose_units(
             f" found {len(units)}; extract more views or lower data.views"
         )
     complete = cache.complete_units("val")
-    val = [unit for unit in complete if not recorded or str(unit) in recorded][:1]
+    val = [unit for unit in complete if not resumed or str(unit) in resumed][:1]
     for unit in (*units, *val):
         unit.check_arrays()
     return units, val

@@ -178,7 +178,7 @@ def write_environment(run_dir: Path, config: Record, **facts: Any) -> None:
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator[None]:
+def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold the lock of the RUN.
 
     Raises: UsageError when another process trains in this RUN.
@@ -208,7 +208,7 @@ def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
         write_atomic(path, encode_record(ExitRecord(code=code, message=message)))
 
     then = "this step is finished and saved" if main else ""
-    with held(run_dir) if main else nullcontext(), StopFlag(then) as stop:
+    with run_lock(run_dir) if main else nullcontext(), StopFlag(then) as stop:
         if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun and accelerate launch
             stop_with_launcher()
         if main:

@@ -1,4 +1,4 @@
-"""The order of rows: one sequence per run, which depends on neither world size nor batch split."""
+"""The order of rows: one sequence per run, independent of the world size and the batch split."""
 
 from dataclasses import dataclass
 from functools import lru_cache

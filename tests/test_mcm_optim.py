@@ -7,7 +7,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mcm.config import Decoder, FinetuneOptim, Mask, Optim, PretrainConfig, Schedule, Student, Train
 from mcm.model import MaskedChannelModel
-from mcm.optim import build_adamw, build_optimizer, learning_rate, param_groups, peak_lr, swap_average
+from mcm.optim import build_adamw, build_optimizer, learning_rate, param_groups, peak_lr, swap_ema
 
 
 def tiny_model():
@@ -98,7 +98,7 @@ def test_lars_is_maes_and_the_average_is_what_it_says():
     for expected in (seen[-1], average, seen[-1]):
         for parameter, value in zip((layer.weight, layer.bias), expected, strict=True):
             assert np.allclose(parameter.detach().numpy(), value, atol=1e-6)
-        swap_average(optimizer)
+        swap_ema(optimizer)
 
 
 def test_peak_is_lr_or_blr_scaled_from_256():
