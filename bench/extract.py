@@ -36,10 +36,11 @@ from cache_tools.console import progress
 from cache_tools.dataset import Dataset
 from cache_tools.schema import CacheIdentity, Fingerprint
 from cache_tools.writer import publish_identity
-from pipeline import extract, worker
+from pipeline import extract
 from pipeline.config import ExtractConfig
-from pipeline.extractor import Extractor, Spent, render_views
+from pipeline.extractor import Extractor, Timers, render_views
 from pipeline.teachers import Teacher, load_teacher
+from pipeline.worker import WorkerInfo
 
 BATCH = 64  # `mcm-cache extract`'s own
 CORES = len(os.sched_getaffinity(0))
@@ -68,7 +69,7 @@ class Place:
         publish_identity(cache, self.identity)
         return [Unit(cache, self.identity, "train", view) for view in self.views]
 
-    def whole(self, rows: int) -> tuple[float, Spent]:
+    def whole(self, rows: int) -> tuple[float, Timers]:
         """Return (views per second, split of the time) from the sources to the first commits."""
         units = self.units()
         shards = range(-(-rows // self.identity.rows_per_shard))
@@ -80,7 +81,7 @@ class Place:
             facts = (self.dataset, self.identity, self.teacher, self.fingerprint)
             own = Extractor(*facts, 0.0, math.inf, ahead, behind)
             took = seconds(lambda: [own.shard(units, k, bar) for k in shards], self.teacher.device)
-        return sum(units[0].shard_rows(k) for k in shards) * len(units) / took, own.spent
+        return sum(units[0].shard_rows(k) for k in shards) * len(units) / took, own.timers
 
     def forward(self, batches: int) -> float:
         """Return the views per second of the teacher alone, from pictures in memory."""
@@ -134,7 +135,7 @@ def extraction_mb(dataset: Path, teacher: str) -> float:
     cache = dataset.with_name("cache")
     config = ExtractConfig(teacher=teacher, weights="random", size=32, views=1)
     extract.extract(
-        extract.Request(str(dataset), cache, config, worker.Place(device="cpu", threads=CORES))
+        extract.Request(str(dataset), cache, config, WorkerInfo(device="cpu", threads=CORES))
     )
     return peak_megabytes() - imports_mb
 

@@ -31,8 +31,8 @@ SCAN = """
 import json, resource, sys, time
 from pathlib import Path
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-from pipeline.extract import walk
-from pipeline.worker import Place
+from pipeline.extract import missing_shards
+from pipeline.worker import WorkerInfo
 from cache_tools.cache import Cache
 from cache_tools.info import info
 from cache_tools.storage import settle
@@ -43,7 +43,7 @@ if what == "scan":
     settle(path)
     units = {"train": Cache(path).units("train")}
     done = sum(unit.shard_rows(k) for unit in units["train"] for k in unit.committed())
-    found = next(walk(units, path, Place()))
+    found = next(missing_shards(units, path, WorkerInfo()))
     assert found == ("train", units["train"][0].num_shards - 1), found
 elif what == "info":
     assert info(path)["units"]["train/v0"]["shards"]

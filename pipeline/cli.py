@@ -174,13 +174,13 @@ def extract_command(
     """
     from .config import load_config
     from .extract import Request, extract
-    from .worker import launched
+    from .worker import worker_info
 
     flags: dict[str, object] = dict(teacher=teacher, weights=weights, views=views, size=size)
     flags |= dict(dtype=dtype, batch=batch, splits=split, teacher_size=teacher_size)
     flags |= dict(teacher_mean=teacher_mean, teacher_std=teacher_std)
     request = load_config(config, flags, set_ or ())
-    extract(Request(source, cache, request, launched(worker, workers, device, threads), dry_run))
+    extract(Request(source, cache, request, worker_info(worker, workers, device, threads), dry_run))
 
 
 _Json = Annotated[bool, Option("--json", help="Print JSON.")]

@@ -1,4 +1,7 @@
-"""`mcm-cache extract`: a DATASET and a teacher in, views and features out; any number of workers, resumed at will."""
+"""`mcm-cache extract`: write the views and teacher features of a DATASET into a CACHE.
+
+Any number of workers share the shards, and each can stop and resume.
+"""
 
 import math
 import time
@@ -20,7 +23,15 @@ from cache_tools.errors import IdentityError, Interrupted, UsageError, check_out
 from cache_tools.images import PICTURE_RULES
 from cache_tools.records import encode_record, write_toml
 from cache_tools.schema import CacheIdentity, Fingerprint, ProbeRecord
-from cache_tools.storage import file_sha256, locks_work, publish, settle, shard_lock, try_lock, work_dir
+from cache_tools.storage import (
+    file_sha256,
+    locks_work,
+    publish,
+    settle,
+    shard_lock,
+    try_lock,
+    work_dir,
+)
 from cache_tools.tars import encode_npy
 from cache_tools.writer import finish_unit, publish_identity
 
@@ -30,81 +41,100 @@ from .extractor import Extractor
 from .shard import shard
 from .teachers import Teacher, check_multiple, load_teacher, probe_pictures
 from .views import TRAIN, pixels_sha256
-from .worker import Place
+from .worker import WorkerInfo
 
-# Largest relative MSE between the float32 probe features of two machines. GELU in the place of QuickGELU moves those of
-# the demo's CLIP by 4.2e-5 and of DeiT-tiny by 7.0e-2.
+# Largest relative MSE between the float32 probe features of two machines. GELU instead of QuickGELU
+# changes the features of the demo's CLIP by 4.2e-5 and those of DeiT-tiny by 7.0e-2.
 PROBE_TOLERANCE = 1e-6
-RETRY_S = 1.0  # between two looks at the shards that other workers hold
+RETRY_S = 1.0  # between two attempts at the shards that other workers hold
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to extract, from a DATASET or pictures into a CACHE, and the place of this worker."""
+    """One extraction, from a DATASET or pictures into a CACHE, as one worker runs it."""
 
     source: str
     cache: Path
     config: ExtractConfig
-    place: Place = Place()
+    worker: WorkerInfo = WorkerInfo()
     dry_run: bool = False
 
 
 def extract(request: Request) -> None:
-    """Make every missing shard of the request's units; whatever is committed stays.
+    """Make every missing shard of the request's units; committed shards are kept.
 
-    Raises: UsageError, IdentityError before any work; CorruptionError; Interrupted when stopped at a shard.
+    Raises: UsageError or IdentityError, before any shard; CorruptionError; Interrupted when the
+    user stops the run, which then ends after a shard.
     """
-    config, place = request.config, request.place
+    config, worker = request.config, request.worker
     check_output(request.cache, "a CACHE")
+    size, precision = config.teacher_size, config.precision
     teacher = load_teacher(
-        config.teacher, config.weights, config.teacher_size, place.device, config.precision, config.normalisation
+        config.teacher, config.weights, size, worker.device, precision, config.normalisation
     )
     print("\n".join(teacher.notes), flush=True)
     check_grid(config, teacher)
     dataset = open_source(request)
     identity = cache_identity(request, dataset, teacher)
-    units = {
-        split: [Unit(request.cache, identity, split, view) for view in range(config.views if split == TRAIN else 1)]
-        for split in (config.splits or dataset.record.splits)
-    }
+    units = {}
+    for split in config.splits or dataset.record.splits:
+        views = range(config.views if split == TRAIN else 1)
+        units[split] = [Unit(request.cache, identity, split, view) for view in views]
     if request.dry_run:
         return print_plan(units, dataset, teacher, config.batch, request.cache)
     settle(request.cache)
     publish_identity(request.cache, identity)
     resolved = {"teacher_mean": teacher.identity.mean, "teacher_std": teacher.identity.std}
-    publish(request.cache / "extract.toml", write_toml(config.model_copy(update=resolved)).encode(), compare=False)
+    toml = write_toml(config.model_copy(update=resolved))
+    publish(request.cache / "extract.toml", toml.encode(), compare=False)
     precision_mse = publish_teacher(request.cache, teacher)
     every_unit = [unit for group in units.values() for unit in group]
     total = sum(unit.rows for unit in every_unit)
     done = sum(unit.shard_rows(k) for unit in every_unit for k in unit.committed())
     with (
-        StopFlag("the shard in work is finished and committed") as stop,
-        ThreadPoolExecutor(place.threads) as ahead,
-        ThreadPoolExecutor(1) as behind,
+        StopFlag("the current shard is finished and committed") as stop,
+        ThreadPoolExecutor(worker.threads) as render_pool,
+        ThreadPoolExecutor(1) as write_pool,
         progress(total, f"extract {request.cache}", "views", done) as bar,
     ):
         fingerprint = Fingerprint(
-            device=teacher.device.type, precision=teacher.precision, batch=config.batch, versions=versions(teacher)
+            device=teacher.device.type,
+            precision=teacher.precision,
+            batch=config.batch,
+            versions=versions(teacher),
         )
-        max_error = config.max_error or math.inf
-        extractor = Extractor(dataset, identity, teacher, fingerprint, precision_mse, max_error, ahead, behind)
+        extractor = Extractor(
+            dataset=dataset,
+            identity=identity,
+            teacher=teacher,
+            fingerprint=fingerprint,
+            precision_mse=precision_mse,
+            max_error=config.max_error or math.inf,
+            render_pool=render_pool,
+            write_pool=write_pool,
+        )
         _make_shards(request, units, extractor, stop, bar)
     complete = [finish_unit(unit) for unit in every_unit]
-    left = "" if all(complete) else "; others are at work on the rest"
+    left = "" if all(complete) else "; other workers hold the remaining shards"
     print(f"{request.cache}: {sum(complete)} of {len(complete)} units complete{left}", flush=True)
 
 
 def _make_shards(
-    request: Request, units: dict[str, list[Unit]], extractor: Extractor, stop: StopFlag, bar: Progress
+    request: Request,
+    units: dict[str, list[Unit]],
+    extractor: Extractor,
+    stop: StopFlag,
+    bar: Progress,
 ) -> None:
-    """Make every missing shard; end when each is committed, or held by another worker in two looks.
+    """Make every missing shard; return when each is committed or held by another worker.
 
-    One look is not enough: a lock may be held for an instant, or by a worker that dies.
+    A shard counts as held after two attempts RETRY_S seconds apart. One attempt is not enough,
+    because a worker may hold a lock briefly, or die.
     """
     waited = False
     while True:
         made = left = False
-        for split, k in walk(units, request.cache, request.place):
+        for split, k in missing_shards(units, request.cache, request.worker):
             with try_lock(shard_lock(request.cache, split, k)) as held:
                 missing = [unit for unit in units[split] if not unit.commit_file(k).is_file()]
                 if held and missing:
@@ -112,7 +142,9 @@ def _make_shards(
                     made = True
                 left |= not held and bool(missing)
             if stop.requested:
-                raise Interrupted(f"{request.cache}: stopped at a shard; the same command goes on from there")
+                raise Interrupted(
+                    f"{request.cache}: stopped after a shard; the same command resumes"
+                )
         if not left or (waited and not made):
             return
         waited = not made
@@ -121,35 +153,41 @@ def _make_shards(
 
 
 def open_source(request: Request) -> Dataset:
-    """The DATASET of the request; pictures that are not sharded yet are, into CACHE/dataset."""
+    """Return the DATASET of the request, after sharding pictures into CACHE/dataset if necessary.
+
+    Raises: UsageError when pictures would be sharded by one of several workers, or by --dry-run.
+    """
     if (Path(request.source) / "dataset.json").is_file():
         return Dataset(Path(request.source))
-    if request.place.workers > 1 or request.dry_run:
-        raise UsageError(
-            f"{request.source}: expected a DATASET for several workers or --dry-run; run `mcm-cache shard` first"
-        )
+    if request.worker.workers > 1 or request.dry_run:
+        expected = "expected a DATASET for several workers or --dry-run"
+        raise UsageError(f"{request.source}: {expected}; run `mcm-cache shard` first")
     shard(request.source, request.cache / "dataset")
     return Dataset(request.cache / "dataset")
 
 
 def check_grid(config: ExtractConfig, teacher: Teacher) -> None:
-    """Raises: UsageError when the teacher's grid and the student's cannot be the same."""
+    """Raise UsageError when the grids of the teacher and the student differ."""
     rows, columns = teacher.grid
     if config.patch:
         check_multiple("--size", config.size, config.patch)
     patch = config.patch or config.size // rows
     if config.patch is None and (config.size % rows or rows != columns):
-        raise UsageError(f"--size {config.size}: expected a --size that {rows} divides, the teacher's tokens a side")
+        found = f"the teacher has {rows}x{columns} tokens"
+        raise UsageError(f"--size {config.size}: expected a multiple of {rows}: {found}")
     if (config.size / patch, config.size / patch) != (rows, columns):
         fitting = teacher.identity.height // rows * (config.size // patch)
         raise UsageError(
-            f"grids differ: views of {config.size} px in patches of {patch} against the teacher's {rows}x{columns} "
-            f"tokens; use --teacher-size {fitting}, or another size or patch"
+            f"grids differ: views of {config.size} px in patches of {patch} against the teacher's "
+            f"{rows}x{columns} tokens; use --teacher-size {fitting}, or another size or patch"
         )
 
 
 def cache_identity(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdentity:
-    """The identity of the cache that the request asks for; UsageError for a split that the DATASET has not."""
+    """Return the identity of the cache that the request asks for.
+
+    Raises: UsageError when the DATASET lacks a split, or when a cache cannot hold the request.
+    """
     config = request.config
     for split in config.splits:
         dataset.split(split)
@@ -175,75 +213,87 @@ def cache_identity(request: Request, dataset: Dataset, teacher: Teacher) -> Cach
         )
     except ValidationError as error:
         said = error.errors()[0]["msg"]
-        raise UsageError(f"{request.cache}: expected a request that a cache can hold: {said}") from error
+        raise UsageError(
+            f"{request.cache}: expected a request that a cache can hold: {said}"
+        ) from error
 
 
 def publish_teacher(cache: Path, teacher: Teacher) -> float:
-    """Store the projection matrix and the float32 features of the probe pictures once, or compare with those stored.
+    """Store the teacher's projection and probe features, or compare with the stored ones.
 
-    Returns the relative MSE of this precision to float32 on the probe pictures.
-    Raises: IdentityError when this teacher computes other features than the one that began the cache.
+    The probe features are the float32 features of the probe pictures. Return the relative MSE of
+    the teacher's precision to float32 on the probe pictures.
+
+    Raises: IdentityError when the teacher computes other features than the first worker's teacher;
+    UsageError when its precision gives infinite features.
     """
     if teacher.projection is not None:
         publish(cache / "projection.npy", encode_npy(teacher.projection))
     pictures = torch.from_numpy(probe_pictures(teacher.identity.height, teacher.identity.width))
-    exact, found = (teacher.features(pictures, p)[0].cpu().numpy() for p in ("fp32", teacher.precision))
+    exact, found = (
+        teacher.features(pictures, p)[0].cpu().numpy() for p in ("fp32", teacher.precision)
+    )
     publish(cache / "probe.npy", encode_npy(exact), compare=False)
     record = ProbeRecord(features_sha256=file_sha256(cache / "probe.npy"))
     publish(cache / "probe.json", encode_record(record), compare=False)
     compare_probe(cache, exact)
     precision_mse = relative_mse(found, exact)
     if not math.isfinite(precision_mse):
-        raise UsageError(
-            f"precision {teacher.precision}: expected finite features of the probe pictures; found others; use fp32"
-        )
+        expected = "expected finite features of the probe pictures; found infinity or NaN"
+        raise UsageError(f"precision {teacher.precision}: {expected}; use --set precision=fp32")
     return precision_mse
 
 
 def compare_probe(cache: Path, exact: np.ndarray) -> None:
-    """Compare float32 features of the probe pictures with those that began the cache.
+    """Compare float32 features of the probe pictures with the stored ones.
 
     Raises: IdentityError when they differ; CorruptionError when the stored ones are damaged.
     """
     difference = relative_mse(exact, read_probe(cache))
     if not difference <= PROBE_TOLERANCE:
         raise IdentityError(
-            f"{cache}/probe.npy: this teacher's features of the probe pictures differ by {difference:.1e} "
-            f"(relative MSE, at most {PROBE_TOLERANCE:.0e}); "
-            "expected the weights, activation and layer that began this cache"
+            f"{cache}/probe.npy: expected the teacher of this cache; this teacher's features of "
+            f"the probe pictures differ by {difference:.1e} (relative MSE, at most "
+            f"{PROBE_TOLERANCE:.0e}); use the weights, activation and layer of the first extraction"
         )
 
 
 def relative_mse(x: np.ndarray, reference: np.ndarray) -> float:
-    """Mean squared difference over the variance of the reference; infinite where shapes differ."""
+    """Return the MSE over the variance of the reference, or infinity when the shapes differ."""
     if x.shape != reference.shape:
         return math.inf
-    return float(((x - reference).astype(np.float64) ** 2).mean() / reference.astype(np.float64).var())
+    error = ((x - reference).astype(np.float64) ** 2).mean()
+    return float(error / reference.astype(np.float64).var())
 
 
 def versions(teacher: Teacher) -> dict[str, str]:
-    """What can change a byte of a view or a bit of a feature."""
+    """Return the versions and hardware that can change a byte of a view or a bit of a feature."""
     found = {}
     for name in ("torch", "timm", "open_clip_torch", "numpy", "pillow", "simplejpeg", "numcodecs"):
         if name != "open_clip_torch" or teacher.identity.name.startswith("open_clip:"):
-            with suppress(PackageNotFoundError):  # a GPU machine may offer fewer packages
+            with suppress(PackageNotFoundError):  # a GPU machine may lack some packages
                 found[name] = version(name)
-    on_cpu = teacher.device.type == "cpu"
-    return found | (
-        {"threads": str(torch.get_num_threads())} if on_cpu else {"gpu": torch.cuda.get_device_name(teacher.device)}
-    )
+    if teacher.device.type == "cpu":
+        return found | {"threads": str(torch.get_num_threads())}
+    return found | {"gpu": torch.cuda.get_device_name(teacher.device)}
 
 
-def walk(units: dict[str, list[Unit]], cache: Path, place: Place) -> Iterator[tuple[str, int]]:
-    """Every shard that a unit misses, from this worker's own offset; those that others hold are skipped by their lock.
+def missing_shards(
+    units: dict[str, list[Unit]], cache: Path, info: WorkerInfo
+) -> Iterator[tuple[str, int]]:
+    """Return (split, shard) of every shard that a unit lacks, starting at this worker's offset.
 
-    What is committed costs no lock and no look at each file: one reading of the folder of commits a unit.
+    The caller skips the shards that other workers lock. A committed shard costs neither a lock nor
+    a look at its file, because the commits of a unit are listed once. Without working locks, the
+    workers divide the shards among them by number.
     """
-    done = {split: set.intersection(*(set(unit.committed()) for unit in group)) for split, group in units.items()}
+    done = {}
+    for split, group in units.items():
+        done[split] = set.intersection(*(set(unit.committed()) for unit in group))
     shards = [(split, k) for split, group in units.items() for k in range(group[0].num_shards)]
-    if place.workers > 1 and not locks_work(work_dir(cache)):
-        shards = shards[place.worker :: place.workers]
+    if info.workers > 1 and not locks_work(work_dir(cache)):
+        shards = shards[info.worker :: info.workers]
     else:
-        start = len(shards) * place.worker // place.workers
+        start = len(shards) * info.worker // info.workers
         shards = shards[start:] + shards[:start]
     return ((split, k) for split, k in shards if k not in done[split])

@@ -1,8 +1,8 @@
-"""The work of one shard, all its missing views at once: decode, render, forward, encode and write, overlapped.
+"""Make one shard of all its missing views: decode, render, forward, encode and write, overlapped.
 
-B batch, N patch tokens, C channels, H W pixels. Threads decode and render ahead; this thread feeds the teacher; one
-writes behind. A source is decoded once for all views. Batches never cross a shard and are padded, so that the bytes do
-not depend on where a run was cut.
+B batch, N patch tokens, C channels, H W pixels. Threads decode and render ahead, this thread runs
+the teacher, and one thread writes. A source is decoded once for all views. Batches never cross a
+shard and are padded, so the bytes do not depend on where a run was interrupted.
 """
 
 import time
@@ -22,7 +22,14 @@ from cache_tools.cache import Unit
 from cache_tools.console import Progress
 from cache_tools.dataset import Dataset
 from cache_tools.errors import CorruptionError, UsageError
-from cache_tools.images import RGB, PictureRefused, decode_rgb, decode_view_into, encode_view, resize_rgb
+from cache_tools.images import (
+    RGB,
+    PictureRefused,
+    decode_rgb,
+    decode_view_into,
+    encode_view,
+    resize_rgb,
+)
 from cache_tools.quantize import CALIBRATION_ROWS, channel_stats, decode, encode
 from cache_tools.schema import CacheIdentity, Fidelity, Fingerprint
 from cache_tools.writer import UnitShardWriter, unit_writer
@@ -33,7 +40,10 @@ from .views import Geometry, draw_crop, render
 
 @dataclass(frozen=True)
 class View:
-    """A rendered view: its stored bytes, its crop, and the teacher's input uint8 [H, W, 3] from those bytes."""
+    """A rendered view: its stored bytes, its crop, and the teacher's input uint8 [H, W, 3].
+
+    The teacher's input is computed from the stored bytes.
+    """
 
     data: bytes
     geometry: Geometry
@@ -41,17 +51,20 @@ class View:
 
 
 @dataclass
-class Spent:
-    """Seconds this thread spent: waiting for pictures, in the teacher (forward, encoding), waiting for the disk."""
+class Timers:
+    """Seconds that the main thread spends in each activity.
+
+    The activities are "wait for pictures", "teacher" (forward and encoding), "wait for the disk".
+    """
 
     seconds: Counter[str] = field(default_factory=Counter)
 
     @contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        """Count the time inside under `what`."""
-        start, inside = time.perf_counter(), sum(self.seconds.values())
+    def measure(self, what: str) -> Iterator[None]:
+        """Add the time inside the `with` statement to `what`, except time that is nested in it."""
+        start, before = time.perf_counter(), sum(self.seconds.values())
         yield
-        nested = sum(self.seconds.values()) - inside  # counted by itself already
+        nested = sum(self.seconds.values()) - before
         self.seconds[what] += time.perf_counter() - start - nested  # type: ignore[assignment]
 
     def __str__(self) -> str:
@@ -59,18 +72,19 @@ class Spent:
         return ", ".join(f"{what} {share / total:.0%}" for what, share in self.seconds.items())
 
 
-def render_views(dataset: Dataset, identity: CacheIdentity, split: str, row: int, views: Sequence[int]) -> list[View]:
-    """All `views` of a row, from one decode of its source.
+def render_views(
+    dataset: Dataset, identity: CacheIdentity, split: str, row: int, views: Sequence[int]
+) -> list[View]:
+    """Return all `views` of a row, from one decode of its source.
 
-    Raises: CorruptionError when a picture that was good at sharding does not decode.
+    Raises: CorruptionError when a picture does not decode, although it did in `mcm-cache shard`.
     """
     data, _ = dataset.picture(split, row)
     try:
         rgb = decode_rgb(data)
     except PictureRefused as error:
-        raise CorruptionError(
-            f"{dataset.path}: {split} row {row}: decoded at sharding, now refused: {error}"
-        ) from error
+        expected = f"{split} row {row}: expected a picture that decodes, as `mcm-cache shard` found"
+        raise CorruptionError(f"{dataset.path}: {expected}; now refused: {error}") from error
     return [_render_view(rgb, identity, split, row, view) for view in views]
 
 
@@ -84,22 +98,30 @@ def _render_view(rgb: RGB, identity: CacheIdentity, split: str, row: int, view: 
 
 
 class UnitEncoder:
-    """Features of one shard of one unit on their way to disk: calibrated on the first rows, encoded on the device."""
+    """Encode the features of one shard of one unit on the device, and write them.
 
-    def __init__(self, writer: UnitShardWriter, behind: ThreadPoolExecutor, spent: Spent) -> None:
-        self.writer, self.behind, self.spent = writer, behind, spent
+    The first rows of the shard calibrate the channel statistics.
+    """
+
+    def __init__(
+        self, writer: UnitShardWriter, write_pool: ThreadPoolExecutor, timers: Timers
+    ) -> None:
+        self.writer, self.write_pool, self.timers = writer, write_pool, timers
         self.identity = writer.unit.identity
         self.rows = writer.unit.shard_rows(writer.shard)
         self.waiting: list[tuple[Tensor, Tensor | None]] = []
         self.seen = 0
         self.calibration: tuple[Tensor, Tensor] | None = None
         self.written: deque[Future[None]] = deque()
-        self.unfit: list[Tensor] = []  # a row: whether a feature or its stored form is not finite
-        self.peaks: list[Tensor] = []  # a row: its largest absolute feature
+        self.unfit: list[Tensor] = []  # per row: whether a feature or its code is not finite
+        self.peaks: list[Tensor] = []  # per row: the largest absolute feature
         self.sums: dict[str, Any] = Counter()
 
     def add(self, patch_BNC: Tensor, cls_BC: Tensor | None) -> None:
-        """Take the next rows (a multiple of 16 but for the last), float32 on the device."""
+        """Add the next rows, float32 on the device.
+
+        The number of rows is a multiple of 16, except for the last rows of a shard.
+        """
         self.waiting.append((patch_BNC, cls_BC))
         self.seen += len(patch_BNC)
         if self.calibration is None and self.seen < min(CALIBRATION_ROWS, self.rows):
@@ -107,11 +129,13 @@ class UnitEncoder:
         if self.calibration is None:
             calibration_BNC = torch.cat([patch for patch, _ in self.waiting])[:CALIBRATION_ROWS]
             peak_B = calibration_BNC.abs().flatten(1).amax(1)
-            self._check_finite(~torch.isfinite(peak_B), peak_B)  # one NaN would spoil the statistics of every row
-            mean, std = channel_stats(calibration_BNC.cpu().numpy())
-            self.calibration = torch.from_numpy(mean).to(patch_BNC.device), torch.from_numpy(std).to(patch_BNC.device)
+            # One NaN here would make the statistics of every row NaN.
+            self._check_finite(~torch.isfinite(peak_B), peak_B)
+            stats, device = channel_stats(calibration_BNC.cpu().numpy()), patch_BNC.device
+            mean_C, std_C = (torch.from_numpy(values).to(device) for values in stats)
+            self.calibration = mean_C, std_C
             if self.identity.dtype != "float16":
-                self._write({"channel_mean": self.calibration[0][None], "channel_std": self.calibration[1][None]})
+                self._write({"channel_mean": mean_C[None], "channel_std": std_C[None]})
         for patch, cls in self.waiting:
             self._encode(patch, cls, *self.calibration)
         self.waiting = []
@@ -129,7 +153,9 @@ class UnitEncoder:
         z, q = (x_BNC - mean_C) / std_C, (decoded - mean_C) / std_C
         self.sums["error"] += ((z - q) ** 2).sum(dtype=torch.float64)
         self.sums["energy"] += (z**2).sum(dtype=torch.float64)
-        self.sums["cosine"] += torch.nn.functional.cosine_similarity(z, q, dim=-1).sum(dtype=torch.float64)
+        self.sums["cosine"] += torch.nn.functional.cosine_similarity(z, q, dim=-1).sum(
+            dtype=torch.float64
+        )
         self.sums["sum"] += x_BNC.sum((0, 1), dtype=torch.float64)
         self.sums["square"] += (x_BNC.double() ** 2).sum((0, 1))
         self._write(arrays)
@@ -139,11 +165,11 @@ class UnitEncoder:
             for name, tensor in arrays.items():
                 self.writer.add(name, tensor.cpu().numpy())
 
-        self._wait(2)  # a bound on memory: what waits for the disk
-        self.written.append(self.behind.submit(work))
+        self._wait(2)  # bounds the memory of the arrays that wait for the disk
+        self.written.append(self.write_pool.submit(work))
 
     def _wait(self, left: int) -> None:
-        with self.spent.on("wait for the disk"):
+        with self.timers.measure("wait for the disk"):
             while len(self.written) > left:
                 self.written.popleft().result()
 
@@ -154,16 +180,18 @@ class UnitEncoder:
             row = self.writer.shard * self.identity.rows_per_shard + rows[0]
             too_large = self.identity.dtype == "float16" and np.isfinite(value)
             remedy = "--dtype int8" if too_large else "--set precision=fp32"
+            dtype, layer = self.identity.dtype, self.identity.teacher.layer
             raise UsageError(
-                f"{self.writer.unit} shard {self.writer.shard}: expected finite features that fit {self.identity.dtype}"
-                f"; found {value:.4g} in the {self.identity.teacher.layer} layer, row {row} ({len(rows)} of"
-                f" {self.rows} rows); use {remedy}"
+                f"{self.writer.unit} shard {self.writer.shard}: expected finite features that fit "
+                f"{dtype}; found {value:.4g} in the {layer} layer, row {row} ({len(rows)} of "
+                f"{self.rows} rows); use {remedy}"
             )
 
     def commit(self, fingerprint: Fingerprint, precision_mse: float, max_error: float) -> None:
-        """Write what is left and commit the shard.
+        """Write the remaining features and commit the shard.
 
-        Raises: UsageError, before a commit, when a feature is not finite or the stored ones are too far off.
+        Raises: UsageError, without a commit, when a feature is not finite, or when the relative MSE
+        of the stored features is above `max_error`.
         """
         self._wait(0)
         self._check_finite(torch.cat(self.unfit), torch.cat(self.peaks))
@@ -173,8 +201,9 @@ class UnitEncoder:
         loss = float(self.sums["error"] / self.sums["energy"].clamp(min=1e-30))
         if not loss <= max_error:
             raise UsageError(
-                f"{self.writer.unit} shard {self.writer.shard}: expected a relative MSE of at most {max_error:g}; found"
-                f" {loss:.3g} with {self.identity.dtype}; use a wider --dtype or raise max_error"
+                f"{self.writer.unit} shard {self.writer.shard}: expected a relative MSE of at most "
+                f"{max_error:g}; found {loss:.3g} with {self.identity.dtype}; use a wider --dtype "
+                "or raise max_error"
             )
         fidelity = Fidelity(
             relative_mse=float(f"{loss:.4g}"),
@@ -186,7 +215,7 @@ class UnitEncoder:
 
 @dataclass
 class Extractor:
-    """What every shard needs: the sources, the teacher, its batch and the threads."""
+    """Make shards from the sources, with one teacher and a fixed batch, on shared threads."""
 
     dataset: Dataset
     identity: CacheIdentity
@@ -194,9 +223,9 @@ class Extractor:
     fingerprint: Fingerprint
     precision_mse: float
     max_error: float
-    ahead: ThreadPoolExecutor
-    behind: ThreadPoolExecutor
-    spent: Spent = field(default_factory=Spent)
+    render_pool: ThreadPoolExecutor
+    write_pool: ThreadPoolExecutor
+    timers: Timers = field(default_factory=Timers)
 
     def shard(self, units: Sequence[Unit], shard: int, bar: Progress) -> None:
         """Make and commit one shard of each of `units`, which are views of one split."""
@@ -205,7 +234,7 @@ class Extractor:
         index = self.dataset.index(units[0].split, shard)
         with ExitStack() as stack:
             writers = [stack.enter_context(unit_writer(unit, shard)) for unit in units]
-            encoders = [UnitEncoder(writer, self.behind, self.spent) for writer in writers]
+            encoders = [UnitEncoder(writer, self.write_pool, self.timers) for writer in writers]
             rendered = self._render_ahead(units, rows)
             labels = iter(index["label"].tolist())
             while batch := self._next_batch(rendered):
@@ -214,16 +243,17 @@ class Extractor:
                         writer.add_view(view.data, label, view.geometry)
                 for position, encoder in enumerate(encoders):
                     self._forward(encoder, [views[position].teacher_input for views in batch])
-                bar.update(len(batch) * len(units), str(self.spent))
+                bar.update(len(batch) * len(units), str(self.timers))
             for encoder in encoders:
                 encoder.commit(self.fingerprint, self.precision_mse, self.max_error)
 
     def _render_ahead(self, units: Sequence[Unit], rows: range) -> Iterator[list[View]]:
-        """The views of each row in order, rendered by threads up to two batches ahead."""
+        """Yield the views of each row in order; threads render up to two batches ahead."""
         split, views = units[0].split, [unit.view for unit in units]
 
         def submit(row: int) -> Future[list[View]]:
-            return self.ahead.submit(render_views, self.dataset, self.identity, split, row, views)
+            pool, request = self.render_pool, (self.dataset, self.identity, split, row, views)
+            return pool.submit(render_views, *request)
 
         todo = iter(rows)
         futures = deque(map(submit, islice(todo, 2 * self.fingerprint.batch)))
@@ -232,12 +262,13 @@ class Extractor:
             futures.extend(map(submit, islice(todo, 1)))
 
     def _next_batch(self, rendered: Iterator[list[View]]) -> list[list[View]]:
-        with self.spent.on("wait for pictures"):
+        with self.timers.measure("wait for pictures"):
             return list(islice(rendered, self.fingerprint.batch))
 
     def _forward(self, encoder: UnitEncoder, inputs: list[RGB]) -> None:
         padded = np.zeros((self.fingerprint.batch, *inputs[0].shape), np.uint8)
         padded[: len(inputs)] = inputs
-        with self.spent.on("teacher"):  # one bucket: on a GPU the encoding waits for the forward
+        with self.timers.measure("teacher"):  # on a GPU, the encoding waits for the forward
             patch_BNC, cls_BC = self.teacher.features(torch.from_numpy(padded))
-            encoder.add(patch_BNC[: len(inputs)], None if cls_BC is None else cls_BC[: len(inputs)])
+            rows = slice(len(inputs))
+            encoder.add(patch_BNC[rows], None if cls_BC is None else cls_BC[rows])

@@ -1,4 +1,7 @@
-"""Exact views: which crop a row shows in a view, and its rendering. What is stored is what teacher and student see."""
+"""Exact views: draw the crop of a row in a view, and render it.
+
+The teacher and the student both see the stored view.
+"""
 
 from typing import NamedTuple
 
@@ -9,11 +12,11 @@ from cache_tools.records import sha256_hex
 from cache_tools.rng import uniform
 from cache_tools.schema import CropPolicy
 
-TRAIN = "train"  # the split that is drawn by the crop policy; every other one is centre crops
+TRAIN = "train"  # the split that the crop policy applies to; other splits get center crops
 
 
 class Geometry(NamedTuple):
-    """A crop in pixels of the upright source; `flip` 1 mirrors it left to right."""
+    """A crop in pixels of the upright source; a `flip` of 1 mirrors it left to right."""
 
     top: int
     left: int
@@ -24,29 +27,39 @@ class Geometry(NamedTuple):
     source_width: int
 
 
-def draw_crop(policy: CropPolicy, seed: int, split: str, row: int, view: int, height: int, width: int) -> Geometry:
-    """The crop of a row in a view: a random resized crop as in torchvision, every number a counter hash."""
+def draw_crop(
+    policy: CropPolicy, seed: int, split: str, row: int, view: int, height: int, width: int
+) -> Geometry:
+    """Return the crop of a row in a view: a center crop, or a random resized crop.
+
+    The random crop follows torchvision, but every number comes from a counter-based hash.
+    """
     if policy.kind == "center" or split != TRAIN:
         side = min(height, width)
         return Geometry((height - side) // 2, (width - side) // 2, side, side, 0, height, width)
     u = uniform(seed, f"crop/{split}", row, view, np.arange(1 + 10 * 4))
     flip = int(u[0] < policy.flip)
+    (low, high), (narrow, wide) = policy.scale, policy.ratio
     for area, ratio, y, x in u[1:].reshape(10, 4):
-        crop_area = height * width * (policy.scale[0] + area * (policy.scale[1] - policy.scale[0]))
-        aspect = float(np.exp(np.log(policy.ratio[0]) + ratio * np.log(policy.ratio[1] / policy.ratio[0])))
-        crop_width, crop_height = round((crop_area * aspect) ** 0.5), round((crop_area / aspect) ** 0.5)
+        crop_area = height * width * (low + area * (high - low))
+        aspect = float(np.exp(np.log(narrow) + ratio * np.log(wide / narrow)))
+        crop_width = round((crop_area * aspect) ** 0.5)
+        crop_height = round((crop_area / aspect) ** 0.5)
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top, left = int(y * (height - crop_height + 1)), int(x * (width - crop_width + 1))
             return Geometry(top, left, crop_height, crop_width, flip, height, width)
-    # No crop of that area and shape fits a very long picture: the largest centred one of an allowed shape.
-    crop_width = min(width, max(1, int(height * policy.ratio[1])))
-    crop_height = min(height, max(1, int(width / policy.ratio[0])))
+    # No such crop fits a very long picture: take the largest centered crop of an allowed shape.
+    crop_width = min(width, max(1, int(height * wide)))
+    crop_height = min(height, max(1, int(width / narrow)))
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     return Geometry(top, left, crop_height, crop_width, flip, height, width)
 
 
 def render(rgb_HW3: RGB, geometry: Geometry, height: int, width: int) -> RGB:
-    """Crop, antialiased bicubic resize to height x width, mirror: uint8 [height, width, 3]."""
+    """Return the crop, resized to height x width (antialiased bicubic) and mirrored if asked.
+
+    The result is uint8 [height, width, 3].
+    """
     rows = slice(geometry.top, geometry.top + geometry.height)
     columns = slice(geometry.left, geometry.left + geometry.width)
     view = resize_rgb(rgb_HW3[rows, columns], height, width)
@@ -54,9 +67,10 @@ def render(rgb_HW3: RGB, geometry: Geometry, height: int, width: int) -> RGB:
 
 
 def pixels_sha256(encoding: str) -> str:
-    """Digest of a fixed picture on its way from a JPEG to a teacher's input, by the libraries of this machine.
+    """Return the digest of a fixed picture that passes from a JPEG to a teacher's input.
 
-    It differs where a decoder, encoder or resize of another version (or processor) would change a pixel.
+    It changes when another version of the decoder, encoder or resize changes a pixel, and when
+    another processor does.
     """
     noise = uniform(0, "pixels", np.arange(64 * 96 * 3)).reshape(64, 96, 3)
     source = encode_view(resize_rgb((noise * 255).astype(np.uint8), 160, 240), "jpeg:90:420")

@@ -9,7 +9,7 @@ from PIL import Image
 from pipeline.config import load_config
 from pipeline.extract import Request, extract
 from pipeline.shard import shard
-from pipeline.worker import Place
+from pipeline.worker import WorkerInfo
 
 
 def make_place(root: Path, rows: int = 72, val_rows: int = 16, refused: int = 0) -> Path:
@@ -35,7 +35,7 @@ def request(
     weights = place / "clip" / "open_clip_model.safetensors"
     flags = dict(teacher=f"open_clip:{place / 'clip'}", weights=str(weights), views=2, size=32, batch=16)
     return Request(
-        source or str(place / "dataset"), cache, load_config(None, flags | changes), Place(*worker, device, 2)
+        source or str(place / "dataset"), cache, load_config(None, flags | changes), WorkerInfo(*worker, device, 2)
     )
 
 

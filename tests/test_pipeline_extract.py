@@ -107,7 +107,7 @@ def test_sigterm_stops_at_a_shard_and_the_same_command_goes_on(place: Path, cach
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     error = process.communicate()[1]
-    assert process.returncode == 75 and "goes on from there" in error
+    assert process.returncode == 75 and "stopped after a shard; the same command resumes" in error
     run("mcm-cache", "extract", place / "dataset", target, *options(place))
     assert tree_digest(target) == tree_digest(cache)
 
@@ -163,7 +163,7 @@ def test_other_weights_and_another_activation_are_refused(place: Path, cache: Pa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (dict(size=42), "a --size that 4 divides"),
+        (dict(size=42), "expected a multiple of 4"),
         (dict(patch=16), "use --teacher-size 16"),
         (dict(size=40, patch=16), "--size 40: expected a multiple of the patch, 16 pixels; use 32 or 48"),
         (dict(teacher_mean="0.5"), "expected both teacher_mean and teacher_std"),
@@ -256,7 +256,7 @@ def test_a_library_that_changes_pixels_is_refused(place: Path, cache: Path, monk
 def test_commands_answer(place: Path, cache: Path) -> None:
     said = run("mcm-cache", "extract", place / "dataset", place / "not-made", *options(place), "--dry-run")
     assert "break-even" in said and not (place / "not-made").exists()
-    kilobytes, megabytes = map(float, re.findall(r"reads ([0-9.]+) KB per sample: ([0-9.]+) MB/s for 1,000", said)[0])
+    kilobytes, megabytes = map(float, re.findall(r"reads ([0-9.]+) KB per sample: ([0-9.]+) MB/s at 1,000", said)[0])
     assert kilobytes == megabytes > 0  # 1,000 samples of so many KB
     known = json.loads(run("mcm-cache", "info", cache, "--json"))
     assert all(unit["complete"] and unit["cosine"] > 0.9999 for unit in known["units"].values())

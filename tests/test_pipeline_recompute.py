@@ -17,7 +17,7 @@ from pipeline.extract import Request, extract
 from pipeline.extractor import Extractor
 from pipeline.recompute import Recomputed, recompute
 from pipeline.shard import shard
-from pipeline.worker import Place
+from pipeline.worker import WorkerInfo
 
 ALL_ROWS = 2 * 72 + 16
 
@@ -105,6 +105,6 @@ def test_real_features(shared_data: Path, tmp_path: Path) -> None:
     for precision in ("fp32", "bf16"):
         cache = tmp_path / precision
         config = ExtractConfig(teacher=teacher, weights=weights, views=1, batch=16, precision=precision)
-        extract(Request(str(tmp_path / "dataset"), cache, config, Place(device="cpu")))
+        extract(Request(str(tmp_path / "dataset"), cache, config, WorkerInfo(device="cpu")))
         found = recompute(cache, 4, teacher, weights, "cpu")
         assert not found.problems and found.rows == 4 and found.lowest_cosine > 0.9999

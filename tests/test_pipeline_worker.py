@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cache_tools.errors import UsageError
-from pipeline.worker import launched
+from pipeline.worker import worker_info
 
 ALONE = (None, None, None)
 STEP = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NNODES": "2"}
@@ -40,10 +40,10 @@ def eight_cores_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_place(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], flags: tuple, expected: tuple) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert launched(*flags) == expected
+    assert worker_info(*flags) == expected
 
 
 @pytest.mark.parametrize(("worker", "workers", "said"), [(1, None, "both or neither"), (2, 2, "found 2 of 2")])
 def test_odd_flags_are_refused(worker: int, workers: int | None, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        launched(worker, workers)
+        worker_info(worker, workers)

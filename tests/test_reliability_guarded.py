@@ -153,7 +153,7 @@ def test_a_held_shard_is_left_to_its_holder(place: Path, tmp_path: Path, capsys)
         assert held
         extract(request(place, tmp_path / "cache", views=1))
     assert Cache(tmp_path / "cache").units("train")[0].committed() == [1]
-    assert "others are at work on the rest" in capsys.readouterr().out
+    assert "other workers hold the remaining shards" in capsys.readouterr().out
 
 
 def test_a_worker_asks_again_for_the_shards_of_others(
