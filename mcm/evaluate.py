@@ -17,7 +17,7 @@ from cache_tools.dataset import CHUNK_ROWS, Dataset
 from cache_tools.storage import write_atomic
 from mcm.backbones import CROP_PCT, Backbone
 from mcm.classifiers import Features, knn_hits
-from mcm.features import Prober
+from mcm.features import Featurizer
 from mcm.loop import evaluation_due, to_device
 from mcm.metrics import COLLAPSED, Collapsed, HeldOut, collapse
 from mcm.objective import Objective
@@ -105,11 +105,11 @@ class Evaluation:
         """
         run, enc = self.objective.run, self.model.encoder
         backbone = Backbone(enc, "", "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
-        prober = Prober(
+        featurizer = Featurizer(
             backbone, dataset, self.config.train.seed, self.config.train.workers, quiet=True,
             world=self.accelerator.num_processes, rank=self.accelerator.process_index,
         )  # fmt: skip
-        bank, val = (prober.features(split, prober.full()) for split in ("train", "val"))
+        bank, val = (featurizer.features(split, featurizer.full()) for split in ("train", "val"))
         hits = knn_hits(self.gathered(bank), val, self.accelerator.device)
         share = torch.tensor([hits, len(val.y)], device=self.accelerator.device)
         correct, rows = cast(Tensor, self.accelerator.reduce(share, "sum")).tolist()

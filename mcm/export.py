@@ -1,4 +1,4 @@
-"""A RUN's encoder as a folder that timm and transformers load by themselves, with a model card.
+"""Export of a RUN's encoder as a folder that timm and transformers load, with a model card.
 
 Letters: B batch, H W pixels.
 """
@@ -20,13 +20,16 @@ from mcm.model import folded_state
 from mcm.run_dir import last_eval, recorded
 
 FEATURE_TOLERANCE = 1e-5
-FIGURES = ("top1", "top5", "r2_masked", "r2_full", "knn", "linear", "miou", "pixel_accuracy")  # fractions of 1
-CARD = """A vision transformer trained by Masked Channel Modeling; FOLDER is the folder of this file.
+# The results in a model card, as fractions of 1.
+FIGURES = ("top1", "top5", "r2_masked", "r2_full", "knn", "linear", "miou", "pixel_accuracy")
+CARD = """A vision transformer trained by Masked Channel Modeling.
+FOLDER is the folder of this file.
 
     timm.create_model("local-dir:FOLDER", pretrained=True)
     transformers.AutoModel.from_pretrained("FOLDER")
 
-The licences of the training pictures and of the teacher apply to these weights too. Accuracies are fractions of 1.
+The licences of the training pictures and of the teacher apply to these weights too.
+Accuracies are fractions of 1.
 
 | trained on and measured | |
 | --- | --- |
@@ -38,27 +41,36 @@ The licences of the training pictures and of the teacher apply to these weights 
 
 
 def export(run: Path, out: Path, fold_scale: float | None = None) -> dict[str, Any]:
-    """Write RUN's newest encoder (a fine-tuned RUN's with its head) to `out`; returns its config.json.
+    """Write the newest encoder of a RUN to `out`, and return its config.json.
 
-    `fold_scale` s folds x~ = e + s (x - e), e the encoder fill, into the patch embedding.
-    Raises: UsageError before anything is written; McmError when timm's features are not the RUN's.
+    The encoder of a fine-tuned RUN is written with its head. `fold_scale` s folds
+    x~ = e + s (x - e), where e is the encoder fill, into the patch embedding.
+
+    Raises: UsageError before anything is written; McmError if timm computes other features.
     """
     if not (run / "run.json").is_file():
-        raise UsageError(f"{run}: expected a RUN (run.json); found {found_at(run)}; make one with `mcm-train pretrain`")
+        advice = "make one with `mcm-train pretrain`"
+        raise UsageError(f"{run}: expected a RUN (run.json); found {found_at(run)}; {advice}")
     if out.exists():
-        raise UsageError(f"{out}: expected a new name; found {found_at(out)}; remove it or choose another name")
+        advice = "remove it or choose another name"
+        raise UsageError(f"{out}: expected a new name; found {found_at(out)}; {advice}")
     backbone = load_encoder(str(run), head=True)
     if fold_scale is not None:
-        if backbone.masked is None or not 0 < fold_scale <= 1:
-            raise UsageError(f"--folded {fold_scale}: expected 0 < S <= 1 and a RUN that was trained with masks; {run}")
         masked = backbone.masked
-        backbone.model.load_state_dict(folded_state(masked.encoder, masked.encoder_fill, fold_scale))
-    config = timm_config(backbone) | {"mcm": {"weights": backbone.weights, "fold_scale": fold_scale}}
+        if masked is None or not 0 < fold_scale <= 1:
+            expected = "expected 0 < S <= 1 and a RUN trained with masks"
+            raise UsageError(f"--folded: {expected}; found S = {fold_scale} and {run}")
+        folded = folded_state(masked.encoder, masked.encoder_fill, fold_scale)
+        backbone.model.load_state_dict(folded)
+    config = timm_config(backbone)
+    config["mcm"] = {"weights": backbone.weights, "fold_scale": fold_scale}
     if classes := recorded(run).get("classes"):
         config["label_names"] = classes
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.model.state_dict().items()}
+    state = backbone.model.state_dict()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with atomic_folder(out) as temp:
-        write_atomic(temp / "model.safetensors", safetensors_bytes(tensors, metadata={"format": "pt"}))
+        weights = safetensors_bytes(tensors, metadata={"format": "pt"})
+        write_atomic(temp / "model.safetensors", weights)
         write_atomic(temp / "config.json", json.dumps(config, indent=2).encode())
         write_atomic(temp / "README.md", model_card(run, config).encode())
         _check_round_trip(temp, backbone.model)
@@ -66,10 +78,10 @@ def export(run: Path, out: Path, fold_scale: float | None = None) -> dict[str, A
 
 
 def timm_config(backbone: Backbone) -> dict[str, Any]:
-    """config.json as timm's hub layout has it: architecture, how it differs from it, and what its pictures must be."""
+    """Return the config.json of timm's hub layout: architecture, arguments and preprocessing."""
     model = backbone.model
     architecture, args = model_args(model)
-    del args["num_classes"]  # timm takes it from the top level, and transformers refuses it twice
+    del args["num_classes"]  # timm reads the top-level key; transformers refuses both
     return {
         "architecture": architecture,
         "num_classes": model.num_classes,
@@ -95,27 +107,31 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
 
 
 def model_card(run: Path, config: dict[str, Any]) -> str:
-    """README.md of an exported folder: how to load it, what it was trained on, what was measured, its configuration."""
+    """Return the README.md of an exported folder: how to load it, its training and its results."""
     facts = recorded(run)
-    told = (facts.get("cache") or {}) | facts | config["mcm"]
-    rows = {name: value for name, value in told.items() if isinstance(value, str | float) and name != "sha256"}
+    known = (facts.get("cache") or {}) | facts | config["mcm"]
+    known.pop("sha256", None)
+    rows = {name: value for name, value in known.items() if isinstance(value, str | float)}
     rows |= {f"sha256 of {unit}": digest for unit, digest in facts.get("units", {}).items()}
     rows |= {name: f"{value:.4f}" for name, value in last_eval(run).items() if name in FIGURES}
     for file in sorted([*(run / "probe").glob("*.json"), *(run / "dense").glob("*.json")]):
         found = read_json(file)
         if found["weights"] == config["mcm"]["weights"]:
             of = f"{found['input']} input, DATASET {found['data_sha256'][:12]}"
-            rows |= {f"{name}, {of}": f"{found[name]:.4f}" for name in FIGURES if found.get(name) is not None}
-    settings = json.dumps(facts["config"], indent=2)
-    return CARD.format(table="".join(f"| {name} | {value} |\n" for name, value in rows.items()), settings=settings)
+            names = [name for name in FIGURES if found.get(name) is not None]
+            rows |= {f"{name}, {of}": f"{found[name]:.4f}" for name in names}
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return CARD.format(table=table, settings=json.dumps(facts["config"], indent=2))
 
 
 def _check_round_trip(folder: Path, model: VisionTransformer) -> None:
-    """Load the folder as a stranger would (timm is strict: all keys) and compare outputs on fixed noise."""
-    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    pictures_B3HW = torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(0))
+    """Load the folder with timm, which is strict about keys, and compare outputs on fixed noise."""
+    models = timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), model.cpu().eval()
+    generator = torch.Generator().manual_seed(0)
+    pictures_B3HW = torch.randn(2, 3, *model.patch_embed.img_size, generator=generator)
     with torch.inference_mode():
-        outputs = [(m.forward_features(pictures_B3HW), m(pictures_B3HW)) for m in (loaded, model.cpu().eval())]
+        outputs = [(m.forward_features(pictures_B3HW), m(pictures_B3HW)) for m in models]
     gap = max((found - wanted).abs().max().item() for found, wanted in zip(*outputs, strict=True))
     if not gap <= FEATURE_TOLERANCE:
-        raise McmError(f"{folder}: expected timm's features within {FEATURE_TOLERANCE} of the RUN's; found {gap:.2e}")
+        expected = f"expected timm's features within {FEATURE_TOLERANCE} of the RUN's"
+        raise McmError(f"{folder}: {expected}; found {gap:.2e}")

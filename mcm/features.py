@@ -31,7 +31,7 @@ Encode = Callable[[Tensor, npt.NDArray[np.int64]], Tensor]
 
 
 @dataclass(frozen=True)
-class Prober:
+class Featurizer:
     """A backbone, and the pictures whose features it computes.
 
     `tokens` is "mean" (of the patch tokens), "cls", "both" or "patch".

@@ -1,4 +1,4 @@
-"""Probes of frozen features: k-NN and a linear classifier, each naming the input and the tokens it saw."""
+"""Probes of frozen features: the accuracy of k-NN and of a linear classifier."""
 
 import re
 import sys
@@ -17,21 +17,23 @@ from cache_tools.records import Record, Text, encode_record, nearest, read_recor
 from cache_tools.storage import file_sha256, work_dir, write_atomic
 from mcm.backbones import Backbone, load_encoder
 from mcm.classifiers import Features, knn_accuracy, linear_probe, training_rows
-from mcm.features import Prober, device
+from mcm.features import Featurizer, device
 from mcm.metrics import Gram
 from mcm.run_dir import recorded, software
-from mcm.scorecard import Teacher, stored_features, teacher_facts
+from mcm.scorecard import TeacherScores, stored_features, teacher_facts
 
 METHODS = ("knn", "linear")
-FEATURES = ("mean", "cls", "both")  # of the patch tokens, the class token, one beside the other
-LEAST_SHOTS = 5  # of the linear probe: a fifth of the labels chooses C
-LATER = pydantic.Field(exclude_if=lambda value: value is None)  # left out, as in the probes of before
+FEATURES = ("mean", "cls", "both")  # mean patch token, class token, the two concatenated
+LEAST_SHOTS = 5  # for the linear probe, which needs a fifth of the labels to choose C
+# A field that older files do not have; None is not written.
+LATER = pydantic.Field(exclude_if=lambda value: value is None)
 
 
 class ProbeResult(Record):
-    """One input's accuracies as fractions of 1, and what they were measured with.
+    """The accuracies of one input as fractions of 1, and the conditions of the measurement.
 
-    `val_in_train`: pictures of "val" that are also in "train". A RUN has the sha256 of its run.json, and of its cache.
+    `val_in_train` is the number of pictures of "val" that are also in "train". For a RUN,
+    `run_sha256` is the sha256 of its run.json and `cache_sha256` that of its cache.
     """
 
     subject: Text
@@ -53,43 +55,58 @@ class ProbeResult(Record):
     software: Annotated[str | None, LATER] = None
     run_sha256: Annotated[str | None, LATER] = None
     cache_sha256: Annotated[str | None, LATER] = None
-    teacher: Annotated[Teacher | None, LATER] = None
+    teacher: Annotated[TeacherScores | None, LATER] = None
 
     @property
     def label(self) -> str:
-        """The input, and what is not as usual: other features than the mean patch token, few labels."""
+        """Return the input, with the features if not "mean", and the shots if not all labels."""
         features = "" if self.features in (None, "mean") else f"-{self.features}"
         return f"{self.input}{features}" + (f"-shots-{self.shots}" if self.shots else "")
 
 
 def record_name(label: str, data_sha256: str, seed: int, untrained: bool = False) -> str:
-    """The file in RUN/probe: another DATASET or seed does not take its place."""
+    """Return the name of a result in RUN/probe, which depends on the DATASET and the seed."""
     name = f"{'untrained-' * untrained}{label.replace(':', '-')}-{data_sha256[:12]}"
     return f"{name}-seed-{seed}.json" if seed else f"{name}.json"
 
 
 def probe(
-    spec: str, data: Path | None, methods: Sequence[str] = (), inputs: Sequence[str] = (), weights: Path | None = None,
-    untrained: bool = False, seed: int = 0, workers: int = 4, quiet: bool = False, features: Sequence[str] = (),
+    spec: str,
+    data: Path | None,
+    methods: Sequence[str] = (),
+    inputs: Sequence[str] = (),
+    weights: Path | None = None,
+    untrained: bool = False,
+    seed: int = 0,
+    workers: int = 4,
+    quiet: bool = False,
+    features: Sequence[str] = (),
     shots: int = 0,
-) -> list[ProbeResult]:  # fmt: skip
-    """Probe a RUN, an exported folder, timm:NAME (features of `data`'s pictures) or a CACHE (its teacher's features).
+) -> list[ProbeResult]:
+    """Probe the encoder of a RUN, an exported folder or timm:NAME, or the teacher of a CACHE.
 
-    Results of a RUN are written to RUN/probe/, those of a CACHE to CACHE/.run/probe*.json. A result that cannot be
-    written, as the folder is another user's or the disk is full, is returned with a warning.
+    Results of a RUN are written to RUN/probe/, those of a CACHE to CACHE/.run/probe*.json. A result
+    that cannot be written, for example to a full disk, is returned with a warning.
+
     Raises: UsageError before any picture is read.
     """
     chosen = tuple(methods) or METHODS
-    for option, names, allowed in (("--method", chosen, METHODS), ("--features", features, FEATURES)):
+    for option, names, allowed in (
+        ("--method", chosen, METHODS),
+        ("--features", features, FEATURES),
+    ):
         for name in names:
             if name not in allowed:
-                raise UsageError(f"{option}: expected {' or '.join(allowed)}; found {name!r}{nearest(name, allowed)}")
+                found = f"found {name!r}{nearest(name, allowed)}"
+                raise UsageError(f"{option}: expected {' or '.join(allowed)}; {found}")
     if 0 < shots < LEAST_SHOTS and "linear" in chosen:
-        raise UsageError(f"--shots {shots}: expected {LEAST_SHOTS} or more for the linear probe; use --method knn")
+        expected = f"expected {LEAST_SHOTS} or more for the linear probe"
+        raise UsageError(f"--shots: {expected}; found {shots}; use more, or --method knn")
     if (Path(spec) / "cache.json").is_file():
         return _probe_teacher(Path(spec), chosen, features, shots, seed, quiet)
     if data is None:
-        raise UsageError(f"{spec}: expected --data DATASET with the pictures to probe on; it is missing")
+        advice = "add the DATASET to probe on"
+        raise UsageError(f"{spec}: expected --data DATASET; found none; {advice}")
     dataset = labelled(Dataset(data))
     backbone = load_encoder(spec, weights, untrained=untrained)
     kinds = input_kinds(backbone, inputs, spec)
@@ -99,14 +116,18 @@ def probe(
     copies = warn_of_copies(dataset, quiet)
     facts: dict[str, Any] = {"val_in_train": copies, "data_sha256": dataset.sha256, "seed": seed}
     if is_run:
-        facts |= {"run_sha256": file_sha256(run / "run.json"), "cache_sha256": recorded(run).get("cache_sha256")}
+        facts["run_sha256"] = file_sha256(run / "run.json")
+        facts["cache_sha256"] = recorded(run).get("cache_sha256")
     results = []
     for tokens in wanted:
-        prober = Prober(backbone, dataset, seed, workers, quiet, tokens, shots)
-        rows = prober.rows() if shots else None
+        featurizer = Featurizer(backbone, dataset, seed, workers, quiet, tokens, shots)
+        rows = featurizer.rows() if shots else None
         for kind in kinds:
-            encode, s = prober.encoder(kind)
-            train, val = prober.features("train", encode, rows), prober.features("val", encode)
+            encode, s = featurizer.encoder(kind)
+            train, val = (
+                featurizer.features("train", encode, rows),
+                featurizer.features("val", encode),
+            )
             named = {"subject": spec, "weights": backbone.weights, "input": kind, "fold_scale": s}
             result = _score(train, val, chosen, features=tokens, shots=shots, **named, **facts)
             name = record_name(result.label, dataset.sha256, seed, untrained)
@@ -118,22 +139,33 @@ def _probe_teacher(
     path: Path, methods: Sequence[str], features: Sequence[str], shots: int, seed: int, quiet: bool
 ) -> list[ProbeResult]:
     cache = Cache(path)
-    identity, units = cache.identity, [cache.complete_units(split)[:1] for split in ("train", "val")]
+    identity, units = (
+        cache.identity,
+        [cache.complete_units(split)[:1] for split in ("train", "val")],
+    )
     wanted = dict.fromkeys(features or (FEATURES if identity.has_cls else FEATURES[:1]))
     _check_features(wanted, identity.has_cls, str(path))
     for split, unit in zip(("train", "val"), units, strict=True):
         if not unit:
-            raise UsageError(f"{path}: expected a complete unit of {split!r} to probe; finish `mcm-cache extract`")
+            expected, advice = (
+                f"expected a complete unit of {split!r}",
+                "finish `mcm-cache extract`",
+            )
+            raise UsageError(f"{path}: {expected}; found none; {advice}")
         if any((unit[0].index(shard)["label"] < 0).any() for shard in range(unit[0].num_shards)):
-            raise UsageError(f"{path}: expected a label for every picture of {split!r}; found pictures without one")
+            found = "found pictures without a label; only a labelled CACHE can be probed"
+            raise UsageError(f"{path}: expected a label for every picture of {split!r}; {found}")
     (train_unit,), (val_unit,), gram = *units, Gram(identity.channels, device())
     train, val = stored_features(train_unit, quiet), stored_features(val_unit, quiet, gram)
-    train = train.rows(training_rows(train.y.numpy(), identity.classes, shots, seed)) if shots else train
-    facts: dict[str, Any] = {"teacher": teacher_facts(train_unit, gram), "data_sha256": cache.sha256, "seed": seed}
-    facts |= {"subject": identity.teacher.name, "weights": f"sha256:{identity.teacher.weights_sha256}"}
+    if shots:
+        train = train.rows(training_rows(train.y.numpy(), identity.classes, shots, seed))
+    facts: dict[str, Any] = {"data_sha256": cache.sha256, "seed": seed}
+    facts |= {"teacher": teacher_facts(train_unit, gram), "subject": identity.teacher.name}
+    facts |= {"weights": f"sha256:{identity.teacher.weights_sha256}"}
+    parts = {"mean": slice(identity.channels), "cls": slice(identity.channels, None)}
     results = []
     for tokens in wanted:
-        columns = {"mean": slice(identity.channels), "cls": slice(identity.channels, None)}.get(tokens, slice(None))
+        columns = parts.get(tokens, slice(None))
         bank, held = (Features(split.x[:, columns], split.y) for split in (train, val))
         result = _score(bank, held, methods, features=tokens, shots=shots, input="full", **facts)
         name = f"probe{result.label.removeprefix('full')}" + (f"-seed-{seed}" if seed else "")
@@ -145,32 +177,42 @@ def _score(train: Features, val: Features, methods: Sequence[str], **facts: Any)
     found = linear_probe(train, val, facts["seed"]) if "linear" in methods else None
     linear, c, converged = found or (None, None, None)
     if "linear" in methods and found is None:
-        print("warning: no linear probe: expected two classes, and a class of two training rows", file=sys.stderr)
+        expected = "expected two classes or more, one of them with two training rows"
+        print(f"warning: no linear probe: {expected}", file=sys.stderr)
     return ProbeResult(
         knn=knn_accuracy(train, val, device()) if found is None or "knn" in methods else None,
-        linear=linear, linear_c=c, linear_converged=converged,
-        train_rows=len(train.y), val_rows=len(val.y), software=software(),
+        linear=linear,
+        linear_c=c,
+        linear_converged=converged,
+        train_rows=len(train.y),
+        val_rows=len(val.y),
+        software=software(),
         versions={name: version(name) for name in ("torch", "timm", "scikit-learn", "numpy")},
         **facts,
-    )  # fmt: skip
+    )
 
 
 def _store(path: Path, result: ProbeResult) -> ProbeResult:
-    """Write the result, or warn that it is not kept; the other method's number stays where nothing else has changed."""
+    """Write the result, or warn if that fails.
+
+    A file of the same measurement keeps its value of the method that was not run this time.
+    """
     empty: dict[str, Any] = dict.fromkeys(("knn", "linear", "linear_c", "linear_converged"))
     with warn_if_not_saved():
         if path.is_file():
             old = read_record(ProbeResult, path)
             if old.model_copy(update=empty) == result.model_copy(update=empty):
-                result = old.model_copy(update=result.model_dump(include=set(empty), exclude_none=True))
+                result = old.model_copy(
+                    update=result.model_dump(include=set(empty), exclude_none=True)
+                )
         write_atomic(path, encode_record(result))
     return result
 
 
 def labelled(dataset: Dataset) -> Dataset:
-    """The dataset.
+    """Return the dataset after a check of its labels.
 
-    Raises: UsageError unless every picture of its "train" and "val" has a label.
+    Raises: UsageError unless every picture of "train" and "val" has a label.
     """
     for split in ("train", "val"):
         if not dataset.rows(split) or (dataset.labels(split) < 0).any() or len(dataset.classes) < 2:
@@ -181,33 +223,39 @@ def labelled(dataset: Dataset) -> Dataset:
 
 
 def warn_of_copies(dataset: Dataset, quiet: bool) -> int:
-    """How many pictures of "val" are also in "train"; says so unless `quiet`."""
+    """Return the number of pictures of "val" that are also in "train"; warn unless `quiet`."""
     rows = dataset.copies("val", "train")
     if len(rows) and not quiet:
-        found = f"{len(rows)} of {dataset.rows('val')} pictures of 'val' are also in 'train', byte for byte"
-        print(f"warning: {dataset.path}: {found}, such as row {rows[0]}", flush=True)
+        found = f"{len(rows)} of {dataset.rows('val')} pictures of 'val' are also in 'train'"
+        print(f"warning: {dataset.path}: {found}, byte for byte, such as row {rows[0]}", flush=True)
     return len(rows)
 
 
 def input_kinds(backbone: Backbone, inputs: Sequence[str], spec: str) -> list[str]:
-    """The inputs to probe, "full" first.
+    """Return the inputs to probe, "full" first.
 
-    Raises: UsageError for the name of no input, and for one that needs a model trained with masks.
+    Raises: UsageError for an unknown input, or for one that needs a model trained with masks.
     """
     kinds = tuple(inputs) or (("full", "folded") if backbone.masked is not None else ("full",))
     for kind in kinds:
         check_kind(kind)
         if kind != "full" and backbone.masked is None:
-            raise UsageError(f"--input {kind}: expected a RUN trained with masks; {spec} is not; use full")
+            found = f"found {spec}, which was not; use full"
+            raise UsageError(f"--input {kind}: expected a RUN trained with masks; {found}")
     return list(dict.fromkeys(("full", *kinds)))
 
 
 def check_kind(kind: str) -> None:
-    """Raises: UsageError for the name of no input."""
+    """Check the name of an input.
+
+    Raises: UsageError for an unknown one.
+    """
     if not re.fullmatch("full|folded|masked:[1-9][0-9]{0,3}", kind):
-        raise UsageError(f"--input: expected full, folded or masked:K with K > 0, such as masked:8; found {kind!r}")
+        expected = "expected full, folded or masked:K with K > 0, such as masked:8"
+        raise UsageError(f"--input: {expected}; found {kind!r}")
 
 
 def _check_features(wanted: Iterable[str], has_cls: bool, where: str) -> None:
     if not has_cls and (needing := [name for name in wanted if name != "mean"]):
-        raise UsageError(f"--features {needing[0]}: expected a class token; {where} has none; use mean")
+        found = f"found none in {where}; use mean"
+        raise UsageError(f"--features {needing[0]}: expected a class token; {found}")

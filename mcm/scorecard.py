@@ -18,7 +18,7 @@ from mcm.targets import Stats
 DEAD, OUTLIER = 1e-3, 10.0  # multiples of the median channel's std
 
 
-class Teacher(Record):
+class TeacherScores(Record):
     """Statistics of a teacher's patch features.
 
     `dead` and `outliers` are channel indices. `relative_mse` and `cosine` measure the quantisation
@@ -75,12 +75,12 @@ def stored_features(unit: Unit, quiet: bool, gram: Gram | None = None) -> Featur
     return Features(torch.cat(x), torch.cat(y))
 
 
-def teacher_facts(unit: Unit, gram: Gram) -> Teacher:
+def teacher_facts(unit: Unit, gram: Gram) -> TeacherScores:
     """Return the channel and quantisation statistics of a unit and the effective rank of `gram`."""
     mean_C, std_C = unit.channel_stats()
     dead, outliers = odd_channels(mean_C, std_C)
     stored = [unit.commit(shard).fidelity for shard in range(unit.num_shards)]
-    return Teacher(
+    return TeacherScores(
         channels=len(mean_C),
         dead=dead,
         outliers=outliers,

@@ -110,7 +110,7 @@ def test_bad_requests_and_another_folder_in_the_way(tmp_path):
     run = make_run(tmp_path / "run", "none")
     with pytest.raises(UsageError, match="expected a RUN"):
         export(tmp_path, tmp_path / "out")
-    with pytest.raises(UsageError, match="--folded 0.5: .* trained with masks"):
+    with pytest.raises(UsageError, match="--folded: .* trained with masks; found S = 0.5"):
         export(run, tmp_path / "out", 0.5)
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="expected a new name; found another folder"):

@@ -22,7 +22,7 @@ from cache_tools.storage import file_sha256, write_atomic
 from mcm.backbones import load_encoder
 from mcm.classifiers import Features, training_rows
 from mcm.cli import app
-from mcm.features import Prober
+from mcm.features import Featurizer
 from mcm.masking import mask_picks, mask_pool
 from mcm.probe import ProbeResult, _score, probe, record_name
 from mcm.scorecard import odd_channels
@@ -91,7 +91,7 @@ def test_classes_of_one_row_leave_knn_alone(tmp_path, capsys):
     facts = {"subject": "x", "weights": "x", "input": "full", "seed": 0, "data_sha256": "0"}
     result = _score(train, val, ["linear"], **facts)
     assert result.linear is None and result.knn is not None
-    assert "no linear probe: expected two classes, and a class of two training rows" in capsys.readouterr().err
+    assert "no linear probe: expected two classes or more, one of them with two" in capsys.readouterr().err
 
 
 def test_untrained_is_the_model_as_it_began(data, tmp_path):
@@ -103,17 +103,19 @@ def test_untrained_is_the_model_as_it_began(data, tmp_path):
 
 def test_folded_and_masked_features_are_what_they_say(data, tmp_path):
     backbone = load_encoder(str(make_run(tmp_path / "run")))
-    prober = Prober(backbone, Dataset(data), 0, 0, True)
+    featurizer = Featurizer(backbone, Dataset(data), 0, 0, True)
     pictures, rows = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), np.array([5, 9])
     model, fill = backbone.masked, backbone.masked.encoder_fill
     with torch.inference_mode():
         hidden = model.tokens(pictures, torch.ones(1, 1, 32, dtype=torch.bool))[:, 1:].mean(1)
-        assert torch.allclose(prober.folded(1e-6)(pictures, rows), hidden, atol=1e-4)  # s -> 0: nothing but the fill
-        assert torch.allclose(prober.folded(1.0)(pictures, rows), prober.full()(pictures, rows), atol=1e-6)
+        assert torch.allclose(
+            featurizer.folded(1e-6)(pictures, rows), hidden, atol=1e-4
+        )  # s -> 0: nothing but the fill
+        assert torch.allclose(featurizer.folded(1.0)(pictures, rows), featurizer.full()(pictures, rows), atol=1e-6)
         pool = torch.from_numpy(mask_pool(0, 0, 4096, 32, 0.75))
         picks = [torch.from_numpy(mask_picks(0, k, rows, 16, 4096)) for k in range(3)]
         expected = sum(model.tokens(pictures, model.mask((pool, pick)))[:, 1:].mean(1) for pick in picks) / 3
-        assert torch.allclose(prober.masked(3)(pictures, rows), expected, atol=1e-6)
+        assert torch.allclose(featurizer.masked(3)(pictures, rows), expected, atol=1e-6)
         assert fill.abs().sum() > 0
 
 
@@ -156,7 +158,7 @@ def test_a_cache_of_pictures_without_labels_is_one_line(tmp_path, monkeypatch):
         return records
 
     monkeypatch.setattr(Unit, "index", unlabelled)
-    with pytest.raises(UsageError, match="expected a label for every picture of 'train'; found pictures without one"):
+    with pytest.raises(UsageError, match="expected a label for every picture of 'train'; found pictures without"):
         probe(str(cache.path), None, quiet=True)
 
 
@@ -174,10 +176,12 @@ def test_odd_channels_are_named_by_number():
 def test_features_are_the_tokens_they_name(data, tmp_path):
     backbone = load_encoder(str(make_run(tmp_path / "run")))
     pictures, rows = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), np.array([5, 9])
-    probers = {tokens: Prober(backbone, Dataset(data), 0, 0, True, tokens) for tokens in ("mean", "cls", "both")}
+    featurizers = {
+        tokens: Featurizer(backbone, Dataset(data), 0, 0, True, tokens) for tokens in ("mean", "cls", "both")
+    }
     with torch.inference_mode():
-        full = {tokens: prober.full()(pictures, rows) for tokens, prober in probers.items()}
-        masked = {tokens: prober.masked(3)(pictures, rows) for tokens, prober in probers.items()}
+        full = {tokens: featurizer.full()(pictures, rows) for tokens, featurizer in featurizers.items()}
+        masked = {tokens: featurizer.masked(3)(pictures, rows) for tokens, featurizer in featurizers.items()}
         assert torch.allclose(full["cls"], backbone.model.forward_features(pictures)[:, 0], atol=1e-6)
         pool = torch.from_numpy(mask_pool(0, 0, 4096, 32, 0.75))
         picks = [torch.from_numpy(mask_picks(0, k, rows, 16, 4096)) for k in range(3)]
@@ -192,9 +196,9 @@ def test_few_labels_and_other_features_have_files_of_their_own(data, tmp_path):
     results = probe(str(run), data, inputs=["full"], quiet=True, features=["mean", "both"], shots=6)
     assert [(one.label, one.train_rows) for one in results] == [("full-shots-6", 12), ("full-both-shots-6", 12)]
     assert {path.name for path in (run / "probe").iterdir()} == set(map(name, results))
-    dataset, prober = Dataset(data), Prober(load_encoder(str(run)), Dataset(data), 0, 0, True, shots=6)
+    dataset, featurizer = Dataset(data), Featurizer(load_encoder(str(run)), Dataset(data), 0, 0, True, shots=6)
     rows = training_rows(dataset.labels("train"), dataset.classes, 6, 0)
-    assert prober.rows().tolist() == rows.tolist()
+    assert featurizer.rows().tolist() == rows.tolist()
     cache = make_cache(tmp_path / "cache")
     assert probe(str(cache.path), None, ["knn"], quiet=True, features=["cls"], shots=3)[0].train_rows == 6
     assert [file.name for file in (tmp_path / "cache" / ".run").glob("*.json")] == ["probe-cls-shots-3.json"]
@@ -223,7 +227,7 @@ def test_a_result_says_what_made_it_and_results_of_before_are_still_read(tmp_pat
         ({"inputs": ["half"]}, "expected full, folded or masked:K"),
         ({"data": None}, "expected --data DATASET"),
         ({"features": ["clss"]}, "did you mean 'cls'"),
-        ({"shots": 2}, "--shots 2: expected 5 or more for the linear probe"),
+        ({"shots": 2}, "--shots: expected 5 or more for the linear probe; found 2"),
         ({"shots": 90, "methods": ["knn"]}, "expected 90 labels per class; class 'even' has 48"),
     ],
 )
@@ -238,7 +242,7 @@ def test_what_has_no_class_token_has_no_features_of_it(data, tmp_path, monkeypat
     )
     backbone = replace(load_encoder(str(make_run(tmp_path / "run"))), model=model, masked=None)
     monkeypatch.setattr("mcm.probe.load_encoder", lambda *_, **__: backbone)
-    with pytest.raises(UsageError, match="--features both: expected a class token; timm:x has none; use mean"):
+    with pytest.raises(UsageError, match="--features both: expected a class token; found none in timm:x; use mean"):
         probe("timm:x", data, features=["both"])
 
 
@@ -252,8 +256,8 @@ def test_labels_of_many_batches_are_those_of_their_rows(tmp_path, monkeypatch):
     """A batch's memory is used again; what a probe keeps of it must not be."""
     monkeypatch.setattr("mcm.features.BATCH_ROWS", 16)
     data = make_dataset(tmp_path / "data", rows=96)
-    prober = Prober(load_encoder(str(make_run(tmp_path / "run"))), data, 0, 0, True)
+    featurizer = Featurizer(load_encoder(str(make_run(tmp_path / "run"))), data, 0, 0, True)
     rows = np.argsort(data.labels("train"), kind="stable")  # all of one class, then all of the other
-    found = prober.features("train", prober.full(), rows)
+    found = featurizer.features("train", featurizer.full(), rows)
     assert found.y.tolist() == data.labels("train")[rows].tolist()
-    assert torch.equal(found.x[80:], prober.features("train", prober.full(), rows[80:]).x)
+    assert torch.equal(found.x[80:], featurizer.features("train", featurizer.full(), rows[80:]).x)

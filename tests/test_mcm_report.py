@@ -16,10 +16,10 @@ from cache_tools.storage import write_atomic
 from mcm import checkpoint, figures
 from mcm.probe import ProbeResult
 from mcm.report import ablation_html, ablation_lines, markdown, report
-from mcm.scorecard import Teacher
+from mcm.scorecard import TeacherScores
 
 DATA = make_identity({}).dataset_sha256
-FACTS = Teacher(channels=8, dead=(), outliers=(3,), effective_rank=6.5, relative_mse=1e-5, cosine=0.9999)
+FACTS = TeacherScores(channels=8, dead=(), outliers=(3,), effective_rank=6.5, relative_mse=1e-5, cosine=0.9999)
 
 
 def result(**facts):
