@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,13 @@ ROOT = Path(__file__).parents[1]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-counts", action="store_true", help="harnesses with the counts of docs/reliability.md")
     parser.addoption("--tally", type=Path, help="append the counts of each harness to this file, a JSON line each")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server_of_workers() -> None:
+    """Start the forkserver with torch: the decode pool's server has none, and each worker then takes 5 s to start."""
+    multiprocessing.set_forkserver_preload(["torch", "mcm.stream", "pipeline.candidates"])
+    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")
