@@ -188,6 +188,18 @@ class Dataset:
         shards = range(len(self.split(split).shards))
         return np.concatenate([self.index(split, shard)["label"] for shard in shards])
 
+    def labelled(self) -> Self:
+        """Return the dataset itself after a check of its labels.
+
+        Raises: UsageError unless every picture of "train" and "val" has a label.
+        """
+        for split in ("train", "val"):
+            if not self.rows(split) or (self.labels(split) < 0).any() or len(self.classes) < 2:
+                expected = f"expected labels for every picture of {split!r}, of two classes or more"
+                hint = "; it has masks: use `mcm-train probe`" if self.record.task else ""
+                raise UsageError(f"{self.path}: {expected}{hint}")
+        return self
+
     def copies(self, split: str, of: str) -> npt.NDArray[np.int64]:
         """Return the rows of `split` that are byte-for-byte copies of a picture in `of`.
 

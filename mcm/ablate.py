@@ -24,7 +24,7 @@ from cache_tools.records import Record, config_file, load_toml, read_record, sha
 from cache_tools.storage import file_sha256, try_lock, work_dir, write_atomic
 from cache_tools.weights import weights_file
 from mcm.config import FinetuneConfig, PretrainConfig
-from mcm.probe import ProbeResult, check_kind, labelled, record_name
+from mcm.probe import ProbeResult, check_kind, record_name
 from mcm.report import FIT, MINUTES, ablation_lines, fine_tuned, held_out, markdown, probed, report
 from mcm.run_dir import ExitRecord, read_metrics, recorded, software
 
@@ -126,7 +126,7 @@ class Ablation:
             if len(twins) > 1:
                 expected = "expected row names that give different folders"
                 raise UsageError(f"the plan: {expected}; found {twins}; rename one")
-        self.digests = {str(data): labelled(Dataset(data)).sha256}
+        self.digests = {str(data): Dataset(data).labelled().sha256}
         if weights is not None:
             file, chosen = weights_file(weights)
             self.digests[str(weights)] = f"{file_sha256(file)}{chosen}"

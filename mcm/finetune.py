@@ -22,7 +22,7 @@ from mcm.classifiers import training_rows
 from mcm.config import FinetuneConfig
 from mcm.loop import Job, engine, evaluation_due, to_device, train
 from mcm.optim import build_optimizer
-from mcm.probe import labelled, warn_of_copies
+from mcm.probe import warn_of_copies
 from mcm.run_dir import claim, identity_config, recorded, recorded_exit, write_environment
 from mcm.sampler import EvalOrder, Order
 from mcm.stream import Batch, DatasetSource, Stream, batches
@@ -38,7 +38,7 @@ def finetune(
 
     Raises: UsageError or IdentityError before the first step; the errors of `loop.train`.
     """
-    dataset, settings = labelled(Dataset(data)), config.train
+    dataset, settings = Dataset(data).labelled(), config.train
     seed, num_classes = settings.seed, len(dataset.classes)
     rows = training_rows(dataset.labels("train"), dataset.classes, config.data.shots, seed)
     with engine(settings.precision) as accelerator:

@@ -107,7 +107,7 @@ def probe(
     if data is None:
         advice = "add the DATASET to probe on"
         raise UsageError(f"{spec}: expected --data DATASET; found none; {advice}")
-    dataset = labelled(Dataset(data))
+    dataset = Dataset(data).labelled()
     backbone = load_encoder(spec, weights, untrained=untrained)
     kinds = input_kinds(backbone, inputs, spec)
     wanted = dict.fromkeys(features or FEATURES[:1])
@@ -207,19 +207,6 @@ def _store(path: Path, result: ProbeResult) -> ProbeResult:
                 )
         write_atomic(path, encode_record(result))
     return result
-
-
-def labelled(dataset: Dataset) -> Dataset:
-    """Return the dataset after a check of its labels.
-
-    Raises: UsageError unless every picture of "train" and "val" has a label.
-    """
-    for split in ("train", "val"):
-        if not dataset.rows(split) or (dataset.labels(split) < 0).any() or len(dataset.classes) < 2:
-            hint = "; it has masks: use `mcm-train probe`" if dataset.record.task else ""
-            wanted = f"expected labels for every picture of {split!r}, of two classes or more"
-            raise UsageError(f"{dataset.path}: {wanted}{hint}")
-    return dataset
 
 
 def warn_of_copies(dataset: Dataset, quiet: bool) -> int:
