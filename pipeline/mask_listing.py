@@ -1,7 +1,8 @@
-"""What stands in a SOURCE with masks: every candidate picture, the mask of each, and the classes.
+"""List the candidate pictures of a SOURCE with masks, the mask of each, and the classes.
 
-images/{training,validation} with annotations/{training,validation} (ADE20K: objectInfo150.txt names the classes, 0 is
-unlabelled), or {train,val}/{images,masks} (255 is unlabelled). A mask is a PNG with its picture's path and name.
+The folders are images/{training,validation} and annotations/{training,validation}, as in ADE20K
+(objectInfo150.txt names the classes, and 0 is unlabelled), or {train,val}/{images,masks} (255 is
+unlabelled). A mask is a PNG with the path and name of its picture.
 """
 
 from collections import Counter
@@ -15,58 +16,84 @@ from .candidates import Candidates, Sources
 from .listing import add_files, class_lines, split_name
 
 
-def list_scenes(root: Path, ignore: Sequence[int] = (), classes: Path | None = None) -> Sources | None:
-    """Every candidate picture of a source with masks, or None where `root` is no such source.
+def list_scenes(
+    root: Path, ignore: Sequence[int] = (), classes: Path | None = None
+) -> Sources | None:
+    """Return every candidate picture of a source with masks, or None for another source.
 
-    `ignore` are the values that mean unlabelled, `classes` is a file with a class name per line.
+    `ignore` holds the values that mean unlabelled. `classes` is a file of class names, one per
+    line.
+
     Raises: UsageError when folders, values and classes do not fit together.
     """
-    is_ade = (root / "images").is_dir() and any((root / name).is_dir() for name in ("annotations", "masks"))
-    forms, parent = (("images/{}", "annotations/{}"), "images") if is_ade else (("{}/images", "{}/masks"), "")
-    names = sorted(path.name for path in (root / parent).iterdir()) if (root / parent).is_dir() else []
+    is_ade = (root / "images").is_dir() and any(
+        (root / name).is_dir() for name in ("annotations", "masks")
+    )
+    forms, parent = (
+        (("images/{}", "annotations/{}"), "images") if is_ade else (("{}/images", "{}/masks"), "")
+    )
+    names = (
+        sorted(path.name for path in (root / parent).iterdir()) if (root / parent).is_dir() else []
+    )
     places = [(split_name(name), forms[0].format(name), forms[1].format(name)) for name in names]
     places = [place for place in places if (root / place[1]).is_dir()]
     if not any(split and (root / masks).is_dir() for split, _, masks in places):
         if is_ade:
-            raise UsageError(f"{root}: expected images/training and annotations/training, or train/images, train/masks")
+            folders = "images/training and annotations/training, or train/images and train/masks"
+            raise UsageError(f"{root}: expected {folders}")
         return None
-    found, rule = _classes(root, classes, tuple(sorted({*(ignore or ((0,) if is_ade else (255,)))})))
+    found, rule = _classes(
+        root, classes, tuple(sorted({*(ignore or ((0,) if is_ade else (255,)))}))
+    )
     sources = Sources(found, rule=rule)
     for split, pictures, masks in places:
         if split is None or not (root / masks).is_dir():
-            sources.notes.append(f"{root}: {pictures} left out: {f'there is no {masks}' if split else 'no split'}")
+            reason = f"there is no {masks}" if split else "no split"
+            sources.notes.append(f"{root}: {pictures} left out: {reason}")
         elif split in sources.splits:
-            raise UsageError(f"{root}: expected one folder of split {split}; found {pictures} beside another")
+            expected = f"expected one folder of split {split}"
+            raise UsageError(f"{root}: {expected}; found {pictures} beside another")
         else:
             sources.splits[split] = _listed(root, pictures, masks, sources.notes)
     return sources
 
 
-def _classes(root: Path, file: Path | None, ignore: tuple[int, ...]) -> tuple[tuple[str, ...], MaskRule]:
-    """The class names and the rule of the masks' values."""
+def _classes(
+    root: Path, file: Path | None, ignore: tuple[int, ...]
+) -> tuple[tuple[str, ...], MaskRule]:
+    """Return the class names and the rule that reads the masks."""
     if not all(0 <= value <= 255 for value in ignore):
         raise UsageError(f"--ignore: expected values from 0 to 255; found {list(ignore)}")
     found = [file] if file else [*sorted(root.glob("objectInfo*.txt")), *root.glob("classes.txt")]
     if not found or not found[0].is_file():
-        raise UsageError(f"{root}: expected the class names, one per line, in a file that --classes names; found none")
+        expected = "expected a file of class names, one per line"
+        raise UsageError(f"{root}: {expected}; found none; give one with --classes")
     rows = [[cell.strip() for cell in line.split("\t")] for line in class_lines(found[0]) if line]
     head = rows.pop(0) if rows and rows[0][0] == "Idx" else ["Name"]
     table = [dict(zip(head, row, strict=False)) for row in rows if len(row) == len(head)]
     rule = MaskRule(len(table), ignore)
-    values, names = [str(value) for value in rule.values()], tuple(row.get("Name", "") for row in table)
-    if "" in names or len(table) < len(rows) or values != [row.get("Idx", values[i]) for i, row in enumerate(table)]:
+    values, names = (
+        [str(value) for value in rule.values()],
+        tuple(row.get("Name", "") for row in table),
+    )
+    if (
+        "" in names
+        or len(table) < len(rows)
+        or values != [row.get("Idx", values[i]) for i, row in enumerate(table)]
+    ):
         left = f"{values[0]} to {values[-1]}, as --ignore {list(ignore)} leaves them"
         raise UsageError(f"{found[0]}: expected names of the values {left}; found others")
     return names, rule
 
 
 def _listed(root: Path, pictures: str, masks: str, notes: list[str]) -> Candidates:
-    """The pictures of a split; notes say what is left out and what its masks are like."""
+    """Return the pictures of a split; add what is left out and what the masks are to `notes`."""
     candidates, left = Candidates(), Counter[str]()
     candidates.roots, candidates.folders = [root], (pictures, masks)
     add_files(root, f"{pictures}/", -1, candidates, left)
     if left["links"]:
-        raise UsageError(f"{root / pictures}: expected files; found {left['links']} links; copy them with `cp -rL`")
+        found = f"found {left['links']} links"
+        raise UsageError(f"{root / pictures}: expected files; {found}; copy them with `cp -rL`")
     wanted = {candidates[i].mask for i in range(len(candidates))}
     there = {path for path in (root / masks).rglob("*.png") if path.is_file()}
     palettes = 0

@@ -1,7 +1,7 @@
-"""`mcm-cache verify --recompute`: chosen rows pass the teacher again and must give what is stored.
+"""`mcm-cache verify --recompute`: compute the features of chosen rows again and compare them.
 
-B rows, N patch tokens, C channels. Checksums show that bytes are what was committed; this shows
-that they were right, such as that no feature belongs to another row.
+B rows, N patch tokens, C channels. Checksums show that the bytes are those of the commit. This
+check shows that the committed features were right, for example that none belongs to another row.
 """
 
 from collections.abc import Iterator
@@ -25,25 +25,28 @@ from cache_tools.verify import Problem
 from .extract import compare_probe
 from .teachers import Teacher, load_teacher, probe_pictures
 
-# The lowest of 64 photographs by DeiT-tiny: 0.99997 for int8, 0.99984 with fp16 instead of fp32,
-# 0.9935 with bf16. So each row is computed in the precision that its commit names.
+# The lowest cosines of 64 photographs by DeiT-tiny: 0.99997 for int8, 0.99984 with fp16 instead of
+# fp32, 0.9935 with bf16. Each row is therefore computed in the precision that its commit names.
 MIN_COSINE = 0.999
 
 
 @dataclass
 class Recomputed:
-    """The rows that were computed again, the lowest cosine, and the rows below `MIN_COSINE`."""
+    """The number of rows computed again, the lowest cosine, and the rows below `MIN_COSINE`."""
 
     rows: int = 0
     lowest_cosine: float = 1.0
     problems: list[Problem] = field(default_factory=list)
 
 
-def recompute(path: Path, rows: int, name: str, weights: str, device: str | None = None, seed: int = 0) -> Recomputed:
-    """Compute `rows` rows of the committed shards again, drawn by `seed`.
+def recompute(
+    path: Path, rows: int, name: str, weights: str, device: str | None = None, seed: int = 0
+) -> Recomputed:
+    """Compute `rows` rows of the committed shards again; `seed` draws the rows.
 
-    Raises: UsageError when there is none; IdentityError when the record or the probe features of
-    the teacher are not those of the cache; CorruptionError when a stored row does not read.
+    Raises: UsageError without a committed shard; IdentityError when the record or the probe
+    features of the teacher differ from those of the cache; CorruptionError when a stored row cannot
+    be read.
     """
     cache, found = Cache(path), Recomputed()
     teacher = _load(cache, name, weights, device)
@@ -64,7 +67,9 @@ def _load(cache: Cache, name: str, weights: str, device: str | None) -> Teacher:
     theirs = cache.identity.teacher
     teacher = load_teacher(name, weights, None, device, None, (theirs.mean, theirs.std))
     if (teacher.identity.height, teacher.identity.width) != (theirs.height, theirs.width):
-        teacher = load_teacher(name, weights, theirs.height, device, None, (theirs.mean, theirs.std))
+        teacher = load_teacher(
+            name, weights, theirs.height, device, None, (theirs.mean, theirs.std)
+        )
     if found := differences(teacher.identity, theirs):
         other = f"{cache.path}: this is not the teacher of the cache (asked != found)"
         raise IdentityError(f"{other}: {'; '.join(found)}")
@@ -75,10 +80,12 @@ def _load(cache: Cache, name: str, weights: str, device: str | None) -> Teacher:
 
 
 def _chosen(cache: Cache, rows: int, seed: int) -> Iterator[tuple[Unit, int, list[int]]]:
-    """Yield (unit, shard, rows of one chunk), in order, for the rows of the smallest hashes."""
+    """Yield (unit, shard, rows of one chunk), in order, for the rows with the smallest hashes."""
     places = [(unit, shard) for unit in cache.all_units() for shard in unit.committed()]
     if not places:
-        raise UsageError(f"--recompute {rows}: {cache.path}: expected a committed shard; found none")
+        raise UsageError(
+            f"--recompute {rows}: {cache.path}: expected a committed shard; found none"
+        )
     numbers, hashes = [], []  # of every committed row: (place, row), and its hash
     for place, (unit, shard) in enumerate(places):
         own = shard * cache.identity.rows_per_shard + np.arange(unit.shard_rows(shard))
@@ -91,7 +98,7 @@ def _chosen(cache: Cache, rows: int, seed: int) -> Iterator[tuple[Unit, int, lis
 
 
 def _cosines(unit: Unit, shard: int, rows: list[int], teacher: Teacher) -> list[float]:
-    """The cosine of each row: of its patch tokens on standardised channels, or CLS if smaller."""
+    """Return the cosine of each row: of standardized patch tokens, or of CLS if lower."""
     chunk, commit = unit.chunk(rows[0] // CHUNK_ROWS), unit.commit(shard)
     chosen, identity = [row - chunk.row0 for row in rows], unit.identity
     inputs = np.zeros((len(rows), identity.teacher.height, identity.teacher.width, 3), np.uint8)

@@ -1,7 +1,8 @@
-"""`mcm-cache shard`: pictures in, DATASET out; every picture is decoded before it gets a row.
+"""`mcm-cache shard`: write pictures into a DATASET; a picture gets a row after it decodes.
 
-A shard is written whole: tar, index, then its progress record in OUT/.run/shard. A process killed at any moment leaves
-a prefix of shards behind, and the same command continues after it and ends with the same bytes.
+A shard is written as a whole: the tar, the index, then a progress record in OUT/.run/shard. A
+process that is killed leaves the first shards. The same command resumes after them and ends with
+the same bytes.
 """
 
 import os
@@ -12,7 +13,15 @@ from cache_tools.console import StopFlag, one_line
 from cache_tools.dataset import CHUNK_ROWS, ROWS_PER_SHARD, DatasetRecord, info_json, shard_name
 from cache_tools.errors import IdentityError, UsageError, check_output
 from cache_tools.records import differences, encode_record, read_record
-from cache_tools.storage import move_durably, publish, remove_tree, settle, try_lock, work_dir, write_atomic
+from cache_tools.storage import (
+    move_durably,
+    publish,
+    remove_tree,
+    settle,
+    try_lock,
+    work_dir,
+    write_atomic,
+)
 
 from .decode_pool import DecodePool
 from .listing import Source, list_sources
@@ -31,27 +40,37 @@ def shard(
     ignore: Sequence[int] = (),
     classes: Path | None = None,
 ) -> DatasetRecord:
-    """Shard `source` into the DATASET `out`, or continue one.
+    """Shard `source` into the DATASET `out`, or resume an unfinished one, and return its record.
 
-    `source` is one source, or one per split: `{"train": ..., "val": ...}`. `max_refused` is a share of a split's
-    candidates; `val` is the share of split train that becomes split val. Of masks, `ignore` are the values that mean
-    unlabelled, and `classes` is a file with a class name per line.
+    `source` is one source, or one per split: `{"train": ..., "val": ...}`. `max_refused` is the
+    largest share of refused candidates per split. `val` is the share of split train that becomes
+    split val. For masks, `ignore` holds the values that mean unlabelled, and `classes` is a file
+    with one class name per line.
 
-    Raises: UsageError, IdentityError (another request was begun or finished there), TooManyRefused, Interrupted.
+    Raises: UsageError, IdentityError (`out` belongs to another request), TooManyRefused,
+    Interrupted.
     """
     return _Job(source, out, rows_per_shard, seed, max_refused, workers, val, ignore, classes).run()
 
 
 class _Job:
-    """A request with its listing; `run` makes the DATASET.
+    """A request and its listing; `run` makes the DATASET.
 
     Raises: UsageError, before anything is written.
     """
 
     def __init__(
-        self, source: Source, out: str | Path, rows_per_shard: int, seed: int, max_refused: float,
-        workers: int | None, val: float, ignore: Sequence[int], classes: Path | None,
-    ) -> None:  # fmt: skip
+        self,
+        source: Source,
+        out: str | Path,
+        rows_per_shard: int,
+        seed: int,
+        max_refused: float,
+        workers: int | None,
+        val: float,
+        ignore: Sequence[int],
+        classes: Path | None,
+    ) -> None:
         self.out, self.max_refused = Path(out), max_refused
         self.workers = workers or len(os.sched_getaffinity(0))
         self.folder = work_dir(self.out)
@@ -59,28 +78,38 @@ class _Job:
         _check_request(source, self.out, self.folder, rows_per_shard, seed, max_refused, val)
         scenes = None if isinstance(source, Mapping) else list_scenes(Path(source), ignore, classes)
         if scenes and val:
-            raise UsageError(f"--val: expected a source without masks; {source} has folders of its own for its splits")
+            found = f"{source} has masks, and a folder per split"
+            raise UsageError(f"--val: expected a source without masks; {found}")
         if not scenes and (ignore or classes):
-            raise UsageError(f"--ignore, --classes: expected a source with masks; found none in {source}")
+            expected = "expected a source with masks"
+            raise UsageError(f"--ignore, --classes: {expected}; found none in {source}")
         sources = scenes or list_sources(source, val, max_refused)
         for note in sources.notes:
             print(one_line(note))
         self.candidates = sources.splits
-        listing = {name: SplitPlan(candidates=len(c), listing_sha256=c.sha256()) for name, c in sources.splits.items()}
+        listing = {
+            name: SplitPlan(candidates=len(found), listing_sha256=found.sha256())
+            for name, found in sources.splits.items()
+        }
         self.plan = ShardPlan(
-            rows_per_shard=rows_per_shard, seed=seed, classes=sources.classes, splits=listing,
-            task="segment" if sources.rule else None, ignore=sources.rule and sources.rule.ignore,
-        )  # fmt: skip
+            rows_per_shard=rows_per_shard,
+            seed=seed,
+            classes=sources.classes,
+            splits=listing,
+            task="segment" if sources.rule else None,
+            ignore=sources.rule and sources.rule.ignore,
+        )
 
     def run(self) -> DatasetRecord:
-        """Make the DATASET, or continue one."""
+        """Make the DATASET, or resume an unfinished one."""
         with (
             try_lock(self.lock) as held,
-            StopFlag("the shard in work is finished") as stop,
+            StopFlag("the current shard is finished") as stop,
             DecodePool(self.workers) as pool,
         ):
             if not held:
-                raise UsageError(f"{self.lock}: another process shards into {self.out}; wait until it ends")
+                found = f"another process shards into {self.out}"
+                raise UsageError(f"{self.lock}: {found}; wait until it ends")
             settle(self.out)
             if (self.out / "dataset.json").is_file():
                 record = read_record(DatasetRecord, self.out / "dataset.json")
@@ -93,17 +122,19 @@ class _Job:
                     _check_same(self.out, self.plan, read_record(ShardPlan, begun))
                 publish(begun, encode_record(self.plan))
                 splits = {
-                    name: self._split(name, self.out, self.max_refused, pool).write(stop) for name in self.candidates
+                    name: self._split(name, self.out, self.max_refused, pool).write(stop)
+                    for name in self.candidates
                 }
-                record = DatasetRecord(**self.plan.model_dump(exclude={"version", "splits"}), splits=splits)
+                plan = self.plan.model_dump(exclude={"version", "splits"})
+                record = DatasetRecord(**plan, splits=splits)
                 write_atomic(self.out / "dataset.json", encode_record(record))
             remove_tree(self.work)
         return record
 
     def _make_again(self, record: DatasetRecord, pool: DecodePool) -> None:
-        """Make the shards again that were lost or moved away: the same sources give the same bytes.
+        """Make missing shards again; the same sources give the same bytes.
 
-        Raises: IdentityError when the sources make another file than dataset.json says.
+        Raises: IdentityError when the sources give a file that differs from dataset.json.
         """
         again = self.folder / "again"
         for name, entry in record.splits.items():
@@ -114,11 +145,13 @@ class _Job:
                 if not missing:
                     continue
                 made = self._split(name, again, 1, pool).write_again(shard, entry)
-                if made.model_copy(update={"first_candidate": committed.first_candidate}) != committed:
+                if (
+                    made.model_copy(update={"first_candidate": committed.first_candidate})
+                    != committed
+                ):
                     remove_tree(again)
-                    raise IdentityError(
-                        f"{missing[0]}: expected the pictures that it was made of; the source has others now"
-                    )
+                    expected = "expected the pictures that this file was made from"
+                    raise IdentityError(f"{missing[0]}: {expected}; the source has changed")
                 for file in missing:
                     move_durably(again / name / file.name, file)
                     print(f"{file}: made again from the sources", flush=True)
@@ -127,16 +160,25 @@ class _Job:
         remove_tree(again)
 
     def _split(self, name: str, out: Path, max_refused: float, pool: DecodePool) -> SplitWriter:
-        return SplitWriter(name, self.candidates[name], self.plan, out / name, self.work / name, max_refused, pool)
+        candidates, folder, work = self.candidates[name], out / name, self.work / name
+        return SplitWriter(name, candidates, self.plan, folder, work, max_refused, pool)
 
 
 def _check_request(
-    source: Source, out: Path, run: Path, rows_per_shard: int, seed: int, max_refused: float, val: float
+    source: Source,
+    out: Path,
+    run: Path,
+    rows_per_shard: int,
+    seed: int,
+    max_refused: float,
+    val: float,
 ) -> None:
     if rows_per_shard < CHUNK_ROWS or rows_per_shard % CHUNK_ROWS:
-        raise UsageError(f"--rows-per-shard: expected a multiple of {CHUNK_ROWS}, such as 1024; found {rows_per_shard}")
+        expected = f"expected a multiple of {CHUNK_ROWS}, such as 1024"
+        raise UsageError(f"--rows-per-shard: {expected}; found {rows_per_shard}")
     if not 0 <= max_refused <= 1:
-        raise UsageError(f"--max-refused: expected a share from 0 to 1, such as 0.01; found {max_refused}")
+        expected = "expected a share from 0 to 1, such as 0.01"
+        raise UsageError(f"--max-refused: {expected}; found {max_refused}")
     if not 0 <= val < 1:
         raise UsageError(f"--val: expected a share from 0 to below 1, such as 0.1; found {val}")
     if not 0 <= seed < 1 << 63:
@@ -144,27 +186,26 @@ def _check_request(
     check_output(out, "a DATASET")
     for part in source.values() if isinstance(source, Mapping) else [source]:
         if Path(part).is_dir() and out.resolve().is_relative_to(Path(part).resolve()):
-            raise UsageError(f"{out}: expected a DATASET outside its source {part}; choose another DATASET")
+            expected = f"expected a DATASET outside its source {part}"
+            raise UsageError(f"{out}: {expected}; choose another DATASET")
     begun = (out / "dataset.json").is_file() or (run / "shard" / "plan.json").is_file()
     if not begun and out.is_dir() and any(path != run for path in out.iterdir()):
-        raise UsageError(f"{out}: expected a new or empty folder; found other files; choose another DATASET")
+        expected = "expected a new or empty folder; found other files"
+        raise UsageError(f"{out}: {expected}; choose another DATASET")
 
 
 def _plan_of(record: DatasetRecord) -> ShardPlan:
-    """The plan that a finished DATASET was made by."""
-    splits = {
-        name: SplitPlan(candidates=entry.rows + entry.refused, listing_sha256=entry.listing_sha256)
-        for name, entry in record.splits.items()
-    }
-    return ShardPlan(
-        **record.model_dump(include={"rows_per_shard", "seed", "picture_rules", "classes", "task", "ignore"}),
-        splits=splits,
-    )
+    """Return the plan of a finished DATASET."""
+    splits = {}
+    for name, entry in record.splits.items():
+        candidates, sha256 = entry.rows + entry.refused, entry.listing_sha256
+        splits[name] = SplitPlan(candidates=candidates, listing_sha256=sha256)
+    kept = {"rows_per_shard", "seed", "picture_rules", "classes", "task", "ignore"}
+    return ShardPlan(**record.model_dump(include=kept), splits=splits)
 
 
 def _check_same(out: Path, plan: ShardPlan, begun: ShardPlan) -> None:
     if diff := differences(plan, begun):
-        found = f"found another (asked != there): {', '.join(diff)[:500]}"
-        raise IdentityError(
-            f"{out}: expected the request that began it; {found}; repeat that or choose another DATASET"
-        )
+        found = f"found a difference (asked != found): {', '.join(diff)[:500]}"
+        expected = "expected the first request of this DATASET"
+        raise IdentityError(f"{out}: {expected}; {found}; repeat it or choose another DATASET")

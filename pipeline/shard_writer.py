@@ -1,4 +1,7 @@
-"""One split on its way into tars: every picture decoded, shards written whole, refused ones in quarantine."""
+"""Write one split into tars: decode every picture, write whole shards, quarantine the refused.
+
+The quarantine of a split is quarantine.jsonl, with one line per refused picture.
+"""
 
 import json
 from collections import Counter
@@ -11,7 +14,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from cache_tools.console import Progress, StopFlag, progress
-from cache_tools.dataset import MASK, Ignore, ShardEntry, SplitEntry, Task, info_json, row_key, shard_name
+from cache_tools.dataset import (
+    MASK,
+    Ignore,
+    ShardEntry,
+    SplitEntry,
+    Task,
+    info_json,
+    row_key,
+    shard_name,
+)
 from cache_tools.errors import CorruptionError, Interrupted, TooManyRefused, UsageError
 from cache_tools.images import PICTURE_RULES, PictureRefused, picture_extension
 from cache_tools.labels import MaskRule
@@ -25,14 +37,14 @@ from .decode_pool import DecodePool
 
 
 class SplitPlan(Record):
-    """The candidates of a split: how many, and the digest of their names, labels and places."""
+    """The candidates of a split: their number, and the digest of names, labels and offsets."""
 
     candidates: int
     listing_sha256: str
 
 
 class ShardPlan(Record):
-    """All that decides the bytes of a DATASET but the pictures themselves."""
+    """Everything that decides the bytes of a DATASET, except for the pictures."""
 
     version: Literal[1] = 1
     rows_per_shard: int
@@ -45,7 +57,7 @@ class ShardPlan(Record):
 
     @property
     def rule(self) -> MaskRule | None:
-        """How masks are read, where there are any."""
+        """Return the rule that reads the masks, or None without masks."""
         return None if self.ignore is None else MaskRule(len(self.classes), self.ignore)
 
 
@@ -58,7 +70,7 @@ class Refusal(Record):
 
 
 class ShardProgress(Record):
-    """A committed shard; `entry` is None when only refused candidates were left."""
+    """A committed shard; `entry` is None when all remaining candidates were refused."""
 
     version: Literal[1] = 1
     next_candidate: int
@@ -67,7 +79,7 @@ class ShardProgress(Record):
 
 
 class Picture(NamedTuple):
-    """A candidate that decodes, its bytes, and the mask to store."""
+    """A candidate that decodes, with its bytes and the mask to store."""
 
     item: SourceItem
     data: bytes
@@ -75,20 +87,26 @@ class Picture(NamedTuple):
 
 
 class SplitWriter:
-    """One split on its way into tars."""
+    """Write the shards of one split; progress records in `work` let a later run resume."""
 
     def __init__(
-        self, name: str, candidates: Candidates, plan: ShardPlan, folder: Path, work: Path, max_refused: float,
+        self,
+        name: str,
+        candidates: Candidates,
+        plan: ShardPlan,
+        folder: Path,
+        work: Path,
+        max_refused: float,
         pool: DecodePool,
-    ) -> None:  # fmt: skip
-        self.name, self.candidates, self.plan, self.folder, self.work = name, candidates, plan, folder, work
-        self.max_refused, self.pool = max_refused, pool
+    ) -> None:
+        self.name, self.candidates, self.plan = name, candidates, plan
+        self.folder, self.work, self.max_refused, self.pool = folder, work, max_refused, pool
         self.order = permutation(len(candidates), plan.seed, f"shard/{name}")
         self.done: list[ShardProgress] = []
         self.refused: list[Refusal] = []
 
     def write(self, stop: StopFlag) -> SplitEntry:
-        """Write what is missing of the split: shards, quarantine.jsonl, _info.json."""
+        """Write the missing shards, quarantine.jsonl and _info.json; return the split's record."""
         make_dir(self.folder)
         self._resume()
         start, total = self._next_candidate(), len(self.candidates)
@@ -98,13 +116,14 @@ class SplitWriter:
                 self._write_shard(accepted)
                 self._check_budget(slack=0)
                 if stop.requested:
-                    raise Interrupted(f"{self.folder}: stopped after {len(self.done)} shards; the same command resumes")
+                    done = f"stopped after {len(self.done)} shards"
+                    raise Interrupted(f"{self.folder}: {done}; the same command resumes")
         return self._finish()
 
     def write_again(self, shard: int, entry: SplitEntry) -> ShardEntry:
-        """Write one shard of a finished split once more."""
+        """Write one shard of a finished split again."""
         rows, first = entry.shards[shard].rows, entry.shards[shard].first_candidate
-        if first is None:  # the first datasets left it out
+        if first is None:  # early datasets lack this field
             first = shard * self.plan.rows_per_shard
         make_dir(self.folder)
         with progress(rows, f"shard {self.name} {shard_name(shard)}", "pictures") as bar:
@@ -119,14 +138,20 @@ class SplitWriter:
     def _resume(self) -> None:
         while (path := self._path()).is_file():
             record, tar = read_record(ShardProgress, path), self.folder / f"{path.stem}.tar"
-            if record.entry and not (tar.is_file() and tar.stat().st_size == record.entry.tar_bytes):
-                raise CorruptionError(f"{tar}: expected {record.entry.tar_bytes} bytes; to redo, delete {path.parent}")
+            if record.entry and not (
+                tar.is_file() and tar.stat().st_size == record.entry.tar_bytes
+            ):
+                expected = f"expected {record.entry.tar_bytes} bytes"
+                raise CorruptionError(f"{tar}: {expected}; to start again, delete {path.parent}")
             self.done.append(record)
             self.refused += record.refused
         self._check_budget(slack=0)
 
     def _accepted(self, first: int, bar: Progress) -> Iterator[Picture]:
-        """The pictures that get a row, from position `first` of the order on; refused ones are noted in passing."""
+        """Yield the pictures that get a row, from position `first` of the order.
+
+        Refused pictures are appended to `refused`.
+        """
         items, tasks = ((self.candidates[int(i)] for i in self.order[first:]) for _ in range(2))
         read = partial(read_picture, rule=self.plan.rule)
         for item, found in zip(items, self.pool.map(read, tasks), strict=True):
@@ -139,7 +164,7 @@ class SplitWriter:
                 yield Picture(item, *found)
 
     def _write_shard(self, accepted: Iterator[Picture]) -> None:
-        """Fill one shard and commit it; nothing is written when only refused candidates were left."""
+        """Write and commit one shard; there is no tar when all remaining candidates are refused."""
         record, refused, first = self._path(), len(self.refused), self._next_candidate()
         head = next(accepted, None)
         pictures = islice(chain([head], accepted), self.plan.rows_per_shard) if head else None
@@ -156,8 +181,9 @@ class SplitWriter:
         with tar_writer(path) as tar:
             for rows, (item, data, mask) in enumerate(pictures, start=1):
                 key = row_key(first_row + rows - 1)
-                extension, source = picture_extension(data), json.dumps({"source": printable(item.name)}).encode()
-                fields = {extension: data, "cls": str(item.label).encode(), "json": source}
+                extension, source = picture_extension(data), {"source": printable(item.name)}
+                fields = {extension: data, "cls": str(item.label).encode()}
+                fields["json"] = json.dumps(source).encode()
                 index[rows - 1] = (*tar.add(key, fields, extension), item.label)
                 if mask is not None:
                     targets[rows - 1] = tar.add(key, {MASK: mask}, MASK)
@@ -175,20 +201,26 @@ class SplitWriter:
         )
 
     def _check_budget(self, slack: int) -> None:
-        """Raises: TooManyRefused; `slack` lets a shard end first, so that the user sees more than the first refusal."""
+        """Raise TooManyRefused when more pictures are refused than the budget plus `slack`.
+
+        The slack lets a shard end first, so the user sees more than one refusal.
+        """
         budget = int(self.max_refused * len(self.candidates))
         if len(self.refused) > budget + slack:
             counts = Counter(refusal.reason for refusal in self.refused).most_common()
             found = ", ".join(f"{count} {reason}" for reason, count in counts)
+            expected = f"at most {budget} of {len(self.candidates)} pictures refused"
             raise TooManyRefused(
-                f"{self._write_quarantine()}: expected at most {budget} of {len(self.candidates)} pictures refused; "
-                f"found {found}; replace them and shard into a new DATASET, or resume by `mcm-cache shard SOURCE "
+                f"{self._write_quarantine()}: expected {expected}; found {found}; replace them and "
+                "shard into a new DATASET, or resume by `mcm-cache shard SOURCE "
                 f"{self.folder.parent}` with a --max-refused above {self.max_refused}"
             )
 
     def _write_quarantine(self) -> Path:
         path = self.folder / "quarantine.jsonl"
-        lines = [json.dumps(refusal.model_dump(), sort_keys=True) + "\n" for refusal in self.refused]
+        lines = [
+            json.dumps(refusal.model_dump(), sort_keys=True) + "\n" for refusal in self.refused
+        ]
         write_atomic(path, "".join(lines).encode())
         return path
 
@@ -196,9 +228,12 @@ class SplitWriter:
         shards = tuple(record.entry for record in self.done if record.entry)
         rows = sum(entry.rows for entry in shards)
         if not rows:
-            raise UsageError(f"{self._write_quarantine()}: expected a picture in split {self.name!r}; all were refused")
+            expected = f"expected a picture in split {self.name!r}"
+            raise UsageError(f"{self._write_quarantine()}: {expected}; all were refused")
         self._write_quarantine()
         listing = self.plan.splits[self.name].listing_sha256
-        entry = SplitEntry(rows=rows, refused=len(self.refused), listing_sha256=listing, shards=shards)
+        entry = SplitEntry(
+            rows=rows, refused=len(self.refused), listing_sha256=listing, shards=shards
+        )
         write_atomic(self.folder / "_info.json", info_json(self.name, entry))
         return entry

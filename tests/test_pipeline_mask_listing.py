@@ -158,7 +158,7 @@ def test_class_names_are_needed_and_two_folders_of_one_split_are_a_question(tmp_
     root = make_masks(tmp_path / "masks")
     (root / "train").rename(root / "training")
     (root / "classes.txt").unlink()
-    with pytest.raises(UsageError, match="expected the class names, one per line, in a file that --classes names"):
+    with pytest.raises(UsageError, match="expected a file of class names, one per line"):
         shard(root, tmp_path / "out")
     (root / "classes.txt").write_text("only")
     with pytest.raises(UsageError, match="expected masks of 2 to 255 classes; found 1"):
