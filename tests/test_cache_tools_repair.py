@@ -217,7 +217,7 @@ def test_a_dataset_takes_nothing_from_changed_pictures(place: Path, dataset: Pat
         (dataset / f"train/{shard_number:06d}.tar").unlink()
     try:
         path.write_bytes(next(file for file in train.rglob("*.jpg") if file.read_bytes() != kept).read_bytes())
-        with pytest.raises(IdentityError, match="000001.tar: expected the pictures that it was made of"):
+        with pytest.raises(IdentityError, match="000001.tar: expected the pictures that this file was made from"):
             reshard(place, dataset)
         assert (dataset / "train/000000.tar").is_file() and not (dataset / "train/000001.tar").exists()
     finally:
