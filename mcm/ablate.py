@@ -268,7 +268,7 @@ def _mark(file: Path) -> str:
 def _row(name: str, steps: Sequence[Step]) -> dict[str, Any]:
     values: dict[str, list[float]] = {}
     for step in steps:
-        for column, value in _figures(step).items() if step.mark == "" else ():
+        for column, value in _measurements(step).items() if step.mark == "" else ():
             values.setdefault(column, []).append(value)
     fit = [mean(values[column]) for column in FIT.values() if column in values]
     mark = next((step.mark for step in steps if step.mark), "")
@@ -276,7 +276,7 @@ def _row(name: str, steps: Sequence[Step]) -> dict[str, Any]:
     return {"name": name, "values": values, "mark": mark or underfitted}
 
 
-def _figures(step: Step) -> dict[str, float]:
+def _measurements(step: Step) -> dict[str, float]:
     """Return the measurements of a finished step by column."""
     if step.args[0] == "probe":
         results = [read_record(ProbeResult, file) for file in step.files]

@@ -158,10 +158,8 @@ def choose_l2(patches: Patches, seed: int) -> tuple[float, float]:
     rows = torch.unique(patches.rows).cpu().numpy()
     order = rows[permutation(len(rows), seed, "dense_choice")[:CHOICE_PICTURES]]
     split = max(1, len(order) // 5)
-    drawn = (
-        torch.from_numpy(part).to(patches.rows.device) for part in (order[:split], order[split:])
-    )
-    picks = [torch.isin(patches.rows, rows) for rows in drawn]
+    order = torch.from_numpy(order).to(patches.rows.device)
+    picks = [torch.isin(patches.rows, drawn) for drawn in (order[:split], order[split:])]
     held, bank = (Patches(*(part[chosen] for part in patches)) for chosen in picks)
 
     def held_out_miou(l2: float) -> float:
@@ -201,10 +199,8 @@ def scores(confusion_KK: Tensor) -> dict[str, Any]:
 
     The means omit a class that occurs neither in the truth nor in the prediction.
     """
-    hits, truth, found = (
-        part.double()
-        for part in (confusion_KK.diagonal(), confusion_KK.sum(1), confusion_KK.sum(0))
-    )
+    hits, truth = confusion_KK.diagonal().double(), confusion_KK.sum(1).double()
+    found = confusion_KK.sum(0).double()
     iou, accuracy = hits / (truth + found - hits), hits / truth
     means = {"miou": iou.nanmean(), "mean_accuracy": accuracy.nanmean()}
     means["pixel_accuracy"] = hits.sum() / truth.sum()
@@ -272,11 +268,8 @@ def _train(
 
     Returns: weight, bias, the facts of the fit, and the held-out mIoU.
     """
-    data, seed, grid = (
-        featurizer.data,
-        featurizer.seed,
-        featurizer.backbone.model.patch_embed.grid_size,
-    )
+    data, seed = featurizer.data, featurizer.seed
+    grid = featurizer.backbone.model.patch_embed.grid_size
     rows = permutation(data.rows("train"), seed, "dense_choice")[:pictures]
     scenes = _scenes(featurizer, "train", encode, np.sort(rows))
     patches = collect(scenes, len(rows), grid, len(data.classes), seed)
@@ -297,20 +290,15 @@ def _confusion(featurizer: Featurizer, encode: Encode, weight_KD: Tensor, bias_K
         logits_KHW = functional.linear(tokens_ND, weight_KD, bias_K).T.reshape(classes, *grid)
         total += confusion(mask_HW, predict(logits_KHW, mask_HW.shape), classes)
     if not total.any():
-        found = "found only ignored pixels"
-        raise UsageError(
-            f"{featurizer.data.path}: expected labelled pixels in split 'val'; {found}"
-        )
+        expected = "expected labelled pixels in split 'val'"
+        raise UsageError(f"{featurizer.data.path}: {expected}; found only ignored ones")
     return total
 
 
 def _scenes(
-    featurizer: Featurizer,
-    split: str,
-    encode: Encode,
-    rows: npt.NDArray[np.int64] | None = None,
+    featurizer: Featurizer, split: str, encode: Encode, rows: npt.NDArray[np.int64] | None = None
 ) -> Iterator[Scene]:
-    """Yield the patch tokens and the mask of every picture, resized to the model's input size."""
+    """Yield the row, patch tokens and mask of each picture, resized without a crop."""
     transform = eval_transform(featurizer.backbone, whole=True)
     source = DatasetSource(featurizer.data, split, transform, featurizer.seed, rows)
     order = EvalOrder(len(source.rows), 1, BATCH_PICTURES)

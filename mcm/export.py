@@ -21,7 +21,7 @@ from mcm.run_dir import last_eval, recorded
 
 FEATURE_TOLERANCE = 1e-5
 # The results in a model card, as fractions of 1.
-FIGURES = ("top1", "top5", "r2_masked", "r2_full", "knn", "linear", "miou", "pixel_accuracy")
+RESULTS = ("top1", "top5", "r2_masked", "r2_full", "knn", "linear", "miou", "pixel_accuracy")
 CARD = """A vision transformer trained by Masked Channel Modeling.
 FOLDER is the folder of this file.
 
@@ -113,12 +113,12 @@ def model_card(run: Path, config: dict[str, Any]) -> str:
     known.pop("sha256", None)
     rows = {name: value for name, value in known.items() if isinstance(value, str | float)}
     rows |= {f"sha256 of {unit}": digest for unit, digest in facts.get("units", {}).items()}
-    rows |= {name: f"{value:.4f}" for name, value in last_eval(run).items() if name in FIGURES}
+    rows |= {name: f"{value:.4f}" for name, value in last_eval(run).items() if name in RESULTS}
     for file in sorted([*(run / "probe").glob("*.json"), *(run / "dense").glob("*.json")]):
         found = read_json(file)
         if found["weights"] == config["mcm"]["weights"]:
             of = f"{found['input']} input, DATASET {found['data_sha256'][:12]}"
-            names = [name for name in FIGURES if found.get(name) is not None]
+            names = [name for name in RESULTS if found.get(name) is not None]
             rows |= {f"{name}, {of}": f"{found[name]:.4f}" for name in names}
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     return CARD.format(table=table, settings=json.dumps(facts["config"], indent=2))

@@ -91,10 +91,8 @@ def probe(
     Raises: UsageError before any picture is read.
     """
     chosen = tuple(methods) or METHODS
-    for option, names, allowed in (
-        ("--method", chosen, METHODS),
-        ("--features", features, FEATURES),
-    ):
+    options = (("--method", chosen, METHODS), ("--features", features, FEATURES))
+    for option, names, allowed in options:
         for name in names:
             if name not in allowed:
                 found = f"found {name!r}{nearest(name, allowed)}"
@@ -124,10 +122,8 @@ def probe(
         rows = featurizer.rows() if shots else None
         for kind in kinds:
             encode, s = featurizer.encoder(kind)
-            train, val = (
-                featurizer.features("train", encode, rows),
-                featurizer.features("val", encode),
-            )
+            train = featurizer.features("train", encode, rows)
+            val = featurizer.features("val", encode)
             named = {"subject": spec, "weights": backbone.weights, "input": kind, "fold_scale": s}
             result = _score(train, val, chosen, features=tokens, shots=shots, **named, **facts)
             name = record_name(result.label, dataset.sha256, seed, untrained)
@@ -139,19 +135,14 @@ def _probe_teacher(
     path: Path, methods: Sequence[str], features: Sequence[str], shots: int, seed: int, quiet: bool
 ) -> list[ProbeResult]:
     cache = Cache(path)
-    identity, units = (
-        cache.identity,
-        [cache.complete_units(split)[:1] for split in ("train", "val")],
-    )
+    identity = cache.identity
+    units = [cache.complete_units(split)[:1] for split in ("train", "val")]
     wanted = dict.fromkeys(features or (FEATURES if identity.has_cls else FEATURES[:1]))
     _check_features(wanted, identity.has_cls, str(path))
     for split, unit in zip(("train", "val"), units, strict=True):
         if not unit:
-            expected, advice = (
-                f"expected a complete unit of {split!r}",
-                "finish `mcm-cache extract`",
-            )
-            raise UsageError(f"{path}: {expected}; found none; {advice}")
+            found = "found none; finish `mcm-cache extract`"
+            raise UsageError(f"{path}: expected a complete unit of {split!r}; {found}")
         if any((unit[0].index(shard)["label"] < 0).any() for shard in range(unit[0].num_shards)):
             found = "found pictures without a label; only a labelled CACHE can be probed"
             raise UsageError(f"{path}: expected a label for every picture of {split!r}; {found}")
@@ -202,9 +193,8 @@ def _store(path: Path, result: ProbeResult) -> ProbeResult:
         if path.is_file():
             old = read_record(ProbeResult, path)
             if old.model_copy(update=empty) == result.model_copy(update=empty):
-                result = old.model_copy(
-                    update=result.model_dump(include=set(empty), exclude_none=True)
-                )
+                measured = result.model_dump(include=set(empty), exclude_none=True)
+                result = old.model_copy(update=measured)
         write_atomic(path, encode_record(result))
     return result
 

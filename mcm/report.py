@@ -176,9 +176,9 @@ def _add_run(tables: dict[str, Table], run: Path, label: str, rows: Mapping[str,
         init = facts["init_weights"]
         row = rows.get(init, f"{facts['init']} ({init})")
         tables[facts["dataset_sha256"]].put(row, fine_tuned(run), label)
-    elif figures := held_out(run):
+    elif values := held_out(run):
         data = (facts.get("cache") or {}).get("dataset_sha256", facts["cache_sha256"])
-        tables[data].put(label, figures, label)
+        tables[data].put(label, values, label)
 
 
 def _json(path: Path) -> dict[str, Any]:
