@@ -90,7 +90,7 @@ def load_encoder(
     the whole encoder.
     """
     if weights is not None and not spec.startswith("timm:"):
-        expected = "expected a timm:NAME beside --weights"
+        expected = "expected timm:NAME with --weights"
         raise UsageError(f"{expected}; found {spec}, which has its own weights; omit --weights")
     if spec == "random":
         return _from_config(student, seed)

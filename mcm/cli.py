@@ -25,8 +25,8 @@ TOML_HELP = "A TOML file, or the name of a shipped one, such as"
 SET_HELP = "Override a key of the configuration; may be repeated."
 OUT_HELP = "The folder of the run; the same command resumes it."
 WEIGHTS_HELP = "The weights of timm:NAME; by default, timm downloads them."
-INPUT_HELP = "Inputs to probe beside full; may be repeated."
-FEATURES_HELP = "Patch mean, class token or both; default: mean, of a CACHE all."
+INPUT_HELP = "Inputs to probe in addition to full; may be repeated."
+FEATURES_HELP = "Mean patch token, class token or both; default: mean, or all for a CACHE."
 FOLDED_HELP = "Fold x~ = e + S (x - e) into the weights."
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG|NAME", help=f"{TOML_HELP} pretrain/demo.")]

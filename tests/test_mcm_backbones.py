@@ -222,7 +222,7 @@ def test_what_is_no_plain_vit_is_refused_in_one_line(name, tmp_path):
         ("timm:vit_small_patch16_36x1_224", None, "expected pretrained weights; timm has none; give a file"),
         ("nowhere", None, "found nothing there"),
         ("random", None, r"\[student\]"),
-        ("random", "x", "expected a timm:NAME beside --weights"),
+        ("random", "x", "expected timm:NAME with --weights"),
     ],
 )
 def test_bad_requests(spec, weights, message, tmp_path):
