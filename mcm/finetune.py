@@ -1,4 +1,4 @@
-"""Fine-tuning: train an encoder with a new linear head, or only the head, by the loop of `loop.py`.
+"""Fine-tuning: train an encoder with a new linear head, or only the head, with `loop.train`.
 
 B batch, K classes, H W pixels.
 """

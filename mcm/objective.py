@@ -55,7 +55,7 @@ class Objective:
         )
         self.mean, self.std = (torch.tensor(x, device=device) * 255 for x in (run.mean, run.std))
         tokens = run.grid[0] * run.grid[1]
-        # A pool row masks the channels of one patch; in patch mode, it masks the patches of a row.
+        # A mask of the pool hides channels of one patch; in patch mode, patches of one picture.
         shapes = {"patch": (1, tokens), "none": (0, 0)}
         self.positions, self.width = shapes.get(config.mask.mode, (tokens, width))
         self.pools: dict[int, Future[Tensor]] = {}

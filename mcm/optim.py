@@ -61,7 +61,7 @@ def build_adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     """
     layer_decay = optim.layer_decay if isinstance(optim, FinetuneOptim) else None
     groups = param_groups(model, optim.weight_decay, layer_decay)
-    # Fused AdamW takes 2.1 ms of a 65 ms step of the demo's student on 2 cores, otherwise 6.6 ms.
+    # Per step of the demo's student on 2 cores (65 ms): 6.6 ms unfused, 2.1 ms fused.
     return torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2), fused=True)
 
 

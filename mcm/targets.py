@@ -65,8 +65,8 @@ class Targets(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Return target_BNC (target_BND if projected) in float32, also under autocast.
 
-        `codes` are float16 [B, N, C], or int8 [B, N, C] with `scale` [B, N] and, per chunk, `mean`
-        and `std` [K, C], where K divides B.
+        `codes` [B, N, C] are float16 or int8. int8 codes need `scale` [B, N], and `mean` and `std`
+        [K, C] per chunk, where K divides B.
         """
         with torch.autocast(codes.device.type, enabled=False):
             if scale is None or mean is None or std is None:
