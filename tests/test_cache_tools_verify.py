@@ -25,9 +25,7 @@ def flip(path: Path, place: int = -1) -> None:
 
 def found_in(path: Path) -> dict[str, str]:
     """The name of each damaged file and the parts of it that are named."""
-    return {
-        problem.file: problem.text.partition("damaged parts: ")[2] for problem in verify(path, quiet=True).problems
-    }
+    return {problem.file: problem.text.partition("damaged parts: ")[2] for problem in verify(path, quiet=True).problems}
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
