@@ -49,6 +49,8 @@ _SPLIT_OF_WORD = {
     **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+# Capitals before the word of a split: "MSCOCO" in "MSCOCOval".
+_PREFIX = f"[A-Z]{{2,}}(?=(?:{'|'.join(_SPLIT_OF_WORD)})(?:set)?(?![a-z]))"
 _FILLER_WORDS = {"data", "image", "images", "img", "imgs", "set", "split"}  # as in "train_images"
 _SPLITS = ("train", "val", "test")
 Source = str | Path | Mapping[str, str | Path]  # one source, or one per split
@@ -106,10 +108,10 @@ def _hold_out(sources: Sources, share: float) -> None:
 def _name_words(name: str) -> list[str]:
     """Return the words of a name in lower case, each without a final "set".
 
-    A word is a run of letters; a capital letter after a small one begins a new word.
-    "ILSVRC_ValSet01" gives ["ilsvrc", "val", "set"], and "trainset" gives ["train"].
+    A word is a run of letters. A capital letter begins a new word after a small letter, and before
+    one: "COCOValSet01" gives ["coco", "val", "set"], and "trainset" gives ["train"].
     """
-    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)
+    words = re.findall(f"{_PREFIX}|[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)
     return [word.lower().removesuffix("set") or "set" for word in words]
 
 

@@ -108,6 +108,12 @@ LAYOUTS = {  # files -> the rows of each split and a note, or what the error say
     "a class beside a split": ([*two("test"), "cat/1.png"], "found test beside cat/; name the splits"),
     "train alone beside others": ([*two("train"), "x/1.png"], "found train beside x/; name the splits"),
     "prefixed splits": (two("my_train", "my_val"), "found my_train/, my_val/; name the splits"),
+    "a prefix in capitals": (two("COCOTrain2017", "COCOVal2017"), "COCOTrain2017/, COCOVal2017/; name the splits"),
+    "tars with a prefix in capitals": (
+        ["COCOTrain2017.tar", "ILSVRCTrain.tar", "COCOVal2017.tar", "MSCOCOval.tar", "PASCALEvalSet.tar", "XTest.tar"],
+        {"train": 2, "val": 3, "test": 1},
+        "",
+    ),
     "kaggle imagenet100": (two("train.X1", "val.X"), "found train.X1/, val.X/"),
     "kaggle intel": (two("seg_train/seg_train", "seg_test/seg_test"), "found seg_test/"),
     "kaggle cats": (two("training_set/training_set", "test_set/test_set"), "found training_set/"),
