@@ -180,6 +180,7 @@ def test_a_val_split_of_ignored_pixels_is_one_line(data, tmp_path, monkeypatch):
         dense_probe(str(make_run(tmp_path / "run", "none")), data, workers=0, quiet=True)
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_and_refuses_what_needs_labels(data, tmp_path):
     run = make_run(tmp_path / "run", "none")
     command = ["mcm-train", "probe", run, "--data", data, "--workers", "0"]
@@ -197,6 +198,7 @@ def test_a_dataset_of_the_other_task_is_one_line(data, tmp_path):
         finetune(config(), data, str(make_run(tmp_path / "run")), None, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_real_vit_knows_pets_and_a_random_one_does_not(shared_data, tmp_path):
     shard(shared_data / "downstream" / "pets-160", tmp_path / "pets")
     weights = shared_data / "deit-tiny" / "deit_tiny_patch16_224.safetensors"

@@ -224,6 +224,7 @@ def test_a_killed_rank_ends_the_other_and_the_run_resumes_in_another_world(alone
     assert_same_losses(run, alone)
 
 
+@pytest.mark.slow
 def test_ranks_save_and_stop_when_their_launcher_is_killed(cache, tmp_path):
     config, run = make_config(schedule={"epochs": 99999}, train={"workers": 1}), tmp_path / "run"
     wait_for(3, process := start(command(config, cache, run, 2)), run)

@@ -187,6 +187,7 @@ class Killed:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_a_lack_of_memory():
     words = r"^DataLoader worker .*/dev/shm.* train\.workers"
     with pytest.raises(ResourceError, match=words), batches(Stream(Order(100, 16, 32, 16), Killed()), 0, 6, 1) as items:

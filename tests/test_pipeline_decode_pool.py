@@ -30,6 +30,7 @@ candidates.decode_rgb = decode_rgb
 """
 
 
+@pytest.mark.slow
 def test_results_come_in_order_and_what_fails_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_pool, "LIMIT_S", 4)
     words = ["a", "SIGSEGV", "b", "REFUSED", "SIGABRT", "SIGSEGV", *map(str, range(40)), "HANG", "d"]
@@ -80,6 +81,7 @@ def plant(source: Path, **words: str) -> Path:
     return source
 
 
+@pytest.mark.slow
 def test_the_command_refuses_pictures_that_crash_or_hang_the_decoder(tmp_path: Path, tally) -> None:
     source = plant(make_source(tmp_path / "source"), _001="SIGSEGV", _013="HANG", _028="SIGABRT")
     assert "train: 37 rows in 3 shards, 3 refused" in ended(start(source, tmp_path / "out", "--max-refused", 1), 0)
