@@ -22,7 +22,8 @@ from cache_tools.records import Record, encode_record, read_record, sha256_hex
 from cache_tools.schema import FileEntry
 from cache_tools.storage import atomic_folder, read_at, remove, remove_tree, write_atomic
 
-_NAME = re.compile(r"step_(\d{9})")
+_NAME = re.compile(r"step_\d{9}")
+_TEMPORARY = re.compile(r"\.step_\d{9}\.[0-9a-f]{8}\.partial")  # a name of `atomic_folder`
 Tensors = dict[str, Tensor]
 
 
@@ -134,13 +135,15 @@ def rotate(run_dir: Path, previous: int, step: int, keep_last: int) -> None:
     """Remove old checkpoints after `save` of `step`.
 
     It keeps `step` and the newest ones up to `previous`, `keep_last` in all. Other checkpoints are
-    old, damaged, or left over from killed processes.
+    old, damaged, or left over from killed processes. Files, links and other folders stay.
     """
     older = [path for path in complete(run_dir) if int(path.name.removeprefix("step_")) <= previous]
     keep = [*older[max(0, len(older) + 1 - keep_last) :], folder(run_dir, step)]
-    for path in [path for path in (run_dir / "checkpoints").iterdir() if path not in keep]:
-        remove(path / "state.json")  # first: a partly removed folder is not a checkpoint
-        remove_tree(path)
+    for path in list((run_dir / "checkpoints").iterdir()):
+        ours = _NAME.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name)
+        if ours and path not in keep and path.is_dir() and not path.is_symlink():
+            remove(path / "state.json")  # first: a partly removed folder is not a checkpoint
+            remove_tree(path)
 
 
 def load(path: Path, optimizer: bool = True) -> Checkpoint:

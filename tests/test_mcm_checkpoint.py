@@ -119,10 +119,25 @@ def test_rotation_keeps_the_newest_that_led_here(tmp_path, keep_last, kept):
     for step in (7, 9):  # so training went on from 3
         flip(checkpoint.folder(tmp_path, step) / "model.safetensors")
     save(tmp_path, 8)
-    (tmp_path / "checkpoints" / ".step_000000005.partial").mkdir()
+    (tmp_path / "checkpoints" / ".step_000000005.0a1b2c3d.partial").mkdir()
     checkpoint.rotate(tmp_path, 3, 8, keep_last)
     left = sorted((tmp_path / "checkpoints").iterdir())
     assert left == [checkpoint.folder(tmp_path, step) for step in kept]
+
+
+def test_rotation_leaves_what_is_no_checkpoint(tmp_path):
+    folder = save(tmp_path, 1).parent
+    for name in (".DS_Store", ".nfs0000001", "notes", "step_000000004"):
+        (folder / name).write_text("of the user")
+    for name in ("best", "step_3", ".best.partial"):
+        shutil.copytree(folder / "step_000000001", folder / name)
+    shutil.copytree(folder / "step_000000001", tmp_path / "elsewhere")
+    (folder / "step_000000002").symlink_to(tmp_path / "elsewhere")
+    before = sorted(path for path in tmp_path.rglob("*") if "step_000000001" not in path.parts)
+    save(tmp_path, 5)
+    checkpoint.rotate(tmp_path, 1, 5, 1)
+    after = [path for path in tmp_path.rglob("*") if "step_000000005" not in path.parts]
+    assert sorted(after) == before
 
 
 def test_saving_again_replaces_the_damaged_one(tmp_path):
