@@ -72,7 +72,8 @@ def list_sources(source: Source, val: float = 0.0, max_refused: float = 0.01) ->
     folders = {split: place for split, place in locations.items() if not isinstance(place, list)}
     if tars and folders:
         found = f"tars ({', '.join(tars)}) and folders of pictures ({', '.join(folders)})"
-        raise UsageError(f"{source}: expected one kind of source; found {found}; use one kind")
+        where = source_name(source)
+        raise UsageError(f"{where}: expected one kind of source; found {found}; use one kind")
     if tars:
         root = next(iter(source.values())) if isinstance(source, Mapping) else source
         _add_tars(Path(root), tars, sources)
@@ -82,9 +83,16 @@ def list_sources(source: Source, val: float = 0.0, max_refused: float = 0.01) ->
         _hold_out(sources, val)
     for split, candidates in sources.splits.items():
         if not len(candidates):
-            found = f"{source}: expected {_LAYOUTS}; found no picture in split {split!r}"
-            raise UsageError("; ".join([found, *sources.notes]))
+            where, found = source_name(source), f"found no picture in split {split!r}"
+            raise UsageError("; ".join([f"{where}: expected {_LAYOUTS}", found, *sources.notes]))
     return sources
+
+
+def source_name(source: Source) -> str:
+    """Return a source, or every source with its split, for an error message."""
+    if isinstance(source, Mapping):
+        return ", ".join(f"--{split} {part}" for split, part in source.items())
+    return str(source)
 
 
 def _hold_out(sources: Sources, share: float) -> None:
@@ -273,9 +281,12 @@ def _info_tars(info: Path) -> dict[str, _Location]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{info}: expected timm's splits.<name>.filenames; {error!r}") from error
     for name, tars in listed.items():
-        if (split := split_name(name)) is None or split in found:
-            shown = printable(name)
+        shown = printable(name)
+        if (split := split_name(name)) is None:
             raise UsageError(f"{info}: expected the splits train, val or test; found {shown!r}")
+        if split in found:
+            expected = f"expected one entry of split {split}"
+            raise UsageError(f"{info}: {expected}; found a second one, {shown!r}")
         below = info.parent
         if outside := [tar for tar in tars if ".." in tar.parts or not tar.is_relative_to(below)]:
             shown = printable(str(outside[0]))
@@ -470,11 +481,12 @@ def add_files(
 
 
 def _add_tars(root: Path, tars_of: Mapping[str, list[Path]], sources: Sources) -> None:
-    """Add the samples of tars, and the class names of root/classes.txt where that file exists.
+    """Add the samples of tars, and the class names of classes.txt in `root` or beside a tar.
 
-    Raises: UsageError when only some pictures have a label, or when a label has no class name.
+    Raises: UsageError when only some pictures have a label, when a label has no class name, or
+    when two classes.txt differ.
     """
-    left = Counter[str]()  # members left out, by extension; "" for those without a key
+    left = Counter[str]()  # by extension; "" for hidden and irregular members, and without a key
     for split, tars in tars_of.items():
         candidates = sources.splits[split] = Candidates()
         for tar in tars:
@@ -492,12 +504,15 @@ def _add_tars(root: Path, tars_of: Mapping[str, list[Path]], sources: Sources) -
         )
     else:
         _refuse_unlabelled(sources)
-    file = root / "classes.txt"
-    names = class_lines(file) if file.is_file() else None
-    sources.classes = tuple(map(str, range(highest + 1)) if names is None else names)
+    folders = dict.fromkeys([root, *(tar.parent for tars in tars_of.values() for tar in tars)])
+    files = [file for folder in folders if (file := folder / "classes.txt").is_file()]
+    names = [class_lines(file) for file in files]
+    if others := [file for file, lines in zip(files, names, strict=True) if lines != names[0]]:
+        raise UsageError(f"{files[0]}: expected one list of classes; {others[0]} differs")
+    sources.classes = tuple(names[0] if names else map(str, range(highest + 1)))
     if len(sources.classes) <= highest:
         expected = f"at least {highest + 1} lines, one per class"
-        raise UsageError(f"{file}: expected {expected}; found {len(sources.classes)}")
+        raise UsageError(f"{files[0]}: expected {expected}; found {len(sources.classes)}")
 
 
 def _refuse_unlabelled(sources: Sources) -> None:

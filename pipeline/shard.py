@@ -24,7 +24,7 @@ from cache_tools.storage import (
 )
 
 from .decode_pool import DecodePool
-from .listing import Source, list_sources
+from .listing import Source, list_sources, source_name
 from .mask_listing import list_scenes
 from .shard_writer import ShardPlan, SplitPlan, SplitWriter
 
@@ -82,7 +82,9 @@ class _Job:
             raise UsageError(f"--val: expected a source without masks; {found}")
         if not scenes and (ignore or classes):
             expected = "expected a source with masks"
-            raise UsageError(f"--ignore, --classes: {expected}; found none in {source}")
+            raise UsageError(
+                f"--ignore, --classes: {expected}; found none in {source_name(source)}"
+            )
         sources = scenes or list_sources(source, val, max_refused)
         for note in sources.notes:
             print(one_line(note))

@@ -163,8 +163,13 @@ def test_sources_can_be_named_by_split(tmp_path: Path) -> None:
     assert listed(named) == dict.fromkeys(("train", "val"), [("a/1.png", 0), ("b/2.png", 1)])
     tars = {"val": f"{tmp_path}/v/*.tar", "train": tmp_path / "t"}
     assert listed(tars) == {"train": [("0.tar/k.jpg", 0)], "val": [("9.tar/k.jpg", 0)]}
-    with pytest.raises(UsageError, match="found tars .val. and folders of pictures .train."):
+    with pytest.raises(
+        UsageError, match="^--train .*my_train, --val .*v: .* tars .val. and folders of pictures .train."
+    ):
         list_sources(named | {"val": tmp_path / "v"})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="^--train .*empty: expected an ImageFolder .* no picture in split 'train'"):
+        list_sources({"train": tmp_path / "empty"})
     for val in (tmp_path / "my_train", tmp_path / "my_train" / "a"):
         with pytest.raises(UsageError, match="expected pictures of its own; it is also in --"):
             list_sources(named | {"val": val})
@@ -270,10 +275,28 @@ def test_timms_info_and_classes_txt(tmp_path: Path) -> None:
         else:
             with pytest.raises(UsageError, match="expected the splits train"):
                 list_sources(tmp_path)
+    twice = dict.fromkeys(("train", "training"), split)
+    (tmp_path / "_info.json").write_text(json.dumps({"splits": twice}))
+    with pytest.raises(UsageError, match="expected one entry of split train; found a second one, 'training'"):
+        list_sources(tmp_path)
     (tmp_path / "_info.json").write_text(json.dumps({"splits": {"val": split}}))
     (tmp_path / "x.tar").unlink()
     with pytest.raises(UsageError, match=r"x\.tar is not there"):
         list_sources(tmp_path)
+
+
+def test_classes_txt_is_found_beside_the_tars(tmp_path: Path) -> None:
+    fill(tmp_path, "x-0.tar", "other/x-1.tar")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    first, second = tmp_path / "x-0.tar", tmp_path / "other/x-1.tar"
+    for source in (first, f"{tmp_path}/*.tar", f"{tmp_path}/x-{{0..0}}.tar", {"train": second, "val": first}):
+        assert list_sources(source).classes == ("cat", "dog")
+    (tmp_path / "other/classes.txt").write_text("dog\ncat\n")
+    with pytest.raises(UsageError, match="expected one list of classes; .*classes.txt differs"):
+        list_sources({"train": first, "val": second})
+    (tmp_path / "other/classes.txt").write_text("")
+    with pytest.raises(UsageError, match="other/classes.txt: expected at least 1 lines"):
+        list_sources(second)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,8 @@ def test_ignore_and_classes_are_settled_here(tmp_path):
     dataset = Dataset(tmp_path / "out")
     values = {value for row in range(20) for value in np.unique(dataset.mask("train", row)).tolist()}
     assert values == {0, 1, 255}
+    with pytest.raises(UsageError, match="found none in --train "):
+        shard({"train": root}, tmp_path / "none", ignore=[0], workers=1)
     with pytest.raises(IdentityError, match="ignore"):
         shard(root, tmp_path / "out", ignore=[255, 1], classes=names, workers=1)
 
