@@ -507,8 +507,8 @@ def _add_tars(root: Path, tars_of: Mapping[str, list[Path]], sources: Sources) -
     folders = dict.fromkeys([root, *(tar.parent for tars in tars_of.values() for tar in tars)])
     files = [file for folder in folders if (file := folder / "classes.txt").is_file()]
     names = [class_lines(file) for file in files]
-    if others := [file for file, lines in zip(files, names, strict=True) if lines != names[0]]:
-        raise UsageError(f"{files[0]}: expected one list of classes; {others[0]} differs")
+    if unlike := [file for file, lines in zip(files, names, strict=True) if lines != names[0]]:
+        raise UsageError(f"{files[0]}: expected one list of classes; {unlike[0]} differs")
     sources.classes = tuple(names[0] if names else map(str, range(highest + 1)))
     if len(sources.classes) <= highest:
         expected = f"at least {highest + 1} lines, one per class"
