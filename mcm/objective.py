@@ -58,6 +58,7 @@ class Objective:
         # A mask of the pool hides channels of one patch; in patch mode, patches of one picture.
         shapes = {"patch": (1, tokens), "none": (0, 0)}
         self.positions, self.width = shapes.get(config.mask.mode, (tokens, width))
+        self.epoch = 0  # of training: the newest epoch seen
         self.pools: dict[int, Future[Tensor]] = {}
         self.pool_thread = ThreadPoolExecutor(1)
         # The fused loss never stores the decoded target: 154 MB per 256 rows of 196 x 768 float32.
@@ -77,12 +78,14 @@ class Objective:
         """Return the mask pool of the batch's epoch and the batch's picks; None without masks."""
         if self.config.mask.mode == "none":
             return None
-        epoch = batch["epoch"]
         # Held-out rows use the pool of epoch 0. A pool takes 0.2 s, so a thread makes the next one.
-        self.pools = {e: pool for e, pool in self.pools.items() if e in (0, epoch, epoch + 1)}
-        for e in {epoch, epoch + 1} - self.pools.keys():
-            self.pools[e] = self.pool_thread.submit(self._pool, e)
-        return self.pools[epoch].result(), batch["picks"]
+        self.epoch = max(self.epoch, batch["epoch"])
+        wanted = batch["epoch"], self.epoch, self.epoch + 1
+        self.pools = {e: pool for e, pool in self.pools.items() if e == 0 or e in wanted}
+        for e in wanted:
+            if e not in self.pools:
+                self.pools[e] = self.pool_thread.submit(self._pool, e)
+        return self.pools[batch["epoch"]].result(), batch["picks"]
 
     def _pool(self, epoch: int) -> Tensor:
         """Return the mask pool of an epoch, plus one mask that hides nothing, for unmasked rows."""

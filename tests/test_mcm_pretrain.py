@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from cache_tools.records import encode_record, read_record, write_toml
 from mcm import checkpoint
 from mcm.backbones import load_encoder
 from mcm.config import PretrainConfig
-from mcm.objective import channel_stats
+from mcm.objective import Objective, channel_stats
 from mcm.pretrain import pretrain
 from mcm.run_dir import ExitRecord, PretrainRun
 
@@ -357,6 +358,21 @@ def test_knn_runs_when_it_is_due_and_at_the_end(cache, tmp_path, knn_epochs, ste
     pretrain(make_config(train={"knn_epochs": knn_epochs}), cache.path, tmp_path / "run", data.path)
     found = {line["step"]: line["eval"]["knn_full"] for line in metrics(tmp_path / "run") if "knn_full" in str(line)}
     assert list(found) == steps and all(0.3 <= value <= 1.0 for value in found.values())
+
+
+def test_a_held_out_batch_keeps_the_pools_of_training(cache):
+    units = cache.complete_units("train")
+    run = SimpleNamespace(grid=(2, 2), patch=8, channels=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    objective = Objective(make_config(schedule={"epochs": 8}), run, cache, units, accelerator)
+    picks = torch.zeros(1, dtype=torch.int32)
+    for epoch in (0, 1, 4, 5):
+        pool, _ = objective.masks({"epoch": epoch, "picks": picks})
+        following = objective.pools[epoch + 1]
+        objective.masks({"epoch": 0, "picks": picks})
+        assert objective.pools.keys() == {0, epoch, epoch + 1}
+        assert objective.masks({"epoch": epoch, "picks": picks})[0] is pool
+        assert objective.pools[epoch + 1] is following
 
 
 def test_channel_statistics_are_those_of_all_units(cache):
