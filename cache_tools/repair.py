@@ -1,8 +1,8 @@
 """`verify --repair`: move damaged files to PATH/.run/quarantine.
 
-The same `extract` or `shard` command then writes the files again. A CACHE is a pure function of the
-request. `extract` recomputes a shard without a commit and finishes a unit without a manifest. It
-also writes a missing cache.json, projection.npy, probe.npy or probe.json.
+The same `extract` or `shard` command then writes the files again. `extract` recomputes a shard
+without a commit and finishes a unit without a manifest. It also writes a missing cache.json,
+projection.npy, probe.npy or probe.json.
 
 Commits are moved first. If this process dies, no commit refers to a file that was moved.
 """

@@ -47,11 +47,12 @@ class TeacherIdentity(Record):
 
 
 class CacheIdentity(Record):
-    """cache.json: a pure function of the request.
+    """cache.json: determined by the request, except for `pixels_sha256`.
 
     `grid` is (rows, columns) of patch tokens. Sizes are in pixels. `pixels_sha256` is the digest of
-    a fixed picture after this machine's decoders, resize and encoder. Early caches have neither
-    `compress` nor `pixels_sha256`. The None value is omitted, so the digests of these caches hold.
+    a fixed picture after the decoders, resize and encoder of the first worker's machine. Early
+    caches have neither `compress` nor `pixels_sha256`. The None value is omitted, so the digests of
+    these caches hold.
     """
 
     format: Literal["mcm-cache"] = "mcm-cache"
@@ -120,7 +121,10 @@ class ProbeRecord(Record):
 
 
 class Fingerprint(Record):
-    """What the bytes depend on besides the request. The same fingerprint gives the same bytes."""
+    """What the bytes depend on besides the request and the model of the processor.
+
+    `versions` also holds the name of the GPU, or the number of CPU threads.
+    """
 
     device: str
     precision: Literal["fp32", "fp16", "bf16"]

@@ -113,11 +113,11 @@ class SplitWriter:
         with progress(total, f"shard {self.name}", "pictures", start) as bar:
             accepted = self._accepted(start, bar)
             while self._next_candidate() < total:
-                self._write_shard(accepted)
-                self._check_budget(slack=0)
                 if stop.requested:
                     done = f"stopped after {len(self.done)} shards"
                     raise Interrupted(f"{self.folder}: {done}; the same command resumes")
+                self._write_shard(accepted)
+                self._check_budget(slack=0)
         return self._finish()
 
     def write_again(self, shard: int, entry: SplitEntry) -> ShardEntry:

@@ -1,10 +1,12 @@
 """Extraction: exact pixels, resumed to the byte after SIGTERM, refused when the request is another."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -18,15 +20,15 @@ from make_teacher import make_teacher
 from PIL import Image
 
 from cache_tools.cache import Cache
-from cache_tools.errors import CorruptionError, IdentityError, UsageError
+from cache_tools.errors import CorruptionError, IdentityError, Interrupted, UsageError
 from cache_tools.images import decode_rgb, decode_view_into
 from cache_tools.quantize import decode
 from cache_tools.schema import CropPolicy
 from cache_tools.verify import verify
 from pipeline.config import load_config
-from pipeline.extract import extract, versions
+from pipeline.extract import check_grid, extract, versions
 from pipeline.shard import shard
-from pipeline.teachers import load_teacher
+from pipeline.teachers import Teacher, load_teacher
 from pipeline.views import draw_crop
 
 ROWS, VAL_ROWS, ROWS_PER_SHARD = 100, 24, 32
@@ -107,9 +109,22 @@ def test_sigterm_stops_at_a_shard_and_the_same_command_goes_on(place: Path, cach
         time.sleep(0.002)
     process.send_signal(signal.SIGTERM)
     error = process.communicate()[1]
-    assert process.returncode == 75 and "stopped after a shard; the same command resumes" in error
+    assert process.returncode == 75 and "stopped; the same command resumes" in error
     run("mcm-cache", "extract", place / "dataset", target, *options(place))
     assert tree_digest(target) == tree_digest(cache)
+
+
+def test_a_stop_before_the_first_shard_makes_no_shard(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(teacher: Teacher) -> dict[str, str]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return versions(teacher)
+
+    monkeypatch.setattr("pipeline.extract.versions", stop)  # called just before the shards
+    with pytest.raises(Interrupted, match="stopped; the same command resumes"):
+        extract(request(place, tmp_path / "cache"))
+    assert not list(tmp_path.rglob("*.tar*"))
 
 
 def test_views_are_added_without_touching_those_there(place: Path, tmp_path: Path, cache: Path) -> None:
@@ -183,6 +198,14 @@ def test_usage_errors_come_before_any_work(place: Path, tmp_path: Path, changes:
     with pytest.raises(UsageError, match=said):
         extract(request(place, tmp_path / "cache", **changes))
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("patch", [None, 16])
+def test_a_teacher_without_a_square_grid_is_refused(patch: int | None) -> None:
+    teacher = load_teacher("timm:vit_tiny_patch16_224", "random", 32, device="cpu")
+    config = load_config(None, dict(teacher="timm:vit", weights="random", size=112, patch=patch))
+    with pytest.raises(UsageError, match="timm:vit: expected a teacher with a square grid; found 7x14 tokens"):
+        check_grid(config, replace(teacher, grid=(7, 14)))
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,11 @@ def test_a_signal_stops_behind_a_shard_and_damage_is_named(made, tmp_path, monke
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
+        patch.setattr("pipeline.shard.settle", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted, match="after 0 shards"):
+            shard(made / "source", out, rows_per_shard=16, seed=3)
+    assert not list(out.rglob("*.tar"))
+    with monkeypatch.context() as patch:
         patch.setattr(module, "publish", publish_and_stop)
         with pytest.raises(Interrupted, match="after 1 shards"):
             shard(made / "source", out, rows_per_shard=16, seed=3)
