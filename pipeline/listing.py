@@ -7,7 +7,7 @@ without timm's _info.json. They are scanned once and never extracted.
 The name of a folder or tar tells its split: `split_name` reads a whole folder name, and
 `_tars_by_split` looks for one word in the name of a tar. Both use the table `_SPLIT_OF_WORD`.
 A source with unclear splits or classes is an error. Hidden files, files of known other kinds, and
-links are left out and counted.
+links to pictures or folders are left out and counted; a tar may be a link.
 """
 
 import glob
@@ -154,7 +154,7 @@ def _locations(source: Source, notes: list[str]) -> dict[str, _Location]:
 
 
 def _check_apart(locations: Mapping[str, _Location]) -> None:
-    """Raise UsageError when a folder or tar of one split is, or lies in, that of another."""
+    """Raise UsageError when two splits share or nest a folder or tar."""
     roots = {
         split: {Path(p).resolve() for p in (at if isinstance(at, list) else [at[0] / at[1]])}
         for split, at in locations.items()
@@ -321,8 +321,8 @@ def _is_hidden(path: str) -> bool:
 def _scan(path: Path, no_links: bool = False) -> _Folder:
     """Return the names in a folder.
 
-    A link to a tar counts as a file, as in a snapshot of a hub. With `no_links`, a link to a folder
-    raises UsageError.
+    Links to pictures and folders are not followed. A link to a tar counts as a file, as in a
+    Hugging Face Hub snapshot. With `no_links`, a link to a folder raises UsageError.
     """
     here = _Folder([], [], [], [])
     with os.scandir(path) as entries:
@@ -348,16 +348,16 @@ def _scan(path: Path, no_links: bool = False) -> _Folder:
 def _add_folders(
     locations: Mapping[str, tuple[Path, str]], sources: Sources, max_refused: float
 ) -> None:
-    """Add the pictures of folders. A label is the position of a class among those of all splits."""
+    """Add the pictures of folders. A label is a position in the sorted classes of all splits."""
     parts = {split: _classes(root / below) for split, (root, below) in locations.items()}
     _drop_unsorted(locations, parts, sources.notes)
     classes = sorted({name for part in parts.values() for name in part})
     left = Counter[str]()
     for split, names in parts.items():
         root, below = locations[split]
-        empty = [name for name in classes if name not in names and (split == "train" or not names)]
-        if empty:
-            shown = printable(empty[0])
+        missing = [name for name in classes if name not in names]
+        if missing and (split == "train" or not names):
+            shown = printable(missing[0])
             raise UsageError(f"{root / below}: expected every class; found no class {shown!r}")
         own = Counter[str]()
         candidates = sources.splits[split] = _folder_candidates(root, below, names, classes, own)
@@ -416,7 +416,7 @@ def _classes(folder: Path) -> dict[str, str]:
 
 
 def _refuse_splits(folder: Path, names: list[str]) -> None:
-    """Raise UsageError when the folders in a split or class are splits themselves.
+    """Raise UsageError when the subfolders of a split or class are named like splits.
 
     One class may have the name of a split, such as "train".
     """
@@ -451,11 +451,11 @@ def _folder_candidates(
 def add_files(
     root: Path, below: str, label: int, candidates: Candidates, left: Counter[str]
 ) -> None:
-    """Add every file under root/below as a candidate, in sorted order.
+    """Add every file under root/below as a candidate: a folder's sorted files, then its folders.
 
     `left` counts what is left out: files with the extension of another kind, hidden files, links.
 
-    Raises: UsageError when a file is an archive, or when the folders in a folder are splits.
+    Raises: UsageError when a file is an archive, or when subfolders are named like splits.
     """
     todo = [below]
     while todo:
@@ -579,9 +579,9 @@ def _scan_tar(path: Path, candidates: Candidates, left: Counter[str]) -> None:
 
 
 def _members(path: Path, file: _CappedReads, left: Counter[str]) -> Iterator[dict[str, Any]]:
-    """Yield the regular members with a key that are not hidden, as webdataset does.
+    """Yield the regular members that are not hidden and have a key, for `group_by_keys`.
 
-    The data of a member is its header.
+    `data` holds the TarInfo, not the bytes.
     """
     from webdataset.tariterators import base_plus_ext
 
