@@ -71,6 +71,20 @@ class Mask(Record):
     second_fill: bool = True
     pool: Count = 4096
 
+    def problem(self, count: int, values: str) -> str | None:
+        """Return what is wrong with the ratios for masks over `count` values, or None.
+
+        A schedule may end at a mask that hides nothing; no mask may hide every value.
+        """
+        for name, ratio, least in ("ratio", self.ratio, 1), ("final_ratio", self.final_ratio, 0):
+            hidden = round((ratio or 0.0) * count)
+            if ratio is not None and not least <= hidden < count:
+                return (
+                    f"mask.{name} = {ratio} hides {hidden} of {count} {values};"
+                    f" expected {least} to {count - 1}; choose another ratio"
+                )
+        return None
+
 
 class Target(Record):
     """The target: its features, its normalisation, and the side that has the linear layer.
@@ -200,11 +214,9 @@ class PretrainConfig(Record):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        hidden, width = round(self.mask.ratio * self.student.width), self.student.width
-        if self.mask.mode in ("channel", "dropout") and not 0 < hidden < width:
-            raise ValueError(
-                f"mask.ratio = {self.mask.ratio} hides {hidden} of student.width = {width} channels"
-            )
+        channelwise = self.mask.mode in ("channel", "dropout")
+        if channelwise and (problem := self.mask.problem(self.student.width, "channels")):
+            raise ValueError(problem)
         target = self.target
         if target.norm == "channel" and target.features != "patch":
             raise ValueError(

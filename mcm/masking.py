@@ -11,21 +11,16 @@ from torch import Tensor
 from cache_tools.rng import hash_u64, uniform
 
 
-def hidden_channels(width: int, ratio: float) -> int:
-    """Return how many of `width` channels (or patches) are hidden: round(ratio * width)."""
-    return round(ratio * width)
-
-
 def mask_pool(
     seed: int, epoch: int, pool_rows: int, width: int, ratio: float
 ) -> npt.NDArray[np.bool_]:
-    """Return the pool_KD of an epoch; each row has hidden_channels(width, ratio) True values.
+    """Return the pool_KD of an epoch; each row has round(ratio * width) True values.
 
     The values with the smallest hashes are hidden: a uniform draw without replacement.
     """
     rows_K1, channels_1D = np.arange(pool_rows)[:, None], np.arange(width)[None, :]
     hashes_KD = hash_u64(seed, "mask_pool", epoch, rows_K1, channels_1D)
-    hidden = hidden_channels(width, ratio)
+    hidden = round(ratio * width)
     pool_KD = np.zeros((pool_rows, width), dtype=np.bool_)
     if not hidden:  # the end of a ratio schedule that reaches zero
         return pool_KD

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from cache_tools.errors import UsageError
 from mcm.config import PretrainConfig, Student
-from mcm.masking import apply_fill, hidden_channels, mask_from_pool
+from mcm.masking import apply_fill, mask_from_pool
 
 MAX_DECODER_WIDTH = 768
 DECODER_HEAD_WIDTH = 64
@@ -167,19 +167,15 @@ class MaskedChannelModel(nn.Module):
         `mean` and `std`, of pixels in [0, 1], normalise uint8 pictures. The model has only the
         parameters that the mask mode uses: DDP stops at a parameter without a gradient.
 
-        Raises: UsageError when the ratio hides none or all of the patches.
+        Raises: UsageError when a ratio of patch mode does not fit the number of patches.
         """
         super().__init__()
         self.mode, self.ratio = cfg.mask.mode, cfg.mask.ratio
         self.mean, self.std = tuple(mean), tuple(std)
         self.bf16_residual = cfg.train.residual == "bf16"
         width, num_patches = cfg.student.width, grid[0] * grid[1]
-        hidden = hidden_channels(num_patches, self.ratio)
-        if self.mode == "patch" and not 0 < hidden < num_patches:
-            raise UsageError(
-                f"mask.ratio = {self.ratio} hides {hidden} of {num_patches} patches;"
-                f" expected 1 to {num_patches - 1}; choose another ratio"
-            )
+        if self.mode == "patch" and (problem := cfg.mask.problem(num_patches, "patches")):
+            raise UsageError(problem)
         size_hw, depth = (grid[0] * patch, grid[1] * patch), cfg.decoder.depth
         self.encoder = build_encoder(size_hw, patch, cfg.student, cfg.train.seed)
         out = channels if cfg.target.projection == "prediction" else width

@@ -282,6 +282,8 @@ def test_bad_requests_stop_before_anything_is_written(cache, tmp_path):
         pretrain(make_config(train={"global_batch": 128}), cache.path, tmp_path / "run")
     with pytest.raises(UsageError, match="mask.ratio = 0.01 hides 0 of 16 patches"):
         pretrain(make_config(mask={"mode": "patch", "ratio": 0.01}), cache.path, tmp_path / "run")
+    with pytest.raises(UsageError, match="mask.final_ratio = 0.99 hides 16 of 16 patches"):
+        pretrain(make_config(mask={"mode": "patch", "final_ratio": 0.99}), cache.path, tmp_path / "run")
     with pytest.raises(UsageError, match="expected a CACHE"):
         pretrain(make_config(), tmp_path / "none", tmp_path / "run")
     empty = make_cache(tmp_path / "cache", views=1)
