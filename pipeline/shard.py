@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cache_tools.console import StopFlag, one_line
 from cache_tools.dataset import CHUNK_ROWS, ROWS_PER_SHARD, DatasetRecord, info_json, shard_name
-from cache_tools.errors import IdentityError, UsageError, check_output
+from cache_tools.errors import IdentityError, Interrupted, UsageError, check_output
 from cache_tools.records import differences, encode_record, read_record
 from cache_tools.storage import (
     move_durably,
@@ -116,7 +116,7 @@ class _Job:
             if (self.out / "dataset.json").is_file():
                 record = read_record(DatasetRecord, self.out / "dataset.json")
                 _check_same(self.out, self.plan, _plan_of(record))
-                self._make_again(record, pool)
+                self._make_again(record, pool, stop)
                 print(f"{self.out}: complete")
             else:
                 begun = self.work / "plan.json"
@@ -133,10 +133,11 @@ class _Job:
             remove_tree(self.work)
         return record
 
-    def _make_again(self, record: DatasetRecord, pool: DecodePool) -> None:
+    def _make_again(self, record: DatasetRecord, pool: DecodePool, stop: StopFlag) -> None:
         """Make missing shards again; the same sources give the same bytes.
 
-        Raises: IdentityError when the sources give a file that differs from dataset.json.
+        Raises: IdentityError when the sources give a file that differs from dataset.json;
+        Interrupted when a stop is requested, before the next shard.
         """
         again = self.folder / "again"
         for name, entry in record.splits.items():
@@ -146,6 +147,8 @@ class _Job:
                 missing = [file for file in map(tar.with_suffix, suffixes) if not file.is_file()]
                 if not missing:
                     continue
+                if stop.requested:
+                    raise Interrupted(f"{self.out}: stopped; the same command resumes")
                 made = self._split(name, again, 1, pool).write_again(shard, entry)
                 if (
                     made.model_copy(update={"first_candidate": committed.first_candidate})

@@ -220,6 +220,14 @@ def test_a_signal_stops_behind_a_shard_and_damage_is_named(made, tmp_path, monke
     out = out.rename(tmp_path / "moved")  # its progress moves with it
     shard(made / "source", out, rows_per_shard=16, seed=3)
     assert tree_digest(out) == tree_digest(made / "out")
+    (out / "train/000000.tar").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.shard.settle", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted, match="stopped; the same command resumes"):
+            shard(made / "source", out, rows_per_shard=16, seed=3)
+    assert not (out / "train/000000.tar").exists()
+    shard(made / "source", out, rows_per_shard=16, seed=3)
+    assert tree_digest(out) == tree_digest(made / "out")
 
 
 def test_the_command_ends_in_one_line_and_the_right_code(tmp_path):
