@@ -315,6 +315,7 @@ def file_sha256(path: Path) -> str:
 def try_lock(path: Path) -> Iterator[bool]:
     """Hold a lock on the file `path` in the block; yield False if another process holds it.
 
+    On a file system without flock, it yields True and holds no lock: see `locks_work`.
     The kernel releases a flock when its process ends, so a lock is never stale.
     """
     make_dir(path.parent)

@@ -39,6 +39,7 @@ from cache_tools.schema import CacheIdentity
 from cache_tools.storage import (
     append_line,
     keep_lines,
+    locks_work,
     publish,
     settle,
     try_lock,
@@ -179,7 +180,7 @@ def write_environment(run_dir: Path, config: Record, **facts: Any) -> None:
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of the RUN.
+    """Hold the lock of the RUN; print a warning if its file system has no locks.
 
     Raises: UsageError when another process trains in this RUN.
     """
@@ -187,6 +188,8 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     with try_lock(lock) as ours:
         if not ours:
             raise UsageError(f"{lock}: another process trains in {run_dir}; wait until it ends")
+        if not locks_work(lock.parent):
+            print(f"warning: {run_dir} has no locks; do not train twice in this folder", flush=True)
         yield
 
 

@@ -25,6 +25,7 @@ from cache_tools.storage import (
     try_lock,
     write_atomic,
 )
+from mcm.run_dir import run_lock
 
 
 def test_atomic_file_is_whole_hashed_and_fsynced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +99,20 @@ def test_the_next_run_removes_what_a_killed_writer_left(tmp_path: Path, kind: st
         writer.kill()
         writer.wait()
         assert start_again() == 0
+
+
+def test_without_flock_every_process_gets_the_lock_and_a_run_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flock(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with run_lock(tmp_path):
+        assert capsys.readouterr().out == ""
+    monkeypatch.setattr("fcntl.flock", flock)
+    with run_lock(tmp_path), try_lock(tmp_path / ".run" / "lock") as held:
+        assert held and not locks_work(tmp_path)
+    assert "has no locks; do not train twice in" in capsys.readouterr().out
 
 
 def test_two_writers_of_one_path_do_not_meet(tmp_path: Path) -> None:
