@@ -224,7 +224,21 @@ def _tars_by_split(tars: list[Path]) -> dict[str, _Location]:
         others = ", ".join(split for split in splits if split)
         first = f"{splits[''][0]}: expected a split in its name, like the tars of {others}"
         raise UsageError(f"{first}; {_NAME_SPLITS}")
+    if "" in splits:
+        _check_word_ends(tars)
     return {split or "train": tars for split, tars in splits.items()}
+
+
+def _check_word_ends(tars: list[Path]) -> None:
+    """Raise UsageError when words end like two splits: "cocotrain" beside "cocoval"."""
+    ends: dict[str, Path] = {}
+    for tar in tars:
+        for word in _name_words(tar.stem):
+            ends |= {name: tar for end, name in _SPLIT_OF_WORD.items() if word.endswith(end)}
+    if len(ends) > 1:
+        found = ", ".join(sorted(tar.name for tar in ends.values()))
+        wanted = "expected the split as a word of its own, such as coco-train.tar"
+        raise UsageError(f"{tars[0].parent}: {wanted}; found {found}; {_NAME_SPLITS}")
 
 
 def _find_in_folder(root: Path, notes: list[str], named: bool) -> dict[str, _Location]:

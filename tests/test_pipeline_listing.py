@@ -114,6 +114,7 @@ LAYOUTS = {  # files -> the rows of each split and a note, or what the error say
         {"train": 2, "val": 3, "test": 1},
         "",
     ),
+    "tars whose words end like splits": (["cocotrain.tar", "cocoval1.tar"], "found cocotrain.tar, cocoval1.tar; name"),
     "kaggle imagenet100": (two("train.X1", "val.X"), "found train.X1/, val.X/"),
     "kaggle intel": (two("seg_train/seg_train", "seg_test/seg_test"), "found seg_test/"),
     "kaggle cats": (two("training_set/training_set", "test_set/test_set"), "found training_set/"),
