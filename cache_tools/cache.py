@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 # NumPy pads the header to the same size for every number of rows.
 _INDEX_HEADER_BYTES = len(encode_npy(np.zeros(0, VIEW_INDEX_DTYPE)))
-# Maximum number of shards with constants in memory: 27 MB per 1,024 shards of 1,024 rows and 768
-# channels. Chunks are read in random order, so a cache smaller than a view would rarely hit.
-# ImageNet has 1,252 shards per view.
+# How many shards keep their index, mean and std in memory (LRU): 27 MB per 1,024 shards of 1,024
+# rows and 768 channels. Chunks are read in random order, so a cache smaller than a view would
+# rarely hit. ImageNet has 1,252 shards per view.
 MAX_KNOWN = 16_384
 _COMMIT, _VIEW = re.compile(r"([0-9]{6,})\.json"), re.compile(r"v(0|[1-9][0-9]{0,8})")
 
@@ -202,7 +202,7 @@ class Unit:
         return records, None if mean is None else mean[0], None if std is None else std[0]
 
     def chunk(self, chunk: int, into: Mapping[str, npt.NDArray[Any]] | None = None) -> Chunk:
-        """Return rows [16 chunk, 16 chunk + 16) of the unit, checked against the commit.
+        """Return rows 16 * chunk to 16 * chunk + 15, checked against the commit.
 
         `into` may hold arrays of 16 rows for `patch`, `scale` and `cls`. A chunk of 16 rows is read
         into these arrays. If `into` is given without `cls`, `cls` is not read.
@@ -228,8 +228,8 @@ class Unit:
         whole = into if into and rows == CHUNK_ROWS else {}
         codes = self._array("patch", shard, position, rows, whole.get("patch"))
         scale = self._array("scale", shard, position, rows, whole.get("scale"))
-        unnamed = into and "cls" not in into
-        cls = None if unnamed else self._array("cls", shard, position, rows, whole.get("cls"))
+        skip_cls = into and "cls" not in into
+        cls = None if skip_cls else self._array("cls", shard, position, rows, whole.get("cls"))
         assert codes is not None
         labels = index["label"].astype(np.int32)
         return Chunk(row0, pictures, labels, codes, scale, mean, std, cls)

@@ -1,11 +1,11 @@
-"""All writes of the software: atomic and durable; an existing file is replaced only on request.
+"""Atomic and durable files, folders and locks: `write_atomic` replaces, `publish` never does.
 
 A temporary file has a unique name, `.NAME.RANDOM.partial`, and its writer holds a lock on it. The
 next run removes each temporary file without a live writer. If the file system has no locks, the
 temporary files stay.
 
 Every write calls `os.*` or `open` through the globals of this module. tests/disk.py replaces them
-to record any operation, to fail it or to kill the process before it.
+to record any operation, to make it fail or to kill the process before it.
 """
 
 import errno
@@ -58,8 +58,8 @@ def shard_lock(cache: Path, split: str, shard: int) -> Path:
 def settle(path: Path) -> None:
     """Fsync every folder below `path` and remove the temporary files of killed processes.
 
-    A killed process may leave names that were not fsynced, and the next run relies on them. The
-    content needs no fsync here: `atomic_file` fsyncs a file before it renames it.
+    A killed process may leave directory entries that were not fsynced, and the next run relies on
+    them. The content needs no fsync here: `atomic_file` fsyncs a file before it renames it.
     """
     for folder, _, files in os.walk(path):
         for name in files:
@@ -93,7 +93,7 @@ def _sync_dir(path: Path) -> None:
 def _temporary(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
     """Create a file or folder beside `path`; yield its unique path and a descriptor with its lock.
 
-    The block renames it to `path`. If the block raises, it is removed.
+    The caller must rename it to `path`. If the block raises, it is removed.
     """
     make_dir(path.parent)
     while True:
@@ -249,7 +249,7 @@ def move_durably(path: Path, target: Path) -> bool:
 def atomic_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder; it is renamed to `final` at the end, or removed if the block raises.
 
-    Its files must be written with `atomic_file`.
+    The caller must fsync the files in it, as `atomic_file` does.
     Raises: IdentityError if `final` exists.
     """
     for abandoned in final.parent.glob(f".{glob.escape(final.name)}.*.partial"):
@@ -348,7 +348,7 @@ def free_bytes(path: Path) -> int:
 
 
 def locks_work(folder: Path) -> bool:
-    """Return whether the file system of `folder` supports flock; some network ones do not."""
+    """Return whether the file system of `folder` has flock; some network file systems do not."""
     make_dir(folder)
     with open(os.open(folder / "probe", os.O_RDWR | os.O_CREAT, 0o666), "rb") as file:
         return _flock(file.fileno(), fcntl.LOCK_SH) is not None

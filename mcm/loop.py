@@ -1,6 +1,7 @@
 """The training loop of pre-training and fine-tuning: step, log, evaluate, save, stop, resume.
 
-On a CPU, a resumed run is identical to the bit.
+On the same machine with the same number of ranks, a resumed run is identical to the bit. For a GPU,
+this is a measurement: see README.md.
 """
 
 import math
@@ -63,7 +64,9 @@ def evaluation_due(config: PretrainConfig | FinetuneConfig, every: int, epochs_d
 
 @contextmanager
 def engine(precision: str) -> Iterator[Accelerator]:
-    """Yield an Accelerator, on the CPU without a GPU; the process group ends with the block.
+    """Yield an Accelerator: on the GPU if there is one, otherwise on the CPU.
+
+    The process group ends with the block.
 
     Raises: UsageError for a launcher mode other than one process or DDP, and for bf16 on a GPU
     without bfloat16.
@@ -71,7 +74,7 @@ def engine(precision: str) -> Iterator[Accelerator]:
     _check_launcher()
     # cuDNN uses TF32 for convolutions by default, but fp32 must mean float32.
     torch.backends.cudnn.allow_tf32 = False
-    # timm.optim sets 1,000,000; torch warns when the limit is exceeded.
+    # timm.optim raises the limit to 1,000,000. With torch's 8, a recompile loop is reported.
     torch._dynamo.config.recompile_limit = 8
     cuda = torch.cuda.is_available()
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(False):
@@ -95,7 +98,7 @@ def engine(precision: str) -> Iterator[Accelerator]:
 def _check_launcher() -> None:
     """Check the environment of the launcher.
 
-    On a CPU, Accelerate replaces FSDP and DeepSpeed by DDP without a message.
+    On a CPU, Accelerate silently replaces FSDP and DeepSpeed with DDP.
 
     Raises: UsageError that names the option to leave out.
     """
@@ -146,8 +149,8 @@ def _ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
 def train(job: Job, accelerator: Accelerator, stop: StopFlag) -> dict[str, float]:
     """Train from the newest checkpoint, or from step 0, to the last step; return the last metrics.
 
-    Raises: Interrupted after a requested stop, when the checkpoint is saved; Diverged when a loss
-    is not finite; errors of the data.
+    Raises: Interrupted, after saving a checkpoint, when a stop was requested; Diverged when a loss
+    is not finite; errors from reading the data.
     """
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(cuda):  # each step seeds the generators
@@ -155,7 +158,7 @@ def train(job: Job, accelerator: Accelerator, stop: StopFlag) -> dict[str, float
 
 
 class Loop:
-    """A run in progress. `step` needs no RUN folder: a benchmark times the step of a real run."""
+    """A run in progress. `step` does not touch the RUN folder, so benchmarks can call it."""
 
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
         assert isinstance(job.stream.order, Order)
@@ -219,7 +222,12 @@ class Loop:
         every = self.job.config.train.checkpoint_steps
         epoch_ends, last = step % self.order.steps_per_epoch == 0, step == self.total_steps
         stopping = asked == STOP and not last
-        due = asked == SAVE if every is None else step % every == 0 if every else epoch_ends
+        if every is None:
+            due = asked == SAVE
+        elif every:
+            due = step % every == 0
+        else:
+            due = epoch_ends
         if epoch_ends and not stopping:
             self._evaluate(step)
         if stopping or last or due:
@@ -247,11 +255,8 @@ class Loop:
 
     def step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> int:
         """Take one optimizer step; return what all ranks do next: GO_ON, SAVE or STOP."""
-        job, micro_steps, min_lr = (
-            self.job,
-            self.order.accumulation,
-            self.job.config.schedule.min_lr,
-        )
+        job, micro_steps = self.job, self.order.accumulation
+        min_lr = job.config.schedule.min_lr
         self.lr = learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, min_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["lr_scale"]
@@ -263,7 +268,8 @@ class Loop:
             asked = GO_ON if left else self._agree(stop)
             with self.accelerator.no_sync(self.model) if left else nullcontext():
                 loss = job.loss(self.model, batch) / micro_steps
-                # accelerator.backward divides by the launcher's accumulation; bf16 needs no scaler.
+                # accelerator.backward would divide by gradient_accumulation_steps again; bf16
+                # needs no GradScaler.
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         clip_norm = job.config.optim.clip_norm or math.inf

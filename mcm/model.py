@@ -89,9 +89,9 @@ def embed_pixels(
     """Return the patch embedding x_BND of uint8 pictures as one matrix product.
 
     The result equals that of `projection` on the normalised picture, up to rounding. The mean and
-    the std, of pixels in [0, 1], are folded into the weight and the bias: this stores no float
-    picture. Pixels minus 128 are exact in bfloat16 and nearly centred, which keeps the rounding
-    error small.
+    the std, of pixels in [0, 1], are folded into the weight and the bias; when compiled, no float
+    picture is stored. Pixels minus 128 are exact in bfloat16 and nearly centred, which keeps the
+    rounding error small.
     """
     pixels_BNP = unfold_patches(pictures_BHW3, projection.kernel_size[0]).float() - 128
     # One weight [D, patch, patch] per colour.
@@ -104,12 +104,12 @@ def embed_pixels(
 
 
 def encode_tokens(encoder: VisionTransformer, pictures_B3HW: Tensor) -> Tensor:
-    """Return a timm ViT's normed tokens [B, prefix + N, D] of normalised pictures."""
+    """Return a timm ViT's normalized tokens [B, prefix + N, D] of normalised pictures."""
     return run_blocks(encoder, encoder.patch_embed(pictures_B3HW))
 
 
 def run_blocks(encoder: VisionTransformer, x_BND: Tensor, bf16_residual: bool = False) -> Tensor:
-    """Add positions to patch embeddings and return the normed tokens [B, prefix + N, D]."""
+    """Add positions to patch embeddings and return the normalized tokens [B, prefix + N, D]."""
     x = residual_stream(encoder.norm_pre(encoder._pos_embed(x_BND)), bf16_residual)
     return cast(Tensor, encoder.norm(encoder.blocks(x)))
 
@@ -165,7 +165,7 @@ class MaskedChannelModel(nn.Module):
         """Build the model for pictures of grid * patch pixels and a target of C channels.
 
         `mean` and `std`, of pixels in [0, 1], normalise uint8 pictures. The model has only the
-        parameters that the mask mode uses: DDP stops at a parameter without a gradient.
+        parameters that the mask mode uses: DDP raises an error for a parameter without a gradient.
 
         Raises: UsageError when a ratio of patch mode does not fit the number of patches.
         """

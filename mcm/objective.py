@@ -1,4 +1,4 @@
-"""The objective of masked channel modeling (section 3 of the paper): masks, target and loss.
+"""The objective of masked channel modeling (Entropy 2025, 27(8):794): masks, target and loss.
 
 `Objective.loss` computes a batch's loss: masks -> prediction of the model -> target -> loss_fn.
 B batch, N patches, D student width, C channels of the target, H W pixels, K pool rows.
@@ -55,7 +55,8 @@ class Objective:
         )
         self.mean, self.std = (torch.tensor(x, device=device) * 255 for x in (run.mean, run.std))
         tokens = run.grid[0] * run.grid[1]
-        # A mask of the pool hides channels of one patch; in patch mode, patches of one picture.
+        # A mask of the pool hides channels of one patch. In patch mode, it masks the patches of one
+        # picture.
         shapes = {"patch": (1, tokens), "none": (0, 0)}
         self.positions, self.width = shapes.get(config.mask.mode, (tokens, width))
         self.epoch = 0  # of training: the newest epoch seen

@@ -145,7 +145,7 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "lo')  # torn
     (checkpoint.folder(run, 7) / "model.safetensors").write_bytes(b"damaged")
-    (run / "checkpoints" / ".step_000000009.partial").mkdir()
+    (run / "checkpoints" / ".step_000000009.0a1b2c3d.partial").mkdir()
     assert run_job(make_job(run)) == straight
     said = capsys.readouterr().out
     assert "step_000000007/model.safetensors: expected" in said and "resumes after step 6 of 9" in said
