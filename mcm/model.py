@@ -104,12 +104,12 @@ def embed_pixels(
 
 
 def encode_tokens(encoder: VisionTransformer, pictures_B3HW: Tensor) -> Tensor:
-    """Return a timm ViT's normalized tokens [B, prefix + N, D] of normalised pictures."""
+    """Return a timm ViT's normalised tokens [B, prefix + N, D] of normalised pictures."""
     return run_blocks(encoder, encoder.patch_embed(pictures_B3HW))
 
 
 def run_blocks(encoder: VisionTransformer, x_BND: Tensor, bf16_residual: bool = False) -> Tensor:
-    """Add positions to patch embeddings and return the normalized tokens [B, prefix + N, D]."""
+    """Add positions to patch embeddings and return the normalised tokens [B, prefix + N, D]."""
     x = residual_stream(encoder.norm_pre(encoder._pos_embed(x_BND)), bf16_residual)
     return cast(Tensor, encoder.norm(encoder.blocks(x)))
 
