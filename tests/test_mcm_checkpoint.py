@@ -176,6 +176,7 @@ def test_killed_while_saving_leaves_a_whole_checkpoint(tmp_path, how_many, tally
     command = [sys.executable, "-c", KILLS, str(tmp_path), str(saves)]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     died, arrived, whole, left = zip(*(map(int, line.split()) for line in lines), strict=True)
-    assert len(lines) == saves and all(whole) and max(left) <= 3
+    assert len(lines) == saves and all(whole)
+    assert all(dead or count <= 2 for dead, count in zip(died, left, strict=True))  # the next rotation catches up
     assert sum(died) >= 3 and all(a or d for a, d in zip(arrived, died, strict=True))
     tally("killed while it saves a checkpoint", kills=sum(died), failures=0)
