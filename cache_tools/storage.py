@@ -137,13 +137,14 @@ def _remove_abandoned(temp: Path) -> None:
 class AtomicFile:
     """An open file that `atomic_file` yields; it counts and hashes the bytes that it writes."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash, self.bytes = file, hashlib.sha256(), 0
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file, self._path, self._hash, self.bytes = file, path, hashlib.sha256(), 0
 
     def write(self, buffer: Buffer) -> int:
         """Append `buffer` and return its size in bytes."""
         view = memoryview(buffer).cast("B")
-        self._file.write(view)
+        with naming(self._path):  # here: the error passes through the blocks of other open files
+            self._file.write(view)
         self._hash.update(view)
         self.bytes += view.nbytes
         return view.nbytes
@@ -165,7 +166,7 @@ def atomic_file(path: Path, replace: bool = True) -> Iterator[AtomicFile]:
     Raises: FileExistsError at the end if `path` exists and `replace` is False.
     """
     with _temporary(path) as (temp, descriptor), open(descriptor, "wb", closefd=False) as file:
-        yield AtomicFile(file)
+        yield AtomicFile(file, path)
         file.flush()
         os.fsync(descriptor)
         if replace:

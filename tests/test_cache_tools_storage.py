@@ -182,3 +182,11 @@ def test_a_write_that_fails_on_closing_leaves_nothing(tmp_path: Path, monkeypatc
             with pytest.raises(OSError, match="No space"):
                 write_atomic(tmp_path / "x", b"data")
         assert not list(tmp_path.iterdir()), name
+
+
+def test_a_failed_write_names_its_own_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, atomic_file(tmp_path / "outer") as outer, atomic_file(tmp_path / "inner"):
+        outer._file = open("/dev/full", "wb", buffering=0)
+        outer.write(b"x")
+    outer._file.close()
+    assert caught.value.filename == str(tmp_path / "outer") and not list(tmp_path.iterdir())
