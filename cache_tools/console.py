@@ -77,7 +77,7 @@ def error_line(error: BaseException) -> str:
 def _resource(error: OSError) -> str:
     """Return the resource that an OSError is about.
 
-    Errors of print, pipes and shared memory name no file, so the traceback tells the resource.
+    Errors of print, pipes and shared memory name no file, so the resource comes from the traceback.
     """
     if error.filename:
         return os.fsdecode(error.filename)

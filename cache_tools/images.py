@@ -81,9 +81,12 @@ def decode_rgb(data: bytes) -> RGB:
     except (PictureRefused, MemoryError):
         raise
     except Exception as error:  # Pillow raises many kinds of errors on damaged files
-        # Remove the address of the buffer from the message, because it differs in each run.
-        detail = re.sub(r" ?<[^>]* at 0x[0-9a-f]+>", "", str(error))
-        raise PictureRefused("damaged", detail) from error
+        raise PictureRefused("damaged", error_detail(error)) from error
+
+
+def error_detail(error: Exception) -> str:
+    """Return the message of Pillow without the address of a buffer, which differs in each run."""
+    return re.sub(r" ?<[^>]* at 0x[0-9a-f]+>", "", str(error))
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from .errors import CorruptionError, UsageError
-from .images import PictureRefused
+from .images import PictureRefused, error_detail
 
 IGNORED = 255
 Mask = npt.NDArray[np.uint8]
@@ -69,7 +69,7 @@ def stored_mask(data: bytes, size_HW: tuple[int, int], rule: MaskRule) -> bytes:
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises many types of errors for damaged files
-        raise PictureRefused("mask-damaged", str(error)) from error
+        raise PictureRefused("mask-damaged", error_detail(error)) from error
     table = np.full(1 << 16, -1, np.int16)
     table[rule.values()], table[list(rule.ignore)] = np.arange(rule.classes), IGNORED
     labels_HW = table[values_HW]

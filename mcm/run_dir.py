@@ -247,7 +247,7 @@ def _lost_rank() -> Iterator[None]:
 class Log:
     """metrics.jsonl and TensorBoard, continued after `step` (-1: from the start) by the main rank.
 
-    Lines of later steps are removed and written again. `evaluated` tells whether the evaluation at
+    Lines of later steps are removed and written again. `evaluated` states whether the evaluation at
     `step` is done.
     """
 

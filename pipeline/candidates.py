@@ -99,7 +99,7 @@ class Candidates:
 class Sources:
     """All splits of a source; a label is a position in `classes`.
 
-    `notes` tells the user what was left out. `rule` reads the masks, if any.
+    `notes` lists what was left out. `rule` reads the masks, if any.
     """
 
     classes: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ An ImageFolder has one folder per split with class folders inside, class folders
 alone (label -1). Tars are one file, a glob, a quoted brace pattern, or a folder of tars, with or
 without timm's _info.json. They are scanned once and never extracted.
 
-The name of a folder or tar tells its split: `split_name` reads a whole folder name, and
+The name of a folder or tar determines its split: `split_name` reads a whole folder name, and
 `_tars_by_split` looks for one word in the name of a tar. Both use the table `_SPLIT_OF_WORD`.
 A source with unclear splits or classes is an error. Hidden files, files of known other kinds, and
 links to pictures or folders are left out and counted; a tar may be a link.
@@ -189,7 +189,7 @@ def _find(source: str, notes: list[str], named: bool = False) -> dict[str, _Loca
 def _expand(pattern: str) -> list[Path]:
     """Return the tars that a glob or brace pattern names.
 
-    A part that exists as a file stands for that file, because a folder may be called "old [1]".
+    A part that exists as a file is that file, because a folder may be called "old [1]".
     """
     from webdataset.shardlists import expand_urls
 
@@ -209,7 +209,7 @@ def _expand(pattern: str) -> list[Path]:
 def _tars_by_split(tars: list[Path]) -> dict[str, _Location]:
     """Return the tars of each split.
 
-    A word in the name of a tar tells its split; without one, the name of its folder does. When no
+    A word in the name of a tar gives its split; without one, the name of its folder does. When no
     tar names a split, all tars are split train.
     """
     splits: dict[str, list[Path]] = {}
@@ -555,7 +555,7 @@ def class_lines(path: Path) -> list[str]:
 class _CappedReads(io.FileIO):
     """A tar whose reads are at most MAX_HEADER_BYTES.
 
-    tarfile reads a header of whatever size the tar states.
+    tarfile reads a header of any size that the tar states.
     """
 
     def read(self, size: int | None = -1) -> bytes:

@@ -77,6 +77,7 @@ def four_bits() -> bytes:
         (b"", "mask-mode", "expected a PNG"),
         (png(VALUES.T), "mask-size", "expected 3x2 pixels, the size of the upright picture; found 2x3"),
         (png(VALUES)[:45], "mask-damaged", "."),
+        (png(VALUES)[:30], "mask-damaged", "cannot identify image file$"),  # no address: the same bytes each time
     ],
 )
 def test_what_is_refused_and_why(data, reason, detail):
