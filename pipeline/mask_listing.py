@@ -13,7 +13,9 @@ from cache_tools.errors import UsageError
 from cache_tools.labels import MaskRule, has_palette
 
 from .candidates import Candidates, Sources
-from .listing import add_files, class_lines, split_name
+from .folder_listing import add_files
+from .source_splits import split_name
+from .tar_listing import class_lines
 
 
 def list_scenes(

@@ -24,9 +24,10 @@ from cache_tools.storage import (
 )
 
 from .decode_pool import DecodePool
-from .listing import Source, list_sources, source_name
+from .listing import list_sources
 from .mask_listing import list_scenes
 from .shard_writer import ShardPlan, SplitPlan, SplitWriter
+from .source_splits import Source, source_name
 
 
 def shard(

@@ -29,7 +29,7 @@ from mcm.checkpoint import State
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.run_dir import PretrainRun
 from pipeline.candidates import Candidates, read_source
-from pipeline.listing import _scan_tar
+from pipeline.tar_listing import scan_tar
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NUMBERS = st.integers(-3, 3) | st.sampled_from([2**31, 2**32, 2**63, 2**64, 10**12, 10**400]) | st.integers()
@@ -239,7 +239,7 @@ def test_tars(fuzz, tmp_path):
         path.write_bytes(_summed(data) if summed else data)
         found = Candidates()
         found.roots.append(path)
-        if declared(lambda: _scan_tar(path, found, Counter())) is not None:
+        if declared(lambda: scan_tar(path, found, Counter())) is not None:
             for i in range(len(found)):
                 assert found[i].size is not None and 0 <= found[i].offset
                 declared(lambda i=i: read_source(found[i]))

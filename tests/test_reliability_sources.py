@@ -22,7 +22,7 @@ from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.images import PictureRefused, decode_rgb
 from cache_tools.records import printable
-from pipeline import candidates, listing
+from pipeline import candidates, listing, source_splits
 from pipeline import shard as module
 from pipeline.shard import shard
 
@@ -210,7 +210,7 @@ def test_an_unreadable_folder_stops_before_any_write(canary, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(listing.os, "scandir", failing)
+    monkeypatch.setattr(source_splits.os, "scandir", failing)
     with pytest.raises(PermissionError, match="source/a"):
         shard(canary / "source", canary / "out")
     assert not (canary / "out").exists()
