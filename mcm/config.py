@@ -1,7 +1,7 @@
 """Configuration of a run: one strict record per TOML file, with one field per section."""
 
 import os
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
@@ -50,26 +50,39 @@ class SizedStudent(Student):
 
 
 class Decoder(Record):
-    """The blocks between the second fill and the linear layer; depth 0 is only the linear layer."""
+    """The blocks between the second fill and the linear layer; depth 0 is only the linear layer.
+
+    `width` is the width of the blocks, by default the student's but at most 768. The paper's
+    decoder has a width of 768 for every student.
+    """
 
     depth: NonNegativeInt = 2
+    width: Annotated[int, Field(gt=0, lt=1 << 31, multiple_of=4)] | None = None
 
 
 class Mask(Record):
     """The masks: `ratio` of the channels of every patch, or of the patches, is hidden.
 
-    Each epoch draws `pool` masks. `fill` = "scalar" makes each of the two fills a single number.
-    Options beyond the paper: the ratio moves linearly over the epochs to `final_ratio`, and a share
-    `unmasked_fraction` of the rows has no mask.
+    Each epoch draws `pool` masks. Options beyond the paper: the second fill hides the slots of
+    another, independent mask (`second` = "untied") or none; the ratio moves linearly over the
+    epochs to `final_ratio`; a share `unmasked_fraction` of the rows has no mask.
     """
 
     mode: Literal["channel", "dropout", "patch", "none"] = "channel"
     ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
     final_ratio: BelowOne | None = None
     unmasked_fraction: BelowOne = 0.0
-    fill: Literal["vector", "scalar"] = "vector"
-    second_fill: bool = True
+    second: Literal["tied", "untied", "none"] = "tied"
     pool: Count = 4096
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_0_1(cls, values: Any) -> Any:
+        """Read the keys of runs by version 0.1: `second_fill`, and `fill` = "vector"."""
+        if not isinstance(values, dict) or not isinstance(values.get("second_fill"), bool):
+            return values
+        rest = {k: v for k, v in values.items() if (k, v) != ("fill", "vector")}
+        return {"second": "tied" if rest.pop("second_fill") else "none"} | rest
 
     def problem(self, count: int, values: str) -> str | None:
         """Return what is wrong with the ratios for masks over `count` values, or None.

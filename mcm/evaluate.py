@@ -75,7 +75,7 @@ class Evaluation:
                     mask = model.mask(self.objective.masks(batch)) if kind == "masked" else None
                     tokens = model.tokens(batch["pictures"], mask)
                     y = model.decode(tokens, mask)[:, -target.shape[1] :]
-                    held.update(kind, tokens[:, 1:], y, target, mask, batch["weight"])
+                    held.update(kind, tokens[:, 1:], y, target, batch["weight"])
         held.reduce(lambda sums: cast(Tensor, self.accelerator.reduce(sums, "sum")))
         if self.accelerator.is_main_process:
             write_atomic(self.run_dir / "channels.safetensors", safetensors_bytes(held.channels()))

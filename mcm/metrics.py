@@ -1,4 +1,4 @@
-"""Held-out metrics: loss, R^2 per channel, loss on hidden and visible patches, effective rank.
+"""Held-out metrics: loss, R^2 per channel, effective rank.
 
 B batch, N patches, D student width, C channels of the target. All sums are reduced over the ranks.
 """
@@ -99,44 +99,28 @@ class HeldOut:
         """Zero the sums; `kinds` of inputs: "full", and "masked" if the mask mode has masks."""
         self.fits = {kind: Fit(channels, device) for kind in kinds}
         self.features, self.target = Gram(width, device), Gram(channels, device)
-        # [squared error or count, hidden or visible]
-        self.sides = torch.zeros(2, 2, dtype=torch.float64, device=device)
 
     def update(
         self, kind: str, h_BND: Tensor, prediction_BNC: Tensor, target_BNC: Tensor,
-        mask: Tensor | None, weight_B: Tensor,
+        weight_B: Tensor,
     ) -> None:  # fmt: skip
-        """Add a batch of one kind.
-
-        A patch mask [B, N, 1] separates hidden from visible values of the target. A channel mask
-        does not: it hides channels of the student, not of the target.
-        """
+        """Add a batch of one kind."""
         self.fits[kind].update(prediction_BNC, target_BNC, weight_B)
         if kind == "full":
             self.features.update(h_BND, weight_B)
             self.target.update(target_BNC, weight_B)
-        elif mask is not None and mask.shape[-1] == 1:
-            error = (prediction_BNC.float() - target_BNC).square() * weight_B[:, None, None]
-            count = torch.ones_like(error) * weight_B[:, None, None]
-            parts = (part * side for part in (error, count) for side in (mask, ~mask))
-            sums = [part.sum(dtype=torch.float64) for part in parts]
-            self.sides += torch.stack(sums).view(2, 2)
 
     def reduce(self, add: Callable[[Tensor], Tensor]) -> None:
         """Sum over the ranks by `add`."""
         for fit in self.fits.values():
             fit.sums = add(fit.sums)
         self.features.sums, self.target.sums = add(self.features.sums), add(self.target.sums)
-        self.sides = add(self.sides)
 
     def metrics(self) -> dict[str, float]:
-        """Return loss and R^2 per kind, loss on hidden and visible patches, effective ranks."""
+        """Return loss and R^2 per kind, and the effective ranks."""
         found: dict[str, float] = {}
         for kind, fit in self.fits.items():
             found |= {f"loss_{kind}": fit.loss(), f"r2_{kind}": fit.r2()}
-        if self.sides[1].all():
-            hidden, visible = (self.sides[0] / self.sides[1]).tolist()
-            found |= {"loss_hidden": hidden, "loss_visible": visible}
         return found | {"rank_features": self.features.rank(), "rank_target": self.target.rank()}
 
     def channels(self) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cache_tools.errors import UsageError
+from mcm.config import Decoder as DecoderConfig
 from mcm.config import PretrainConfig, Student
 from mcm.masking import apply_fill, mask_from_pool
 
@@ -126,15 +127,13 @@ class Decoder(nn.Module):
     """Adapter (if the widths differ), positions, blocks, norm, and a linear layer to the target."""
 
     def __init__(
-        self, width: int, depth: int, grid: tuple[int, int], out: int, cls: bool = False,
+        self, width: int, cfg: DecoderConfig, grid: tuple[int, int], out: int, cls: bool = False,
         bf16_residual: bool = False,
     ) -> None:  # fmt: skip
-        """Build the decoder for tokens [B, 1 + N, width].
-
-        With `depth` 0, the decoder is only the linear layer. `cls` adds a head for CLS.
-        """
+        """Build the decoder for tokens [B, 1 + N, width]. `cls` adds a head for CLS."""
         super().__init__()
-        inner = min(MAX_DECODER_WIDTH, width) if depth else width
+        depth = cfg.depth
+        inner = (cfg.width or min(MAX_DECODER_WIDTH, width)) if depth else width
         self.depth, self.bf16_residual = depth, bf16_residual
         self.adapter = nn.Linear(width, inner) if inner != width else nn.Identity()
         if depth:
@@ -176,15 +175,15 @@ class MaskedChannelModel(nn.Module):
         width, num_patches = cfg.student.width, grid[0] * grid[1]
         if self.mode == "patch" and (problem := cfg.mask.problem(num_patches, "patches")):
             raise UsageError(problem)
-        size_hw, depth = (grid[0] * patch, grid[1] * patch), cfg.decoder.depth
+        size_hw = (grid[0] * patch, grid[1] * patch)
         self.encoder = build_encoder(size_hw, patch, cfg.student, cfg.train.seed)
         out = channels if cfg.target.projection == "prediction" else width
-        self.decoder = Decoder(width, depth, grid, out, cfg.loss.cls, self.bf16_residual)
-        fill = width if cfg.mask.fill == "vector" else 1
+        self.decoder = Decoder(width, cfg.decoder, grid, out, cfg.loss.cls, self.bf16_residual)
         first_fill = self.mode in ("channel", "patch")
-        self.encoder_fill = nn.Parameter(torch.empty(fill)) if first_fill else None
-        second_fill = cfg.mask.second_fill and self.mode != "none"
-        self.decoder_fill = nn.Parameter(torch.empty(fill)) if second_fill else None
+        self.encoder_fill = nn.Parameter(torch.empty(width)) if first_fill else None
+        second_fill = cfg.mask.second != "none" and self.mode != "none"
+        self.decoder_fill = nn.Parameter(torch.empty(width)) if second_fill else None
+        self.untied = cfg.mask.second == "untied"
         learned = cfg.target.projection == "learned"
         self.target_projection = nn.Linear(channels, width, bias=False) if learned else None
         with torch.random.fork_rng(devices=[]):
@@ -224,8 +223,12 @@ class MaskedChannelModel(nn.Module):
         return run_blocks(self.encoder, x_BND, self.bf16_residual)
 
     def decode(self, h: Tensor, mask: Tensor | None) -> Tensor:
-        """Apply the second fill, so that no hidden value reaches the decoder; return y_BNC."""
+        """Apply the second fill, so that no hidden value reaches the decoder; return y_BNC.
+
+        An untied second fill hides the slots that the previous patch hid: an independent mask.
+        """
         if mask is not None and self.decoder_fill is not None:
+            mask = mask.roll(1, dims=1) if self.untied else mask
             h = torch.cat([h[:, :1], apply_fill(h[:, 1:], mask, self.decoder_fill)], dim=1)
         return cast(Tensor, self.decoder(h))
 

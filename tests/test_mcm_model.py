@@ -25,13 +25,11 @@ GRID, PATCH, WIDTH, CHANNELS, BATCH = (2, 3), 8, 32, 24, 4
 MODES = ("channel", "dropout", "patch", "none")
 
 
-def config(
-    mode="channel", ratio=0.75, second_fill=True, depth=2, projection="prediction", student=None, seed=0, **train
-):
+def config(mode="channel", ratio=0.75, second="tied", depth=2, projection="prediction", student=None, seed=0, **train):
     return PretrainConfig(
         student=student or Student(width=WIDTH, depth=2, heads=4),
         decoder=Decoder(depth=depth),
-        mask=Mask(mode=mode, ratio=ratio, second_fill=second_fill, pool=64),
+        mask=Mask(mode=mode, ratio=ratio, second=second, pool=64),
         target=Target(projection=projection),
         optim=Optim(lr=1e-3),
         schedule=Schedule(epochs=2),
@@ -70,20 +68,6 @@ def test_dropout_scales_each_token_by_what_it_keeps():
     mask[0, 0, : WIDTH // 2], mask[0, 1, :8] = True, True
     kept = model.hide(x_BND, mask).sum(-1)
     torch.testing.assert_close(kept, torch.full((1, 3), float(WIDTH)))  # a whole token stays as it is
-
-
-def test_a_scalar_fill_is_one_number_in_every_hidden_channel():
-    cfg = config()
-    model = MaskedChannelModel(
-        cfg.model_copy(update={"mask": cfg.mask.model_copy(update={"fill": "scalar"})}), GRID, PATCH, CHANNELS
-    )
-    assert model.encoder_fill.shape == model.decoder_fill.shape == (1,)
-    mask = model.mask(masks_of(model))
-    hidden = model.hide(torch.zeros(BATCH, GRID[0] * GRID[1], WIDTH), mask)[mask]
-    assert torch.equal(hidden, model.encoder_fill.expand_as(hidden))
-    folded = folded_state(model.encoder, model.encoder_fill, 0.5)
-    bias = 0.5 * model.encoder.patch_embed.proj.bias + 0.5 * model.encoder_fill
-    torch.testing.assert_close(folded["patch_embed.proj.bias"], bias)
 
 
 def test_cls_has_a_head_of_its_own_and_a_gradient():
@@ -165,13 +149,13 @@ def test_first_block_sees_the_filled_content_plus_positions_and_an_unmasked_cls(
     torch.testing.assert_close(seen[:, :1], model.encoder.cls_token.detach().expand(BATCH, -1, -1))
 
 
-@pytest.mark.parametrize("second_fill", [True, False])
+@pytest.mark.parametrize("second", ["tied", "untied", "none"])
 @pytest.mark.parametrize("mode", MODES)
-def test_only_the_fills_in_use_exist_and_everything_trainable_gets_a_gradient(mode, second_fill):
-    model = model_of(mode=mode, second_fill=second_fill)
+def test_only_the_fills_in_use_exist_and_everything_trainable_gets_a_gradient(mode, second):
+    model = model_of(mode=mode, second=second)
     names = {name for name, _ in model.named_parameters() if name.endswith("fill")}
     expected = {"encoder_fill"} if mode in ("channel", "patch") else set()
-    assert names == expected | ({"decoder_fill"} if second_fill and mode != "none" else set())
+    assert names == expected | ({"decoder_fill"} if second != "none" and mode != "none" else set())
     masks = None if mode == "none" else masks_of(model)
     loss_fn(model(pictures(), masks), torch.randn(BATCH, 6, CHANNELS)).backward()
     for name, parameter in model.named_parameters():
@@ -190,8 +174,36 @@ def test_no_hidden_slot_after_the_final_norm_reaches_the_prediction(mode, depth)
     with torch.no_grad():
         assert torch.equal(model.decode(hidden, mask), model.decode(h, mask))
         assert not torch.allclose(model.decode(visible, mask), model.decode(h, mask))
-        leaky = model_of(mode=mode, depth=depth, second_fill=False)
+        leaky = model_of(mode=mode, depth=depth, second="none")
         assert not torch.allclose(leaky.decode(hidden, mask), leaky.decode(h, mask))
+
+
+@pytest.mark.parametrize("mode", ["channel", "patch"])
+def test_an_untied_second_fill_hides_the_slots_of_the_previous_patch(mode):
+    model = model_of(mode=mode, second="untied")
+    mask = model.mask(masks_of(model))
+    h, previous = model.tokens(pictures(), mask).detach(), mask[:, [5, 0, 1, 2, 3, 4]]
+    noise = 100 * torch.randn_like(h[:, 1:])
+    hidden, first = (torch.cat([h[:, :1], h[:, 1:] + noise * m], dim=1) for m in (previous, mask & ~previous))
+    with torch.no_grad():
+        assert torch.equal(model.decode(hidden, mask), model.decode(h, mask))
+        assert not torch.allclose(model.decode(first, mask), model.decode(h, mask))
+
+
+@pytest.mark.parametrize(("width", "expected"), [(None, WIDTH), (768, 768), (64, 64)])
+def test_the_decoder_has_the_width_that_is_asked_for(width, expected):
+    cfg = config().model_copy(update={"decoder": Decoder(width=width)})
+    decoder = MaskedChannelModel(cfg, GRID, PATCH, CHANNELS).decoder
+    assert decoder.linear.in_features == decoder.pos_embed.shape[-1] == expected
+    assert isinstance(decoder.adapter, torch.nn.Identity) == (expected == WIDTH)
+
+
+def test_the_mask_of_a_run_by_version_0_1_is_read():
+    old = {"mode": "channel", "ratio": 0.5, "fill": "vector", "pool": 64}
+    for second_fill, second in ((True, "tied"), (False, "none")):
+        assert Mask.model_validate(old | {"second_fill": second_fill}) == Mask(ratio=0.5, second=second, pool=64)
+    with pytest.raises(ValueError, match="fill"):
+        Mask.model_validate(old | {"fill": "scalar", "second_fill": True})
 
 
 @pytest.mark.parametrize("mode", ["channel", "dropout", "patch"])

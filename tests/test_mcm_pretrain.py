@@ -320,7 +320,7 @@ def test_every_target_runs_and_is_read_back(tmp_path, target, loss):
         with pytest.raises(ValueError, match="no CLS target"):
             make_config(target=target, loss=loss)
         return
-    mask = {"final_ratio": 0.0, "unmasked_fraction": 0.25, "fill": "scalar"}
+    mask = {"final_ratio": 0.0, "unmasked_fraction": 0.25}
     config = make_config(target=target, loss=loss, mask=mask, data={"views": 1})
     pretrain(config, cache.path, tmp_path / "run")
     channels = {"joint": 12, "pixels": 192}.get(target.get("features"), 16)
