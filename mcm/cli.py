@@ -27,6 +27,7 @@ OUT_HELP = "The folder of the run; the same command resumes it."
 WEIGHTS_HELP = "The weights of timm:NAME; by default, timm downloads them."
 INPUT_HELP = "Inputs to probe in addition to full; may be repeated."
 FEATURES_HELP = "Mean patch token, class token or both; default: mean, or all for a CACHE."
+FORMAT_HELP = "The library that loads OUT; onnx needs the extra [onnx], hf needs transformers."
 FOLDED_HELP = "Fold x~ = e + S (x - e) into the weights."
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG|NAME", help=f"{TOML_HELP} pretrain/demo.")]
@@ -220,21 +221,26 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
     out: Annotated[Path, typer.Argument(metavar="OUT")],
     folded: Annotated[float | None, typer.Option(metavar="S", help=FOLDED_HELP)] = None,
+    format_: Annotated[
+        str, typer.Option("--format", metavar="timm|hf|mae|onnx", help=FORMAT_HELP)
+    ] = "timm",
     json: Json = False,
 ) -> None:
     """Write RUN's encoder as a folder that timm and transformers' AutoModel load.
 
-    The encoder of a fine-tuned RUN is written with its head.
+    The encoder of a fine-tuned RUN is written with its head. Other formats: hf, the ViT of
+    transformers, which needs no timm; mae, a file {"model": tensors}; onnx, for any batch size.
 
     Example: mcm-train export run encoder
     """
+    from mcm.export import FORMATS
     from mcm.export import export as write
 
-    config = write(run, out, folded)
+    config = write(run, out, folded, format_)
     if json:
         return print_json(config)
-    weights = config["mcm"]["weights"]
-    print(f'{out}: {weights}; timm.create_model("local-dir:{out}", pretrained=True)')
+    usage = FORMATS[format_][-1].replace("FOLDER", str(out))
+    print(f"{out}: {config['mcm']['weights']}\n    {usage}")
 
 
 @app.command(no_args_is_help=True)

@@ -18,7 +18,8 @@ FORBIDDEN = {
 }
 WRITES = re.compile(
     r"\bopen\([^)]*[\"'](?:[wax]b?\+?|r\+b?)[\"']|\.write_(?:text|bytes)\(|os\.(?:replace|rename|link|unlink|remove|mkdir|makedirs)\("
-    r"|shutil\.(?:rmtree|copy|move)|np\.save\((?!buffer)|\bsave_file\(|torch\.save\(|\.(?:unlink|rmdir|touch|mkdir|rename)\("
+    r"|shutil\.(?:rmtree|copy|move)|np\.save\((?!buffer)|\bsave_file\(|torch\.save\((?!\w+, buffer\))"
+    r"|\.(?:unlink|rmdir|touch|mkdir|rename)\("
 )
 
 

@@ -1,17 +1,22 @@
 """An exported folder is timm's: 100 % of the keys, the same features, the student's preprocessing."""
 
+import io
 import json
+import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
 from make_dataset import make_dataset
 from make_run import make_run
+from PIL import Image
 from test_mcm_finetune import config
 
 from cache_tools.errors import McmError, UsageError
 from mcm import export as module
-from mcm.backbones import load_encoder, pooled
+from mcm.augment import eval_transform
+from mcm.backbones import Backbone, load_encoder, pooled
 from mcm.export import export
 from mcm.finetune import finetune
 from mcm.probe import probe
@@ -59,16 +64,60 @@ def test_folding_is_in_the_weights_and_recorded(tmp_path):
     assert note == {"fold_scale": 0.5, "weights": backbone.weights}
 
 
-def test_a_fine_tuned_run_keeps_its_head(tmp_path):
-    data = make_dataset(tmp_path / "dataset", 32, 16)
-    settings = config(schedule={"epochs": 1, "warmup_epochs": 0})
-    init = make_run(tmp_path / "run")
-    finetune(settings, data.path, str(init), None, tmp_path / "tuned")
-    export(tmp_path / "tuned", tmp_path / "out")
-    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-    ours = load_encoder(str(tmp_path / "tuned"), head=True).model
-    assert torch.allclose(*(outputs(model, lambda m: m(PICTURES)) for model in (loaded, ours)), atol=1e-5)
-    assert loaded.num_classes == 2 and load_encoder(str(tmp_path / "tuned")).model.num_classes == 0
+def theirs(kind, folder, tuned):
+    """(keys that are missing or left over, the outputs of PICTURES) by the library that reads the format."""
+    if kind == "timm":
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        return [], [model.forward_features(PICTURES), model(PICTURES)]
+    if kind == "mae":
+        state = torch.load(folder / "encoder.pth", weights_only=True)["model"]
+        names = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+        pool = "avg" if "fc_norm.weight" in state else "token"
+        model = timm.models.VisionTransformer(**names, global_pool=pool, num_classes=2 * tuned).eval()
+        return model.load_state_dict(state), [model.forward_features(PICTURES), model(PICTURES)]
+    if kind == "onnx":
+        session = pytest.importorskip("onnxruntime").InferenceSession(str(folder / "model.onnx"))
+        assert [out.name for out in session.get_outputs()] == ["tokens", "logits" if tuned else "pooled"]
+        each = [session.run(None, {"pictures": PICTURES[rows].numpy()}) for rows in (slice(1), slice(1, None))]
+        return [], [torch.cat([torch.tensor(part) for part in parts]) for parts in zip(*each, strict=True)]
+    transformers = pytest.importorskip("transformers")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8))
+    backbone, encoded = load_encoder(str(folder.parent / "run")), io.BytesIO()
+    picture.save(encoded, "PNG")
+    pixels = transformers.AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"][0]
+    assert (pixels - eval_transform(backbone)(0, encoded.getvalue())).abs().max() < 4 / 255 / 0.25  # rounded twice
+    auto = transformers.AutoModelForImageClassification if tuned else transformers.AutoModel
+    options = {} if tuned else {"add_pooling_layer": False}
+    model, report = auto.from_pretrained(folder, output_loading_info=True, **options)
+    assert not tuned or model.config.id2label == {0: "even", 1: "odd"}
+    tokens = (model.vit if tuned else model)(PICTURES).last_hidden_state
+    return [name for names in report.values() for name in names], [tokens, model(PICTURES).logits if tuned else None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(module.FORMATS))
+@pytest.mark.parametrize("changes", [None, {}, {"pool": "token", "frozen": True}, {"pool": "token"}])
+def test_the_other_library_computes_the_same(tmp_path, kind, changes):
+    pytest.importorskip({"hf": "transformers", "onnx": "onnxruntime"}.get(kind, "timm"))
+    run = make_run(tmp_path / "run")
+    if changes is not None:
+        data = make_dataset(tmp_path / "dataset", 32, 16)
+        ema = {"optim": {"lr": 1e-3, "ema": 0.0 if "frozen" in changes else 0.9}}
+        settings = config(schedule={"epochs": 1, "warmup_epochs": 0}, **changes, **ema)
+        finetune(settings, data.path, str(run), None, tmp_path / "tuned")
+        run = tmp_path / "tuned"
+    if kind == "hf" and changes == {}:
+        with pytest.raises(UsageError, match=r'expected a classifier with pool = "token"; .* use --format timm'):
+            export(run, tmp_path / "out", kind=kind)
+        return
+    export(run, tmp_path / "out", kind=kind)
+    ours = load_encoder(str(run), head=True).model.eval()
+    with torch.inference_mode():
+        unlike, found = theirs(kind, tmp_path / "out", changes is not None)
+        wanted = [ours.forward_features(PICTURES), ours(PICTURES)]
+    assert not any(unlike)
+    for one, other in zip(found, wanted, strict=True):
+        assert one is None or torch.allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("tuned", [False, True])
@@ -110,6 +159,8 @@ def test_bad_requests_and_another_folder_in_the_way(tmp_path):
     run = make_run(tmp_path / "run", "none")
     with pytest.raises(UsageError, match="expected a RUN"):
         export(tmp_path, tmp_path / "out")
+    with pytest.raises(UsageError, match="--format: expected timm, hf, mae, onnx; found 'onx'; did you mean"):
+        export(run, tmp_path / "out", kind="onx")
     with pytest.raises(UsageError, match="--folded: .* trained with masks; found S = 0.5"):
         export(run, tmp_path / "out", 0.5)
     (tmp_path / "out").mkdir()
@@ -117,8 +168,25 @@ def test_bad_requests_and_another_folder_in_the_way(tmp_path):
         export(run, tmp_path / "out")
 
 
-def test_nothing_is_left_when_timm_would_see_other_features(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "FEATURE_TOLERANCE", -1.0)
-    with pytest.raises(McmError, match="timm's features"):
-        export(make_run(tmp_path / "run"), tmp_path / "out")
+def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    monkeypatch.setitem(module.FORMATS, "mae", (*module.FORMATS["mae"][:1], -1.0, ""))
+    with pytest.raises(McmError, match="expected the other library's features within -1.0"):
+        export(run, tmp_path / "out", kind="mae")
+    for package, kind in ("transformers", "hf"), ("onnx.reference", "onnx"):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(UsageError, match=f"--format {kind}: expected the package {package}; found none"):
+            export(run, tmp_path / "out", kind=kind)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_base_patch16_clip_224", "vit_small_patch14_dinov2"])
+def test_hf_refuses_a_vit_that_transformers_does_not_describe(tmp_path, name):
+    pytest.importorskip("transformers")
+    options = {"class_token": False} if "tiny" in name else {}
+    small = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
+    model = timm.create_model(name, **small, **options, global_pool="avg" if options else "token")
+    backbone = Backbone(model, name, "random", (28, 28), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="expected the tensors of transformers' ViT; found .*; use --format timm"):
+        module.FORMATS["hf"][0](tmp_path / "out", backbone, {"mcm": {}})
