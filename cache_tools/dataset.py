@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pydantic
 
 from .errors import CorruptionError, UsageError, found_at
-from .labels import Mask, decode_mask
+from .labels import Boxes, Mask, decode_boxes, decode_mask
 from .records import Amount, Count, Record, SplitName, nearest, read_record, record_sha256
 from .storage import file_sha256
 from .tars import INDEX_DTYPE, TARGETS_DTYPE, read_npy, read_picture
@@ -17,9 +17,10 @@ from .tars import INDEX_DTYPE, TARGETS_DTYPE, read_npy, read_picture
 CHUNK_ROWS = 16
 ROWS_PER_SHARD = 1024
 RowsPerShard = Annotated[Count, pydantic.Field(multiple_of=CHUNK_ROWS)]
-MASK = "mask.png"  # the extension of a row's mask in the tar
+# The extension in the tar of what targets.npy locates.
+TARGETS = {"segment": "mask.png", "detect": "json"}
 _ABSENT = pydantic.Field(exclude_if=lambda value: value is None)
-Task = Annotated[Literal["segment"] | None, _ABSENT]
+Task = Annotated[Literal["segment", "detect"] | None, _ABSENT]
 Ignore = Annotated[tuple[int, ...] | None, _ABSENT]
 
 
@@ -36,6 +37,16 @@ class ShardEntry(Record):
     tar_sha256: str
     index_sha256: str
     targets_sha256: Annotated[str | None, _ABSENT] = None
+    objects: Annotated[Amount | None, _ABSENT] = None
+
+
+class CocoEntry(Record):
+    """The COCO category id of each class, and how many annotations of the source were changed."""
+
+    category_ids: tuple[int, ...]
+    boxes_dropped: Amount
+    boxes_clipped: Amount
+    polygons_dropped: Amount
 
 
 class SplitEntry(Record):
@@ -50,12 +61,21 @@ class SplitEntry(Record):
     listing_sha256: str
     shards: tuple[ShardEntry, ...]
 
+    @property
+    def objects(self) -> int:
+        """Return the number of boxes; 0 in a DATASET without boxes."""
+        return sum(shard.objects or 0 for shard in self.shards)
+
+
+Coco = Annotated[CocoEntry | None, _ABSENT]
+
 
 class DatasetRecord(Record):
     """dataset.json. It is written last; a folder without it is unfinished.
 
-    `task` is "segment" if rows have masks, and absent if they have labels. `ignore` holds the
-    source mask values that mean unlabelled. Class k is the k-th of the remaining values.
+    `task` is "segment" if rows have masks, "detect" if they have boxes, and absent if they have
+    labels. `ignore` holds the source mask values that mean unlabelled. Class k is the k-th of the
+    remaining values. `coco` describes the boxes.
     """
 
     format: Literal["mcm-dataset"] = "mcm-dataset"
@@ -67,6 +87,7 @@ class DatasetRecord(Record):
     splits: dict[SplitName, SplitEntry]
     task: Task = None
     ignore: Ignore = None
+    coco: Coco = None
 
     @pydantic.model_validator(mode="after")
     def _adds_up(self) -> Self:
@@ -76,8 +97,12 @@ class DatasetRecord(Record):
             if [entry.rows for entry in split.shards] != rows or rows[-1] > self.rows_per_shard:
                 raise ValueError(f"splits.{name}: its shards do not hold its {split.rows} rows")
             if any((shard.targets_sha256 is None) != (self.task is None) for shard in split.shards):
-                expected = "expected targets_sha256 in every shard if task is segment, else in none"
+                expected = "expected targets_sha256 in every shard if there is a task, else in none"
                 raise ValueError(f"splits.{name}: {expected}")
+        if len(self.coco.category_ids if self.coco else ()) != (
+            len(self.classes) if self.task == "detect" else 0
+        ):
+            raise ValueError("coco: expected a category id of each class if task is detect")
         return self
 
 
@@ -159,14 +184,9 @@ class Dataset:
         return self._index(split, shard, ".index.npy", self.split(split).shards[shard].index_sha256)
 
     def targets(self, split: str, shard: int) -> npt.NDArray[np.void]:
-        """Return the index of a shard's masks, checked against dataset.json.
-
-        Raises: UsageError if rows have no masks.
-        """
+        """Return the index of a shard's masks or boxes, checked against dataset.json."""
         sha256 = self.split(split).shards[shard].targets_sha256
-        if sha256 is None:
-            raise UsageError(f"{self.path}: expected a DATASET with masks; its task is classify")
-        return self._index(split, shard, ".targets.npy", sha256)
+        return self._index(split, shard, ".targets.npy", str(sha256))
 
     def _index(self, split: str, shard: int, suffix: str, sha256: str) -> npt.NDArray[np.void]:
         key = (split, shard, suffix)
@@ -196,7 +216,9 @@ class Dataset:
         for split in ("train", "val"):
             if not self.rows(split) or (self.labels(split) < 0).any() or len(self.classes) < 2:
                 expected = f"expected labels for every picture of {split!r}, of two classes or more"
-                hint = "; it has masks: use `mcm-train probe`" if self.record.task else ""
+                task = self.record.task
+                hint = "; it has masks: use `mcm-train probe`" if task == "segment" else ""
+                hint = "; it has boxes, and no labels" if task == "detect" else hint
                 raise UsageError(f"{self.path}: {expected}{hint}")
         return self
 
@@ -235,7 +257,24 @@ class Dataset:
 
         Raises: UsageError if rows have no masks; CorruptionError if the crc32c differs.
         """
+        data, where = self._target(split, row, "segment", "masks")
+        return decode_mask(data, len(self.classes), where)
+
+    def boxes(self, split: str, row: int) -> Boxes:
+        """Return the objects of a row, in pixels of the upright picture.
+
+        Raises: UsageError if rows have no boxes; CorruptionError if the crc32c differs.
+        """
+        data, where = self._target(split, row, "detect", "boxes")
+        assert self.record.coco is not None
+        return decode_boxes(data, self.record.coco.category_ids, where)
+
+    def _target(self, split: str, row: int, task: str, what: str) -> tuple[bytes, str]:
+        """Return the checked bytes of a row's mask or boxes, and their place for an error."""
+        if self.record.task != task:
+            found = f"its task is {self.record.task or 'classify'}"
+            raise UsageError(f"{self.path}: expected a DATASET with {what}; {found}")
         shard, position = divmod(row, self.record.rows_per_shard)
         tar = self.tar(split, shard)
         data = read_picture(tar, self.targets(split, shard)[position], row)
-        return decode_mask(data, len(self.classes), f"{tar}: row {row}")
+        return data, f"{tar}: row {row}"

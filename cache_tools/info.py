@@ -49,8 +49,10 @@ def _dataset_info(dataset: Dataset) -> dict[str, Any]:
         "kind": "dataset",
         "path": str(dataset.path),
         "sha256": dataset.sha256,
+        "task": dataset.record.task or "classify",
         "splits": {
             name: {"rows": split.rows, "shards": len(split.shards), "refused": split.refused}
+            | ({"objects": split.objects} if dataset.record.coco else {})
             for name, split in splits.items()
         },
         "classes": len(dataset.classes),
@@ -92,10 +94,11 @@ def summary(known: dict[str, Any]) -> str:
     """Return the description of `info` as lines of text."""
     if known["kind"] == "dataset":
         size = f"{known['classes']} classes, {known['bytes'] / 1e6:.1f} MB, seed {known['seed']}"
-        lines = [f"DATASET {known['path']}: {size}"]
+        lines = [f"DATASET {known['path']} ({known['task']}): {size}"]
         for name, split in known["splits"].items():
             rows = f"{split['rows']} rows in {split['shards']} shards"
-            lines.append(f"  {name:<8} {rows}, {split['refused']} refused")
+            objects = f", {split['objects']} objects" if "objects" in split else ""
+            lines.append(f"  {name:<8} {rows}{objects}, {split['refused']} refused")
         return "\n".join(lines)
     identity = known["identity"]
     teacher, grid = identity["teacher"], identity["grid"]

@@ -1,12 +1,16 @@
-"""Segmentation masks: convert the pixel values of a source PNG to labels, and decode stored masks.
+"""Masks and boxes: convert the values of a source mask to labels, and decode what is stored.
 
 A stored mask is an 8-bit grey PNG with labels 0 to K - 1 and IGNORED for unlabelled pixels. In a
 source mask, the classes are the values from 0 upwards, in order, without the ignored values. A grey
 PNG has values of 1, 8 or 16 bits. The values of a palette PNG are its palette indices.
+
+Stored boxes are one JSON with `image_id`, `width`, `height` and the COCO records `annotations`.
 """
 
 import io
-from typing import NamedTuple
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -98,3 +102,55 @@ def decode_mask(data: bytes, num_classes: int, where: str) -> Mask:
     except (OSError, ValueError, SyntaxError) as error:
         found = repr(error)
     raise CorruptionError(f"{where}: expected a mask of {num_classes} classes; found {found}")
+
+
+class Boxes(NamedTuple):
+    """The N objects of a picture, in pixels of the upright picture; x is right and y is down.
+
+    `boxes_N4` is x0, y0, x1, y1. A label is a position in the classes. `segmentation` holds, per
+    object, COCO's list of polygons [x, y, x, y, ...], its RLE, or an empty list.
+    """
+
+    image_id: int
+    size_HW: tuple[int, int]
+    ids_N: npt.NDArray[np.int64]
+    labels_N: npt.NDArray[np.int64]
+    boxes_N4: npt.NDArray[np.float64]
+    area_N: npt.NDArray[np.float64]
+    iscrowd_N: npt.NDArray[np.bool_]
+    segmentation: list[Any]
+
+
+def decode_boxes(data: bytes, category_ids: Sequence[int], where: str) -> Boxes:
+    """Return the objects in the stored JSON of a picture.
+
+    Without an area, an object has the area of its box.
+
+    Raises: CorruptionError with `where` if the bytes are other JSON or have another category.
+    """
+    try:
+        picture = json.loads(data)
+        found = picture["annotations"]
+        xywh_N4 = np.array([each["bbox"] for each in found], np.float64).reshape(len(found), 4)
+        areas = [each.get("area") for each in found]
+        areas = [
+            w * h if area is None else area
+            for area, (*_, w, h) in zip(areas, xywh_N4.tolist(), strict=True)
+        ]
+        size_HW = (picture["height"], picture["width"])
+        ends_N2 = (xywh_N4[:, :2] + xywh_N4[:, 2:]).clip(max=size_HW[::-1])  # rounding of the sum
+        return Boxes(
+            image_id=picture["image_id"],
+            size_HW=size_HW,
+            ids_N=np.array([each["id"] for each in found], np.int64),
+            labels_N=np.array(
+                [category_ids.index(each["category_id"]) for each in found], np.int64
+            ),
+            boxes_N4=np.concatenate([xywh_N4[:, :2], ends_N2], 1),
+            area_N=np.array(areas, np.float64),
+            iscrowd_N=np.array([each.get("iscrowd", 0) for each in found], np.bool_),
+            segmentation=[each.get("segmentation") or [] for each in found],
+        )
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        expected = "expected the COCO annotations of a picture"
+        raise CorruptionError(f"{where}: {expected}; found {error!r}") from error

@@ -68,18 +68,22 @@ def sha256_hex(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _canonical(payload: dict[str, Any]) -> bytes:
+def canonical_json(payload: dict[str, Any]) -> bytes:
+    """Return `payload` as JSON on one line, with sorted keys and no spaces.
+
+    Raises: ValueError for NaN or an infinite number.
+    """
     text = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return text.encode()
 
 
 def _sealed(payload: dict[str, Any]) -> bytes:
-    return _canonical(payload | {"sha256": sha256_hex(_canonical(payload))}) + b"\n"
+    return canonical_json(payload | {"sha256": sha256_hex(canonical_json(payload))}) + b"\n"
 
 
 def record_sha256(record: Record) -> str:
     """Return the sha256 of the record's canonical JSON: the value of its `sha256` key on disk."""
-    return sha256_hex(_canonical(record.model_dump(mode="json")))
+    return sha256_hex(canonical_json(record.model_dump(mode="json")))
 
 
 def encode_record(record: Record) -> bytes:
@@ -109,7 +113,7 @@ def decode_record(cls: type[R], data: bytes, where: str | Path) -> R:
         found = f"expected format version {version.default}; found {payload.get('version')}"
         raise IdentityError(f"{where}: {found}; use the software that wrote it")
     try:
-        record = cls.model_validate_json(_canonical(payload))
+        record = cls.model_validate_json(canonical_json(payload))
     except pydantic.ValidationError as error:
         fields = "; ".join(map(_field_error, error.errors()[:MAX_FIELD_ERRORS]))
         expected = f"expected a {cls.__name__} of this software (asked != found)"

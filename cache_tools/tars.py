@@ -112,6 +112,6 @@ def checked_picture(tar: Path, data: Data, expected_crc32c: int, row: int) -> Da
     Raises: CorruptionError with the file and the row.
     """
     if crc32c(data) != expected_crc32c:
-        found = "expected the crc32c of the index for the picture or mask; found another"
+        found = "expected the crc32c of the index for the picture, mask or boxes; found another"
         raise CorruptionError(f"{tar}: row {row}: {found}; run `mcm-cache verify`")
     return data

@@ -161,9 +161,8 @@ def _check_dataset_shard(dataset: Dataset, quick: bool, split: str, shard: int) 
         parts = _damaged_rows(tar, dataset.index(split, shard), row0)
     if entry.targets_sha256:
         with found.file(tar.with_suffix(".targets.npy"), "targets", *place):
-            parts = chain(
-                parts, _damaged_rows(tar, dataset.targets(split, shard), row0, "mask of row")
-            )
+            what = "mask of row" if dataset.record.task == "segment" else "boxes of row"
+            parts = chain(parts, _damaged_rows(tar, dataset.targets(split, shard), row0, what))
     with found.file(tar, "tar", *place):
         _check_file(tar, FileEntry(bytes=entry.tar_bytes, sha256=entry.tar_sha256), quick, parts)
     found.rows = 0 if quick or found.problems else entry.rows

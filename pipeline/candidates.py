@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import stat
 from array import array
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from cache_tools.dataset import CocoEntry
 from cache_tools.images import PictureRefused, decode_rgb
 from cache_tools.labels import MaskRule, stored_mask
 from cache_tools.records import printable
@@ -30,7 +32,7 @@ class SourceItem(NamedTuple):
     offset: int
     size: int | None
     label: int
-    mask: Path | None = None
+    target: Path | bytes | None = None  # a mask, or the KEY.json of boxes
 
 
 class Candidates:
@@ -39,6 +41,7 @@ class Candidates:
     def __init__(self) -> None:
         self.roots: list[Path] = []  # one folder, or tars
         self.folders: tuple[str, str] | None = None  # below the root: pictures, masks
+        self.boxes: list[bytes] = []  # the KEY.json of each picture
         self.labels = array("i")
         self._names = bytearray()
         self._ends, self._roots = array("Q"), array("I")
@@ -81,17 +84,21 @@ class Candidates:
         if self._sizes:
             name, place = f"{root.name}/{name}", (self._offsets[i], self._sizes[i])
             return SourceItem(name, root, *place, self.labels[i])
-        mask = self.folders and root / self.folders[1] / Path(name).relative_to(self.folders[0])
-        mask = mask and mask.with_suffix(".png")
-        return SourceItem(name, root / name, 0, None, self.labels[i], mask)
+        target: Path | bytes | None = self.boxes[i] if self.boxes else None
+        if self.folders:
+            mask = root / self.folders[1] / Path(name).relative_to(self.folders[0])
+            target = mask.with_suffix(".png")
+        return SourceItem(name, root / name, 0, None, self.labels[i], target)
 
     def sha256(self) -> str:
-        """Return the digest of names, labels and offsets in tars, but not of the source's path."""
+        """Return the digest of names, labels, boxes and offsets, but not of the source's path."""
         roots = (os.fsencode(root.name) for root in self.roots if self._sizes)
         digest = hashlib.sha256(b"\0".join(roots))
         digest.update(self._names)
         for column in (self._ends, *self._columns()):
             digest.update(column)
+        for boxes in self.boxes:
+            digest.update(boxes)
         return digest.hexdigest()
 
 
@@ -99,13 +106,15 @@ class Candidates:
 class Sources:
     """All splits of a source; a label is a position in `classes`.
 
-    `notes` lists what was left out. `rule` reads the masks, if any.
+    `notes` lists what was left out. `rule` reads the masks, if any. `coco` describes the boxes, if
+    any.
     """
 
     classes: tuple[str, ...] = ()
     splits: dict[str, Candidates] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     rule: MaskRule | None = None
+    coco: CocoEntry | None = None
 
 
 def read_source(item: SourceItem) -> bytes:
@@ -141,17 +150,25 @@ def read_source(item: SourceItem) -> bytes:
 
 
 def read_picture(item: SourceItem, rule: MaskRule | None = None) -> tuple[bytes, bytes | None]:
-    """Return the bytes of a candidate that decodes and, with a `rule`, the mask to store.
+    """Return the bytes of a candidate that decodes, and the mask or boxes to store, if any.
 
-    Raises: PictureRefused, with the reason no-mask when the mask cannot be read.
+    Raises: PictureRefused, with the reason no-mask when the mask cannot be read, and box-size when
+    the boxes belong to a picture of another size.
     """
     data = read_source(item)
     size = decode_rgb(data).shape[:2]
-    if rule is None or item.mask is None:
+    if isinstance(item.target, bytes):
+        boxes = json.loads(item.target)
+        if (boxes["height"], boxes["width"]) != size:
+            expected = f"expected {boxes['width']}x{boxes['height']} pixels, the size in the JSON"
+            found = f"found an upright picture of {size[1]}x{size[0]}"
+            raise PictureRefused("box-size", f"{expected}; {found}")
+        return data, item.target
+    if rule is None or item.target is None:
         return data, None
     try:
-        mask = read_source(item._replace(path=item.mask))
+        mask = read_source(item._replace(path=item.target))
     except PictureRefused as error:
-        name = printable(f"{item.mask.parent.name}/{item.mask.name}")
+        name = printable(f"{item.target.parent.name}/{item.target.name}")
         raise PictureRefused("no-mask", f"expected the mask {name}: {error.detail}") from error
     return data, stored_mask(mask, size, rule)

@@ -61,8 +61,8 @@ def demo_data_command(
 
 _PLACES = (
     "SOURCE: an ImageFolder (train/ and val/, or flat), tars (a folder, a file, a glob, a quoted "
-    "{a..b}), or masks: ADE20K's folders, {train,val}/{images,masks}. DATASET: a new folder, or an "
-    "unfinished one."
+    "{a..b}), masks (ADE20K's folders, {train,val}/{images,masks}) or boxes (COCO's annotations/ "
+    "and {train,val}2017/). DATASET: a new folder, or an unfinished one."
 )
 
 
@@ -112,7 +112,14 @@ def shard_command(
         source, dataset, rows_per_shard, seed, max_refused, workers, share, ignored, classes
     )
     for name, split in record.splits.items():
-        print(f"{name}: {split.rows} rows in {len(split.shards)} shards, {split.refused} refused")
+        objects = f", {split.objects} objects" if record.coco else ""
+        rows = f"{split.rows} rows in {len(split.shards)} shards"
+        print(f"{name}: {rows}{objects}, {split.refused} refused")
+    if coco := record.coco:
+        print(
+            f"{coco.boxes_dropped} boxes without area dropped, {coco.boxes_clipped} boxes clipped "
+            f"at the border, {coco.polygons_dropped} polygons of under 3 points dropped"
+        )
     following = f"mcm-cache extract {dataset} CACHE --teacher ..."
     print(f"{dataset}: {len(record.classes)} classes; next: {following}")
 

@@ -96,7 +96,7 @@ def _listed(root: Path, pictures: str, masks: str, notes: list[str]) -> Candidat
     if left["links"]:
         found = f"found {left['links']} links"
         raise UsageError(f"{root / pictures}: expected files; {found}; copy them with `cp -rL`")
-    wanted = {candidates[i].mask for i in range(len(candidates))}
+    wanted = {candidates[i].target for i in range(len(candidates))}
     there = {path for path in (root / masks).rglob("*.png") if path.is_file()}
     palettes = 0
     for path in there & wanted:

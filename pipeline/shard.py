@@ -23,6 +23,7 @@ from cache_tools.storage import (
     write_atomic,
 )
 
+from .coco_listing import list_coco
 from .decode_pool import DecodePool
 from .listing import list_sources
 from .mask_listing import list_scenes
@@ -77,11 +78,12 @@ class _Job:
         self.folder = work_dir(self.out)
         self.lock, self.work = self.folder / "shard.lock", self.folder / "shard"
         _check_request(source, self.out, self.folder, rows_per_shard, seed, max_refused, val)
-        scenes = None if isinstance(source, Mapping) else list_scenes(Path(source), ignore, classes)
+        root = None if isinstance(source, Mapping) else Path(source)
+        scenes = root and (list_coco(root) or list_scenes(root, ignore, classes))
         if scenes and val:
-            found = f"{source} has masks, and a folder per split"
-            raise UsageError(f"--val: expected a source without masks; {found}")
-        if not scenes and (ignore or classes):
+            found = f"{source} has {'masks' if scenes.rule else 'boxes'}, and a folder per split"
+            raise UsageError(f"--val: expected a source without masks or boxes; {found}")
+        if not (scenes and scenes.rule) and (ignore or classes):
             expected = "expected a source with masks"
             raise UsageError(
                 f"--ignore, --classes: {expected}; found none in {source_name(source)}"
@@ -99,8 +101,9 @@ class _Job:
             seed=seed,
             classes=sources.classes,
             splits=listing,
-            task="segment" if sources.rule else None,
+            task="segment" if sources.rule else "detect" if sources.coco else None,
             ignore=sources.rule and sources.rule.ignore,
+            coco=sources.coco,
         )
 
     def run(self) -> DatasetRecord:
@@ -206,7 +209,7 @@ def _plan_of(record: DatasetRecord) -> ShardPlan:
     for name, entry in record.splits.items():
         candidates, sha256 = entry.rows + entry.refused, entry.listing_sha256
         splits[name] = SplitPlan(candidates=candidates, listing_sha256=sha256)
-    kept = {"rows_per_shard", "seed", "picture_rules", "classes", "task", "ignore"}
+    kept = {"rows_per_shard", "seed", "picture_rules", "classes", "task", "ignore", "coco"}
     return ShardPlan(**record.model_dump(include=kept), splits=splits)
 
 

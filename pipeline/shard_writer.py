@@ -15,7 +15,8 @@ import numpy as np
 
 from cache_tools.console import Progress, StopFlag, progress
 from cache_tools.dataset import (
-    MASK,
+    TARGETS,
+    Coco,
     Ignore,
     ShardEntry,
     SplitEntry,
@@ -54,6 +55,7 @@ class ShardPlan(Record):
     splits: dict[str, SplitPlan]
     task: Task = None
     ignore: Ignore = None
+    coco: Coco = None
 
     @property
     def rule(self) -> MaskRule | None:
@@ -79,11 +81,11 @@ class ShardProgress(Record):
 
 
 class Picture(NamedTuple):
-    """A candidate that decodes, with its bytes and the mask to store."""
+    """A candidate that decodes, with its bytes and the mask or boxes to store."""
 
     item: SourceItem
     data: bytes
-    mask: bytes | None
+    target: bytes | None
 
 
 class SplitWriter:
@@ -176,20 +178,24 @@ class SplitWriter:
 
     def _write_tar(self, shard: int, first: int, pictures: Iterator[Picture]) -> ShardEntry:
         index, rows = np.zeros(self.plan.rows_per_shard, INDEX_DTYPE), 0
-        targets = np.zeros(self.plan.rows_per_shard, TARGETS_DTYPE)
+        targets, objects = np.zeros(self.plan.rows_per_shard, TARGETS_DTYPE), 0
+        task = self.plan.task
         path, first_row = self.folder / f"{shard_name(shard)}.tar", shard * self.plan.rows_per_shard
         with tar_writer(path) as tar:
-            for rows, (item, data, mask) in enumerate(pictures, start=1):
+            for rows, (item, data, target) in enumerate(pictures, start=1):
                 key = row_key(first_row + rows - 1)
                 extension, source = picture_extension(data), {"source": printable(item.name)}
                 fields = {extension: data, "cls": str(item.label).encode()}
-                fields["json"] = json.dumps(source).encode()
+                if task != "detect":  # its target holds the source
+                    fields["json"] = json.dumps(source).encode()
                 index[rows - 1] = (*tar.add(key, fields, extension), item.label)
-                if mask is not None:
-                    targets[rows - 1] = tar.add(key, {MASK: mask}, MASK)
+                if task and target:
+                    targets[rows - 1] = tar.add(key, {TARGETS[task]: target}, TARGETS[task])
+                if task == "detect" and target:
+                    objects += len(json.loads(target)["annotations"])
         index_npy, targets_npy = encode_npy(index[:rows]), encode_npy(targets[:rows])
         write_atomic(path.with_suffix(".index.npy"), index_npy)
-        if self.plan.task:
+        if task:
             write_atomic(path.with_suffix(".targets.npy"), targets_npy)
         return ShardEntry(
             rows=rows,
@@ -197,7 +203,8 @@ class SplitWriter:
             tar_bytes=tar.file.bytes,
             tar_sha256=tar.file.sha256,
             index_sha256=sha256_hex(index_npy),
-            targets_sha256=sha256_hex(targets_npy) if self.plan.task else None,
+            targets_sha256=sha256_hex(targets_npy) if task else None,
+            objects=objects if task == "detect" else None,
         )
 
     def _check_budget(self, slack: int) -> None:

@@ -75,11 +75,11 @@ def mask_of(data):
     return lambda root: (root / "annotations/training/003.png").write_bytes(data)
 
 
-def turn(root):
+def turn(root, name="images/training/003.png"):
     """A picture whose EXIF turns it upright; its mask lies as the camera did."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.fromarray(scene(3)[0]).save(root / "images/training/003.png", exif=exif)
+    Image.fromarray(scene(3)[0]).save(root / name, exif=exif)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from make_extract import make_extracted, make_place
-from make_scenes import make_ade
+from make_scenes import make_ade, make_coco
 
 from cache_tools.cache import Cache
 from cache_tools.dataset import Dataset, DatasetRecord
@@ -26,7 +26,7 @@ from pipeline.shard import shard
 
 Content = dict[str, bytes | Exception]
 DECLARED = (CorruptionError, IdentityError, UsageError)  # any other error fails a test
-KINDS = ["int8", "float16", "dataset", "scenes"]
+KINDS = ["int8", "float16", "dataset", "scenes", "boxes"]
 # No row depends on it, and no hash of it is kept.
 NOTES = {"quarantine.jsonl", "extract.toml"}
 # Where they are missing the work counts as unfinished: the unit is not read, the same command writes them.
@@ -35,12 +35,13 @@ MADE_AGAIN = {"manifest.json", "_info.json", "probe.json"}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DATASET, one with masks, a CACHE of each dtype, and the CACHE that the same request with another seed makes."""
+    """DATASETs with labels, masks and boxes, a CACHE of each dtype, and the CACHE and DATASET of another seed."""
     root = make_place(tmp_path_factory.mktemp("damage"), refused=2)
     for dtype in ("int8", "float16"):
         make_extracted(root, dtype, dtype=dtype)
     make_extracted(root, "int8-other", seed=1)
     shard(make_ade(root / "ade", 72, 8), root / "scenes", rows_per_shard=32)
+    shard(make_coco(root / "coco", 72, 8), root / "boxes", rows_per_shard=32)
     shard(str(root / "pictures"), root / "dataset-other", rows_per_shard=32, seed=1, max_refused=0.5)
     return root
 
@@ -69,7 +70,7 @@ def chunk_bytes(unit, number: int) -> bytes:
 
 
 def pictures_of(path: Path) -> Content:
-    """Every picture, label and mask of a DATASET."""
+    """Every picture, label, mask and box of a DATASET."""
     try:
         dataset = Dataset(path)
     except DECLARED as error:
@@ -77,8 +78,10 @@ def pictures_of(path: Path) -> Content:
 
     def picture(split: str, row: int) -> bytes:
         data, label = dataset.picture(split, row)
-        mask = dataset.mask(split, row).tobytes() if dataset.record.task else b""
-        return data + str(label).encode() + mask
+        task = dataset.record.task
+        mask = dataset.mask(split, row).tobytes() if task == "segment" else b""
+        boxes = repr(dataset.boxes(split, row)).encode() if task == "detect" else b""
+        return data + str(label).encode() + mask + boxes
 
     rows = ((split, row) for split, entry in dataset.record.splits.items() for row in range(entry.rows))
     return {f"{split} {row}": attempt(lambda s=split, r=row: picture(s, r)) for split, row in rows}
@@ -242,7 +245,7 @@ def swaps(path: Path) -> dict[str, list[tuple[Path, Path]]]:
     return {f"{a} and {b}": [(a, b)] for ((a, b),) in single} | named
 
 
-@pytest.mark.parametrize("kind", ["int8", "dataset", "scenes"])
+@pytest.mark.parametrize("kind", ["int8", "dataset", "scenes", "boxes"])
 def test_swapped_files_shards_units(place: Path, kind: str, how_many, tally) -> None:
     """Each piece is intact by itself: only what binds the pieces together can tell."""
     path = place / kind
@@ -278,6 +281,7 @@ def swap_members(tar: Path, extension: str, first: int, second: int) -> None:
         ("int8", "train/v0/views/000001.tar", (".jpg", ".cls")),
         ("dataset", "train/000001.tar", (".jpg", ".cls")),
         ("scenes", "train/000001.tar", (".mask.png",)),
+        ("boxes", "train/000001.tar", (".json",)),
     ],
 )
 def test_swapped_pictures_labels_and_chunks(place: Path, kind: str, tar: str, extensions, how_many, tally) -> None:

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 from disk import DIE, Disk
 from make_extract import request
-from make_scenes import make_ade
+from make_scenes import make_ade, make_coco
 from make_teacher import make_teacher
 from test_pipeline_shard import make_source
 
@@ -32,6 +32,7 @@ def make_place(root: Path, train: int = 36) -> Path:
     """Pictures of two splits (shards of 16), their DATASET, a teacher; what is made from them goes beside."""
     make_source(root / "pictures", train=train, val=4)
     make_ade(root / "ade", train, 4)
+    make_coco(root / "coco", train, 4)
     make_teacher(root / "clip")
     run_shard(root, root / "dataset")
     return root
@@ -43,6 +44,10 @@ def run_shard(place: Path, out: Path) -> None:
 
 def run_scenes(place: Path, out: Path) -> None:
     shard(place / "ade", out, rows_per_shard=16, workers=2)
+
+
+def run_boxes(place: Path, out: Path) -> None:
+    shard(place / "coco", out, rows_per_shard=16, workers=2)
 
 
 def run_extract(place: Path, cache: Path, views: int = 1, worker: int = 0, workers: int = 1) -> None:
