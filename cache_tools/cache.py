@@ -4,7 +4,7 @@ B rows, N tokens, C channels. docs/format.md describes every byte.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from .dataset import CHUNK_ROWS, shard_name
 from .errors import CorruptionError, IdentityError, UsageError, found_at
+from .images import RGB, decode_view_into
 from .quantize import Floats, decode
 from .records import read_record, record_sha256, sha256_hex
 from .schema import CacheIdentity, Commit, Manifest, ProbeRecord
@@ -40,10 +41,12 @@ class Chunk:
     """16 rows (fewer at the end of a split), after every checksum agreed. Pictures are encoded.
 
     labels int32 [B], codes int8 or float16 [B, N, C], scale float32 [B, N], mean and std float32
-    [C], cls float16 [B, C]. `scale`, `mean` and `std` are None unless the dtype is int8.
+    [C], cls float16 [B, C]. `scale`, `mean` and `std` are None unless the dtype is int8, and `cls`
+    is None if the teacher has no CLS token. `size_HW` is the size of every picture.
     """
 
     row0: int
+    size_HW: tuple[int, int]
     pictures: list[memoryview]
     labels: npt.NDArray[np.int32]
     codes: npt.NDArray[Any]
@@ -61,6 +64,13 @@ class Chunk:
         """Return the decoded patch features, float32 [B, N, C]."""
         features: npt.NDArray[np.float32] = decode(self.codes, self.scale, self.mean, self.std)
         return features
+
+    def images(self) -> RGB:
+        """Return the decoded pictures, uint8 [B, H, W, 3]."""
+        images_BHW3 = np.empty((self.rows, *self.size_HW, 3), np.uint8)
+        for data, image_HW3 in zip(self.pictures, images_BHW3, strict=True):
+            decode_view_into(data, image_HW3)
+        return images_BHW3
 
 
 class Unit:
@@ -232,7 +242,12 @@ class Unit:
         cls = None if skip_cls else self._array("cls", shard, position, rows, whole.get("cls"))
         assert codes is not None
         labels = index["label"].astype(np.int32)
-        return Chunk(row0, pictures, labels, codes, scale, mean, std, cls)
+        size_HW = self.identity.view_height, self.identity.view_width
+        return Chunk(row0, size_HW, pictures, labels, codes, scale, mean, std, cls)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Yield every chunk in the order of its rows."""
+        return map(self.chunk, range(self.num_chunks))
 
     def _array(
         self, name: str, shard: int, position: int, rows: int, out: npt.NDArray[Any] | None = None
@@ -258,11 +273,11 @@ class Cache:
     IdentityError if it has another format version.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
+        self.path = path = Path(path)
         if not (path / "cache.json").is_file():
             found = f"found {found_at(path)}; make one with `mcm-cache extract`"
             raise UsageError(f"{path}: expected a CACHE (cache.json); {found}")
-        self.path = path
         self.identity = read_record(CacheIdentity, path / "cache.json")
         self.sha256 = record_sha256(self.identity)
 
@@ -296,24 +311,29 @@ class Cache:
         """Return the units of a split that have a manifest: training uses only these."""
         return [unit for unit in self.units(split) if unit.complete]
 
-    def zarr(self, split: str, view: int = 0) -> "zarr.Group":
-        """Return the arrays of a complete unit, as a read-only group of zarr-python.
-
-        docs/format.md describes how codes are decoded. zarr-python reads a missing shard as fill
-        values; `Unit.chunk` raises.
+    def unit(self, split: str, view: int = 0) -> Unit:
+        """Return a complete unit. Iterating over it yields its chunks.
 
         Raises: UsageError with the names of the complete units if there is no such unit;
         CorruptionError if a zarr.json differs from the identity.
         """
-        import zarr  # takes 0.6 s
-
         units = {(unit.split, unit.view): unit for unit in self.all_units() if unit.complete}
         if (split, view) not in units:
             names = ", ".join(map(str, units.values())) or "none"
             found = f"found no {split}/v{view}; there is {names}"
             raise UsageError(f"{self.path}: expected a complete unit; {found}")
         units[split, view].check_arrays()
-        return zarr.open_group(units[split, view].group, mode="r")
+        return units[split, view]
+
+    def zarr(self, split: str, view: int = 0) -> "zarr.Group":
+        """Return the arrays of a complete unit, as a read-only group of zarr-python.
+
+        docs/format.md describes how codes are decoded. zarr-python reads a missing shard as fill
+        values; `Unit.chunk` raises. The errors are those of `unit`.
+        """
+        import zarr  # takes 0.6 s
+
+        return zarr.open_group(self.unit(split, view).group, mode="r")
 
 
 def check_bytes(path: Path, expected: bytes) -> None:

@@ -132,11 +132,11 @@ class Dataset:
     what was committed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
+        self.path = path = Path(path)
         if not (path / "dataset.json").is_file():
             found = f"found {found_at(path)}; make one with `mcm-cache shard`"
             raise UsageError(f"{path}: expected a finished DATASET (dataset.json); {found}")
-        self.path = path
         self.record = read_record(DatasetRecord, path / "dataset.json")
         self.sha256 = record_sha256(self.record)
         self._indexes: dict[tuple[str, int, str], npt.NDArray[np.void]] = {}

@@ -21,7 +21,7 @@ from .cache import Cache, Unit
 from .console import one_line
 from .dataset import CHUNK_ROWS, Dataset
 from .errors import IdentityError, UsageError, found_at
-from .images import RGB, decode_rgb, decode_view_into
+from .images import RGB, decode_rgb
 from .storage import write_atomic
 
 CELL = 1.6  # size of a cell in inches, at 100 px per inch
@@ -157,7 +157,5 @@ def _read(unit: Unit, row: int) -> tuple[RGB, npt.NDArray[np.float32], Any]:
     """Return the view uint8 [H, W, 3], features float32 [N, C] and index record of a row."""
     number, i = divmod(row, CHUNK_ROWS)
     chunk = unit.chunk(number)
-    view_HW3 = np.empty((unit.identity.view_height, unit.identity.view_width, 3), np.uint8)
-    decode_view_into(chunk.pictures[i], view_HW3)
     shard, position = divmod(row, unit.identity.rows_per_shard)
-    return view_HW3, chunk.features()[i], unit.index(shard)[position]
+    return chunk.images()[i], chunk.features()[i], unit.index(shard)[position]

@@ -11,22 +11,38 @@ from torch import Tensor
 from cache_tools.rng import hash_u64, uniform
 
 
+def mask_channels(x: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
+    """Return a boolean mask for `x` [..., D] in which **True means hidden**, on the device of `x`.
+
+    Every vector of D channels has its own round(ratio * D) hidden channels. To hide them:
+    `torch.where(mask_channels(x, 0.75), fill, x)`. `generator` is one of the device of `x`.
+
+    Raises: ValueError unless 0 <= ratio <= 1.
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio: expected a number from 0 to 1; found {ratio}")
+    return _hide_smallest(torch.rand(x.shape, generator=generator, device=x.device), ratio)
+
+
+def _hide_smallest(values: Tensor, ratio: float) -> Tensor:
+    """Return a mask of `values` [..., D] in which each vector's round(ratio * D) smallest are True.
+
+    With random values, this is a uniform draw without replacement.
+    """
+    hidden = round(ratio * values.shape[-1])
+    smallest = values.topk(hidden, largest=False, sorted=False).indices
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, smallest, True)
+
+
 def mask_pool(
     seed: int, epoch: int, pool_rows: int, width: int, ratio: float
 ) -> npt.NDArray[np.bool_]:
-    """Return the pool_KD of an epoch; each row has round(ratio * width) True values.
-
-    The values with the smallest hashes are hidden: a uniform draw without replacement.
-    """
+    """Return the pool_KD of an epoch; each row has round(ratio * width) True values."""
     rows_K1, channels_1D = np.arange(pool_rows)[:, None], np.arange(width)[None, :]
     hashes_KD = hash_u64(seed, "mask_pool", epoch, rows_K1, channels_1D)
-    hidden = round(ratio * width)
-    pool_KD = np.zeros((pool_rows, width), dtype=np.bool_)
-    if not hidden:  # the end of a ratio schedule that reaches zero
-        return pool_KD
-    chosen = np.argpartition(hashes_KD, hidden - 1, axis=1)[:, :hidden]
-    np.put_along_axis(pool_KD, chosen, True, axis=1)
-    return pool_KD
+    # torch sorts no uint64. Half of a hash keeps its order.
+    halves_KD = torch.from_numpy((hashes_KD >> np.uint64(1)).astype(np.int64))
+    return _hide_smallest(halves_KD, ratio).numpy()
 
 
 def mask_picks(

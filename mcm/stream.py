@@ -13,6 +13,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cache_tools.cache import Chunk, Unit
+from cache_tools.cache import Cache, Chunk, Unit
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.dataset import Dataset as PictureDataset
 from cache_tools.errors import McmError, ResourceError
 from cache_tools.images import decode_view_into, ignore_metadata_warnings
 from cache_tools.processes import end_with_parent
 from cache_tools.rng import hash_u64
+from mcm.config import Target
 from mcm.masking import mask_picks
 from mcm.sampler import EvalOrder, Indices, Order
+from mcm.targets import Targets
 
 PREFETCH = 2  # batches that each worker prepares ahead
 WORKERS_FROM_ROWS = 4096  # evaluating fewer rows is faster than starting workers
@@ -199,6 +202,47 @@ class Stream(Dataset[Batch | McmError | OSError]):
             return error
         self.used.append(batch)
         return batch
+
+
+class CacheDataset(Dataset[Batch]):
+    """The steps of a training on a cache as a map-style dataset, for your own training loop.
+
+    Item s is the batch of step s, this rank's share of `batch` rows: pictures uint8 [B, H, W, 3],
+    features float32 [B, N, C], rows and labels int64 [B], and cls float16 [B, C] if the teacher has
+    CLS. Each epoch permutes the chunks and shows every chunk in its next view. The order is part of
+    the dataset: use `DataLoader(dataset, batch_size=None)`, without `shuffle`. To resume, add
+    `sampler=range(step, len(dataset))`.
+
+    Raises: UsageError when no unit of the split is complete, or when `batch` does not fit the rows,
+    the ranks (`world`) and chunks of 16. Reading raises CorruptionError or OSError.
+    """
+
+    def __init__(
+        self, cache: Path | str, batch: int, epochs: int = 1, split: str = "train", seed: int = 0,
+        world: int = 1, rank: int = 0,
+    ) -> None:  # fmt: skip
+        opened = Cache(cache)
+        identity, units = opened.identity, opened.complete_units(split) or [opened.unit(split)]
+        for unit in units:
+            unit.check_arrays()
+        self.order = Order(units[0].rows, CHUNK_ROWS, batch, batch // world, world, rank, seed)
+        size_HW = identity.view_height, identity.view_width
+        source = CacheSource(units, size_HW, 0, 1, seed, cls=identity.has_cls)
+        self.epochs, self.stream = epochs, Stream(self.order, source)
+        self.decode = Targets(Target(norm="none"), identity.channels, identity.channels)
+
+    def __len__(self) -> int:
+        return self.epochs * self.order.steps_per_epoch
+
+    def __getitem__(self, step: int) -> Batch:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        batch = self.stream[step]
+        if not isinstance(batch, dict):
+            raise batch
+        features = self.decode(*map(batch.get, ("codes", "scale", "mean", "std")))
+        kept = {k: batch[k] for k in ("pictures", "rows", "labels", "cls") if k in batch}
+        return kept | {"features": features}
 
 
 def _start_forkserver(workers: int) -> None:

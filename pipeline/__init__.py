@@ -1,1 +1,1 @@
-"""Stage one: pictures in, cache out (mcm-cache)."""
+"""Stage one, from pictures to a cache. Its interface is the program `mcm-cache`."""

@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from cache_tools.cache import Cache, Unit
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.errors import IdentityError, UsageError
-from cache_tools.images import decode_view_into, resize_rgb
+from cache_tools.images import resize_rgb
 from cache_tools.records import differences
 from cache_tools.rng import hash_u64
 from cache_tools.verify import Problem
@@ -102,9 +102,7 @@ def _cosines(unit: Unit, shard: int, rows: list[int], teacher: Teacher) -> list[
     chunk, commit = unit.chunk(rows[0] // CHUNK_ROWS), unit.commit(shard)
     chosen, identity = [row - chunk.row0 for row in rows], unit.identity
     inputs = np.zeros((len(rows), identity.teacher.height, identity.teacher.width, 3), np.uint8)
-    view = np.empty((identity.view_height, identity.view_width, 3), np.uint8)
-    for place, position in zip(inputs, chosen, strict=True):
-        decode_view_into(chunk.pictures[position], view)
+    for place, view in zip(inputs, chunk.images()[chosen], strict=True):
         place[:] = resize_rgb(view, *place.shape[:2])
     patch_BNC, cls_BC = teacher.features(torch.from_numpy(inputs), commit.fingerprint.precision)
     mean_C, var_C = torch.tensor(commit.channel_mean), torch.tensor(commit.channel_var)

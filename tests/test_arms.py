@@ -49,6 +49,13 @@ def test_the_waist_without_torch(package: str) -> None:
     python({"torch", "open_clip", "timm", "accelerate", "webdataset"}, f"import cache_tools.{package}")
 
 
+def test_the_example_reads_a_cache_without_torch(tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", views=1).path
+    example = Path(__file__).parents[1] / "examples" / "read_cache.py"
+    blocked = {"torch", "open_clip", "timm", "accelerate", "webdataset", "pipeline", "mcm"}
+    python(blocked, f"import runpy\nassert runpy.run_path({str(example)!r})['main']({str(cache)!r}) > 0.9")
+
+
 @pytest.mark.parametrize("program", ["pipeline", "mcm"])
 def test_help_of_every_command_imports_no_torch(program: str) -> None:
     python({"torch", "zarr", "open_clip", "timm"}, f"""

@@ -19,6 +19,7 @@ def test_contents(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"cache_tools", "pipeline", "mcm"}
+    assert {f"{package}/py.typed" for package in ("cache_tools", "pipeline", "mcm")} <= set(names)
     shipped = {name.removeprefix("cache_tools/configs/") for name in names if name.endswith(".toml")}
     assert shipped == {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.toml")}
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
