@@ -9,6 +9,8 @@ from .dataset import Dataset
 from .errors import UsageError, found_at
 from .records import read_capped
 
+SHOWN_NAMES = 8  # the most class names in a line of text
+
 
 def info(path: Path) -> dict[str, Any]:
     """Return a description of a DATASET or CACHE that can be written as JSON.
@@ -50,6 +52,8 @@ def _dataset_info(dataset: Dataset) -> dict[str, Any]:
         "path": str(dataset.path),
         "sha256": dataset.sha256,
         "task": dataset.record.task or "classify",
+        "ignore": dataset.record.ignore or (),
+        "names": dataset.classes,
         "splits": {
             name: {"rows": split.rows, "shards": len(split.shards), "refused": split.refused}
             | ({"objects": split.objects} if dataset.record.coco else {})
@@ -99,6 +103,12 @@ def summary(known: dict[str, Any]) -> str:
             rows = f"{split['rows']} rows in {split['shards']} shards"
             objects = f", {split['objects']} objects" if "objects" in split else ""
             lines.append(f"  {name:<8} {rows}{objects}, {split['refused']} refused")
+        if known["task"] != "classify":
+            more = ", ..." * (len(known["names"]) > SHOWN_NAMES)
+            lines.append(f"  classes  {', '.join(known['names'][:SHOWN_NAMES])}{more}")
+        if known["ignore"]:
+            ignored = ", ".join(map(str, known["ignore"]))
+            lines.append(f"  ignored  value {ignored} of the source's masks")
         return "\n".join(lines)
     identity = known["identity"]
     teacher, grid = identity["teacher"], identity["grid"]

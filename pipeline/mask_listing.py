@@ -6,7 +6,7 @@ unlabelled). A mask is a PNG with the path and name of its picture.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cache_tools.errors import UsageError
@@ -14,41 +14,34 @@ from cache_tools.labels import MaskRule, has_palette
 
 from .candidates import Candidates, Sources
 from .folder_listing import add_files
-from .source_splits import split_name
+from .source_splits import Source, source_name, split_name
 from .tar_listing import class_lines
+
+# A split, or None for a folder with another name; a root, and folders of pictures and masks in it.
+_Place = tuple[str | None, Path, str, str]
 
 
 def list_scenes(
-    root: Path, ignore: Sequence[int] = (), classes: Path | None = None
+    source: Source, ignore: Sequence[int] = (), classes: Path | None = None
 ) -> Sources | None:
     """Return every candidate picture of a source with masks, or None for another source.
 
-    `ignore` holds the values that mean unlabelled. `classes` is a file of class names, one per
-    line.
+    Each part of a source per split holds images/ and masks/ (255 is unlabelled), or annotations/
+    (0 is unlabelled). `ignore` holds the values that mean unlabelled. `classes` is a file of class
+    names, one per line.
 
     Raises: UsageError when folders, values and classes do not fit together.
     """
-    is_ade = (root / "images").is_dir() and any(
-        (root / name).is_dir() for name in ("annotations", "masks")
-    )
-    forms, parent = (
-        (("images/{}", "annotations/{}"), "images") if is_ade else (("{}/images", "{}/masks"), "")
-    )
-    names = (
-        sorted(path.name for path in (root / parent).iterdir()) if (root / parent).is_dir() else []
-    )
-    places = [(split_name(name), forms[0].format(name), forms[1].format(name)) for name in names]
-    places = [place for place in places if (root / place[1]).is_dir()]
-    if not any(split and (root / masks).is_dir() for split, _, masks in places):
-        if is_ade:
-            folders = "images/training and annotations/training, or train/images and train/masks"
-            raise UsageError(f"{root}: expected {folders}")
+    named = isinstance(source, Mapping)
+    places = _named_places(source) if isinstance(source, Mapping) else _places(Path(source))
+    if not places:
         return None
-    found, rule = _classes(
-        root, classes, tuple(sorted({*(ignore or ((0,) if is_ade else (255,)))}))
-    )
+    roots = list(dict.fromkeys(root for _, root, _, _ in places))
+    unlabelled = 0 if any(masks.startswith("annotations") for *_, masks in places) else 255
+    folders = [*roots, *(root.absolute().parent for root in roots if named)]
+    found, rule = _classes(folders, classes, tuple(sorted({*(ignore or (unlabelled,))})))
     sources = Sources(found, rule=rule)
-    for split, pictures, masks in places:
+    for split, root, pictures, masks in places:
         if split is None or not (root / masks).is_dir():
             reason = f"there is no {masks}" if split else "no split"
             sources.notes.append(f"{root}: {pictures} left out: {reason}")
@@ -60,16 +53,62 @@ def list_scenes(
     return sources
 
 
+def _places(root: Path) -> list[_Place]:
+    """Return the folders of pictures in `root`, in either layout, or [] without masks."""
+    is_ade = (root / "images").is_dir() and any(
+        (root / name).is_dir() for name in ("annotations", "masks")
+    )
+    forms, parent = ("{}/images", "{}/masks"), root
+    if is_ade:
+        forms, parent = ("images/{}", "annotations/{}"), root / "images"
+    names = sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
+    places: list[_Place] = [
+        (split_name(name), root, forms[0].format(name), forms[1].format(name)) for name in names
+    ]
+    places = [place for place in places if (root / place[2]).is_dir()]
+    if any(split and (root / masks).is_dir() for split, _, _, masks in places):
+        return places
+    if is_ade:
+        folders = "images/training and annotations/training, or train/images and train/masks"
+        raise UsageError(f"{root}: expected {folders}; or give --train {root}")
+    return []
+
+
+def _named_places(source: Mapping[str, str | Path]) -> list[_Place]:
+    """Return the folders of pictures of one source per split, or [] if no part has masks."""
+    places: list[_Place] = []
+    for split, part in source.items():
+        root = Path(part)
+        masks = [name for name in ("masks", "annotations") if (root / name).is_dir()]
+        if masks and (root / "images").is_dir():
+            places.append((split, root, "images", masks[0]))
+    roots = {Path(root).resolve() for _, root, _, _ in places}
+    if places and (len(roots) < len(source) or len({masks for *_, masks in places}) > 1):
+        expected = "expected images/ and masks/ in a folder of its own per split"
+        raise UsageError(f"{source_name(source)}: {expected}; found other folders")
+    for _, root, pictures, _ in places:
+        inside = [path for path in (root / pictures).iterdir() if split_name(path.name)]
+        if splits := sorted(path.name for path in inside if path.is_dir()):
+            found = f"found {pictures}/{splits[0]}; give {root} as SOURCE, without --train"
+            raise UsageError(f"{root}: expected the pictures of one split; {found}")
+    return places
+
+
 def _classes(
-    root: Path, file: Path | None, ignore: tuple[int, ...]
+    folders: list[Path], file: Path | None, ignore: tuple[int, ...]
 ) -> tuple[tuple[str, ...], MaskRule]:
     """Return the class names and the rule that reads the masks."""
     if not all(0 <= value <= 255 for value in ignore):
         raise UsageError(f"--ignore: expected values from 0 to 255; found {list(ignore)}")
-    found = [file] if file else [*sorted(root.glob("objectInfo*.txt")), *root.glob("classes.txt")]
+    forms = ("objectInfo*.txt", "classes.txt")
+    found = [name for form in forms for root in folders for name in sorted(root.glob(form))]
+    found = [file] if file else found
     if not found or not found[0].is_file():
         expected = "expected a file of class names, one per line"
-        raise UsageError(f"{root}: {expected}; found none; give one with --classes")
+        raise UsageError(f"{folders[0]}: {expected}; found none; give one with --classes")
+    same = [path for path in found if path.name == found[0].name]
+    if unlike := [path for path in same if class_lines(path) != class_lines(found[0])]:
+        raise UsageError(f"{found[0]}: expected one list of classes; {unlike[0]} differs")
     rows = [[cell.strip() for cell in line.split("\t")] for line in class_lines(found[0]) if line]
     head = rows.pop(0) if rows and rows[0][0] == "Idx" else ["Name"]
     table = [dict(zip(head, row, strict=False)) for row in rows if len(row) == len(head)]

@@ -78,10 +78,11 @@ class _Job:
         self.folder = work_dir(self.out)
         self.lock, self.work = self.folder / "shard.lock", self.folder / "shard"
         _check_request(source, self.out, self.folder, rows_per_shard, seed, max_refused, val)
-        root = None if isinstance(source, Mapping) else Path(source)
-        scenes = root and (list_coco(root) or list_scenes(root, ignore, classes))
+        coco = None if isinstance(source, Mapping) else list_coco(Path(source))
+        scenes = coco or list_scenes(source, ignore, classes)
         if scenes and val:
-            found = f"{source} has {'masks' if scenes.rule else 'boxes'}, and a folder per split"
+            what = f"{'masks' if scenes.rule else 'boxes'}, and a folder per split"
+            found = f"{source_name(source)} has {what}"
             raise UsageError(f"--val: expected a source without masks or boxes; {found}")
         if not (scenes and scenes.rule) and (ignore or classes):
             expected = "expected a source with masks"
