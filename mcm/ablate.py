@@ -150,7 +150,8 @@ class Ablation:
             trained, run = self.rows[source], self.out / "runs" / _folder(source, seed)
             paths = ("--cache", self._cache_of(trained), "--out", run)
             yield self._step(run, "pretrain", self.plan.base, *paths, *_sets(trained.set), *seeded)
-            kinds = self.plan.inputs if self.configs[source].mask.mode != "none" else ("full",)
+            has_masks = self.configs[source].mask.mode != "none"
+            kinds = [k for k in self.plan.inputs if has_masks or not k.startswith("masked")]
             data = self.digests[str(self.data)]
             names = [record_name(kind, data, 0, bool(init)) for kind in kinds]
             options = [*(f"--input={kind}" for kind in kinds), *["--untrained"] * bool(init)]

@@ -59,7 +59,7 @@ class FinetuneRun(Record):
 class Backbone:
     """A ViT and the preprocessing of its pictures.
 
-    `masked` is the whole model of a RUN that was trained with masks.
+    `masked` is the whole model of a pre-training RUN.
     """
 
     model: VisionTransformer
@@ -151,8 +151,7 @@ def _from_pretraining(folder: Path, untrained: bool) -> Backbone:
         masked = MaskedChannelModel(config, run.grid, run.patch, run.channels, run.mean, run.std)
     weights = "untrained" if untrained else _load_newest(masked, folder)
     data = (run.size, run.mean, run.std, run.interpolation, CROP_PCT)
-    kept = masked if config.mask.mode != "none" else None
-    return Backbone(masked.encoder, str(folder), weights, *data, kept)
+    return Backbone(masked.encoder, str(folder), weights, *data, masked)
 
 
 def _from_finetuning(folder: Path, head: bool) -> Backbone:

@@ -60,10 +60,13 @@ class Evaluation:
     def held_out(self) -> dict[str, float]:
         """Return the metrics of the val unit on masked and on full inputs; the masks are fixed.
 
+        "filled" is a full input whose tokens get the second fill, as the decoder is trained.
         The main rank writes the metrics per channel to RUN/channels.safetensors.
         """
         model, workers = self.model, self.config.train.workers
-        kinds = ["full"] if self.config.mask.mode == "none" else ["masked", "full"]
+        has_masks = self.config.mask.mode != "none"
+        kinds = ["masked", "full"] if has_masks else ["full"]
+        kinds += ["filled"] if model.decoder_fill is not None else []
         channels = model.decoder.linear.out_features
         held = HeldOut(kinds, channels, self.config.student.width, self.accelerator.device)
         loaded = batches(self.held, 0, len(self.order), workers)
@@ -71,11 +74,12 @@ class Evaluation:
             for batch in items:
                 batch = to_device(batch, self.accelerator.device)
                 target = model.project(self.objective.target(batch))
+                mask = model.mask(self.objective.masks(batch))
+                tokens = model.tokens(batch["pictures"])
                 for kind in kinds:
-                    mask = model.mask(self.objective.masks(batch)) if kind == "masked" else None
-                    tokens = model.tokens(batch["pictures"], mask)
-                    y = model.decode(tokens, mask)[:, -target.shape[1] :]
-                    held.update(kind, tokens[:, 1:], y, target, batch["weight"])
+                    h = model.tokens(batch["pictures"], mask) if kind == "masked" else tokens
+                    y = model.decode(h, None if kind == "full" else mask)[:, -target.shape[1] :]
+                    held.update(kind, h[:, 1:], y, target, batch["weight"])
         held.reduce(lambda sums: cast(Tensor, self.accelerator.reduce(sums, "sum")))
         if self.accelerator.is_main_process:
             write_atomic(self.run_dir / "channels.safetensors", safetensors_bytes(held.channels()))

@@ -86,7 +86,7 @@ def export(
     if fold_scale is not None:
         masked = backbone.masked
         if masked is None or not 0 < fold_scale <= 1:
-            expected = "expected 0 < S <= 1 and a RUN trained with masks"
+            expected = "expected 0 < S <= 1 and a pre-training RUN"
             raise UsageError(f"--folded: {expected}; found S = {fold_scale} and {run}")
         folded = folded_state(masked.encoder, masked.encoder_fill, fold_scale)
         backbone.model.load_state_dict(folded)

@@ -25,6 +25,7 @@ from mcm.stream import DatasetSource, Stream, batches
 
 BATCH_ROWS = 128
 POOL_ROWS = 4096  # the number of masks in the pool of masked:K
+FOLDS = (1.0, 0.75, 0.5, 0.25)  # the values of s, equal for every mask mode
 
 # Maps pictures [B, 3, H, W] and their row numbers to features [B, D].
 Encode = Callable[[Tensor, npt.NDArray[np.int64]], Tensor]
@@ -124,14 +125,12 @@ class Featurizer:
     ) -> tuple[Encode, float | None]:
         """Return (encode, s) of the input "full", "folded" or "masked:K"; s is None unless folded.
 
-        s is the value of {1, sqrt(1 - r), 1 - r} with the best `held_out` score, by default
-        `held_out_knn`. The first value wins ties.
+        s is the value of FOLDS with the best `held_out` score, by default `held_out_knn`. The first
+        value wins ties.
         """
         if kind == "folded":
-            masked: Any = self.backbone.masked
-            kept = 1 - float(masked.ratio)
             score = held_out or self.held_out_knn
-            s = max((1.0, kept**0.5, kept), key=lambda s: score(self.folded(s)))
+            s = max(FOLDS, key=lambda s: score(self.folded(s)))
             return self.folded(s), s
         return self.full() if kind == "full" else self.masked(int(kind.partition(":")[2])), None
 

@@ -96,7 +96,7 @@ class HeldOut:
     """
 
     def __init__(self, kinds: list[str], channels: int, width: int, device: torch.device) -> None:
-        """Zero the sums; `kinds` of inputs: "full", and "masked" if the mask mode has masks."""
+        """Zero the sums; `kinds` of predictions: "full", and with masks "masked" and "filled"."""
         self.fits = {kind: Fit(channels, device) for kind in kinds}
         self.features, self.target = Gram(width, device), Gram(channels, device)
 

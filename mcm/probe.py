@@ -211,12 +211,16 @@ def warn_of_copies(dataset: Dataset, quiet: bool) -> int:
 def input_kinds(backbone: Backbone, inputs: Sequence[str], spec: str) -> list[str]:
     """Return the inputs to probe, "full" first.
 
-    Raises: UsageError for an unknown input, or for one that needs a model trained with masks.
+    Raises: UsageError for an unknown input, for "folded" without a pre-training RUN, or for
+    "masked:K" without one trained with masks.
     """
-    kinds = tuple(inputs) or (("full", "folded") if backbone.masked is not None else ("full",))
+    masked = backbone.masked
+    kinds = tuple(inputs) or (("full", "folded") if masked is not None else ("full",))
     for kind in kinds:
         check_kind(kind)
-        if kind != "full" and backbone.masked is None:
+        if kind == "folded" and masked is None:
+            raise UsageError(f"--input folded: expected a pre-training RUN; found {spec}; use full")
+        if kind.startswith("masked") and (masked is None or masked.mode == "none"):
             found = f"found {spec}, which was not; use full"
             raise UsageError(f"--input {kind}: expected a RUN trained with masks; {found}")
     return list(dict.fromkeys(("full", *kinds)))

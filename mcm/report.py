@@ -22,7 +22,8 @@ from mcm.figures import Array, channel_figures, channel_maps, curves, dots, samp
 from mcm.probe import ProbeResult
 from mcm.run_dir import last_eval, read_metrics, recorded
 
-FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full"}  # held-out; at the run's ratio, unmasked
+# Held-out R^2 of masked input at the run's ratio, and of full input without and with second fill.
+FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full", "r2_filled": "R^2 full, filled"}
 ABLATIONS = {"columns", "rows"}  # keys of a results.json
 MINUTES = "minutes"  # a column of an ablation
 RANDOM = "random init"

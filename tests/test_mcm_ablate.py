@@ -127,7 +127,11 @@ def test_two_processes_share_a_plan_and_each_command_runs_once(shared):
 def test_the_table_holds_every_row_seed_and_column(shared):
     rows = {row["name"]: row for row in results(shared[0])["rows"]}
     probed = {"k-NN full", "linear full", "k-NN masked:2", "linear masked:2"}
-    columns = [{"k-NN full", "linear full"}, probed | {"fine-tuned", "R^2 masked", "R^2 full", "minutes"}, probed]
+    columns = [
+        {"k-NN full", "linear full"},
+        probed | {"fine-tuned", "R^2 masked", "R^2 full", "R^2 full, filled", "minutes"},
+        probed,
+    ]
     assert [row["values"].keys() for row in rows.values()] == columns
     counts = {len(values) for name in ("channel .75", "random init") for values in rows[name]["values"].values()}
     assert counts == {1} and "<h2>ablations</h2>" in (shared[0] / "report.html").read_text()

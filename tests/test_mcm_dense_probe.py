@@ -33,6 +33,7 @@ from mcm.dense_probe import (
     scores,
     text,
 )
+from mcm.features import FOLDS
 from mcm.finetune import finetune
 from mcm.report import report
 from pipeline.shard import shard
@@ -149,7 +150,7 @@ def test_a_run_names_its_inputs_and_keeps_them(data, tmp_path):
     run = make_run(tmp_path / "run")
     results = dense_probe(str(run), data, ["full", "folded", "masked:2"], workers=0, quiet=True)
     assert [result.input for result in results] == ["full", "folded", "masked:2"]
-    assert results[1].fold_scale in (1.0, 0.5, 0.25) and results[0].fold_scale is None
+    assert results[1].fold_scale in FOLDS and results[0].fold_scale is None
     full = results[0]
     assert (full.train_rows, full.val_rows, full.patches, full.classes) == (20, 6, 20 * 16, CLASSES)
     assert full.weights.startswith("step_000000003 sha256:") and full.data_sha256 == Dataset(data).sha256
@@ -166,7 +167,7 @@ def test_a_run_names_its_inputs_and_keeps_them(data, tmp_path):
 def test_the_picture_is_told_apart_where_its_pixels_tell(data, tmp_path, capsys):
     run = make_run(tmp_path / "run", "none")
     (run / "dense").write_bytes(b"no folder")
-    (result,) = dense_probe(str(run), data, workers=0, quiet=True)
+    result, _ = dense_probe(str(run), data, workers=0, quiet=True)
     assert "warning: the result is not saved" in capsys.readouterr().err
     assert result.pixel_accuracy > 0.8 and result.miou > 0.5 and result.converged
     lines = text(result.model_copy(update={"iou": (0.5, None, 1.0)}))
@@ -184,11 +185,11 @@ def test_a_val_split_of_ignored_pixels_is_one_line(data, tmp_path, monkeypatch):
 def test_the_command_prints_json_and_refuses_what_needs_labels(data, tmp_path):
     run = make_run(tmp_path / "run", "none")
     command = ["mcm-train", "probe", run, "--data", data, "--workers", "0"]
-    (printed,) = json.loads(run_command(*command, "--json"))
+    printed, _ = json.loads(run_command(*command, "--json"))
     assert printed["miou"] > 0.5 and len(printed["iou"]) == 3
     assert "dense linear (LBFGS) mIoU" in run_command(*command)
     assert "omit these options" in run_command(*command, "--shots", "5", expect=2)
-    assert "expected a RUN trained with masks" in run_command(*command, "--input", "folded", expect=2)
+    assert "expected a RUN trained with masks" in run_command(*command, "--input", "masked:2", expect=2)
 
 
 def test_a_dataset_of_the_other_task_is_one_line(data, tmp_path):

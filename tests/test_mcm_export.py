@@ -156,13 +156,13 @@ def test_the_model_card_says_what_it_is_and_what_was_measured(tmp_path):
 
 
 def test_bad_requests_and_another_folder_in_the_way(tmp_path):
-    run = make_run(tmp_path / "run", "none")
+    run = make_run(tmp_path / "run")
     with pytest.raises(UsageError, match="expected a RUN"):
         export(tmp_path, tmp_path / "out")
     with pytest.raises(UsageError, match="--format: expected timm, hf, mae, onnx; found 'onx'; did you mean"):
         export(run, tmp_path / "out", kind="onx")
-    with pytest.raises(UsageError, match="--folded: .* trained with masks; found S = 0.5"):
-        export(run, tmp_path / "out", 0.5)
+    with pytest.raises(UsageError, match="--folded: expected 0 < S <= 1 and .*; found S = 1.5"):
+        export(run, tmp_path / "out", 1.5)
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="expected a new name; found another folder"):
         export(run, tmp_path / "out")

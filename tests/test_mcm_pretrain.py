@@ -23,7 +23,16 @@ from mcm.objective import Objective, channel_stats
 from mcm.pretrain import pretrain
 from mcm.run_dir import ExitRecord, PretrainRun
 
-FIGURES = {"loss_masked", "r2_masked", "loss_full", "r2_full", "rank_features", "rank_target"}
+FIGURES = {
+    "loss_masked",
+    "r2_masked",
+    "loss_full",
+    "r2_full",
+    "loss_filled",
+    "r2_filled",
+    "rank_features",
+    "rank_target",
+}
 TIMED = {"images_per_s", "wait_share"}
 
 
@@ -87,9 +96,11 @@ def start(arguments):
 
 
 def wait_for(lines, process, run):
-    """Until the run has logged so many lines, or has ended."""
-    log = run / "metrics.jsonl"
-    while not (log.is_file() and log.read_bytes().count(b"\n") >= lines) and process.poll() is None:
+    """Until the run has logged so many lines and handles signals, or has ended."""
+    log, handles_signals = run / "metrics.jsonl", run / "exit.json"
+    while not (handles_signals.is_file() and log.is_file() and log.read_bytes().count(b"\n") >= lines):
+        if process.poll() is not None:
+            return
         time.sleep(0.01)
 
 
@@ -147,6 +158,7 @@ def test_killed_at_random_steps_it_ends_the_same(straight, cache, tmp_path, how_
         arguments = command(make_config(train={"workers": 1}), cache, run)
         moments = sorted(np.random.default_rng(number).choice(range(1, 12), 3, replace=False))
         for lines, kind in zip(moments, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL), strict=True):
+            (run / "exit.json").unlink(missing_ok=True)
             wait_for(lines, process := start(arguments), run)
             # The kernel kills the trainer alone. A launcher sends SIGTERM to its workers and their server, too.
             process.kill() if kind == signal.SIGKILL else os.killpg(process.pid, kind)

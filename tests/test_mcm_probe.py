@@ -22,7 +22,8 @@ from cache_tools.storage import file_sha256, write_atomic
 from mcm.backbones import load_encoder
 from mcm.classifiers import Features, training_rows
 from mcm.cli import app
-from mcm.features import Featurizer
+from mcm.export import export
+from mcm.features import FOLDS, Featurizer
 from mcm.masking import mask_picks, mask_pool
 from mcm.probe import ProbeResult, _score, probe, record_name
 from mcm.scorecard import odd_channels
@@ -41,7 +42,7 @@ def test_a_run_names_its_inputs_and_stores_them(data, tmp_path):
     run = make_run(tmp_path / "run")
     results = probe(str(run), data, quiet=True)
     assert [result.input for result in results] == ["full", "folded"]
-    assert results[1].fold_scale in (1.0, 0.5, 0.25) and results[0].fold_scale is None
+    assert results[1].fold_scale in FOLDS and results[0].fold_scale is None
     assert results[0].weights.startswith("step_000000003 sha256:") and (results[0].train_rows, results[0].val_rows) == (
         96,
         40,
@@ -125,9 +126,13 @@ def test_a_patch_run_can_be_probed_masked_and_one_without_masks_cannot(data, tmp
     assert [result.input for result in results] == ["full", "masked:2"]
     assert (patch / "probe" / f"masked-2-{Dataset(data).sha256[:12]}.json").is_file()
     plain = make_run(tmp_path / "none", "none")
-    assert [result.input for result in probe(str(plain), data, ["knn"], quiet=True)] == ["full"]
-    with pytest.raises(UsageError, match="--input folded: expected a RUN trained with masks"):
-        probe(str(plain), data, inputs=["folded"], quiet=True)
+    folded = probe(str(plain), data, ["knn"], quiet=True)[1]
+    assert folded.input == "folded" and folded.fold_scale in FOLDS
+    with pytest.raises(UsageError, match="--input masked:2: expected a RUN trained with masks"):
+        probe(str(plain), data, inputs=["masked:2"], quiet=True)
+    export(plain, tmp_path / "out")
+    with pytest.raises(UsageError, match="--input folded: expected a pre-training RUN"):
+        probe(str(tmp_path / "out"), data, inputs=["folded"], quiet=True)
 
 
 def test_a_caches_teacher_is_probed_on_its_own_features(tmp_path):
