@@ -25,6 +25,9 @@ from .errors import CorruptionError, UsageError
 PICTURE_RULES = 1
 MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
+# File names of pictures. gif, bmp and tiff are listed so that each one is refused by name instead
+# of left out.
+PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 RGB = npt.NDArray[np.uint8]
 
 

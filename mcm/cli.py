@@ -217,6 +217,34 @@ def ablate(
 
 @app.command(no_args_is_help=True)
 @guarded
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A fine-tuned RUN.")],
+    pictures: Annotated[
+        Path, typer.Argument(metavar="PICTURES", help="A picture, or a folder with subfolders.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder.")],
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per forward.")] = 16,
+    max_refused: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest share of pictures that may be refused.")
+    ] = 0.01,
+    json: Json = False,
+) -> None:
+    """Write what a fine-tuned RUN finds in pictures: predictions.jsonl, one line per picture.
+
+    A classifier gives the five most probable classes.
+
+    Example: mcm-train predict tuned photos --out predictions
+    """
+    from mcm.predict import predict as run_on
+
+    found = run_on(run, pictures, out, batch, max_refused, json)
+    if json:
+        return print_json(found)
+    print(f"{out}: predictions.jsonl has {found['pictures']} pictures; {found['refused']} refused")
+
+
+@app.command(no_args_is_help=True)
+@guarded
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
     out: Annotated[Path, typer.Argument(metavar="OUT")],

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cache_tools.errors import UsageError, found_at
+from cache_tools.images import PICTURES
 from cache_tools.records import printable, read_capped
 
 MAX_LISTING_BYTES = 64 << 20  # of classes.txt and of timm's _info.json (20 bytes per tar)
@@ -22,8 +23,6 @@ LAYOUTS = "an ImageFolder (train/<class>/*, val/<class>/*, or <class>/*) or WebD
 UNLABELLED = "pretraining needs no labels; probes and fine-tuning do"
 _PER_SPLIT = "`mcm-cache shard DATASET --train SOURCE --val SOURCE`"
 NAME_SPLITS = f"name the splits: {_PER_SPLIT}"
-# gif, bmp and tiff files are listed so that each one is refused by name instead of left out.
-PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 ARCHIVES = {"7z", "arrow", "bz2", "gz", "h5", "hdf5", "lmdb", "mdb", "parquet", "rar", "rec"}
 ARCHIVES |= {"tar", "tfrecord", "tgz", "xz", "zip", "zst"}
 OTHERS = {"cfg", "cls", "csv", "db", "htm", "html", "ini", "json", "jsonl", "log", "lst", "mat"}

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cache_tools.errors import UsageError
+from cache_tools.images import PICTURES
 from cache_tools.records import printable, read_capped
 
 from .candidates import Candidates, Sources
-from .source_splits import MAX_LISTING_BYTES, NAME_SPLITS, PICTURES, UNLABELLED, is_hidden
+from .source_splits import MAX_LISTING_BYTES, NAME_SPLITS, UNLABELLED, is_hidden
 
 MAX_LABEL = 1_000_000
 MAX_LABEL_BYTES = 1 << 20  # of a .cls or .json member
