@@ -32,7 +32,7 @@ class SeededTransform:
     def __call__(self, seed: int, data: bytes) -> Tensor:
         """Return the picture decoded, transformed and normalised."""
         with _seeded(seed):
-            pixels: Tensor = self.transform(Image.fromarray(_decoded(data)))
+            pixels: Tensor = self.transform(Image.fromarray(decoded(data)))
         return pixels
 
 
@@ -51,7 +51,8 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def _decoded(data: bytes) -> RGB:
+def decoded(data: bytes) -> RGB:
+    """Return the pixels uint8 [H, W, 3] of a picture that decoded when it was sharded."""
     try:
         return decode_rgb(data)
     except PictureRefused as error:

@@ -265,6 +265,35 @@ class Data(Record):
     shots: NonNegativeInt = 0
 
 
+class Detect(Record):
+    """Object detection with ViTDet on a square canvas of `size` pixels.
+
+    `masks` = false leaves the mask head out. `channels` is the width of the pyramid and its heads.
+    `window` is in patches, and 0 disables it; `global_blocks` count from 1 and have no windows.
+    Training resizes a picture to a share of the canvas from `scale`, crops it, and flips it with
+    probability `flip`. `anchors` are the sizes, in pixels, of the five maps. `regions` of each
+    picture train its heads. `empty` = false trains without pictures that have no objects.
+    """
+
+    size: Count = 1024
+    masks: bool = True
+    channels: Count = 256
+    window: NonNegativeInt = 14
+    global_blocks: tuple[Count, ...] = (3, 6, 9, 12)
+    rel_pos: bool = True
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.1, 2.0)
+    flip: Fraction = 0.5
+    anchors: tuple[Count, Count, Count, Count, Count] = (32, 64, 128, 256, 512)
+    regions: Count = 512
+    empty: bool = True
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"detect.scale = {list(self.scale)} must rise")
+        return self
+
+
 class FinetuneConfig(Record):
     """The configuration of one fine-tuning run.
 

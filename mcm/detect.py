@@ -1,0 +1,174 @@
+"""Object detection: batches of a DATASET with boxes, detections in pixels, and average precision.
+
+B batch, N objects, S pixels of the canvas.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval import mask as coco_mask
+from torch import Tensor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from cache_tools.dataset import Dataset
+from cache_tools.rng import hash_u64
+from mcm.augment import decoded
+from mcm.config import Detect
+from mcm.jitter import Placement, fitted, jittered, outline, targets
+from mcm.sampler import Indices
+from mcm.stream import Batch
+from mcm.vitdet import Detector, Found
+
+Result = dict[str, Any]  # a COCO result of one object
+KINDS = {"bbox": "box", "segm": "mask"}
+STATS = {"AP_all": "ap", "AP_50": "ap50", "AP_75": "ap75"}
+STATS |= {f"AP_{size}": f"ap_{size}" for size in ("small", "medium", "large")}
+
+
+class ObjectSource:
+    """Batches of the pictures of a DATASET with boxes on the canvas; one row is one chunk.
+
+    A batch has pictures uint8 [B, S, S, 3] and rows [B], and as lists the size of each source
+    picture and its extent on the canvas. Training adds the objects of all pictures, one after
+    another: boxes [N, 4], labels [N], packed masks [N, S, S / 8], and a list of the objects per
+    picture. Rows beyond the chunks are padding: weight 0 and row number -1.
+    """
+
+    def __init__(
+        self, dataset: Dataset, split: str, detect: Detect, mean: Sequence[float], seed: int,
+        rows: Indices | None = None,
+    ) -> None:  # fmt: skip
+        """Without `rows`, take all rows of the split, fit the pictures and read no objects."""
+        self.dataset, self.split, self.detect, self.seed = dataset, split, detect, seed
+        self.mean, self.training = mean, rows is not None
+        self.rows = np.arange(dataset.rows(split)) if rows is None else rows
+
+    def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
+        """Return the batch of the rows; the memory of `used` is not needed."""
+        size, objects, placements = self.detect.size, [], []
+        pictures_BSS3 = np.empty((batch, size, size, 3), np.uint8)
+        rows = self.rows[chunks].tolist()
+        for position, row in enumerate(rows):
+            rgb = decoded(self.dataset.picture(self.split, row)[0])
+            seed, source = int(hash_u64(self.seed, "augment", epoch, row)), rgb.shape[:2]
+            place = jittered(source, self.detect, seed) if self.training else fitted(source, size)
+            place.draw(rgb, pictures_BSS3[position], self.mean)
+            placements.append(place)
+            if self.training:
+                there = self.dataset.boxes(self.split, row)
+                objects.append(targets(there, place, size, self.detect.masks))
+        padding = [0] * (batch - len(rows))
+        out: Batch = {
+            "pictures": torch.from_numpy(pictures_BSS3),
+            "sources": [place.source for place in placements],
+            "extents": [place.extent for place in placements],
+            "rows": torch.tensor(rows + [-1] * len(padding)),
+            "weight": torch.tensor([1.0] * len(rows) + padding),
+            "epoch": epoch,
+        }
+        if self.training:
+            out["counts"] = [len(found["labels"]) for found in objects]
+            for name in objects[0]:
+                arrays = [found[name] for found in objects]
+                out[name] = torch.from_numpy(np.concatenate(arrays))
+        return out
+
+    def rows_of(self, chunks: Indices) -> Indices:
+        """Return the row numbers of a batch's chunks."""
+        return self.rows[chunks]
+
+
+def objects_of(batch: Batch, masks: bool) -> list[Found]:
+    """Return the objects of each picture of a training batch, as `Detector` takes them."""
+    names = ["boxes", "labels"] + ["masks"] * masks
+    parts = {name: batch[name] for name in names}
+    if masks:
+        size, shifts = batch["pictures"].shape[1], torch.arange(7, -1, -1, dtype=torch.uint8)
+        bits = batch["masks"][..., None] >> shifts.to(batch["masks"].device) & 1
+        parts["masks"] = bits.flatten(-2)[..., :size]
+    split = [parts[name].split(batch["counts"]) for name in names]
+    return [dict(zip(names, values, strict=True)) for values in zip(*split, strict=True)]
+
+
+@torch.inference_mode()
+def detections(
+    model: Detector, pictures_BSS3: Tensor, sources: Sequence[tuple[int, int]]
+) -> list[list[Result]]:
+    """Return what the model finds in pictures that `fitted` has placed, in their own pixels.
+
+    A detection is a COCO result: category_id (the class), bbox [x, y, width, height], score and,
+    with masks, segmentation (RLE). `sources` are heights and widths.
+    """
+    size, count = pictures_BSS3.shape[1], len(sources)
+    placements = [fitted(source, size) for source in sources]
+    extents = [place.extent for place in placements]
+    found = model(pictures_BSS3[:count], extents) if count else []
+    return [_records(*pair) for pair in zip(found, placements, strict=True)]
+
+
+def _records(found: Found, place: Placement) -> list[Result]:
+    boxes_N4 = place.back(found["boxes"].double().cpu().numpy())
+    corners = np.concatenate([boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]], axis=1)
+    labels, scores = (found[name].tolist() for name in ("labels", "scores"))
+    records: list[Result] = [
+        {"category_id": label - 1, "bbox": box, "score": score}
+        for label, box, score in zip(labels, corners.tolist(), scores, strict=True)
+    ]
+    for record, box_4, mask_1MM in zip(records, boxes_N4, found.get("masks", ()), strict=False):
+        record["segmentation"] = _rle(mask_1MM.cpu(), torch.from_numpy(box_4), place.source)
+    return records
+
+
+def _rle(mask_1MM: Tensor, box_4: Tensor, source: tuple[int, int]) -> dict[str, Any]:
+    """Return the COCO RLE of one mask pasted into its box; one by one, for a bounded memory."""
+    pasted_HW = paste_masks_in_image(mask_1MM[None], box_4[None], source)[0, 0] > 0.5
+    rle: dict[str, Any] = coco_mask.encode(np.asfortranarray(pasted_HW.numpy().astype(np.uint8)))
+    return rle | {"counts": rle["counts"].decode()}
+
+
+def ground_truth(dataset: Dataset, split: str) -> dict[str, Any]:
+    """Return the objects of a split as a COCO dictionary; a picture's id is its row."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for row in range(dataset.rows(split)):
+        there = dataset.boxes(split, row)
+        images.append({"id": row, "height": there.size_HW[0], "width": there.size_HW[1]})
+        for i, (x0, y0, x1, y1) in enumerate(there.boxes_N4.tolist()):
+            annotations.append({
+                "id": len(annotations) + 1,  # COCO's evaluation takes 0 for no object
+                "image_id": row,
+                "category_id": int(there.labels_N[i]),
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": float(there.area_N[i]),
+                "iscrowd": int(there.iscrowd_N[i]),
+                "segmentation": outline(there, i),
+            })  # fmt: skip
+    categories = [{"id": k, "name": name} for k, name in enumerate(dataset.classes)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def average_precision(
+    truth: dict[str, Any], results: Iterable[Result], kind: str
+) -> tuple[dict[str, float], list[float | None]]:
+    """Return COCO's scores by name, such as box_ap50, and the AP of each class.
+
+    `kind` is bbox or segm. A score without any object is left out, and None for a class.
+    """
+    # With a bbox, COCO would take the area of the box for that of the mask.
+    kept = [{k: v for k, v in r.items() if kind == "bbox" or k != "bbox"} for r in results]
+    coco = COCO(truth)
+    scored = COCOeval_faster(coco, coco.loadRes(kept), kind, print_function=lambda *_: None)
+    scored.evaluate()
+    scored.accumulate()
+    scored.summarize()
+    stats = scored.stats_as_dict
+    metrics = {f"{KINDS[kind]}_{name}": stats[key] for key, name in STATS.items()}
+    # [IoU thresholds, recalls, classes, all areas, 100 detections]
+    precision_TRK = scored.eval["precision"][:, :, :, 0, -1]
+    each = [
+        float(p_TR.mean()) if p_TR.min() > -1 else None for p_TR in precision_TRK.transpose(2, 0, 1)
+    ]
+    return {name: value for name, value in metrics.items() if value > -1}, each

@@ -1,0 +1,130 @@
+"""Pictures and objects on a square canvas: large-scale jitter for training, a fit for evaluation.
+
+Objects are moved as polygons and become masks after the crop. N objects, S pixels of the canvas.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from faster_coco_eval import mask as coco_mask
+from PIL import Image
+
+from cache_tools.images import RGB
+from cache_tools.labels import Boxes
+from cache_tools.rng import uniform
+from mcm.config import Detect
+
+Array = npt.NDArray[Any]
+Pair = tuple[int, int]  # height and width
+MIN_PIXELS = 1.0  # an object whose rest on the canvas is narrower is no target
+
+
+class Placement(NamedTuple):
+    """Where a picture lies: resized from `source` to `size`, cropped at `corner`, then mirrored.
+
+    The crop has the height and width of `extent` and lies at the top left of the canvas.
+    """
+
+    source: Pair
+    size: Pair
+    corner: Pair
+    extent: Pair
+    flip: bool
+
+    def draw(self, rgb_HW3: RGB, canvas_SS3: RGB, mean: Sequence[float]) -> None:
+        """Draw the picture; the padding has the `mean` colour."""
+        canvas_SS3[:] = np.round(255 * np.array(mean))
+        picture = self._cropped(rgb_HW3, Image.Resampling.BICUBIC)
+        canvas_SS3[: self.extent[0], : self.extent[1]] = picture
+
+    def mask(self, segmentation: Any, canvas: int) -> Array:
+        """Return the mask uint8 [S, S] of COCO polygons, or of an RLE, which is decoded first."""
+        (height, width), mask_SS = self.extent, np.zeros((canvas, canvas), np.uint8)
+        if isinstance(segmentation, dict):
+            mask_HW = coco_mask.decode(coco_mask.segmToRle(segmentation, *self.source[::-1]))
+            mask_SS[:height, :width] = self._cropped(mask_HW, Image.Resampling.NEAREST)
+        else:
+            moved = [self.points(np.reshape(p, (-1, 2))).ravel().tolist() for p in segmentation]
+            mask_SS[:height, :width] = coco_mask.decode(coco_mask.segmToRle(moved, width, height))
+        return mask_SS
+
+    def points(self, xy_N2: Array) -> Array:
+        """Return points (x, y) of the picture in pixels of the canvas; they may lie outside."""
+        moved: Array = xy_N2 * self._scale() - self.corner[::-1]
+        if self.flip:
+            moved[:, 0] = self.extent[1] - moved[:, 0]
+        return moved
+
+    def boxes(self, boxes_N4: Array) -> Array:
+        """Return boxes (x0, y0, x1, y1) in pixels of the canvas, clipped to the extent."""
+        corners_N22 = np.sort(self.points(boxes_N4.reshape(-1, 2)).reshape(-1, 2, 2), axis=1)
+        return np.asarray(corners_N22.clip(0, self.extent[::-1])).reshape(-1, 4)
+
+    def back(self, boxes_N4: Array) -> Array:
+        """Return boxes of a `fitted` picture in its own pixels, clipped to it."""
+        corners_N22 = boxes_N4.reshape(-1, 2, 2) / self._scale()
+        return np.asarray(corners_N22.clip(0, self.source[::-1])).reshape(-1, 4)
+
+    def _scale(self) -> Array:
+        return np.divide(self.size[::-1], self.source[::-1])
+
+    def _cropped(self, picture: Array, resampling: Image.Resampling) -> Array:
+        first, last = self.corner, np.add(self.corner, self.extent)
+        box = np.concatenate([np.divide(edge[::-1], self._scale()) for edge in (first, last)])
+        box = np.minimum(box, self.source[::-1] * 2)  # rounding may have passed the border
+        moved = Image.fromarray(picture).resize(self.extent[::-1], resampling, tuple(box.tolist()))
+        return np.asarray(moved)[:, :: -1 if self.flip else 1]
+
+
+def fitted(source: Pair, canvas: int) -> Placement:
+    """Return the placement whose longer side fills the canvas."""
+    size = _resized(source, canvas)
+    return Placement(source, size, (0, 0), size, False)
+
+
+def jittered(source: Pair, detect: Detect, seed: int) -> Placement:
+    """Return a random scale, crop and flip, a pure function of the seed."""
+    (low, high), canvas = detect.scale, detect.size
+    scale, down, across, flip = uniform(seed, "jitter", np.arange(4)).tolist()
+    height, width = size = _resized(source, canvas * (low + scale * (high - low)))
+    extent = min(height, canvas), min(width, canvas)
+    corner = int(down * (height - extent[0] + 1)), int(across * (width - extent[1] + 1))
+    return Placement(source, size, corner, extent, flip < detect.flip)
+
+
+def _resized(source: Pair, side: float) -> Pair:
+    height, width = (max(1, round(pixels * side / max(source))) for pixels in source)
+    return height, width
+
+
+def outline(objects: Boxes, i: int) -> Any:
+    """Return the polygons or the RLE of an object; without them, the four corners of its box."""
+    x0, y0, x1, y1 = objects.boxes_N4[i].tolist()
+    return objects.segmentation[i] or [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+
+def targets(objects: Boxes, place: Placement, canvas: int, masks: bool) -> dict[str, Array]:
+    """Return boxes float32 [N, 4], labels int64 [N] from 1, and packed masks [N, S, S / 8].
+
+    Crowds and objects that the crop leaves out are no targets. With masks, a box is the border of
+    its mask.
+    """
+    kept = np.flatnonzero(~objects.iscrowd_N)
+    boxes_N4, masks_NSS = place.boxes(objects.boxes_N4[kept]), np.zeros((0, canvas, canvas))
+    if masks and len(kept):
+        masks_NSS = np.stack([place.mask(outline(objects, i), canvas) for i in kept.tolist()])
+        boxes_N4 = np.stack([border(mask_SS) for mask_SS in masks_NSS])
+    inside = (boxes_N4[:, 2:] - boxes_N4[:, :2] >= MIN_PIXELS).all(1)
+    labels_N = objects.labels_N[kept][inside] + 1
+    found: dict[str, Array] = {"boxes": boxes_N4[inside].astype(np.float32), "labels": labels_N}
+    return found | ({"masks": np.packbits(masks_NSS[inside] > 0, axis=-1)} if masks else {})
+
+
+def border(mask_SS: Array) -> Array:
+    """Return the box (x0, y0, x1, y1) around a mask, or four zeros around an empty one."""
+    sides = [np.flatnonzero(mask_SS.any(axis)) for axis in (0, 1)]
+    if not len(sides[0]):
+        return np.zeros(4, np.int64)
+    return np.array([side[0] for side in sides] + [side[-1] + 1 for side in sides])
