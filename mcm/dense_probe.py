@@ -24,6 +24,7 @@ from cache_tools.storage import file_sha256, write_atomic
 from mcm.augment import eval_transform
 from mcm.backbones import load_encoder
 from mcm.features import Encode, Featurizer, device
+from mcm.memory import activation_bytes, say_estimate, state_bytes
 from mcm.probe import input_kinds, record_name, warn_of_copies
 from mcm.run_dir import software, versions
 from mcm.sampler import EvalOrder
@@ -91,6 +92,12 @@ def label_shares(mask_HW: Mask, grid: tuple[int, int], num_classes: int) -> npt.
     return shares.astype(np.float32)
 
 
+def patches_kept(pictures: int, N: int, D: int) -> int:
+    """Return the number of patches per picture: all, or RANDOM_PATCHES to fit MAX_VALUES."""
+    most = MAX_VALUES // (pictures * D)
+    return N if N <= most else max(1, min(RANDOM_PATCHES, most))
+
+
 def collect(
     scenes: Iterable[Scene], pictures: int, grid: tuple[int, int], num_classes: int, seed: int
 ) -> Patches:
@@ -103,8 +110,7 @@ def collect(
     filled, x, y, rows = 0, torch.empty(0), torch.empty(0), torch.empty(0)
     for row, tokens_ND, mask_HW in scenes:
         N, D = tokens_ND.shape
-        most = MAX_VALUES // (pictures * D)
-        kept = N if N <= most else max(1, min(RANDOM_PATCHES, most))
+        kept = patches_kept(pictures, N, D)
         if not filled:
             x, y = (tokens_ND.new_empty(pictures * kept, wide) for wide in (D, num_classes))
             rows = torch.empty(pictures * kept, dtype=torch.int64, device=x.device)
@@ -228,6 +234,12 @@ def dense_probe(
     backbone = load_encoder(spec, weights, untrained=untrained)
     kinds, copies = input_kinds(backbone, inputs, spec), warn_of_copies(dataset, quiet)
     featurizer = Featurizer(backbone, dataset, seed, workers, quiet, "patch")
+    if not quiet:
+        model, pictures = backbone.model, dataset.rows("train")
+        kept = patches_kept(max(pictures, 1), model.patch_embed.num_patches, model.embed_dim)
+        patches = 4 * pictures * kept * (model.embed_dim + len(dataset.classes))
+        activations = activation_bytes(model, BATCH_PICTURES, 4, train=False)
+        say_estimate(state_bytes(model), activations, 2 * patches)  # all, and a copy in two parts
     results: list[DenseResult] = []
     facts: dict[str, Any] = {"subject": spec, "weights": backbone.weights, "seed": seed}
     facts |= {f"{split}_rows": dataset.rows(split) for split in ("train", "val")}

@@ -27,6 +27,7 @@ from cache_tools.rng import hash_u64
 from mcm import checkpoint
 from mcm.checkpoint import Tensors
 from mcm.config import FinetuneConfig, PretrainConfig
+from mcm.memory import activation_bytes, say_estimate, state_bytes
 from mcm.optim import learning_rate, peak_lr, swap_ema
 from mcm.run_dir import Log
 from mcm.sampler import Order
@@ -153,6 +154,10 @@ def train(job: Job, accelerator: Accelerator, stop: StopFlag) -> dict[str, float
     is not finite; errors from reading the data.
     """
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
+    if cuda and accelerator.is_main_process:
+        order, bf16 = job.stream.order, job.config.train.precision == "bf16"
+        activations = activation_bytes(job.model, order.batch, 2 if bf16 else 4)
+        say_estimate(state_bytes(job.model, job.config.optim), activations)
     with torch.random.fork_rng(cuda):  # each step seeds the generators
         return Loop(job, accelerator).run(stop)
 

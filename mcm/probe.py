@@ -17,7 +17,8 @@ from cache_tools.records import Record, Text, encode_record, nearest, read_recor
 from cache_tools.storage import file_sha256, work_dir, write_atomic
 from mcm.backbones import Backbone, load_encoder
 from mcm.classifiers import Features, knn_accuracy, linear_probe, training_rows
-from mcm.features import Featurizer, device
+from mcm.features import BATCH_ROWS, Featurizer, device
+from mcm.memory import activation_bytes, say_estimate, state_bytes
 from mcm.metrics import Gram
 from mcm.run_dir import recorded, software
 from mcm.scorecard import TeacherScores, stored_features, teacher_facts
@@ -116,6 +117,9 @@ def probe(
     if is_run:
         facts["run_sha256"] = file_sha256(run / "run.json")
         facts["cache_sha256"] = recorded(run).get("cache_sha256")
+    if not quiet:
+        activations = activation_bytes(backbone.model, BATCH_ROWS, 4, train=False)
+        say_estimate(state_bytes(backbone.model), activations)
     results = []
     for tokens in wanted:
         featurizer = Featurizer(backbone, dataset, seed, workers, quiet, tokens, shots)

@@ -1,0 +1,48 @@
+"""An estimate of the GPU memory that training and probing need."""
+
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from torch import nn
+
+from mcm.config import Optim
+
+STATES = {"adamw": 2, "lars": 1}  # float32 values of optimizer state per trained parameter
+
+
+def state_bytes(model: nn.Module, optim: Optim | None = None) -> int:
+    """Return the bytes of parameters and buffers and, with `optim`, of what their training adds.
+
+    Training adds a gradient, the optimizer state and the EMA for each trained parameter.
+    """
+    held = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    copies = 1 + STATES[getattr(optim, "name", "adamw")] + bool(getattr(optim, "ema", 0))
+    trained = sum(x.nbytes for x in model.parameters() if x.requires_grad)
+    return held + copies * trained * (optim is not None)
+
+
+def activation_bytes(model: nn.Module, rows: int, bytes_each: int, train: bool = True) -> int:
+    """Return an estimate for the activations of the ViTs in `model` and `rows` pictures.
+
+    A block of width D with M hidden units keeps 8 D + 2 M values per token for the backward pass:
+    the inputs of its norms and linear layers, queries, keys, values and hidden units. Blocks that
+    are not trained free them, so only the largest block counts. Heads are left out.
+    """
+    encoder: Any = next(module for module in model.modules() if hasattr(module, "patch_embed"))
+    tokens: int = encoder.patch_embed.num_patches + getattr(encoder, "num_prefix_tokens", 0)
+    blocks = [module for module in model.modules() if isinstance(module, Mlp)]
+    values = [8 * block.fc1.in_features + 2 * block.fc1.out_features for block in blocks]
+    trained = [block.fc1.weight.requires_grad and train for block in blocks]
+    kept = sum(value for value, is_trained in zip(values, trained, strict=True) if is_trained)
+    return rows * tokens * bytes_each * (kept or max(values, default=0))
+
+
+def say_estimate(state: int, activations: int, other: int = 0) -> None:
+    """Print the estimate if there is a GPU; parts are in bytes."""
+    if torch.cuda.is_available():
+        there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        parts = f"weights and optimizer {state / 1e9:.1f}, activations {activations / 1e9:.1f}"
+        parts += f", patch tokens {other / 1e9:.1f}" * bool(other)
+        total = f"{(state + activations + other) / 1e9:.1f} of {there / 1e9:.1f} GB"
+        print(f"GPU memory: about {total} (an estimate: {parts})", flush=True)
