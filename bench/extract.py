@@ -80,7 +80,9 @@ class Place:
         ):
             facts = (self.dataset, self.identity, self.teacher, self.fingerprint)
             own = Extractor(*facts, 0.0, math.inf, ahead, behind)
-            took = seconds(lambda: [own.shard(units, k, bar) for k in shards], self.teacher.device)
+            took = seconds(
+                lambda: [own.shard(units, k, bar.update) for k in shards], self.teacher.device
+            )
         return sum(units[0].shard_rows(k) for k in shards) * len(units) / took, own.timers
 
     def forward(self, batches: int) -> float:

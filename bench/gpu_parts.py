@@ -416,28 +416,15 @@ def extraction(dataset: Path, cache: Path, flags: list[str], processes: int, lim
 
     The extraction is stopped after `limit_s`.
     """
-    line = [
-        sys.executable,
-        "-c",
-        "from pipeline.cli import app; app()",
-        "extract",
-        str(dataset),
-        str(cache),
-        *flags,
-    ]
-    workers = [[*line, "--worker", str(k), "--workers", str(processes)] for k in range(processes)]
-    threads = ["--threads", str(max(1, len(os.sched_getaffinity(0)) // processes))]
+    program = [sys.executable, "-c", "from pipeline.cli import app; app()", "extract"]
+    line = [*program, str(dataset), str(cache), *flags, "--processes", str(processes)]
     start = time.time()
-    running = [
-        subprocess.Popen([*worker, *threads], stdout=subprocess.DEVNULL, start_new_session=True)
-        for worker in workers
-    ]
-    for process in running:
-        try:
-            process.wait(max(1.0, limit_s - (time.time() - start)))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-    exits = {process.wait(60) for process in running}
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+    code = process.wait(60)
     ends = sorted(path.stat().st_mtime for path in cache.glob("train/v*/commits/*.json"))
     rows = json.loads((cache / "train/v0/commits/000000.json").read_text())["rows"]
     # All views of the first shard are committed together.
@@ -448,7 +435,7 @@ def extraction(dataset: Path, cache: Path, flags: list[str], processes: int, lim
         "first_commit_s": ends[0] - start,
         "all_s": ends[-1] - start,
         "processes": processes,
-        "exits": sorted(exits),
+        "exit": code,
     }
 
 

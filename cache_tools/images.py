@@ -14,11 +14,12 @@ The rule, of version PICTURE_RULES:
 import io
 import re
 import warnings
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from .errors import CorruptionError, UsageError
 
@@ -77,6 +78,8 @@ def decode_rgb(data: bytes) -> RGB:
             if picture.width * picture.height > MAX_PIXELS:
                 detail = f"{picture.width}x{picture.height} is over {MAX_PIXELS} pixels"
                 raise PictureRefused("too-large", detail)
+            if (rgb_HW3 := _plain_jpeg(picture, data)) is not None:
+                return rgb_HW3
             picture.load()
             return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
     except Image.DecompressionBombError as error:
@@ -90,6 +93,22 @@ def decode_rgb(data: bytes) -> RGB:
 def error_detail(error: Exception) -> str:
     """Return the message of Pillow without the address of a buffer, which differs in each run."""
     return re.sub(r" ?<[^>]* at 0x[0-9a-f]+>", "", str(error))
+
+
+def _plain_jpeg(picture: Image.Image, data: bytes) -> RGB | None:
+    """Return the pixels of an upright RGB JPEG, or None if Pillow has to decode or refuse it.
+
+    simplejpeg gives the pixels of Pillow in two thirds of the time: both use libjpeg-turbo. It
+    raises ValueError for any damage, of which Pillow accepts some.
+    """
+    if picture.format not in ("JPEG", "MPO") or picture.mode != "RGB":
+        return None
+    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        return None
+    with suppress(ValueError):
+        rgb_HW3: RGB = simplejpeg.decode_jpeg(data)
+        return rgb_HW3 if rgb_HW3.shape[1::-1] == picture.size else None
+    return None
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -15,12 +15,13 @@ CALIBRATION_ROWS = 256
 Floats = npt.NDArray[np.float32]
 
 
-def channel_stats(x_BNC: npt.NDArray[Any]) -> tuple[Floats, Floats]:
+def channel_stats(x_BNC: Any, xp: Any = np) -> tuple[Any, Any]:
     """Return the mean and std per channel, float32 [C]; the std of a constant channel is 1."""
     flat = x_BNC.reshape(-1, x_BNC.shape[-1])
-    mean, std = flat.mean(axis=0, dtype=np.float64), flat.std(axis=0, dtype=np.float64)
-    std = np.where(std > 1e-6 * np.abs(mean) + 1e-12, std, 1.0)
-    return mean.astype(np.float32), std.astype(np.float32)
+    mean = xp.mean(flat, axis=0, dtype=xp.float64)
+    std = xp.sqrt(xp.mean((flat - mean) ** 2, axis=0))
+    std = xp.where(std > 1e-6 * xp.abs(mean) + 1e-12, std, xp.ones_like(std))
+    return xp.asarray(mean, dtype=xp.float32), xp.asarray(std, dtype=xp.float32)
 
 
 def encode(dtype: str, x_BNC: Any, mean_C: Any, std_C: Any, xp: Any = np) -> dict[str, Any]:

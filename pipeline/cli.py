@@ -167,6 +167,14 @@ def extract_command(
         int | None,
         Option(min=1, help="Rendering threads; by default this worker's share of cores."),
     ] = None,
+    processes: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Processes that share this worker's device; by default 1 on a CPU, and on a GPU "
+            "one per core except for two, at most 14.",
+        ),
+    ] = None,
     worker: Annotated[int | None, Option(help="This worker; default: the launcher's rank.")] = None,
     workers: Annotated[int | None, Option(help="Number of workers; given with --worker.")] = None,
     dry_run: Annotated[
@@ -187,7 +195,8 @@ def extract_command(
     flags |= dict(dtype=dtype, batch=batch, splits=split, teacher_size=teacher_size)
     flags |= dict(teacher_mean=teacher_mean, teacher_std=teacher_std)
     request = load_config(config, flags, set_ or ())
-    extract(Request(source, cache, request, worker_info(worker, workers, device, threads), dry_run))
+    info = worker_info(worker, workers, device, threads, processes)
+    extract(Request(source, cache, request, info, dry_run))
 
 
 _Json = Annotated[bool, Option("--json", help="Print JSON.")]

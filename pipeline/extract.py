@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from cache_tools.cache import Unit, read_probe
-from cache_tools.console import Progress, StopFlag, progress
+from cache_tools.console import StopFlag
 from cache_tools.dataset import Dataset
 from cache_tools.errors import IdentityError, Interrupted, UsageError, check_output
 from cache_tools.images import PICTURE_RULES
@@ -42,10 +42,12 @@ from .shard import shard
 from .teachers import Teacher, check_multiple, load_teacher, probe_pictures
 from .views import TRAIN, pixels_sha256
 from .worker import WorkerInfo
+from .worker_pool import Report, reporting, run_workers
 
 # Largest allowed relative MSE between the float32 probe features of two machines. GELU instead of
 # QuickGELU changes the features of the demo's CLIP by 4.2e-5 and those of DeiT-tiny by 7.0e-2.
 PROBE_TOLERANCE = 1e-6
+STOPPED = "stopped; the same command resumes"
 RETRY_S = 1.0  # between two attempts at the shards that other workers hold
 
 
@@ -63,16 +65,33 @@ class Request:
 def extract(request: Request) -> None:
     """Make every missing shard of the request's units; committed shards are kept.
 
+    With several processes, each is a worker of its own, and they share the device.
+
     Raises: UsageError or IdentityError, before any shard; CorruptionError; Interrupted when the
     user stops the run, which then ends after the current shard.
     """
-    config, worker = request.config, request.worker
     check_output(request.cache, "a CACHE")
+    label, stopped = f"extract {request.cache}", f"{request.cache}: {STOPPED}"
+    if request.worker.processes > 1 and not request.dry_run:
+        source = str(open_source(request).path)
+        tasks = [replace(request, source=source, worker=one) for one in request.worker.split()]
+        complete, count = max(run_workers(_make_units, tasks, label, stopped))
+    else:
+        complete, count = _make_units(request)
+    left = "" if complete == count else "; other workers hold the remaining shards"
+    if not request.dry_run:
+        print(f"{request.cache}: {complete} of {count} units complete{left}", flush=True)
+
+
+def _make_units(request: Request) -> tuple[int, int]:
+    """Make the missing shards as one worker; return (complete units, units)."""
+    config, worker = request.config, request.worker
     size, precision = config.teacher_size, config.precision
     teacher = load_teacher(
         config.teacher, config.weights, size, worker.device, precision, config.normalisation
     )
-    print("\n".join(teacher.notes), flush=True)
+    if worker.worker % worker.processes == 0:
+        print("\n".join(teacher.notes), flush=True)
     check_grid(config, teacher)
     dataset = open_source(request)
     identity = cache_identity(request, dataset, teacher)
@@ -81,7 +100,8 @@ def extract(request: Request) -> None:
         views = range(config.views if split == TRAIN else 1)
         units[split] = [Unit(request.cache, identity, split, view) for view in views]
     if request.dry_run:
-        return print_plan(units, dataset, teacher, config.batch, request.cache)
+        print_plan(units, dataset, teacher, config.batch, request.cache)
+        return 0, 0
     settle(request.cache)
     publish_identity(request.cache, identity)
     resolved = {"teacher_mean": teacher.identity.mean, "teacher_std": teacher.identity.std}
@@ -91,11 +111,11 @@ def extract(request: Request) -> None:
     every_unit = [unit for group in units.values() for unit in group]
     total = sum(unit.rows for unit in every_unit)
     done = sum(unit.shard_rows(k) for unit in every_unit for k in unit.committed())
+    label, then = f"extract {request.cache}", "the current shard is finished and committed"
     with (
-        StopFlag("the current shard is finished and committed") as stop,
+        reporting(total, label, done, then) as (stop, report),
         ThreadPoolExecutor(worker.threads) as render_pool,
         ThreadPoolExecutor(1) as write_pool,
-        progress(total, f"extract {request.cache}", "views", done) as bar,
     ):
         fingerprint = Fingerprint(
             device=teacher.device.type,
@@ -113,10 +133,8 @@ def extract(request: Request) -> None:
             render_pool=render_pool,
             write_pool=write_pool,
         )
-        _make_shards(request, units, extractor, stop, bar)
-    complete = [finish_unit(unit) for unit in every_unit]
-    left = "" if all(complete) else "; other workers hold the remaining shards"
-    print(f"{request.cache}: {sum(complete)} of {len(complete)} units complete{left}", flush=True)
+        _make_shards(request, units, extractor, stop, report)
+    return sum(finish_unit(unit) for unit in every_unit), len(every_unit)
 
 
 def _make_shards(
@@ -124,7 +142,7 @@ def _make_shards(
     units: dict[str, list[Unit]],
     extractor: Extractor,
     stop: StopFlag,
-    bar: Progress,
+    report: Report,
 ) -> None:
     """Make every missing shard; return when each is committed or held by another worker.
 
@@ -136,11 +154,11 @@ def _make_shards(
         made = left = False
         for split, k in missing_shards(units, request.cache, request.worker):
             if stop.requested:
-                raise Interrupted(f"{request.cache}: stopped; the same command resumes")
+                raise Interrupted(f"{request.cache}: {STOPPED}")
             with try_lock(shard_lock(request.cache, split, k)) as held:
                 missing = [unit for unit in units[split] if not unit.commit_file(k).is_file()]
                 if held and missing:
-                    extractor.shard(missing, k, bar)
+                    extractor.shard(missing, k, report)
                     made = True
                 left |= not held and bool(missing)
         if not left or (waited and not made):

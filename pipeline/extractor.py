@@ -7,7 +7,7 @@ shard and are padded, so the bytes do not depend on where a run was interrupted.
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from cache_tools.cache import Unit
-from cache_tools.console import Progress
 from cache_tools.dataset import Dataset
 from cache_tools.errors import CorruptionError, UsageError
 from cache_tools.images import (
@@ -36,6 +35,7 @@ from cache_tools.writer import UnitShardWriter, unit_writer
 
 from .teachers import Teacher
 from .views import Geometry, draw_crop, render
+from .worker_pool import Report
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,10 @@ class UnitEncoder:
             peak_B = calibration_BNC.abs().flatten(1).amax(1)
             # One NaN here would make the statistics of every row NaN.
             self._check_finite(~torch.isfinite(peak_B), peak_B)
-            stats, device = channel_stats(calibration_BNC.cpu().numpy()), patch_BNC.device
-            mean_C, std_C = (torch.from_numpy(values).to(device) for values in stats)
+            if calibration_BNC.is_cuda:  # the sums of numpy wait for the copy and take 0.1 s
+                mean_C, std_C = channel_stats(calibration_BNC, torch)
+            else:
+                mean_C, std_C = map(torch.from_numpy, channel_stats(calibration_BNC.numpy()))
             self.calibration = mean_C, std_C
             if self.identity.dtype != "float16":
                 self._write({"channel_mean": mean_C[None], "channel_std": std_C[None]})
@@ -160,12 +162,25 @@ class UnitEncoder:
         self.sums["square"] += (x_BNC.double() ** 2).sum((0, 1))
         self._write(arrays)
 
+    def add_views(self, views: Iterable[View], labels: Iterable[int]) -> None:
+        """Write the stored views of the next rows."""
+        stored = [(v.data, label, v.geometry) for v, label in zip(views, labels, strict=True)]
+
+        def work() -> None:
+            for view in stored:
+                self.writer.add_view(*view)
+
+        self._submit(work)
+
     def _write(self, arrays: dict[str, Tensor]) -> None:
         def work() -> None:
             for name, tensor in arrays.items():
                 self.writer.add(name, tensor.cpu().numpy())
 
-        self._wait(2)  # bounds the memory of the arrays that wait for the disk
+        self._submit(work)
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        self._wait(4)  # bounds the memory of the batches that wait for the disk
         self.written.append(self.write_pool.submit(work))
 
     def _wait(self, left: int) -> None:
@@ -227,7 +242,7 @@ class Extractor:
     write_pool: ThreadPoolExecutor
     timers: Timers = field(default_factory=Timers)
 
-    def shard(self, units: Sequence[Unit], shard: int, bar: Progress) -> None:
+    def shard(self, units: Sequence[Unit], shard: int, report: Report) -> None:
         """Make and commit one shard of each of `units`, which are views of one split."""
         first = shard * self.identity.rows_per_shard
         rows = range(first, first + units[0].shard_rows(shard))
@@ -238,12 +253,11 @@ class Extractor:
             rendered = self._render_ahead(units, rows)
             labels = iter(index["label"].tolist())
             while batch := self._next_batch(rendered):
-                for views, label in zip(batch, labels, strict=False):
-                    for writer, view in zip(writers, views, strict=True):
-                        writer.add_view(view.data, label, view.geometry)
-                for position, encoder in enumerate(encoders):
-                    self._forward(encoder, [views[position].teacher_input for views in batch])
-                bar.update(len(batch) * len(units), str(self.timers))
+                batch_labels = list(islice(labels, len(batch)))
+                for encoder, views in zip(encoders, zip(*batch, strict=True), strict=True):
+                    encoder.add_views(views, batch_labels)
+                    self._forward(encoder, [view.teacher_input for view in views])
+                report(len(batch) * len(units), str(self.timers))
             for encoder in encoders:
                 encoder.commit(self.fingerprint, self.precision_mse, self.max_error)
 
@@ -266,9 +280,12 @@ class Extractor:
             return list(islice(rendered, self.fingerprint.batch))
 
     def _forward(self, encoder: UnitEncoder, inputs: list[RGB]) -> None:
-        padded = np.zeros((self.fingerprint.batch, *inputs[0].shape), np.uint8)
-        padded[: len(inputs)] = inputs
+        shape, device = (self.fingerprint.batch, *inputs[0].shape), self.teacher.device
+        padded = torch.empty(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        for row, picture in zip(padded.numpy(), inputs, strict=False):
+            row[:] = picture
+        padded[len(inputs) :] = 0
         with self.timers.measure("teacher"):  # on a GPU, the encoding waits for the forward
-            patch_BNC, cls_BC = self.teacher.features(torch.from_numpy(padded))
+            patch_BNC, cls_BC = self.teacher.features(padded)
             rows = slice(len(inputs))
             encoder.add(patch_BNC[rows], None if cls_BC is None else cls_BC[rows])

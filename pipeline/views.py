@@ -6,6 +6,7 @@ The teacher and the student both see the stored view.
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from cache_tools.images import RGB, decode_rgb, decode_view_into, encode_view, resize_rgb
 from cache_tools.records import sha256_hex
@@ -63,7 +64,9 @@ def render(rgb_HW3: RGB, geometry: Geometry, height: int, width: int) -> RGB:
     rows = slice(geometry.top, geometry.top + geometry.height)
     columns = slice(geometry.left, geometry.left + geometry.width)
     view = resize_rgb(rgb_HW3[rows, columns], height, width)
-    return np.ascontiguousarray(view[:, ::-1]) if geometry.flip else np.ascontiguousarray(view)
+    if geometry.flip:  # Pillow mirrors faster than numpy
+        view = np.asarray(Image.fromarray(view).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    return np.ascontiguousarray(view)
 
 
 def pixels_sha256(encoding: str) -> str:

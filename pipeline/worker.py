@@ -3,19 +3,31 @@
 import os
 from typing import NamedTuple
 
+import torch
+
 from cache_tools.errors import UsageError
+
+MAX_PROCESSES = 14  # by default on a GPU; each holds its own copy of the teacher
 
 
 class WorkerInfo(NamedTuple):
     """The number of this worker, the number of workers, the device, and the rendering threads.
 
-    A device of None means CUDA where it is available, else the CPU.
+    A device of None means CUDA where it is available, else the CPU. A worker of several processes
+    splits into as many workers on the same device.
     """
 
     worker: int = 0
     workers: int = 1
     device: str | None = None
     threads: int = 1
+    processes: int = 1
+
+    def split(self) -> list["WorkerInfo"]:
+        """Return one worker per process."""
+        count = self.processes
+        workers, first = self.workers * count, self.worker * count
+        return [self._replace(worker=first + i, workers=workers) for i in range(count)]
 
 
 def worker_info(
@@ -23,10 +35,12 @@ def worker_info(
     workers: int | None = None,
     device: str | None = None,
     threads: int | None = None,
+    processes: int | None = None,
 ) -> WorkerInfo:
     """Return the worker that the flags describe, else the launcher, else a single worker.
 
-    Workers of one node share its cores, and several workers may share a GPU.
+    Workers of one node share its cores, and several workers may share a GPU. By default, a worker
+    has one process on a CPU, and on a GPU one per core except for two.
 
     Raises: UsageError when only one of `worker` and `workers` is given, or when `worker` is out of
     range.
@@ -39,12 +53,13 @@ def worker_info(
     if not 0 <= rank < size:
         expected = "a worker from 0 to one below the number of workers"
         raise UsageError(f"expected {expected}; found {rank} of {size}")
+    gpus = torch.cuda.device_count()
     if device is None and local_rank is not None:
-        import torch
-
-        count = torch.cuda.device_count()
-        device = f"cuda:{local_rank % count}" if count else "cpu"
-    return WorkerInfo(rank, size, device, threads or max(1, cores))
+        device = f"cuda:{local_rank % gpus}" if gpus else "cpu"
+    if processes is None:
+        on_gpu = gpus and not (device or "cuda").startswith("cpu")
+        processes = max(1, min(cores - 2, MAX_PROCESSES)) if on_gpu else 1
+    return WorkerInfo(rank, size, device, threads or max(1, cores // processes), processes)
 
 
 def _launcher() -> tuple[int, int, int | None, int]:

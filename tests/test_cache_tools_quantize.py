@@ -50,6 +50,8 @@ def test_torch_and_numpy_agree(dtype: str) -> None:
     x = features(40)
     mean, std = channel_stats(x)
     decoded, arrays = stored(dtype, x)
+    stats = channel_stats(torch.from_numpy(x), torch)
+    assert np.allclose(stats[0], mean, 1e-6) and np.allclose(stats[1], std, 1e-6)
     stats = torch.from_numpy(mean), torch.from_numpy(std)
     found = encode(dtype, torch.from_numpy(x), *stats, torch)
     assert {name: str(a.dtype).removeprefix("torch.") for name, a in found.items()} == {
