@@ -132,11 +132,7 @@ def decode_boxes(data: bytes, category_ids: Sequence[int], where: str) -> Boxes:
         picture = json.loads(data)
         found = picture["annotations"]
         xywh_N4 = np.array([each["bbox"] for each in found], np.float64).reshape(len(found), 4)
-        areas = [each.get("area") for each in found]
-        areas = [
-            w * h if area is None else area
-            for area, (*_, w, h) in zip(areas, xywh_N4.tolist(), strict=True)
-        ]
+        areas = [each.get("area", each["bbox"][2] * each["bbox"][3]) for each in found]
         size_HW = (picture["height"], picture["width"])
         ends_N2 = (xywh_N4[:, :2] + xywh_N4[:, 2:]).clip(max=size_HW[::-1])  # rounding of the sum
         return Boxes(

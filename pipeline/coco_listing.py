@@ -9,7 +9,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -52,7 +51,7 @@ class _Annotation(_Item):
     image_id: int
     category_id: int
     bbox: Annotated[list[float], pydantic.Field(min_length=4, max_length=4)]
-    area: pydantic.FiniteFloat | None = None
+    area: pydantic.FiniteFloat = 0.0
     iscrowd: Annotated[int, pydantic.Field(ge=0, le=1)] = 0
     segmentation: list[list[float]] | _Rle | None = None
 
@@ -216,18 +215,16 @@ def _kept(
         record = record | {"bbox": [left, top, right - left, bottom - top]}
     if isinstance(item.segmentation, _Rle):
         runs = _runs(item.segmentation.counts)
-        whole = item.segmentation.size == (image.height, image.width)
-        whole = whole and min(runs, default=0) >= 0 and sum(runs) == image.height * image.width
+        size, area = item.segmentation.size, image.height * image.width
+        right_size = size == (image.height, image.width) and sum(runs) == area
         expected = f"an RLE of {image.height} x {image.width} pixels in annotation {item.id}"
-        file.check(whole, expected, f"size {item.segmentation.size} and {sum(runs)} pixels")
-    elif item.segmentation:
-        good = [
-            len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(math.isfinite, polygon))
-            for polygon in item.segmentation
-        ]
-        if not all(good):
-            changed["polygons"] += good.count(False)
-            record = record | {"segmentation": list(compress(record["segmentation"], good))}
+        found = f"size {size} and {sum(runs)} pixels"
+        file.check(right_size and min(runs, default=0) >= 0, expected, found)
+    elif polygons := record.get("segmentation"):
+        whole = [xy for xy in polygons if len(xy) > 5 and len(xy) % 2 == 0]
+        finite = [xy for xy in whole if all(map(math.isfinite, xy))]
+        changed["polygons"] += len(polygons) - len(finite)
+        record = record | {"segmentation": finite}
     return record
 
 
