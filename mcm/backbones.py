@@ -41,6 +41,8 @@ class FinetuneRun(Record):
     config: dict[str, Any]
     dataset_sha256: str
     classes: tuple[str, ...]
+    # The COCO category id of each class of a detector.
+    category_ids: tuple[int, ...] | None = pydantic.Field(None, exclude_if=lambda v: v is None)
     init: Text
     init_weights: str
     architecture: str
