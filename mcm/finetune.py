@@ -107,7 +107,7 @@ def run_record(
         config=identity_config(config),
         dataset_sha256=dataset.sha256,
         classes=dataset.classes,
-        category_ids=dataset.record.coco and dataset.record.coco.category_ids,
+        category_ids=coco.category_ids if (coco := dataset.record.coco) else None,
         init=init,
         init_weights=backbone.weights,
         architecture=architecture,
