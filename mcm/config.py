@@ -157,10 +157,16 @@ class FinetuneOptim(Optim):
 
 
 class Schedule(Record):
-    """Learning rate schedule: linear warm-up from zero, then cosine decay to `min_lr`."""
+    """Learning rate schedule: linear warm-up from zero, then decay to `min_lr`.
+
+    The warm-up lasts `warmup_epochs` and `warmup_steps` together. `shape` is a cosine, a line, or
+    two steps by a tenth, after 8/9 and 26/27 of the run.
+    """
 
     epochs: Count
     warmup_epochs: NonNegativeInt = 0
+    warmup_steps: NonNegativeInt = 0
+    shape: Literal["cosine", "linear", "step"] = "cosine"
     min_lr: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
@@ -299,8 +305,11 @@ class FinetuneConfig(Record):
 
     `student` is the architecture of `--init random`; any other init brings its own. With `frozen`,
     only the head trains, after a BatchNorm over each micro-batch, as in MAE's linear probe.
+    `frozen`, `pool`, `augment` and `data` belong to the task "classify".
     """
 
+    task: Literal["classify", "detect"] = "classify"
+    detect: Annotated[Detect | None, Field(exclude_if=lambda value: value is None)] = None
     frozen: bool = False
     pool: Literal["avg", "token"] = "avg"
     drop_path: BelowOne = 0.0
@@ -310,3 +319,13 @@ class FinetuneConfig(Record):
     optim: FinetuneOptim
     schedule: Schedule
     train: Train
+
+    @model_validator(mode="after")
+    def _fits_task(self) -> Self:
+        of_others = {"classify": ("detect",), "detect": ("frozen", "pool", "augment", "data")}
+        for name in of_others[self.task]:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f'{name} does not belong to task = "{self.task}"; remove it')
+        if self.task == "detect" and self.detect is None:
+            raise ValueError('task = "detect" needs a [detect] section')
+        return self

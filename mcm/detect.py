@@ -8,19 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval import mask as coco_mask
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from cache_tools.dataset import Dataset
+from cache_tools.errors import UsageError
 from cache_tools.rng import hash_u64
 from mcm.augment import decoded
-from mcm.config import Detect
+from mcm.backbones import Backbone
+from mcm.config import Detect, FinetuneConfig
+from mcm.downstream import Classes, Metrics
 from mcm.jitter import Placement, fitted, jittered, outline, targets
 from mcm.sampler import Indices
 from mcm.stream import Batch
-from mcm.vitdet import Detector, Found
+from mcm.vitdet import Detector, Found, windowed
 
 Result = dict[str, Any]  # a COCO result of one object
 KINDS = {"bbox": "box", "segm": "mask"}
@@ -79,6 +84,77 @@ class ObjectSource:
     def rows_of(self, chunks: Indices) -> Indices:
         """Return the row numbers of a batch's chunks."""
         return self.rows[chunks]
+
+
+class Detection:
+    """The task "detect" of fine-tuning: ViTDet on a DATASET with boxes.
+
+    Raises: UsageError if ViTDet does not fit the encoder, or without objects or their masks.
+    """
+
+    headline, group = "box_ap", 1
+
+    def __init__(self, config: FinetuneConfig, dataset: Dataset, backbone: Backbone) -> None:
+        detect, seed, self.dataset = config.detect, config.train.seed, dataset
+        assert detect is not None  # the config checks it
+        rows = training_rows(dataset, detect)
+        self.model = make_detector(backbone, len(dataset.classes), detect, config.drop_path, seed)
+        self.train = ObjectSource(dataset, "train", detect, backbone.mean, seed, rows)
+        self.held = ObjectSource(dataset, "val", detect, backbone.mean, seed)
+
+    def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
+        """Return the sum of the losses of the proposals, classes, boxes and masks."""
+        objects = objects_of(batch, self.model.has_masks)
+        loss: Tensor = wrapped(batch["pictures"], batch["extents"], objects)
+        return loss
+
+    def evaluate(self, items: Iterable[Batch], accelerator: Accelerator) -> tuple[Metrics, Classes]:
+        """Return COCO's AP of boxes and masks, over the detections of all ranks."""
+        mine: list[Result] = []
+        for batch in items:
+            pictures_BSS3 = batch["pictures"].to(accelerator.device)
+            found = detections(self.model, pictures_BSS3, batch["sources"])
+            for row, results in zip(batch["rows"].tolist(), found, strict=False):  # not the padding
+                mine += [result | {"image_id": row} for result in results]
+        every = sorted(gather_object(mine), key=lambda result: result["image_id"])
+        scored: list[tuple[Metrics, Classes]] = [({}, {})]
+        if accelerator.is_main_process:
+            truth, (metrics, classes) = ground_truth(self.dataset, "val"), scored[0]
+            for kind, name in list(KINDS.items())[: 1 + self.model.has_masks]:
+                more, classes[f"{name}_ap"] = average_precision(truth, every, kind)
+                metrics |= more
+        broadcast_object_list(scored)
+        return scored[0]
+
+
+def training_rows(dataset: Dataset, detect: Detect) -> Indices:
+    """Return the rows of "train" that train.
+
+    Raises: UsageError if a split has no object or, with `detect.masks`, no mask.
+    """
+    rows: dict[str, Sequence[int]] = {s: range(dataset.rows(s)) for s in ("train", "val")}
+    if not detect.empty:  # crowds train nothing
+        kept = (row for row in rows["train"] if not dataset.boxes("train", row).iscrowd_N.all())
+        rows["train"] = list(kept)
+    for split in rows:
+        there = (dataset.boxes(split, row) for row in rows[split])
+        if not any(
+            any(objects.segmentation) if detect.masks else len(objects.labels_N)
+            for objects in there
+        ):
+            what, hint = ("masks", "; set detect.masks = false") if detect.masks else ("boxes", "")
+            raise UsageError(
+                f"{dataset.path}: expected {what} in split {split!r}; found none{hint}"
+            )
+    return np.array(rows["train"])
+
+
+def make_detector(
+    backbone: Backbone, num_classes: int, detect: Detect, drop_path: float, seed: int
+) -> Detector:
+    """Return ViTDet around the encoder of `backbone`, with new heads."""
+    encoder = windowed(backbone.model, detect, drop_path)
+    return Detector(encoder, num_classes, detect, backbone.mean, backbone.std, seed)
 
 
 def objects_of(batch: Batch, masks: bool) -> list[Found]:

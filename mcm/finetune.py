@@ -1,8 +1,10 @@
-"""Fine-tuning: train an encoder with a new linear head, or only the head, with `loop.train`.
+"""Fine-tuning: train an encoder with a new head, or only the head, with `loop.train`.
 
 B batch, K classes, H W pixels.
 """
 
+import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +16,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cache_tools.dataset import Dataset
+from cache_tools.dataset import CHUNK_ROWS, Dataset
+from cache_tools.storage import write_atomic
 from mcm import checkpoint
 from mcm.augment import Mixer, eval_transform, train_transform
 from mcm.backbones import BATCHNORM_EPS, Backbone, FinetuneRun, load_encoder, model_args
 from mcm.classifiers import training_rows
 from mcm.config import FinetuneConfig
+from mcm.detect import Detection
+from mcm.downstream import Classes, Downstream, Metrics
 from mcm.loop import Job, engine, evaluation_due, to_device, train
 from mcm.optim import build_optimizer
 from mcm.probe import warn_of_copies
@@ -34,53 +39,77 @@ HEAD_STD, PROBE_STD = 2e-5, 0.01
 def finetune(
     config: FinetuneConfig, data: Path, init: str, weights: Path | None, out: Path
 ) -> float:
-    """Train, or resume, the run in `out`; return the top-1 accuracy on the val split.
+    """Train, or resume, the run in `out`; return the headline metric on the val split.
 
     Raises: UsageError or IdentityError before the first step; the errors of `loop.train`.
     """
-    dataset, settings = Dataset(data).labelled(), config.train
-    seed, num_classes = settings.seed, len(dataset.classes)
-    rows = training_rows(dataset.labels("train"), dataset.classes, config.data.shots, seed)
+    dataset, settings = Dataset(data), config.train
     with engine(settings.precision) as accelerator:
         world, rank = accelerator.num_processes, accelerator.process_index
-        global_batch, micro_batch = settings.global_batch, settings.micro_batch
-        order = Order(len(rows), 1, global_batch, micro_batch, world, rank, seed)
         backbone = starting_point(out, config, init, weights)
-        model = make_classifier(
-            backbone.model, num_classes, config.pool, config.drop_path, seed, config.frozen
-        )
+        kind = Detection if config.detect else Classification
+        task: Downstream = kind(config, dataset, backbone)
+        rows, split = len(task.train.rows), (settings.global_batch, settings.micro_batch)
+        order = Order(rows, 1, *split, world, rank, settings.seed, task.group)
         claim(out, run_record(config, dataset, init, backbone, order), FinetuneConfig)
-        mixer = Mixer(config.augment, num_classes, seed)
-        transform = train_transform(config.augment, backbone)
-        source = DatasetSource(dataset, "train", transform, seed, rows)
-        held = DatasetSource(dataset, "val", eval_transform(backbone), seed)
-        held_order = EvalOrder(len(held.rows), 1, order.batch, world, rank)
-
-        def loss(wrapped: nn.Module, batch: Batch) -> Tensor:
-            parts = (batch[name] for name in ("pictures", "labels", "rows", "epoch"))
-            pictures_B3HW, targets_BK = mixer(*parts)
-            return functional.cross_entropy(wrapped(pictures_B3HW).float(), targets_BK)
+        held_order = EvalOrder(len(task.held.rows), 1, order.batch, world, rank)
+        held = Stream(held_order, task.held)
 
         def evaluate(epochs_done: int) -> dict[str, float]:
             if not evaluation_due(config, settings.eval_epochs, epochs_done):
                 return {}
             # BatchNorm has its own buffers on each rank; those of the main rank are saved.
-            for buffer in model.buffers():
+            for buffer in task.model.buffers():
                 broadcast(buffer)
-            return accuracy(model, held, held_order, settings.workers, accelerator)
+            with batches(held, 0, len(held_order), settings.workers) as items:
+                metrics, classes = task.evaluate(items, accelerator)
+            if classes and accelerator.is_main_process:
+                table = json.dumps({"class": dataset.classes} | classes)
+                write_atomic(out / "classes.json", table.encode())
+            return metrics
 
         with recorded_exit(out, accelerator.is_main_process) as stop:
             if accelerator.is_main_process:
                 warn_of_copies(dataset, quiet=False)
-                facts = {"dataset": str(data), "init": init, "processes": world, "rows": len(rows)}
+                facts = {"dataset": str(data), "init": init, "processes": world, "rows": rows}
                 write_environment(out, config, **facts)
-            optimizer = build_optimizer(model, config.optim)
-            job = Job(out, model, optimizer, Stream(order, source), loss, evaluate, config)
-            top1 = train(job, accelerator, stop)["top1"]
+            optimizer, stream = build_optimizer(task.model, config.optim), Stream(order, task.train)
+            job = Job(out, task.model, optimizer, stream, task.loss, evaluate, config)
+            found = train(job, accelerator, stop)[task.headline]
         if accelerator.is_main_process:
-            pictures = f"{len(held.rows)} pictures of 'val'"
-            print(f"{out}: top-1 {100 * top1:.2f} % on {pictures}", flush=True)
-    return top1
+            pictures = f"{len(task.held.rows)} pictures of 'val'"
+            print(f"{out}: {task.headline} {100 * found:.2f} % on {pictures}", flush=True)
+    return found
+
+
+class Classification:
+    """The task "classify": a ViT with a new linear head, on labelled pictures.
+
+    Raises: UsageError unless every picture has a label and every class has enough of them.
+    """
+
+    headline, group = "top1", CHUNK_ROWS  # mixup works on 16 rows
+
+    def __init__(self, config: FinetuneConfig, dataset: Dataset, backbone: Backbone) -> None:
+        seed, num_classes = config.train.seed, len(dataset.labelled().classes)
+        rows = training_rows(dataset.labels("train"), dataset.classes, config.data.shots, seed)
+        self.model = make_classifier(
+            backbone.model, num_classes, config.pool, config.drop_path, seed, config.frozen
+        )
+        self.mixer = Mixer(config.augment, num_classes, seed)
+        transform = train_transform(config.augment, backbone)
+        self.train = DatasetSource(dataset, "train", transform, seed, rows)
+        self.held = DatasetSource(dataset, "val", eval_transform(backbone), seed)
+
+    def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
+        """Return the cross-entropy of mixed pictures."""
+        parts = (batch[name] for name in ("pictures", "labels", "rows", "epoch"))
+        pictures_B3HW, targets_BK = self.mixer(*parts)
+        return functional.cross_entropy(wrapped(pictures_B3HW).float(), targets_BK)
+
+    def evaluate(self, items: Iterable[Batch], accelerator: Accelerator) -> tuple[Metrics, Classes]:
+        """Return top-1, top-5 (fractions) and cross-entropy."""
+        return accuracy(self.model, items, accelerator), {}
 
 
 def starting_point(out: Path, config: FinetuneConfig, init: str, weights: Path | None) -> Backbone:
@@ -159,20 +188,18 @@ def _freeze(model: VisionTransformer) -> VisionTransformer:
 
 @torch.inference_mode()
 def accuracy(
-    model: nn.Module, source: DatasetSource, order: EvalOrder, workers: int,
-    accelerator: Accelerator,
-) -> dict[str, float]:  # fmt: skip
+    model: nn.Module, items: Iterable[Batch], accelerator: Accelerator
+) -> dict[str, float]:
     """Return top-1, top-5 (fractions) and cross-entropy over all ranks, without padded rows."""
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    with batches(Stream(order, source), 0, len(order), workers) as items:
-        for batch in items:
-            batch = to_device(batch, accelerator.device)
-            logits_BK = model(batch["pictures"]).float()
-            labels_B, weight_B = batch["labels"], batch["weight"].double()
-            top_B5 = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices
-            hits_B5 = top_B5 == labels_B[:, None]
-            losses_B = functional.cross_entropy(logits_BK, labels_B, reduction="none")
-            terms = (hits_B5[:, 0], hits_B5.any(1), losses_B, torch.ones_like(losses_B))
-            sums += torch.stack([(term.double() * weight_B).sum() for term in terms])
+    for batch in items:
+        batch = to_device(batch, accelerator.device)
+        logits_BK = model(batch["pictures"]).float()
+        labels_B, weight_B = batch["labels"], batch["weight"].double()
+        top_B5 = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices
+        hits_B5 = top_B5 == labels_B[:, None]
+        losses_B = functional.cross_entropy(logits_BK, labels_B, reduction="none")
+        terms = (hits_B5[:, 0], hits_B5.any(1), losses_B, torch.ones_like(losses_B))
+        sums += torch.stack([(term.double() * weight_B).sum() for term in terms])
     top1, top5, loss, count = accelerator.reduce(sums, "sum").tolist()
     return {"top1": top1 / count, "top5": top5 / count, "loss": loss / count}

@@ -169,8 +169,10 @@ class Loop:
         assert isinstance(job.stream.order, Order)
         self.job, self.order = job, job.stream.order
         self.accelerator, self.main = accelerator, accelerator.is_main_process
-        self.total_steps = job.config.schedule.epochs * self.order.steps_per_epoch
-        self.warmup_steps = job.config.schedule.warmup_epochs * self.order.steps_per_epoch
+        schedule = job.config.schedule
+        self.total_steps = schedule.epochs * self.order.steps_per_epoch
+        self.warmup_steps = schedule.warmup_epochs * self.order.steps_per_epoch
+        self.warmup_steps += schedule.warmup_steps
         self.peak_lr, self.lr = peak_lr(job.config.optim, self.order.global_batch), 0.0
         if job.config.train.compile:
             job.model.compile()  # in place: the names in the state dict do not change
@@ -261,8 +263,8 @@ class Loop:
     def step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> int:
         """Take one optimizer step; return what all ranks do next: GO_ON, SAVE or STOP."""
         job, micro_steps = self.job, self.order.accumulation
-        min_lr = job.config.schedule.min_lr
-        self.lr = learning_rate(step, self.total_steps, self.warmup_steps, self.peak_lr, min_lr)
+        schedule, steps = job.config.schedule, (step, self.total_steps, self.warmup_steps)
+        self.lr = learning_rate(*steps, self.peak_lr, schedule.min_lr, schedule.shape)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["lr_scale"]
         # Seeds dropout and drop path by the step, so checkpoints save no generator state.

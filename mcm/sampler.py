@@ -35,14 +35,15 @@ class Order:
     world: int = 1
     rank: int = 0
     seed: int = 0
+    group: int = CHUNK_ROWS  # the rows that a micro-batch does not divide
 
     def __post_init__(self) -> None:
-        if self.global_batch % (self.world * CHUNK_ROWS) or self.micro_batch < CHUNK_ROWS:
-            total, multiples = self.global_batch, self.global_batch // CHUNK_ROWS
-            worlds = [w for w in range(1, multiples + 1) if total % (w * CHUNK_ROWS) == 0]
+        if self.global_batch % (self.world * self.group) or self.micro_batch < self.group:
+            total, multiples = self.global_batch, self.global_batch // self.group
+            worlds = [w for w in range(1, multiples + 1) if total % (w * self.group) == 0]
             raise UsageError(
-                f"train.global_batch: expected a multiple of {CHUNK_ROWS} rows x {self.world}"
-                f" processes, and train.micro_batch >= {CHUNK_ROWS};"
+                f"train.global_batch: expected a multiple of {self.group} rows x {self.world}"
+                f" processes, and train.micro_batch >= {self.group};"
                 f" found {self.global_batch} and {self.micro_batch};"
                 f" numbers of processes that fit: {', '.join(map(str, worlds)) or 'none'}"
             )
@@ -66,9 +67,9 @@ class Order:
 
     @property
     def batch(self) -> int:
-        """b: the largest multiple of 16 <= micro_batch that divides a rank's share of G."""
+        """b: the largest multiple of `group` <= micro_batch that divides a rank's share of G."""
         share = self.global_batch // self.world
-        sizes = range(CHUNK_ROWS, min(self.micro_batch, share) + 1, CHUNK_ROWS)
+        sizes = range(self.group, min(self.micro_batch, share) + 1, self.group)
         return max(b for b in sizes if share % b == 0)
 
     @property

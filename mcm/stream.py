@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,16 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             " enlarge it, or lower train.workers or train.micro_batch"
         ) from error
     return out.set_(storage).resize_(shape)
+
+
+class Source(Protocol):
+    """A source of batches: the rows of `chunks` in an epoch, padded to `batch` rows."""
+
+    def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
+        """Return the batch, in the memory of the `used` batch if it is given."""
+
+    def rows_of(self, chunks: Indices) -> Indices:
+        """Return the row numbers of chunks."""
 
 
 class CacheSource:
@@ -186,9 +196,7 @@ class Stream(Dataset[Batch | McmError | OSError]):
     a traceback.
     """
 
-    def __init__(
-        self, order: Order | EvalOrder, source: CacheSource | DatasetSource, reuse: int = 0
-    ) -> None:
+    def __init__(self, order: Order | EvalOrder, source: Source, reuse: int = 0) -> None:
         """Reuse the memory of the batch `reuse` batches ago, since new pages take time (LOG.md)."""
         self.order, self.source = order, source
         self.used: deque[Batch] = deque(maxlen=reuse)

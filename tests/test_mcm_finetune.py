@@ -21,7 +21,7 @@ from mcm.finetune import accuracy, finetune, make_classifier
 from mcm.loop import STOP, Loop, engine
 from mcm.run_dir import last_eval
 from mcm.sampler import EvalOrder, Order
-from mcm.stream import DatasetSource
+from mcm.stream import DatasetSource, Stream, batches
 
 
 def config(**changes):
@@ -112,8 +112,9 @@ def test_a_stopped_run_goes_on_to_the_bit_and_what_is_saved_is_what_was_evaluate
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     tuned = load_encoder(str(straight), head=True)
     held = DatasetSource(data, "val", eval_transform(tuned), 0)
-    with engine("fp32") as accelerator:
-        found = accuracy(tuned.model.eval(), held, EvalOrder(len(held.rows), 1, 16), 0, accelerator)
+    stream = Stream(EvalOrder(len(held.rows), 1, 16), held)
+    with engine("fp32") as accelerator, batches(stream, 0, len(stream.order), 0) as items:
+        found = accuracy(tuned.model.eval(), items, accelerator)
     assert found == pytest.approx(last_eval(straight), rel=1e-5)
 
 

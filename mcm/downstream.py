@@ -1,0 +1,48 @@
+"""What fine-tuning needs of a task. Classification and detection are tasks."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from mcm.sampler import Indices
+from mcm.stream import Batch, Source
+
+Metrics = dict[str, float]
+Classes = dict[str, list[float | None]]  # a metric of each class, in the order of the classes
+
+
+class RowSource(Source, Protocol):
+    """A source of batches whose chunks are the rows `rows` of a split."""
+
+    @property
+    def rows(self) -> Indices:
+        """The row numbers, in the order of the chunks."""
+
+
+class Downstream(Protocol):
+    """A task of fine-tuning on a DATASET.
+
+    `model` is not wrapped; its encoder is itself or `model.encoder`, for the layer decay. `group`
+    is the number of rows that a micro-batch may not divide. `headline` is the name of the metric
+    that the command prints.
+    """
+
+    group: int
+    headline: str
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def train(self) -> RowSource: ...
+
+    @property
+    def held(self) -> RowSource: ...
+
+    def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
+        """Return the float32 loss of a batch on the device; `wrapped` is the model to call."""
+
+    def evaluate(self, items: Iterable[Batch], accelerator: Accelerator) -> tuple[Metrics, Classes]:
+        """Return the metrics of "val" over all ranks, on each rank; padded rows do not count."""
