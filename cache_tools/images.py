@@ -22,6 +22,8 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 
 from .errors import CorruptionError, UsageError
+from .records import sha256_hex
+from .rng import uniform
 
 PICTURE_RULES = 1
 MAX_PIXELS = 64_000_000
@@ -177,3 +179,17 @@ def decode_view_into(data: bytes | memoryview, out_HW3: RGB) -> None:
     if found != (height, width):
         message = f"expected a view of {height}x{width} pixels; found {found[0]}x{found[1]}"
         raise CorruptionError(message)
+
+
+def pixels_sha256(encoding: str) -> str:
+    """Return the digest of a fixed picture that passes from a JPEG to a teacher's input.
+
+    It changes when another version of the decoder, encoder or resize changes a pixel, and when
+    another processor does.
+    """
+    noise = uniform(0, "pixels", np.arange(64 * 96 * 3)).reshape(64, 96, 3)
+    source = encode_view(resize_rgb((noise * 255).astype(np.uint8), 160, 240), "jpeg:90:420")
+    crop = resize_rgb(decode_rgb(source)[11:131, 23:173], 64, 64)[:, ::-1]
+    view = np.empty((64, 64, 3), np.uint8)
+    decode_view_into(encode_view(crop, encoding), view)
+    return sha256_hex(view.tobytes() + resize_rgb(view, 56, 56).tobytes())

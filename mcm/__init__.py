@@ -13,12 +13,7 @@ if TYPE_CHECKING:
     from mcm.stream import CacheDataset
 
 __all__ = ["CacheDataset", "MaskedChannelModel", "PretrainConfig", "mask_channels"]
-_MODULES = {
-    "CacheDataset": "stream",
-    "MaskedChannelModel": "model",
-    "PretrainConfig": "config",
-    "mask_channels": "masking",
-}
+_MODULES = dict(zip(__all__, ("stream", "model", "config", "masking"), strict=True))
 
 
 def __getattr__(name: str) -> Any:

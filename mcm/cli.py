@@ -89,6 +89,34 @@ def pretrain(
 
 @app.command(no_args_is_help=True)
 @guarded
+def doctor(
+    config: Config,
+    cache: Annotated[Path, typer.Option(metavar="CACHE", help="Made by `mcm-cache extract`.")],
+    processes: Annotated[int, typer.Option(min=1, help="The processes of the training.")] = 1,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Check the set-up of a pre-training before its first step; exit code 2 if a check fails.
+
+    Start it with the launcher of the training. Without one, all processes are on this machine.
+
+    Example: mcm-train doctor pretrain/demo --cache cache
+    """
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(processes))  # for the default of train.workers
+    from cache_tools.records import config_file, load_toml
+    from mcm.config import PretrainConfig
+    from mcm.doctor import doctor as check
+
+    found = check(load_toml(PretrainConfig, config_file(config), set_ or ()), cache, processes)
+    if json:
+        print_json([dict(zip(("status", "check", "text"), f, strict=True)) for f in found])
+    elif os.environ.get("RANK", "0") == "0":
+        print("\n".join(f"{status:<6}{name:<11}{text}" for status, name, text in found))
+    raise typer.Exit(2 * any(status == "fail" for status, *_ in found))
+
+
+@app.command(no_args_is_help=True)
+@guarded
 def finetune(
     config: Config,
     data: Annotated[Path, typer.Option(metavar="DATASET", help="Made by `mcm-cache shard`.")],

@@ -109,6 +109,11 @@ class CacheSource:
         picks = mask_picks(self.seed, epoch, rows, self.positions, self.pool_rows, unmasked)
         return out | {"picks": torch.from_numpy(picks), "epoch": epoch}
 
+    def nbytes(self, batch: int) -> int:
+        """Return the bytes of a batch; `batch` is a multiple of 16."""
+        chunk = sum(x.nbytes for x in self._allocate(CHUNK_ROWS).values())
+        return batch // CHUNK_ROWS * int(chunk)
+
     def _allocate(self, batch: int) -> Batch:
         out = {"pictures": _empty((batch, *self.size_HW, 3), torch.uint8)}
         specs = self.units[0].specs

@@ -20,7 +20,7 @@ from cache_tools.cache import Unit, read_probe
 from cache_tools.console import StopFlag
 from cache_tools.dataset import Dataset
 from cache_tools.errors import IdentityError, Interrupted, UsageError, check_output
-from cache_tools.images import PICTURE_RULES
+from cache_tools.images import PICTURE_RULES, pixels_sha256
 from cache_tools.records import encode_record, write_toml
 from cache_tools.schema import CacheIdentity, Fingerprint, ProbeRecord
 from cache_tools.storage import (
@@ -40,7 +40,7 @@ from .dry_run import print_plan
 from .extractor import Extractor
 from .shard import shard
 from .teachers import Teacher, check_multiple, load_teacher, probe_pictures
-from .views import TRAIN, pixels_sha256
+from .views import TRAIN
 from .worker import WorkerInfo
 from .worker_pool import Report, reporting, run_workers
 

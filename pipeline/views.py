@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cache_tools.images import RGB, decode_rgb, decode_view_into, encode_view, resize_rgb
-from cache_tools.records import sha256_hex
+from cache_tools.images import RGB, resize_rgb
 from cache_tools.rng import uniform
 from cache_tools.schema import CropPolicy
 
@@ -67,17 +66,3 @@ def render(rgb_HW3: RGB, geometry: Geometry, height: int, width: int) -> RGB:
     if geometry.flip:  # Pillow mirrors faster than numpy
         view = np.asarray(Image.fromarray(view).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
     return np.ascontiguousarray(view)
-
-
-def pixels_sha256(encoding: str) -> str:
-    """Return the digest of a fixed picture that passes from a JPEG to a teacher's input.
-
-    It changes when another version of the decoder, encoder or resize changes a pixel, and when
-    another processor does.
-    """
-    noise = uniform(0, "pixels", np.arange(64 * 96 * 3)).reshape(64, 96, 3)
-    source = encode_view(resize_rgb((noise * 255).astype(np.uint8), 160, 240), "jpeg:90:420")
-    crop = Geometry(11, 23, 120, 150, 1, 160, 240)
-    view = np.empty((64, 64, 3), np.uint8)
-    decode_view_into(encode_view(render(decode_rgb(source), crop, 64, 64), encoding), view)
-    return sha256_hex(view.tobytes() + resize_rgb(view, 56, 56).tobytes())

@@ -62,7 +62,7 @@ def test_help_of_every_command_imports_no_torch(program: str) -> None:
 from typer.testing import CliRunner
 from {program}.cli import app
 commands = [c.name or c.callback.__name__ for c in app.registered_commands]
-assert len(commands) == 6
+assert len(commands) >= 6
 for words in ([], *([name] for name in commands)):
     result = CliRunner().invoke(app, [*words, "--help"])
     assert result.exit_code == 0 and "Usage" in result.output, result.output

@@ -19,6 +19,7 @@ from make_extract import request
 from make_teacher import make_teacher
 from PIL import Image
 
+from cache_tools import images
 from cache_tools.cache import Cache
 from cache_tools.errors import CorruptionError, IdentityError, Interrupted, UsageError
 from cache_tools.images import decode_rgb, decode_view_into
@@ -268,9 +269,7 @@ def test_a_probe_that_ends_in_its_crc32c_is_read(place: Path, cache: Path) -> No
 
 def test_a_library_that_changes_pixels_is_refused(place: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As another Pillow would: its resize rounds otherwise."""
-    from pipeline import views
-
-    monkeypatch.setattr(views, "resize_rgb", lambda *a, real=views.resize_rgb: real(*a) ^ 1)
+    monkeypatch.setattr(images, "resize_rgb", lambda *a, real=images.resize_rgb: real(*a) ^ 1)
     with pytest.raises(IdentityError, match="pixels_sha256"):
         extract(request(place, cache))
 

@@ -1,0 +1,102 @@
+"""`mcm-train doctor`: what is wrong with a pre-training, before its first step. It writes nothing.
+
+A check returns its text or raises: a Doubt is a warning, any other error, as in `pretrain`, a
+failure. Both name the remedy.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from cache_tools.cache import Cache, Unit
+from cache_tools.console import error_line
+from cache_tools.dataset import CHUNK_ROWS
+from cache_tools.errors import McmError, ResourceError, UsageError
+from cache_tools.images import pixels_sha256
+from cache_tools.storage import free_bytes
+from mcm.config import PretrainConfig
+from mcm.loop import engine
+from mcm.pretrain import choose_units, run_record
+from mcm.sampler import Order
+from mcm.stream import PREFETCH, CacheSource
+
+Finding = tuple[str, str, str]  # ok, warn or fail; the check; its text
+
+
+class Doubt(McmError):
+    """The training would run, but slowly or not as expected."""
+
+
+def doctor(config: PretrainConfig, path: Path, processes: int = 1) -> list[Finding]:
+    """Check a training on a CACHE in `processes` processes; a launcher may have started them."""
+    local, train = int(os.environ.get("LOCAL_WORLD_SIZE", processes)), config.train
+    found = [_find("processes", _processes, processes, local, train.precision)]
+    found += [_find("workers", _workers, train.workers, local)]
+    try:
+        units, val = choose_units(cache := Cache(path), (), config.data.views)
+        run = run_record(config, cache, [*units, *val])
+        micro = train.global_batch, train.micro_batch, processes
+        order = Order(units[0].rows, CHUNK_ROWS, *micro)
+    except (McmError, OSError) as error:
+        return [*found, ("fail", "cache", f"{error_line(error)}; then check again for the rest")]
+    text = f"{config.schedule.epochs} epochs of {order.steps_per_epoch} steps, each of {processes}"
+    text += (
+        f" x {order.accumulation} x {order.batch} rows; {run.channels} channels of {run.teacher}"
+    )
+    shared = _find("/dev/shm", _shared_memory, units, order.batch, local * train.workers)
+    return [*found, ("ok", "cache", text), shared, _find("pixels", _pixels, units[0])]
+
+
+def _find(name: str, check: Callable[..., str], *arguments: object) -> Finding:
+    try:
+        return "ok", name, check(*arguments)
+    except (McmError, OSError) as error:
+        return "warn" if isinstance(error, Doubt) else "fail", name, error_line(error)
+
+
+def _processes(expected: int, local: int, precision: str) -> str:
+    with engine(precision) as accelerator:
+        world, device = accelerator.num_processes, accelerator.device
+    launched = os.environ.keys() & {"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "SLURM_PROCID"}
+    if world != expected and launched:
+        raise UsageError(
+            f"expected --processes {expected} in one training; the launcher made {world}; use"
+            f" `accelerate launch --multi_gpu --num_processes {expected}`"
+        )
+    if device.type == "cpu":
+        raise Doubt(f"no GPU for {expected}: training runs on the CPU; look at `nvidia-smi`")
+    if local > (gpus := torch.cuda.device_count()):
+        raise UsageError(f"expected a GPU per process; found {gpus} for {local}; start {gpus}")
+    return f"{expected} on {torch.cuda.get_device_name()}, {precision}"
+
+
+def _workers(workers: int, local: int) -> str:
+    cores = len(os.sched_getaffinity(0))
+    text, most = f"{local} x {workers} on {cores} cores", max(0, cores // local - 1)
+    if workers > most or (not workers and torch.cuda.is_available()):
+        advice = f"at most {most}" if workers else "1 or more: the GPU waits for every batch"
+        raise Doubt(f"{text}, beside the training; set train.workers to {advice}")
+    return text
+
+
+def _shared_memory(units: list[Unit], batch: int, workers: int) -> str:
+    identity, free = units[0].identity, free_bytes(Path("/dev/shm"))
+    size_HW = identity.view_height, identity.view_width
+    source = CacheSource(units, size_HW, identity.tokens, 1, 0, cls=identity.has_cls)
+    needed = workers * (PREFETCH + 1) * source.nbytes(batch)
+    text = f"{needed / 1e6:,.0f} MB for the batches of {workers} workers, {free / 1e6:,.0f} MB free"
+    if needed > free:
+        remedy = "enlarge it (docker: --ipc=host), or lower train.workers or train.micro_batch"
+        raise ResourceError(f"too small: {text}; {remedy}")
+    return text
+
+
+def _pixels(unit: Unit) -> str:
+    expected = unit.identity.pixels_sha256
+    if expected not in (None, pixels_sha256(unit.identity.view_encoding)):
+        found = unit.commit(0).fingerprint.versions
+        names = ", ".join(f"{n} {found.get(n, 'unknown')}" for n in ("pillow", "simplejpeg"))
+        raise Doubt(f"this machine decodes other pixels than the teacher's; install its {names}")
+    return "decoded as for the teacher" if expected else "not recorded in this cache"
