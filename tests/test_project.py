@@ -57,3 +57,14 @@ def test_the_dockerfile_copies_what_the_wheel_is_built_from() -> None:
 def test_relative_links_lead_somewhere(page: str) -> None:
     for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", read(page)):
         assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
+
+
+def test_the_architecture_names_files_and_functions_that_exist() -> None:
+    text = read("docs/architecture.md")
+    for name in re.findall(r"`([a-z_]+/\w+\.py)`", text):
+        assert (ROOT / name).is_file(), name
+    places = re.findall(r"((?:`\w+`, )?`\w+`) in `(\w+/\w+\.py)`", text)
+    assert len(places) > 12
+    for names, file in places:
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"(def|class) {name}\b", read(file)), f"{file}: {name}"
