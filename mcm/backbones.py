@@ -5,7 +5,7 @@ Letters: B batch, N patches, D width, H W pixels.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,24 +156,39 @@ def _from_pretraining(folder: Path, untrained: bool) -> Backbone:
     return Backbone(masked.encoder, str(folder), weights, *data, masked)
 
 
-def _from_finetuning(folder: Path, head: bool) -> Backbone:
+def recorded_backbone(folder: Path) -> tuple[FinetuneRun, Backbone]:
+    """Return the record of a fine-tuned RUN, and its ViT without trained weights."""
     run = read_record(FinetuneRun, folder / "run.json")
     with _arguments_of(folder / "run.json"):
         if not timm.is_model(run.architecture):  # timm would download the config of "hf-hub:..."
             raise ValueError(run.architecture)
         model = timm.create_model(run.architecture, pretrained=False, **run.model_args)
-    weights = _load_newest(model, folder)
-    if not head:
-        model.reset_classifier(0)
     data = (run.size, run.mean, run.std, run.interpolation, run.crop_pct)
-    return Backbone(model, str(folder), weights, *data)
+    return run, Backbone(model, str(folder), "untrained", *data)
 
 
-def _load_newest(model: nn.Module, folder: Path) -> str:
+def _from_finetuning(folder: Path, head: bool) -> Backbone:
+    _, backbone = recorded_backbone(folder)
+    weights = _load_newest(backbone.model, folder)
+    if not head:
+        backbone.model.reset_classifier(0)
+    return replace(backbone, weights=weights)
+
+
+def newest(folder: Path) -> checkpoint.Checkpoint:
+    """Return the newest checkpoint of a RUN.
+
+    Raises: UsageError if there is none yet.
+    """
     found = checkpoint.latest(folder, optimizer=False)
     if found is None:
         advice = "continue the training until it saves one"
         raise UsageError(f"{folder}: expected a checkpoint; found none yet; {advice}")
+    return found
+
+
+def _load_newest(model: nn.Module, folder: Path) -> str:
+    found = newest(folder)
     load_whole(model, _plain_head(found.model), str(found.path), HEADS)
     return checkpoint.weights(found.path)
 

@@ -1,34 +1,46 @@
-"""Prediction: what a fine-tuned RUN finds in the pictures of a user."""
+"""Prediction: what a fine-tuned RUN finds in the pictures of a user.
+
+B batch, H W pixels, S pixels of a detector's canvas.
+"""
 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from faster_coco_eval import mask as coco_mask
 from PIL import Image
 
 from cache_tools.console import one_line, progress
 from cache_tools.errors import TooManyRefused, UsageError, found_at
-from cache_tools.images import PICTURES, RGB, PictureRefused, decode_rgb
+from cache_tools.images import PICTURES, RGB, PictureRefused, decode_rgb, encode_view
 from cache_tools.records import printable
 from cache_tools.storage import atomic_folder, write_atomic
+from cache_tools.weights import load_whole
 from mcm.augment import eval_transform
-from mcm.backbones import load_encoder
+from mcm.backbones import load_encoder, newest, recorded_backbone
+from mcm.config import FinetuneConfig
+from mcm.detect import Result, detections, make_detector
+from mcm.draw import draw_boxes, draw_labels
 from mcm.features import device
-from mcm.run_dir import recorded
+from mcm.jitter import fitted
+from mcm.run_dir import recorded, recorded_config
 
 TOP = 5  # classes per picture
+DRAWN = 0.5  # the least score of an object that is drawn
 
 
 class Prediction(NamedTuple):
-    """The line of a picture in predictions.jsonl, and its files: {folder: bytes}."""
+    """The line of a picture in predictions.jsonl, its drawings by folder, and COCO results."""
 
     line: dict[str, Any]
-    files: dict[str, bytes]
+    drawings: dict[str, bytes] = {}
+    objects: list[dict[str, Any]] | None = None
 
 
 Predictor = Callable[[Sequence[RGB]], list[Prediction]]
@@ -40,7 +52,9 @@ def predict(
 ) -> dict[str, int]:  # fmt: skip
     """Write what a fine-tuned RUN finds in a picture or a folder to the new folder `out`.
 
-    Returns the number of lines in predictions.jsonl and of refused pictures in quarantine.jsonl.
+    Returns the number of lines in predictions.jsonl and of refused pictures in quarantine.jsonl. A
+    detector also gives results.json, COCO's results with the category ids of its source. The image
+    id of a picture is its name if all names are numbers, otherwise its position from 1.
 
     Raises: UsageError; TooManyRefused, after `out` is written, when more pictures are refused than
     the share `max_refused`.
@@ -48,7 +62,8 @@ def predict(
     if out.exists():
         raise UsageError(f"{out}: expected a new name; found {found_at(out)}; choose another name")
     files, predictor = _listed(pictures), _predictor(run)
-    lines, refused = list[dict[str, Any]](), list[dict[str, str]]()
+    lines, refused, results = list[dict[str, Any]](), list[dict[str, str]](), list[dict[str, Any]]()
+    numbers = _image_ids(files)
     with (
         atomic_folder(out) as folder,
         progress(len(files), f"predict {pictures}", "pictures", quiet=quiet) as bar,
@@ -61,13 +76,17 @@ def predict(
                     print(one_line(f"{name}: refused: {error}"), file=sys.stderr, flush=True)
             found = predictor([rgb for _, rgb in good]) if good else []
             for (name, _), prediction in zip(good, found, strict=True):
-                lines.append({"picture": name} | prediction.line)
-                for place, data in prediction.files.items():
+                number = {"image_id": numbers[name]} if prediction.objects is not None else {}
+                results += [number | found for found in prediction.objects or ()]
+                lines.append({"picture": name} | number | prediction.line)
+                for place, data in prediction.drawings.items():
                     write_atomic(folder / place / f"{name}.png", data)
             bar.update(len(decoded))
         for file, records in (("predictions.jsonl", lines), ("quarantine.jsonl", refused)):
             text = "".join(json.dumps(record) + "\n" for record in records)
             write_atomic(folder / file, text.encode())
+        if any("image_id" in line for line in lines):
+            write_atomic(folder / "results.json", json.dumps(results).encode())
     if len(refused) > (budget := int(max_refused * len(files))):
         expected = f"expected at most {budget} of {len(files)} pictures refused"
         remedy = "replace them, or allow more with --max-refused"
@@ -96,6 +115,13 @@ def _listed(pictures: Path) -> dict[str, Path]:
     return files
 
 
+def _image_ids(names: Iterable[str]) -> dict[str, int]:
+    stems = {name: Path(name).stem for name in names}
+    if all(map(str.isdecimal, stems.values())) and len(set(map(int, stems.values()))) == len(stems):
+        return {name: int(stem) for name, stem in stems.items()}
+    return {name: number for number, name in enumerate(stems, start=1)}
+
+
 def _batches(
     files: dict[str, Path], batch: int
 ) -> Iterator[list[tuple[str, RGB | PictureRefused]]]:
@@ -122,10 +148,11 @@ def _predictor(run: Path) -> Predictor:
         found = "a pre-training RUN" if identity else found_at(run)
         advice = "make one with `mcm-train finetune`"
         raise UsageError(f"{run}: expected a fine-tuned RUN; found {found}; {advice}")
-    return _classifier(run, identity["classes"])
+    return _detector(run) if identity["config"].get("task") == "detect" else _classifier(run)
 
 
-def _classifier(run: Path, classes: Sequence[str]) -> Predictor:
+def _classifier(run: Path) -> Predictor:
+    classes = recorded(run)["classes"]
     backbone = load_encoder(str(run), head=True)
     model = backbone.model.to(device()).eval()
     transform = eval_transform(backbone).transform
@@ -137,8 +164,48 @@ def _classifier(run: Path, classes: Sequence[str]) -> Predictor:
         top = zip(*probabilities_BK.topk(min(TOP, len(classes))), strict=True)
         found = ([*zip(k.tolist(), p.tolist(), strict=True)] for p, k in top)
         return [
-            Prediction({"top5": [{"class": classes[k], "probability": p} for k, p in pairs]}, {})
+            Prediction({"top5": [{"class": classes[k], "probability": p} for k, p in pairs]})
             for pairs in found
         ]
 
     return classify
+
+
+def _detector(run: Path) -> Predictor:
+    record, backbone = recorded_backbone(run)
+    detect = recorded_config(FinetuneConfig, record.config).detect
+    assert detect is not None and record.category_ids is not None
+    classes, ids, found = record.classes, record.category_ids, newest(run)
+    model = make_detector(backbone, len(classes), detect, drop_path=0, seed=0)
+    load_whole(model, found.model, str(found.path))
+    model.to(device()).eval()
+
+    def detect_in(pictures: Sequence[RGB]) -> list[Prediction]:
+        canvases_BSS3 = np.empty((len(pictures), detect.size, detect.size, 3), np.uint8)
+        for rgb, canvas in zip(pictures, canvases_BSS3, strict=True):
+            fitted(rgb.shape[:2], detect.size).draw(rgb, canvas, backbone.mean)
+        sizes = [rgb.shape[:2] for rgb in pictures]
+        found = detections(model, torch.from_numpy(canvases_BSS3).to(device()), sizes)
+        return [
+            Prediction(
+                {"objects": len(objects)},
+                {"drawn": encode_view(_drawn(rgb, objects, classes), "png")},
+                [each | {"category_id": ids[each["category_id"]]} for each in objects],
+            )
+            for rgb, objects in zip(pictures, found, strict=True)
+        ]
+
+    return detect_in
+
+
+def _drawn(rgb: RGB, objects: Iterable[Result], classes: Sequence[str]) -> RGB:
+    """Return the picture with the objects of at least the score DRAWN, the best on top."""
+    kept = sorted((each for each in objects if each["score"] >= DRAWN), key=lambda o: o["score"])
+    labels_HW = np.full(rgb.shape[:2], len(classes))
+    for each in kept:
+        if "segmentation" in each:
+            labels_HW[coco_mask.decode(each["segmentation"]) > 0] = each["category_id"]
+    boxes = [(x, y, x + width, y + height) for x, y, width, height in (o["bbox"] for o in kept)]
+    labels = [each["category_id"] for each in kept]
+    names = [f"{classes[each['category_id']]} {each['score']:.2f}" for each in kept]
+    return draw_boxes(draw_labels(rgb, labels_HW, len(classes)), boxes, labels, names)
