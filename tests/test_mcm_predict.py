@@ -10,12 +10,17 @@ import pytest
 from conftest import ROOT, tree_digest
 from make_dataset import make_dataset
 from make_run import make_run
+from make_scenes import make_coco
 from PIL import Image
 from test_mcm_finetune import config
 
 from cache_tools.errors import TooManyRefused, UsageError
+from mcm.config import FinetuneConfig
+from mcm.detect import average_precision
+from mcm.draw import colour, draw_boxes, draw_labels
 from mcm.finetune import finetune
 from mcm.predict import predict
+from pipeline.shard import shard
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +125,48 @@ def test_the_command_prints_json_and_ends_with_3(place, tmp_path):
     words[5:] = [picture, "--out", tmp_path / "good", "--json"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert json.loads(done.stdout) == {"pictures": 1, "refused": 0} and done.stderr == ""
+
+
+DETECT = {
+    "task": "detect",
+    "student": {"width": 32, "depth": 2, "heads": 2, "size": 48, "patch": 8},
+    "optim": {"lr": 3e-3},
+    "schedule": {"epochs": 10, "warmup_epochs": 1},
+    "train": {"global_batch": 8, "micro_batch": 8, "precision": "fp32", "workers": 0, "eval_epochs": 0},
+    "detect": {
+        "size": 48, "channels": 16, "window": 0, "scale": [0.7, 1.3], "anchors": [8, 12, 16, 24, 32], "regions": 32
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_results_of_a_detector_have_the_ap_of_the_evaluation_on_the_original_json(tmp_path):
+    root = make_coco(tmp_path / "coco", 64, 8)
+    shard(root, tmp_path / "dataset", workers=1)
+    config = FinetuneConfig.model_validate_json(json.dumps(DETECT))
+    ap = finetune(config, tmp_path / "dataset", "random", None, tmp_path / "run")
+    for path in (root / "val2017").iterdir():  # named by COCO's id
+        path.rename(path.with_name(f"{10 * int(path.stem):012d}.png"))
+    predict(tmp_path / "run", root / "val2017", tmp_path / "out", batch=3, quiet=True)
+    truth = json.loads((root / "annotations/instances_val2017.json").read_text())
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {each["category_id"] for each in results} == {3} and ap > 0.05  # the other class is crowds
+    assert average_precision(truth, results, "bbox")[0]["box_ap"] == pytest.approx(ap, abs=1e-6)
+    found = lines(tmp_path / "out/predictions.jsonl")
+    assert [line["image_id"] for line in found] == [10 * row for row in range(8)]
+    assert sum(line["objects"] for line in found) == len(results)
+    drawn = np.asarray(Image.open(tmp_path / "out/drawn/000000000000.png.png"))
+    assert drawn.shape == (40, 32, 3)
+
+
+def test_drawings_keep_other_pixels_and_stay_in_the_picture():
+    grey_HW3 = np.full((60, 80, 3), 100, np.uint8)
+    boxes = [[60, 2, 79, 30], [0, 0, 10, 10]]
+    drawn = draw_boxes(grey_HW3, boxes, [0, 1], ["right at the border", "left"])
+    assert (drawn[40:] == grey_HW3[40:]).all() and (drawn[30, 60:80] == colour(0)).all()
+    assert (drawn[10, :11] == colour(1)).all() and (grey_HW3 == 100).all()
+    labels_HW = np.full((60, 80), 255)
+    labels_HW[:5] = 1
+    mixed = draw_labels(grey_HW3, labels_HW, 2)
+    assert (mixed[5:] == 100).all() and np.abs(mixed[:5].astype(int) - (100 + np.array(colour(1))) / 2).max() <= 1
