@@ -22,12 +22,14 @@ from mcm.augment import decoded
 from mcm.backbones import Backbone
 from mcm.config import Detect, FinetuneConfig
 from mcm.downstream import Classes, Metrics
+from mcm.draw import draw_boxes
 from mcm.jitter import Placement, fitted, jittered, outline, targets
 from mcm.sampler import Indices
 from mcm.stream import Batch
 from mcm.vitdet import Detector, Found, windowed
 
 Result = dict[str, Any]  # a COCO result of one object
+SHOWN, LIKELY = 8, 0.5  # held-out pictures in the report, and the least score of their boxes
 KINDS = {"bbox": "box", "segm": "mask"}
 STATS = {"AP_all": "ap", "AP_50": "ap50", "AP_75": "ap75"}
 STATS |= {f"AP_{size}": f"ap_{size}" for size in ("small", "medium", "large")}
@@ -54,7 +56,7 @@ class ObjectSource:
     def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
         """Return the batch of the rows; the memory of `used` is not needed."""
         size, objects, placements = self.detect.size, [], []
-        pictures_BSS3 = np.empty((batch, size, size, 3), np.uint8)
+        pictures_BSS3 = np.zeros((batch, size, size, 3), np.uint8)
         rows = self.rows[chunks].tolist()
         for position, row in enumerate(rows):
             rgb = decoded(self.dataset.picture(self.split, row)[0])
@@ -97,6 +99,7 @@ class Detection:
     def __init__(self, config: FinetuneConfig, dataset: Dataset, backbone: Backbone) -> None:
         detect, seed, self.dataset = config.detect, config.train.seed, dataset
         assert detect is not None  # the config checks it
+        self.shown: dict[str, Tensor] = {}
         rows = training_rows(dataset, detect)
         self.model = make_detector(backbone, len(dataset.classes), detect, config.drop_path, seed)
         self.train = ObjectSource(dataset, "train", detect, backbone.mean, seed, rows)
@@ -109,13 +112,22 @@ class Detection:
         return loss
 
     def evaluate(self, items: Iterable[Batch], accelerator: Accelerator) -> tuple[Metrics, Classes]:
-        """Return COCO's AP of boxes and masks, over the detections of all ranks."""
+        """Return COCO's AP of boxes and masks, over the detections of all ranks.
+
+        The first pictures of this rank are kept in `shown`.
+        """
         mine: list[Result] = []
+        shown: list[tuple[Tensor, Tensor]] = []
         for batch in items:
             pictures_BSS3 = batch["pictures"].to(accelerator.device)
             found = detections(self.model, pictures_BSS3, batch["sources"])
             for row, results in zip(batch["rows"].tolist(), found, strict=False):  # not the padding
                 mine += [result | {"image_id": row} for result in results]
+            for i, results in enumerate(found[: SHOWN - len(shown)]):
+                shown.append(self._drawn(batch["pictures"][i], int(batch["rows"][i]), results))
+        names = ("truth", "predicted")
+        columns = zip(*shown, strict=True)
+        self.shown = dict(zip(names, map(torch.stack, columns), strict=bool(shown)))
         every = sorted(gather_object(mine), key=lambda result: result["image_id"])
         scored: list[tuple[Metrics, Classes]] = [({}, {})]
         if accelerator.is_main_process:
@@ -125,6 +137,25 @@ class Detection:
                 metrics |= more
         broadcast_object_list(scored)
         return scored[0]
+
+    def _drawn(self, canvas_SS3: Tensor, row: int, results: list[Result]) -> tuple[Tensor, Tensor]:
+        """Return the picture [3, S, S] with the true boxes, and with the likely detections."""
+        there = self.dataset.boxes("val", row)
+        place, names = fitted(there.size_HW, len(canvas_SS3)), self.dataset.classes
+        likely = [result for result in results if result["score"] >= LIKELY]
+        found_N4 = np.reshape([corners(result) for result in likely], (-1, 4))
+        found_N = [result["category_id"] for result in likely]
+        scores = [f"{names[r['category_id']]} {r['score']:.2f}" for r in likely]
+        true_N = there.labels_N.tolist()
+        pair = (
+            draw_boxes(canvas_SS3.numpy(), place.boxes(boxes_N4), labels_N, texts)
+            for boxes_N4, labels_N, texts in (
+                (there.boxes_N4, true_N, [names[label] for label in true_N]),
+                (found_N4, found_N, scores),
+            )
+        )
+        truth, predicted = (torch.tensor(rgb_SS3).permute(2, 0, 1) for rgb_SS3 in pair)
+        return truth, predicted
 
 
 def training_rows(dataset: Dataset, detect: Detect) -> Indices:
@@ -185,13 +216,19 @@ def detections(
     return [_records(*pair) for pair in zip(found, placements, strict=True)]
 
 
+def corners(result: Result) -> list[float]:
+    """Return the box (x0, y0, x1, y1) of a COCO result."""
+    x, y, width, height = result["bbox"]
+    return [x, y, x + width, y + height]
+
+
 def _records(found: Found, place: Placement) -> list[Result]:
     boxes_N4 = place.back(found["boxes"].double().cpu().numpy())
-    corners = np.concatenate([boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]], axis=1)
+    xywh_N4 = np.concatenate([boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]], axis=1)
     labels, scores = (found[name].tolist() for name in ("labels", "scores"))
     records: list[Result] = [
         {"category_id": label - 1, "bbox": box, "score": score}
-        for label, box, score in zip(labels, corners.tolist(), scores, strict=True)
+        for label, box, score in zip(labels, xywh_N4.tolist(), scores, strict=True)
     ]
     for record, box_4, mask_1MM in zip(records, boxes_N4, found.get("masks", ()), strict=False):
         record["segmentation"] = _rle(mask_1MM.cpu(), torch.from_numpy(box_4), place.source)

@@ -4,14 +4,30 @@ import contextlib
 import copy
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
+import torch
 from faster_coco_eval import mask as coco_mask
+from make_dataset import make_dataset
+from make_scenes import make_coco
+from test_mcm_pretrain import environment
 
 from cache_tools.dataset import Dataset
-from mcm.detect import average_precision, ground_truth
+from cache_tools.errors import Interrupted, UsageError
+from cache_tools.records import write_toml
+from mcm import checkpoint
+from mcm.config import Detect, FinetuneConfig
+from mcm.detect import ObjectSource, average_precision, detections, ground_truth, objects_of, training_rows
+from mcm.finetune import finetune
+from mcm.jitter import fitted
+from mcm.loop import STOP, Loop
+from mcm.run_dir import last_eval
 from pipeline.shard import shard
 
 
@@ -93,3 +109,138 @@ def test_scores_through_the_dataset_equal_pycocotools_on_the_original_json(real,
         scored.evaluate(), scored.accumulate(), scored.summarize()
     np.testing.assert_allclose(list(found.values()), scored.stats[:6], atol=1e-12)
     assert 0.2 < found[f"{'box' if kind == 'bbox' else 'mask'}_ap"] < 0.9
+
+
+def config(**changes):
+    payload = {
+        "task": "detect",
+        "drop_path": 0.1,
+        "student": {"width": 32, "depth": 2, "heads": 2, "size": 32, "patch": 8},
+        "detect": {"size": 48, "window": 2, "global_blocks": [2], "channels": 16, "regions": 32, "scale": [0.8, 1.2]},
+        "optim": {"lr": 2e-3, "layer_decay": 0.9},
+        "schedule": {"epochs": 10},
+        "train": {"global_batch": 8, "micro_batch": 4, "precision": "fp32", "workers": 0, "log_steps": 5},
+    }
+    payload["detect"]["anchors"] = [8, 16, 24, 32, 64]
+    payload["train"]["eval_epochs"] = 10
+    for section, values in changes.items():
+        payload[section] = {**payload[section], **values} if isinstance(values, dict) else values
+    return FinetuneConfig.model_validate_json(json.dumps(payload))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("boxes")
+    shard(make_coco(root / "coco", 24, 7), root / "dataset", workers=1)
+    return Dataset(root / "dataset")
+
+
+@pytest.fixture(scope="module")
+def tuned(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "tuned"
+    return run, finetune(config(), data.path, "random", None, run)
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("loss"), line.get("eval")) for line in lines]
+
+
+def test_a_batch_is_a_function_of_its_epoch_and_holds_each_picture_with_its_objects(data):
+    source = ObjectSource(data, "train", config().detect, (0.5,) * 3, 0, np.arange(8))
+    one, other, later = (source(epoch, np.array([4, 1, 2]), 4) for epoch in (0, 0, 1))
+    assert one["rows"].tolist() == [4, 1, 2, -1] and one["weight"].tolist() == [1, 1, 1, 0]
+    assert all(torch.equal(one[name], other[name]) for name in ("pictures", "boxes", "labels", "masks"))
+    assert not torch.equal(one["pictures"], later["pictures"])
+    objects = objects_of(one, masks=True)
+    assert [len(each["labels"]) for each in objects] == one["counts"] and sum(one["counts"]) > 0
+    for each, canvas in zip(objects, one["pictures"], strict=False):
+        for mask, box in zip(each["masks"], each["boxes"].int().tolist(), strict=True):
+            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+            assert box == [*map(int, (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))]
+            assert canvas[mask.bool()].float().max(-1).values.mean() > 150  # the object is bright
+
+
+def test_detections_are_in_pixels_of_the_picture():
+    class Finder:
+        def __call__(self, pictures, extents):
+            assert extents == [(32, 64)]
+            box, mask = torch.tensor([[8.0, 8, 24, 24]]), torch.ones(1, 1, 28, 28)
+            return [{"boxes": box, "labels": torch.tensor([2]), "scores": torch.tensor([0.5]), "masks": mask}]
+
+    ((found,),) = detections(Finder(), torch.zeros(3, 64, 64, 3, dtype=torch.uint8), [(100, 200)])
+    assert found["bbox"] == [25, 25, 50, 50] and found["category_id"] == 1
+    mask = coco_mask.decode(found["segmentation"])
+    assert mask.shape == (100, 200) and mask[26:74, 26:74].all() and mask.sum() <= 52 * 52
+    assert fitted((100, 200), 64).extent == (32, 64)
+
+
+def test_rows_without_objects_train_only_if_asked_and_missing_masks_are_refused(data, tmp_path):
+    assert training_rows(data, Detect()).tolist() == list(range(24))
+    rows = training_rows(data, Detect(empty=False))
+    assert 0 < len(rows) < 24 and not any(data.boxes("train", row).iscrowd_N.all() for row in rows)
+    root = make_coco(tmp_path / "coco", 4, 4)
+    for path in root.glob("annotations/*.json"):
+        known = json.loads(path.read_bytes())
+        for each in known["annotations"]:
+            del each["segmentation"]
+        path.write_text(json.dumps(known))
+    shard(root, tmp_path / "dataset", workers=1)
+    bare = Dataset(tmp_path / "dataset")
+    with pytest.raises(UsageError, match="expected masks in split 'train'; found none; set detect.masks = false"):
+        training_rows(bare, Detect())
+    assert len(training_rows(bare, Detect(masks=False))) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"detect": None}, "needs a .detect. section"),
+        ({"frozen": True}, 'frozen does not belong to task = "detect"; remove it'),
+        ({"task": "classify"}, 'detect does not belong to task = "classify"; remove it'),
+        ({"detect": {"scale": [2.0, 0.5]}}, r"detect.scale = \[2.0, 0.5\] must rise"),
+    ],
+)
+def test_a_section_of_another_task_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_labelled_pictures_are_refused(tmp_path):
+    labelled = make_dataset(tmp_path / "dataset", 20, 20)
+    with pytest.raises(UsageError, match="expected a DATASET .*; .*classify"):
+        finetune(config(), labelled.path, "random", None, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_writes_its_classes_and_scenes_and_resumes_to_the_bit(tuned, data, tmp_path, monkeypatch):
+    (run, score), stopped = tuned, tmp_path / "stopped"
+    classes = json.loads((run / "classes.json").read_bytes())
+    assert classes["class"] == ["left", "right"] and classes["box_ap"] == [score, None] and score > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Loop, "step", lambda loop, step, *rest, real=Loop.step: real(loop, step, *rest) or STOP * (step == 7)
+        )
+        with pytest.raises(Interrupted):
+            finetune(config(), data.path, "random", None, stopped)
+    assert finetune(config(), data.path, "random", None, stopped) == score and losses(stopped) == losses(run)
+    ends = [checkpoint.latest(each) for each in (run, stopped)]
+    assert all(torch.equal(tensor, ends[1].model[name]) for name, tensor in ends[0].model.items())
+
+
+@pytest.mark.slow
+def test_two_ranks_evaluate_as_one_and_each_row_once(tuned, data, tmp_path):
+    run = shutil.copytree(tuned[0], tmp_path / "run")
+    wanted, classes = last_eval(run), (run / "classes.json").read_bytes()
+    lines = (run / "metrics.jsonl").read_text().splitlines(True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if "eval" not in line))
+    (run / "classes.json").unlink()
+    (tmp_path / "config.toml").write_text(write_toml(config()))
+    (tmp_path / "tune.py").write_text("from mcm.cli import app\napp()\n")
+    launch = ["launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+    launch += ["--dynamo_backend=no", "--main_process_port=0", str(tmp_path / "tune.py"), "finetune"]
+    launch += [str(tmp_path / "config.toml"), "--data", str(data.path), "--init", "random", "--out", str(run)]
+    accelerate = os.path.join(os.path.dirname(sys.executable), "accelerate")
+    subprocess.run([accelerate, *launch], env=environment(), check=True, capture_output=True, timeout=300)
+    assert last_eval(run) == wanted and (run / "classes.json").read_bytes() == classes
