@@ -105,6 +105,9 @@ def list_coco(root: Path) -> Sources | None:
             raise UsageError(f"{root}: expected one JSON of split {split}; {found}")
         else:
             paths[split] = path
+    if not paths and (unnamed := sorted(root.glob("annotations/instances_*.json"))):
+        expected = "expected a split in its name, such as instances_train.json; rename it"
+        raise UsageError(f"{unnamed[0]}: {expected}")
     categories: dict[int, str] = {}
     for split, path in paths.items():
         file = _load(path)
@@ -148,7 +151,8 @@ def _folder(root: Path, split: str) -> Path:
         found = [root / "images"]
     if len(found) != 1:
         expected = f"expected one folder of pictures of split {split}, such as {split}2017"
-        raise UsageError(f"{root}: {expected}; found {', '.join(map(str, found)) or 'none'}")
+        there = ", ".join(map(str, found)) or "none"
+        raise UsageError(f"{root}: {expected}; found {there}; move a JSON without pictures away")
     return found[0]
 
 

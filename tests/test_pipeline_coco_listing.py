@@ -248,6 +248,11 @@ def test_folders_that_are_missing_or_ambiguous(place, tmp_path):
     (root / "annotations/training.json").write_text("{}")
     with pytest.raises(UsageError, match="expected one JSON of split train"):
         shard(root, tmp_path / "out")
+    for path in (root / "annotations").iterdir():
+        path.unlink()
+    (root / "annotations/instances_default.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"instances_default.json: expected a split in its name"):
+        shard(root, tmp_path / "out")
 
 
 def test_damage_is_named_repaired_and_another_json_is_another_request(place, tmp_path):
