@@ -24,13 +24,13 @@ from mcm.config import Augment
 
 
 class SeededTransform:
-    """A timm transform that takes a seed: (seed, bytes) -> normalised float32 [3, H, W]."""
+    """A timm transform that takes a seed: (seed, bytes) -> picture [3, H, W]."""
 
     def __init__(self, transform: Any) -> None:
         self.transform = transform
 
     def __call__(self, seed: int, data: bytes) -> Tensor:
-        """Return the picture decoded, transformed and normalised."""
+        """Return the picture, decoded and transformed."""
         with _seeded(seed):
             pixels: Tensor = self.transform(Image.fromarray(decoded(data)))
         return pixels
@@ -79,20 +79,30 @@ def train_transform(augment: Augment, spec: Backbone) -> SeededTransform:
     return SeededTransform(transform)
 
 
-def eval_transform(spec: Backbone, whole: bool = False) -> SeededTransform:
+def eval_transform(spec: Backbone, whole: bool = False, normalize: bool = True) -> SeededTransform:
     """Return the evaluation transform, which ignores the seed: resize and centre crop.
 
-    With `whole`, it squashes the whole picture to the size instead.
+    With `whole`, it squashes the whole picture to the size instead. Without `normalize`, its
+    pictures are uint8, for `normalized` on the device.
     """
     transform = create_transform(
         (3, *spec.size),
         interpolation=spec.interpolation,
         mean=spec.mean,
         std=spec.std,
+        normalize=normalize,
         crop_pct=1.0 if whole else spec.crop_pct,
         crop_mode="squash" if whole else "center",
     )
     return SeededTransform(transform)
+
+
+def normalized(pictures_B3HW: Tensor, spec: Backbone) -> Tensor:
+    """Return uint8 pictures as normalised float32; no number is copied to the device."""
+    x_B3HW = pictures_B3HW.float() / 255
+    for colour, (mean, std) in enumerate(zip(spec.mean, spec.std, strict=True)):
+        x_B3HW[:, colour].sub_(mean).div_(std)
+    return x_B3HW
 
 
 class Mixer:

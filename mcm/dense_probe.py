@@ -23,7 +23,8 @@ from cache_tools.rng import hash_u64, permutation
 from cache_tools.storage import file_sha256, write_atomic
 from mcm.augment import eval_transform
 from mcm.backbones import load_encoder
-from mcm.features import Encode, Featurizer, device
+from mcm.classifiers import fit_softmax
+from mcm.features import FOLDS, Encode, Featurizer, device
 from mcm.memory import activation_bytes, say_estimate, state_bytes
 from mcm.probe import input_kinds, record_name, warn_of_copies
 from mcm.run_dir import software, versions
@@ -31,7 +32,6 @@ from mcm.sampler import EvalOrder
 from mcm.stream import DatasetSource, Stream, batches
 
 L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # weights of the L2 penalty beside the mean cross-entropy
-MAX_ITERATIONS, GRADIENT_TOLERANCE = 500, 1e-5
 CHOICE_PICTURES = 6000  # training pictures that choose L2 and s; a fifth is held out
 MAX_VALUES = 1 << 30  # the most float32 values of training patches in memory: 4 GiB
 RANDOM_PATCHES = 64  # patches per picture if all patches would exceed MAX_VALUES
@@ -127,35 +127,6 @@ def collect(
     return Patches(x[:filled], y[:filled], rows[:filled])
 
 
-def fit(patches: Patches, l2: float) -> tuple[Tensor, Tensor, bool]:
-    """Fit the classifier by full-batch L-BFGS with a strong Wolfe line search.
-
-    The loss is the mean cross-entropy over labelled pixels plus the L2 penalty.
-
-    Returns: weight [K, D], bias [K], and whether the fit converged.
-    """
-    weight_KD = patches.x.new_zeros(patches.y.shape[1], patches.x.shape[1]).requires_grad_()
-    bias_K, pixels = patches.x.new_zeros(patches.y.shape[1]).requires_grad_(), patches.y.sum()
-    optimizer = torch.optim.LBFGS(
-        [weight_KD, bias_K],
-        max_iter=MAX_ITERATIONS,
-        max_eval=10 * MAX_ITERATIONS,
-        tolerance_grad=GRADIENT_TOLERANCE,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        hits = (patches.y * functional.linear(patches.x, weight_KD, bias_K).log_softmax(1)).sum()
-        loss = l2 / 2 * weight_KD.square().sum() - hits / pixels
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    converged = optimizer.state[weight_KD]["n_iter"] < MAX_ITERATIONS
-    return weight_KD.detach(), bias_K.detach(), converged
-
-
 def choose_l2(patches: Patches, seed: int) -> tuple[float, float]:
     """Return (L2, mIoU on held-out training pictures); the strongest penalty wins ties.
 
@@ -169,7 +140,7 @@ def choose_l2(patches: Patches, seed: int) -> tuple[float, float]:
     held, bank = (Patches(*(part[chosen] for part in patches)) for chosen in picks)
 
     def held_out_miou(l2: float) -> float:
-        weight_KD, bias_K, _ = fit(bank, l2)
+        weight_KD, bias_K, _ = fit_softmax(bank.x, bank.y, l2)
         logits_RK = functional.linear(held.x, weight_KD, bias_K)
         predicted_RK = functional.one_hot(logits_RK.argmax(1), len(bias_K))
         return float(scores(held.y.T.double() @ predicted_RK.double())["miou"])
@@ -247,11 +218,12 @@ def dense_probe(
     facts |= {"run_sha256": file_sha256(run) if run.is_file() else None}
     facts |= {"software": software(), "versions": versions("torch", "timm", "numpy")}
 
-    def held_out_miou(encode: Encode) -> float:
-        return _train(featurizer, encode, CHOICE_PICTURES)[-1]
+    def held_out_miou(s: float) -> float:
+        return _train(featurizer, featurizer.folded(s), CHOICE_PICTURES)[-1]
 
     for kind in kinds:
-        encode, s = featurizer.encoder(kind, held_out_miou)
+        s = max(FOLDS, key=held_out_miou) if kind == "folded" else None
+        encode = featurizer.encoder(kind, s)
         weight_KD, bias_K, fitted, _ = _train(featurizer, encode)
         found = scores(_confusion(featurizer, encode, weight_KD, bias_K))
         results.append(DenseResult(**found, **fitted, input=kind, fold_scale=s, **facts))
@@ -288,7 +260,7 @@ def _train(
     mean_D, std_D = patches.x.mean(0), patches.x.std(0).clamp_min(1e-6)
     patches.x.sub_(mean_D).div_(std_D)
     l2, miou = choose_l2(patches, seed)
-    weight_KD, bias_K, converged = fit(patches, l2)
+    weight_KD, bias_K, converged = fit_softmax(patches.x, patches.y, l2)
     weight_KD = weight_KD / std_D  # weights for tokens that are not standardised
     fitted = {"l2": l2, "converged": converged, "patches": len(patches.x)}
     return weight_KD, bias_K - weight_KD @ mean_D, fitted, miou
@@ -311,7 +283,7 @@ def _scenes(
     featurizer: Featurizer, split: str, encode: Encode, rows: npt.NDArray[np.int64] | None = None
 ) -> Iterator[Scene]:
     """Yield the row, patch tokens and mask of each picture, resized without a crop."""
-    transform = eval_transform(featurizer.backbone, whole=True)
+    transform = eval_transform(featurizer.backbone, whole=True, normalize=False)
     source = DatasetSource(featurizer.data, split, transform, featurizer.seed, rows)
     order = EvalOrder(len(source.rows), 1, BATCH_PICTURES)
     with (
@@ -320,7 +292,7 @@ def _scenes(
     ):
         for batch in items:
             with torch.no_grad():
-                tokens_BND = encode(batch["pictures"].to(device()), batch["rows"].numpy()).float()
+                (tokens_BND,) = featurizer.encoded([encode], batch)
             kept_rows = batch["rows"][: int(batch["weight"].sum())].tolist()
             # Not strict, because the last batch is padded.
             for row, tokens_ND in zip(kept_rows, tokens_BND, strict=False):

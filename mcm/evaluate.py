@@ -113,7 +113,8 @@ class Evaluation:
             backbone, dataset, self.config.train.seed, self.config.train.workers, quiet=True,
             world=self.accelerator.num_processes, rank=self.accelerator.process_index,
         )  # fmt: skip
-        bank, val = (featurizer.features(split, featurizer.full()) for split in ("train", "val"))
+        splits = ("train", "val")
+        (bank,), (val,) = (featurizer.features(split, [featurizer.full()]) for split in splits)
         hits = knn_hits(self.gathered(bank), val, self.accelerator.device)
         share = torch.tensor([hits, len(val.y)], device=self.accelerator.device)
         correct, rows = cast(Tensor, self.accelerator.reduce(share, "sum")).tolist()

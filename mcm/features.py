@@ -4,7 +4,7 @@ Letters: B batch, N patches, D width, H W pixels.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +15,21 @@ from torch import Tensor
 
 from cache_tools.console import progress
 from cache_tools.dataset import Dataset
-from mcm.augment import eval_transform
+from mcm.augment import eval_transform, normalized
 from mcm.backbones import Backbone, pooled
 from mcm.classifiers import Features, choice_rows, knn_accuracy, training_rows
 from mcm.masking import mask_picks, mask_pool
 from mcm.model import encode_tokens, folded_state
 from mcm.sampler import EvalOrder
-from mcm.stream import DatasetSource, Stream, batches
+from mcm.stream import Batch, DatasetSource, Stream, batches
 
 BATCH_ROWS = 128
 POOL_ROWS = 4096  # the number of masks in the pool of masked:K
 FOLDS = (1.0, 0.75, 0.5, 0.25)  # the values of s, equal for every mask mode
 
 # Maps pictures [B, 3, H, W] and their row numbers to features [B, D].
-Encode = Callable[[Tensor, npt.NDArray[np.int64]], Tensor]
+Rows = npt.NDArray[np.int64]
+Encode = Callable[[Tensor, Rows], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,31 +51,92 @@ class Featurizer:
     world: int = 1
     rank: int = 0
 
-    def rows(self) -> npt.NDArray[np.int64]:
+    def rows(self) -> Rows:
         """Return the rows of "train" whose labels are used."""
         return training_rows(self.data.labels("train"), self.data.classes, self.shots, self.seed)
 
     def features(
-        self, split: str, encode: Encode, rows: npt.NDArray[np.int64] | None = None
-    ) -> Features:
-        """Return the features of a split's centre crops, or of the crops of `rows`, in order."""
-        quiet = self.quiet or rows is not None  # choosing s takes many short passes
-        source = DatasetSource(self.data, split, eval_transform(self.backbone), self.seed, rows)
+        self, split: str, encodes: Sequence[Encode], rows: Rows | None = None
+    ) -> list[Features]:
+        """Return the features of a split's centre crops, or of the crops of `rows`, in order.
+
+        Every picture is decoded once for all encode functions.
+        """
+        transform = eval_transform(self.backbone, normalize=False)
+        source = DatasetSource(self.data, split, transform, self.seed, rows)
         order = EvalOrder(len(source.rows), 1, BATCH_ROWS, self.world, self.rank)
-        x, y = [], []
+        stream, on_gpu = Stream(order, source), device().type == "cuda"
+        x, y = [list[Tensor]() for _ in encodes], []
         with (
             torch.inference_mode(),
-            batches(Stream(order, source), 0, len(order), self.workers) as items,
-            progress(order.rows, f"features of {split}", "pictures", quiet=quiet) as bar,
+            batches(stream, 0, len(order), self.workers, pin_memory=on_gpu) as items,
+            progress(order.rows, f"features of {split}", "pictures", quiet=self.quiet) as bar,
         ):
             for batch in items:
                 kept = int(batch["weight"].sum())
-                found = encode(batch["pictures"].to(device()), batch["rows"].numpy())
-                x.append(found.float().cpu()[:kept])
+                for found, features in zip(x, self.encoded(encodes, batch), strict=True):
+                    found.append(features.cpu()[:kept])
                 # A copy, because each tensor of a worker holds a file descriptor.
                 y.append(batch["labels"][:kept].clone())
                 bar.update(kept)
-        return Features(torch.cat(x), torch.cat(y))
+        return [Features(torch.cat(found), torch.cat(y)) for found in x]
+
+    def encoded(self, encodes: Sequence[Encode], batch: Batch) -> list[Tensor]:
+        """Return float32 features of a batch on the device; a GPU encodes in bfloat16."""
+        pictures, rows = batch["pictures"].to(device(), non_blocking=True), batch["rows"].numpy()
+        x_B3HW, on_gpu = normalized(pictures, self.backbone), pictures.is_cuda
+        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=on_gpu):
+            return [encode(x_B3HW, rows).float() for encode in encodes]
+
+    def inputs(
+        self, kinds: Sequence[str], wanted: Iterable[str]
+    ) -> Iterator[tuple[str, str, float | None, Features, Features]]:
+        """Yield (features, input, s, train, val) of every pair of features and input.
+
+        s is None unless the input is "folded". All pairs share one decode of the pictures. If s is
+        chosen by a part of the rows, they are decoded once more, before the others.
+        """
+        rows, wanted, scales = self.rows(), tuple(wanted), dict[str, float]()
+        choice = choice_rows(self.data.labels("train")[rows], self.seed)
+        folds = {s: self.folded(s) for s in FOLDS} if "folded" in kinds else {}
+        if folds and sum(map(len, choice)) < len(rows):
+            few = self.features("train", list(folds.values()), rows[np.concatenate(choice)])
+            bank, held = np.split(np.arange(len(few[0].y)), [len(choice[0])])
+            scales = self.scales(dict(zip(folds, few, strict=True)), bank, held, wanted)
+            folds = {s: folds[s] for s in scales.values()}
+        encodes: dict[str | float, Encode] = {k: self.encoder(k) for k in kinds if k != "folded"}
+        encodes.update((s, folds[s]) for s in folds)
+        train, val = (
+            dict(zip(encodes, self.features(split, [*encodes.values()], part), strict=True))
+            for split, part in (("train", rows), ("val", None))
+        )
+        if folds and not scales:
+            scales = self.scales({s: train[s] for s in folds}, *choice, wanted)
+        for tokens in wanted:
+            for kind in kinds:
+                s = scales[tokens] if kind == "folded" else None
+                key = kind if s is None else s
+                first, second = (columns(part[key], tokens, self.width) for part in (train, val))
+                yield tokens, kind, s, first, second
+
+    def scales(
+        self, folded: Mapping[float, Features], bank: Rows, held: Rows, wanted: Iterable[str]
+    ) -> dict[str, float]:
+        """Return the s of each kind of features with the best k-NN accuracy on held-out rows.
+
+        The first value wins ties, also where no class has a row to hold out.
+        """
+
+        def accuracy(s: float, tokens: str) -> float:
+            part = columns(folded[s], tokens, self.width)
+            return knn_accuracy(part.rows(bank), part.rows(held), device()) if len(held) else 0.0
+
+        return {name: max(folded, key=lambda s: accuracy(s, name)) for name in wanted}
+
+    @property
+    def width(self) -> int:
+        """The number of channels of a token."""
+        return int(self.backbone.model.embed_dim)
 
     def full(self, model: Any = None) -> Encode:
         """Return the encode function of unmasked pictures."""
@@ -97,7 +159,7 @@ class Featurizer:
         width, positions = (patches, 1) if by_patch else (model.encoder.embed_dim, patches)
         pool = torch.from_numpy(mask_pool(self.seed, 0, POOL_ROWS, width, model.ratio)).to(device())
 
-        def encode(pictures: Tensor, rows: npt.NDArray[np.int64]) -> Tensor:
+        def encode(pictures: Tensor, rows: Rows) -> Tensor:
             total = torch.zeros((), device=device())
             for epoch in range(passes):
                 picks = torch.from_numpy(mask_picks(self.seed, epoch, rows, positions, POOL_ROWS))
@@ -107,32 +169,17 @@ class Featurizer:
 
         return encode
 
-    def held_out_knn(self, encode: Encode) -> float:
-        """Return the k-NN accuracy on held-out training rows, which chooses s.
+    def encoder(self, kind: str, s: float | None = None) -> Encode:
+        """Return the encode function of the input "full", "folded" by `s`, or "masked:K"."""
+        if s is not None:
+            return self.folded(s)
+        return self.full() if kind == "full" else self.masked(int(kind.partition(":")[2]))
 
-        A fifth of the rows of `choice_rows` is held out; the rest is the bank.
-        Return 0 where no class has a row to hold out.
-        """
-        rows = self.rows()
-        parts = choice_rows(self.data.labels("train")[rows], self.seed)
-        if not len(parts[1]):
-            return 0.0
-        bank, held = (self.features("train", encode, rows[part]) for part in parts)
-        return knn_accuracy(bank, held, device())
 
-    def encoder(
-        self, kind: str, held_out: Callable[[Encode], float] | None = None
-    ) -> tuple[Encode, float | None]:
-        """Return (encode, s) of the input "full", "folded" or "masked:K"; s is None unless folded.
-
-        s is the value of FOLDS with the best `held_out` score, by default `held_out_knn`. The first
-        value wins ties.
-        """
-        if kind == "folded":
-            score = held_out or self.held_out_knn
-            s = max(FOLDS, key=lambda s: score(self.folded(s)))
-            return self.folded(s), s
-        return self.full() if kind == "full" else self.masked(int(kind.partition(":")[2])), None
+def columns(part: Features, tokens: str, width: int) -> Features:
+    """Return the features "mean", "cls" or "both" of features [R, D] or [R, 2 D] with CLS."""
+    chosen = {"mean": slice(width), "cls": slice(width, None)}.get(tokens, slice(None))
+    return Features(part.x[:, chosen], part.y)
 
 
 def device() -> torch.device:

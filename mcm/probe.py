@@ -17,7 +17,7 @@ from cache_tools.records import Record, Text, encode_record, nearest, read_recor
 from cache_tools.storage import file_sha256, work_dir, write_atomic
 from mcm.backbones import Backbone, load_encoder
 from mcm.classifiers import Features, knn_accuracy, linear_probe, training_rows
-from mcm.features import BATCH_ROWS, Featurizer, device
+from mcm.features import BATCH_ROWS, Featurizer, columns, device
 from mcm.memory import activation_bytes, say_estimate, state_bytes
 from mcm.metrics import Gram
 from mcm.run_dir import recorded, software
@@ -120,18 +120,14 @@ def probe(
     if not quiet:
         activations = activation_bytes(backbone.model, BATCH_ROWS, 4, train=False)
         say_estimate(state_bytes(backbone.model), activations)
-    results = []
-    for tokens in wanted:
-        featurizer = Featurizer(backbone, dataset, seed, workers, quiet, tokens, shots)
-        rows = featurizer.rows() if shots else None
-        for kind in kinds:
-            encode, s = featurizer.encoder(kind)
-            train = featurizer.features("train", encode, rows)
-            val = featurizer.features("val", encode)
-            named = {"subject": spec, "weights": backbone.weights, "input": kind, "fold_scale": s}
-            result = _score(train, val, chosen, features=tokens, shots=shots, **named, **facts)
-            name = record_name(result.label, dataset.sha256, seed, untrained)
-            results.append(_store(run / "probe" / name, result) if is_run else result)
+    results, tokens = [], "mean" if list(wanted) == ["mean"] else "both"
+    featurizer = Featurizer(backbone, dataset, seed, workers, quiet, tokens, shots)
+    for chosen_tokens, kind, s, train, val in featurizer.inputs(kinds, wanted):
+        named = {"subject": spec, "weights": backbone.weights, "input": kind, "fold_scale": s}
+        facts |= named | {"features": chosen_tokens, "shots": shots}
+        result = _score(train, val, chosen, **facts)
+        name = record_name(result.label, dataset.sha256, seed, untrained)
+        results.append(_store(run / "probe" / name, result) if is_run else result)
     return results
 
 
@@ -157,11 +153,9 @@ def _probe_teacher(
     facts: dict[str, Any] = {"data_sha256": cache.sha256, "seed": seed}
     facts |= {"teacher": teacher_facts(train_unit, gram), "subject": identity.teacher.name}
     facts |= {"weights": f"sha256:{identity.teacher.weights_sha256}"}
-    parts = {"mean": slice(identity.channels), "cls": slice(identity.channels, None)}
     results = []
     for tokens in wanted:
-        columns = parts.get(tokens, slice(None))
-        bank, held = (Features(split.x[:, columns], split.y) for split in (train, val))
+        bank, held = (columns(split, tokens, identity.channels) for split in (train, val))
         result = _score(bank, held, methods, features=tokens, shots=shots, input="full", **facts)
         name = f"probe{result.label.removeprefix('full')}" + (f"-seed-{seed}" if seed else "")
         results.append(_store(work_dir(path) / f"{name}.json", result))
@@ -169,7 +163,7 @@ def _probe_teacher(
 
 
 def _score(train: Features, val: Features, methods: Sequence[str], **facts: Any) -> ProbeResult:
-    found = linear_probe(train, val, facts["seed"]) if "linear" in methods else None
+    found = linear_probe(train, val, facts["seed"], device()) if "linear" in methods else None
     linear, c, converged = found or (None, None, None)
     if "linear" in methods and found is None:
         expected = "expected two classes or more, one of them with two training rows"
@@ -182,7 +176,7 @@ def _score(train: Features, val: Features, methods: Sequence[str], **facts: Any)
         train_rows=len(train.y),
         val_rows=len(val.y),
         software=software(),
-        versions={name: version(name) for name in ("torch", "timm", "scikit-learn", "numpy")},
+        versions={name: version(name) for name in ("torch", "timm", "numpy")},
         **facts,
     )
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional
 
 from cache_tools.errors import CorruptionError
-from mcm.augment import Mixer, eval_transform, train_transform
+from mcm.augment import Mixer, eval_transform, normalized, train_transform
 from mcm.config import Augment
 
 SPEC = SimpleNamespace(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", crop_pct=1.0)
@@ -51,6 +51,8 @@ def test_eval_transform_is_the_whole_centre_square_for_our_students(png):
     expected = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
     assert torch.equal(transform(0, png), transform(9, png))
     assert torch.allclose(transform(0, png), expected, atol=1e-6)
+    pixels = eval_transform(SPEC, normalize=False)(0, png)
+    assert pixels.dtype == torch.uint8 and torch.equal(normalized(pixels[None], SPEC)[0], transform(0, png))
 
 
 def test_a_picture_that_no_longer_decodes_is_corruption(png):

@@ -1,10 +1,22 @@
 """k-NN and the linear probe against plain references."""
 
 import numpy as np
+import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch.nn import functional
 
-from mcm.classifiers import CHOICE_ROWS, Features, choice_rows, knn_accuracy, linear_probe
+from mcm import classifiers as module
+from mcm.classifiers import (
+    C_GRID,
+    CHOICE_ROWS,
+    Features,
+    _l2,
+    choice_rows,
+    fit_softmax,
+    knn_accuracy,
+    linear_probe,
+)
 
 
 def clusters(rows, seed):
@@ -32,6 +44,38 @@ def test_linear_probe_separates_what_is_linear_and_ignores_scale():
     scaled = [Features(part.x * torch.logspace(-3, 3, 8) + 5, part.y) for part in (train, val)]
     assert accuracy > 0.8 and converged
     assert linear_probe(*scaled, seed=0)[:2] == (accuracy, c)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_fit_is_that_of_scikit_learn(classes, monkeypatch):
+    data = clusters(300, 0)
+    x, y = data.x, data.y % classes
+    for c in C_GRID:
+        reference = LogisticRegression(C=c, tol=1e-8, max_iter=10_000).fit(x.double().numpy(), y.numpy())
+        expected = torch.from_numpy(reference.predict_proba(x.double().numpy())).float()
+        fit = fit_softmax(x, y, _l2(c, len(x), classes))
+        assert fit.converged
+        assert torch.allclose((x @ fit.weight.T + fit.bias).softmax(1), expected, atol=2e-3)
+    again = fit_softmax(x, functional.one_hot(y).float(), _l2(c, len(x), classes))  # shares of pixels
+    assert torch.allclose(again.weight, fit.weight, atol=1e-2)
+    monkeypatch.setattr(module, "MAX_LOGITS", 100)  # in parts of the rows
+    assert torch.allclose(fit_softmax(x, y, _l2(c, len(x), classes)).weight, fit.weight, atol=1e-2)
+    monkeypatch.setattr(module, "MAX_ITERATIONS", 2)
+    assert not fit_softmax(x, y, _l2(c, len(x), classes)).converged
+
+
+def test_the_linear_probe_agrees_with_scikit_learn_to_a_tenth_of_a_point():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(10, 32, generator=generator)
+    train, val = (
+        Features(centres[y] + 1.5 * torch.randn(rows, 32, generator=generator), y * 3)  # labels with gaps
+        for rows in (800, 2000) for y in [torch.arange(rows) % 10]
+    )  # fmt: skip
+    accuracy, c, converged = linear_probe(train, val, seed=0)
+    mean, std = train.x.mean(0), train.x.std(0)
+    reference = LogisticRegression(C=c, max_iter=1000).fit((train.x - mean) / std, train.y)
+    assert converged and 0.5 < accuracy < 0.99
+    assert abs(accuracy - reference.score((val.x - mean) / std, val.y)) <= 0.001
 
 
 def test_rows_that_choose_are_drawn_by_class():

@@ -11,7 +11,6 @@ from conftest import run as run_command
 from make_run import make_run
 from make_scenes import CLASSES, make_ade
 from safetensors.torch import save_file
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, jaccard_score
 from test_mcm_finetune import config
 from torch.nn import functional
@@ -27,7 +26,6 @@ from mcm.dense_probe import (
     collect,
     confusion,
     dense_probe,
-    fit,
     label_shares,
     predict,
     scores,
@@ -91,18 +89,6 @@ def blobs(pictures=20, patches=9, width=8, seed=0):
     labels = torch.randint(0, 3, (pictures * patches,), generator=draw)
     x = torch.randn(len(labels), width, generator=draw) + 0.7 * functional.one_hot(labels, width)
     return Patches(x, functional.one_hot(labels, 3).float(), torch.arange(pictures).repeat_interleave(patches))
-
-
-def test_the_fit_is_logistic_regression_and_the_same_each_time(monkeypatch):
-    patches = blobs()
-    weight, bias, converged = fit(patches, 1e-2)
-    sklearn = LogisticRegression(C=1 / (1e-2 * len(patches.x)), tol=1e-8, max_iter=1000)
-    sklearn.fit(patches.x.numpy(), patches.y.argmax(1).numpy())
-    expected = torch.from_numpy(sklearn.predict_proba(patches.x.numpy())).float()
-    assert converged and torch.allclose((patches.x @ weight.T + bias).softmax(1), expected, atol=2e-3)
-    assert torch.equal(fit(patches, 1e-2)[0], weight)
-    monkeypatch.setattr(module, "MAX_ITERATIONS", 2)
-    assert not fit(patches, 1e-2)[2]
 
 
 def test_l2_is_chosen_on_other_pictures():

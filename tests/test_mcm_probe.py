@@ -224,6 +224,22 @@ def test_a_result_says_what_made_it_and_results_of_before_are_still_read(tmp_pat
     assert read_record(ProbeResult, tmp_path / "before.json") == before and before.label == "full"
 
 
+def test_one_decode_of_the_pictures_serves_all_inputs_and_features(data, tmp_path, monkeypatch):
+    run, decoded, picture = make_run(tmp_path / "run"), [], Dataset.picture
+    monkeypatch.setattr(Dataset, "picture", lambda *at: decoded.append(at[1:]) or picture(*at))
+    asked = {"inputs": ["full", "folded", "masked:2"], "features": ["mean", "cls", "both"], "quiet": True}
+    results = probe(str(run), data, ["knn"], **asked)
+    assert len(decoded) == len(set(decoded)) == 96 + 40 and len(results) == 9
+    for one in results:
+        alone = probe(str(run), data, ["knn"], [one.input], features=[one.features], quiet=True)
+        assert one in alone
+    decoded.clear()
+    monkeypatch.setattr("mcm.classifiers.CHOICE_ROWS", 48)  # s is chosen before all rows are encoded
+    again = probe(str(run), data, ["knn"], **asked)
+    assert len(decoded) == 48 + 96 + 40
+    assert [one.knn for one in again if one.input != "folded"] == [one.knn for one in results if one.input != "folded"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -263,6 +279,6 @@ def test_labels_of_many_batches_are_those_of_their_rows(tmp_path, monkeypatch):
     data = make_dataset(tmp_path / "data", rows=96)
     featurizer = Featurizer(load_encoder(str(make_run(tmp_path / "run"))), data, 0, 0, True)
     rows = np.argsort(data.labels("train"), kind="stable")  # all of one class, then all of the other
-    found = featurizer.features("train", featurizer.full(), rows)
+    found = featurizer.features("train", [featurizer.full()], rows)[0]
     assert found.y.tolist() == data.labels("train")[rows].tolist()
-    assert torch.equal(found.x[80:], featurizer.features("train", featurizer.full(), rows[80:]).x)
+    assert torch.equal(found.x[80:], featurizer.features("train", [featurizer.full()], rows[80:])[0].x)
