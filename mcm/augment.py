@@ -31,13 +31,13 @@ class SeededTransform:
 
     def __call__(self, seed: int, data: bytes) -> Tensor:
         """Return the picture, decoded and transformed."""
-        with _seeded(seed):
+        with seeded(seed):
             pixels: Tensor = self.transform(Image.fromarray(decoded(data)))
         return pixels
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Seed the three global generators that timm uses, and restore their states afterwards."""
     python_state, numpy_state = random.getstate(), np.random.get_state(legacy=False)
     with torch.random.fork_rng(devices=[]):
@@ -130,6 +130,6 @@ class Mixer:
         seeds = hash_u64(self.seed, "mixup", epoch, rows_B[::CHUNK_ROWS].numpy())
         for start, seed in zip(range(0, len(rows_B), CHUNK_ROWS), seeds, strict=True):
             group = slice(start, start + CHUNK_ROWS)
-            with _seeded(int(seed)):
+            with seeded(int(seed)):
                 targets.append(self.mixup(pictures_B3HW[group], labels_B[group])[1])
         return pictures_B3HW, torch.cat(targets)

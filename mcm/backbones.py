@@ -13,7 +13,7 @@ import pydantic
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
-from timm.layers import Mlp
+from timm.layers import DropPath, Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ class FinetuneRun(Record):
     std: tuple[float, ...]
     interpolation: str
     crop_pct: float
-    # The batch that the BatchNorm of a frozen run sees: rows per micro-batch and rank, and ranks.
+    # The batch that a BatchNorm sees: rows per micro-batch and rank, and ranks.
     micro_batch: int | None = pydantic.Field(None, exclude_if=lambda value: value is None)
     ranks: int | None = pydantic.Field(None, exclude_if=lambda value: value is None)
 
@@ -109,6 +109,14 @@ def load_encoder(
     raise UsageError(f"{spec}: expected {expected}; found {found_at(spec)}")
 
 
+def set_drop_path(model: VisionTransformer, rate: float) -> None:
+    """Set the drop path of all blocks; it rises linearly from 0 to `rate` at the last block."""
+    rates = torch.linspace(0, rate, len(model.blocks)).tolist()
+    for block, share in zip(model.blocks, rates, strict=True):
+        paths = (DropPath(share) if share else nn.Identity() for _ in range(2))
+        block.drop_path1, block.drop_path2 = paths
+
+
 def pooled(model: VisionTransformer, tokens_BND: Tensor, features: str = "mean") -> Tensor:
     """Pool normalised tokens to features [B, D]; some timm models normalise after the pool.
 
@@ -151,7 +159,11 @@ def _from_pretraining(folder: Path, untrained: bool) -> Backbone:
     with _arguments_of(folder / "run.json"):
         config = recorded_config(PretrainConfig, run.config)
         masked = MaskedChannelModel(config, run.grid, run.patch, run.channels, run.mean, run.std)
-    weights = "untrained" if untrained else _load_newest(masked, folder)
+    weights = "untrained"
+    if not untrained:
+        found = newest(folder)
+        load_whole(masked, found.model, str(found.path), HEADS)
+        weights = checkpoint.weights(found.path)
     data = (run.size, run.mean, run.std, run.interpolation, CROP_PCT)
     return Backbone(masked.encoder, str(folder), weights, *data, masked)
 
@@ -169,10 +181,12 @@ def recorded_backbone(folder: Path) -> tuple[FinetuneRun, Backbone]:
 
 def _from_finetuning(folder: Path, head: bool) -> Backbone:
     _, backbone = recorded_backbone(folder)
-    weights = _load_newest(backbone.model, folder)
+    found, prefix = newest(folder), "encoder."  # a segmentation RUN has it, beside its head
+    parts = {k.removeprefix(prefix): x for k, x in found.model.items() if k.startswith(prefix)}
+    load_whole(backbone.model, _plain_head(parts or found.model), str(found.path), HEADS)
     if not head:
         backbone.model.reset_classifier(0)
-    return replace(backbone, weights=weights)
+    return replace(backbone, weights=checkpoint.weights(found.path))
 
 
 def newest(folder: Path) -> checkpoint.Checkpoint:
@@ -185,12 +199,6 @@ def newest(folder: Path) -> checkpoint.Checkpoint:
         advice = "continue the training until it saves one"
         raise UsageError(f"{folder}: expected a checkpoint; found none yet; {advice}")
     return found
-
-
-def _load_newest(model: nn.Module, folder: Path) -> str:
-    found = newest(folder)
-    load_whole(model, _plain_head(found.model), str(found.path), HEADS)
-    return checkpoint.weights(found.path)
 
 
 def _plain_head(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -128,9 +128,10 @@ def finetune(
     set_: Set = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train an encoder and a classifier on labelled pictures.
+    """Train an encoder with a new head to classify, to segment or to detect.
 
-    All layers are trained; with `frozen = true` in the configuration, only the classifier is.
+    The `task` of the configuration and of the DATASET agree. All layers are trained; with
+    `frozen = true`, only the head is.
 
     Example: mcm-train finetune finetune/demo --data dataset --init run --out tuned
     """

@@ -271,6 +271,38 @@ class Data(Record):
     shots: NonNegativeInt = 0
 
 
+class Segment(Record):
+    """Semantic segmentation on square crops of `crop` pixels.
+
+    The head "upernet" has `channels` and reads `blocks`, counted from 1. The head "linear" reads
+    the last block. Training resizes the shorter side of a picture to a share of the crop from
+    `scale`. It then crops it, so that no class covers more than `max_share` if possible, and flips
+    it with probability `flip`. `photometric` also changes its colours. Evaluation resizes the
+    shorter side to the crop and slides windows by `stride`.
+    """
+
+    head: Literal["linear", "upernet"] = "upernet"
+    channels: Count = 512
+    blocks: tuple[Count, Count, Count, Count] = (4, 6, 8, 12)
+    crop: Annotated[int, Field(gt=0, le=4096)] = 512
+    stride: Count = 341
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
+    max_share: Fraction = 0.75
+    flip: Fraction = 0.5
+    photometric: bool = True
+
+    @model_validator(mode="after")
+    def _slides(self) -> Self:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"segment.scale = {list(self.scale)} must rise")
+        if list(self.blocks) != sorted(set(self.blocks)):
+            raise ValueError(f"segment.blocks = {list(self.blocks)} must be four, and rise")
+        if self.stride > self.crop:
+            advice = "must not exceed crop, or windows would leave out pixels"
+            raise ValueError(f"segment.stride = {self.stride} {advice} = {self.crop}")
+        return self
+
+
 class Detect(Record):
     """Object detection with ViTDet on a square canvas of `size` pixels.
 
@@ -305,10 +337,11 @@ class FinetuneConfig(Record):
 
     `student` is the architecture of `--init random`; any other init brings its own. With `frozen`,
     only the head trains, after a BatchNorm over each micro-batch, as in MAE's linear probe.
-    `frozen`, `pool`, `augment` and `data` belong to the task "classify".
+    `pool`, `augment` and `data` belong to the task "classify"; `frozen` also to "segment".
     """
 
-    task: Literal["classify", "detect"] = "classify"
+    task: Literal["classify", "segment", "detect"] = "classify"
+    segment: Annotated[Segment | None, Field(exclude_if=lambda value: value is None)] = None
     detect: Annotated[Detect | None, Field(exclude_if=lambda value: value is None)] = None
     frozen: bool = False
     pool: Literal["avg", "token"] = "avg"
@@ -322,10 +355,15 @@ class FinetuneConfig(Record):
 
     @model_validator(mode="after")
     def _fits_task(self) -> Self:
-        of_others = {"classify": ("detect",), "detect": ("frozen", "pool", "augment", "data")}
+        of_classify = ("pool", "augment", "data")
+        of_others = {
+            "classify": ("segment", "detect"),
+            "segment": ("detect", *of_classify),
+            "detect": ("segment", "frozen", *of_classify),
+        }
         for name in of_others[self.task]:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f'{name} does not belong to task = "{self.task}"; remove it')
-        if self.task == "detect" and self.detect is None:
-            raise ValueError('task = "detect" needs a [detect] section')
+        if self.task != "classify" and getattr(self, self.task) is None:
+            raise ValueError(f'task = "{self.task}" needs a [{self.task}] section')
         return self

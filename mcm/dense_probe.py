@@ -3,7 +3,6 @@
 Letters: B batch, N patches, D width, K classes, R training patches, h w the grid, H W pixels.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from cache_tools.storage import file_sha256, write_atomic
 from mcm.augment import eval_transform
 from mcm.backbones import load_encoder
 from mcm.classifiers import fit_softmax
+from mcm.dense import confusion, predict, scores
 from mcm.features import FOLDS, Encode, Featurizer, device
 from mcm.memory import activation_bytes, say_estimate, state_bytes
 from mcm.probe import input_kinds, record_name, warn_of_copies
@@ -35,7 +35,7 @@ L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # weights of the L2 penalty beside the
 CHOICE_PICTURES = 6000  # training pictures that choose L2 and s; a fifth is held out
 MAX_VALUES = 1 << 30  # the most float32 values of training patches in memory: 4 GiB
 RANDOM_PATCHES = 64  # patches per picture if all patches would exceed MAX_VALUES
-BATCH_PICTURES, PIXEL_LOGITS = 32, 1 << 26  # the sizes of one computation
+BATCH_PICTURES = 32  # pictures per forward
 
 Scene = tuple[int, Tensor, Mask]  # row, patch tokens [N, D], mask [H, W]
 
@@ -149,42 +149,6 @@ def choose_l2(patches: Patches, seed: int) -> tuple[float, float]:
     return l2, miou
 
 
-def predict(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the most probable class [H, W] of logits [K, h, w], resized bilinearly to `size`.
-
-    The pixels are computed in strips of bounded memory.
-    """
-    eyes = (torch.eye(cells, device=logits_KHW.device)[None] for cells in logits_KHW.shape[1:])
-    down, across = (
-        functional.interpolate(eye, pixels, mode="linear")[0].T
-        for eye, pixels in zip(eyes, size, strict=True)
-    )
-    wide_KhW = logits_KHW @ across.T
-    strips = torch.split(down, max(1, PIXEL_LOGITS // wide_KhW[:, 0].numel()))
-    return torch.cat([torch.einsum("Hh,KhW->KHW", strip, wide_KhW).argmax(0) for strip in strips])
-
-
-def confusion(mask_HW: Mask, predicted_HW: Tensor, num_classes: int) -> Tensor:
-    """Return the pixel counts per (true, predicted) class, int64 [K, K], without ignored pixels."""
-    truth_HW = torch.tensor(mask_HW, dtype=torch.int64, device=predicted_HW.device)
-    pairs = (truth_HW * num_classes + predicted_HW)[truth_HW != IGNORED]
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
-
-
-def scores(confusion_KK: Tensor) -> dict[str, Any]:
-    """Return miou, mean_accuracy, pixel_accuracy and iou.
-
-    The means omit a class that occurs neither in the truth nor in the prediction.
-    """
-    hits, truth = confusion_KK.diagonal().double(), confusion_KK.sum(1).double()
-    found = confusion_KK.sum(0).double()
-    iou, accuracy = hits / (truth + found - hits), hits / truth
-    means = {"miou": iou.nanmean(), "mean_accuracy": accuracy.nanmean()}
-    means["pixel_accuracy"] = hits.sum() / truth.sum()
-    each = tuple(None if math.isnan(value) else value for value in iou.tolist())
-    return {name: float(value) for name, value in means.items()} | {"iou": each}
-
-
 def dense_probe(
     spec: str,
     data: Path,
@@ -273,9 +237,6 @@ def _confusion(featurizer: Featurizer, encode: Encode, weight_KD: Tensor, bias_K
     for _, tokens_ND, mask_HW in _scenes(featurizer, "val", encode):
         logits_KHW = functional.linear(tokens_ND, weight_KD, bias_K).T.reshape(classes, *grid)
         total += confusion(mask_HW, predict(logits_KHW, mask_HW.shape), classes)
-    if not total.any():
-        expected = "expected labelled pixels in split 'val'"
-        raise UsageError(f"{featurizer.data.path}: {expected}; found only ignored ones")
     return total
 
 

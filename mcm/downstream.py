@@ -1,4 +1,4 @@
-"""What fine-tuning needs of a task. Classification and detection are tasks."""
+"""What fine-tuning needs of a task. Classification, segmentation and detection are tasks."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -26,11 +26,12 @@ class Downstream(Protocol):
 
     `model` is not wrapped; its encoder is itself or `model.encoder`, for the layer decay. `group`
     is the number of rows that a micro-batch may not divide. `headline` is the name of the metric
-    that the command prints.
+    that the command prints. `shown` holds pictures of the last evaluation for the report.
     """
 
     group: int
     headline: str
+    shown: dict[str, Tensor]
 
     @property
     def model(self) -> nn.Module: ...

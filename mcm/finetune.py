@@ -4,23 +4,32 @@ B batch, K classes, H W pixels.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from timm.layers import DropPath
+from safetensors.torch import save as safetensors_bytes
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cache_tools.dataset import CHUNK_ROWS, Dataset
+from cache_tools.errors import UsageError
 from cache_tools.storage import write_atomic
 from mcm import checkpoint
 from mcm.augment import Mixer, eval_transform, train_transform
-from mcm.backbones import BATCHNORM_EPS, Backbone, FinetuneRun, load_encoder, model_args
+from mcm.backbones import (
+    BATCHNORM_EPS,
+    Backbone,
+    FinetuneRun,
+    load_encoder,
+    model_args,
+    set_drop_path,
+)
 from mcm.classifiers import training_rows
 from mcm.config import FinetuneConfig
 from mcm.detect import Detection
@@ -30,6 +39,7 @@ from mcm.optim import build_optimizer
 from mcm.probe import warn_of_copies
 from mcm.run_dir import claim, identity_config, recorded, recorded_exit, write_environment
 from mcm.sampler import EvalOrder, Order
+from mcm.segment import Segmentation
 from mcm.stream import Batch, DatasetSource, Stream, batches
 
 # The std of a new head, as in MAE: fine-tuning starts from uniform predictions, a probe does not.
@@ -44,14 +54,16 @@ def finetune(
     Raises: UsageError or IdentityError before the first step; the errors of `loop.train`.
     """
     dataset, settings = Dataset(data), config.train
+    if (found := dataset.record.task or "classify") != config.task:
+        expected = f"expected a DATASET for task = {config.task!r}, as the configuration says"
+        raise UsageError(f"{data}: {expected}; found a DATASET for {found!r}")
     with engine(settings.precision) as accelerator:
         world, rank = accelerator.num_processes, accelerator.process_index
         backbone = starting_point(out, config, init, weights)
-        kind = Detection if config.detect else Classification
-        task: Downstream = kind(config, dataset, backbone)
+        task = TASKS[config.task](config, dataset, backbone)
         rows, split = len(task.train.rows), (settings.global_batch, settings.micro_batch)
         order = Order(rows, 1, *split, world, rank, settings.seed, task.group)
-        claim(out, run_record(config, dataset, init, backbone, order), FinetuneConfig)
+        claim(out, run_record(config, dataset, init, backbone, order, task.model), FinetuneConfig)
         held_order = EvalOrder(len(task.held.rows), 1, order.batch, world, rank)
         held = Stream(held_order, task.held)
 
@@ -66,6 +78,8 @@ def finetune(
             if classes and accelerator.is_main_process:
                 table = json.dumps({"class": dataset.classes} | classes)
                 write_atomic(out / "classes.json", table.encode())
+            if task.shown and accelerator.is_main_process:
+                write_atomic(out / "shown.safetensors", safetensors_bytes(task.shown))
             return metrics
 
         with recorded_exit(out, accelerator.is_main_process) as stop:
@@ -75,11 +89,11 @@ def finetune(
                 write_environment(out, config, **facts)
             optimizer, stream = build_optimizer(task.model, config.optim), Stream(order, task.train)
             job = Job(out, task.model, optimizer, stream, task.loss, evaluate, config)
-            found = train(job, accelerator, stop)[task.headline]
+            score = train(job, accelerator, stop)[task.headline]
         if accelerator.is_main_process:
             pictures = f"{len(task.held.rows)} pictures of 'val'"
-            print(f"{out}: {task.headline} {100 * found:.2f} % on {pictures}", flush=True)
-    return found
+            print(f"{out}: {task.headline} {100 * score:.2f} % on {pictures}", flush=True)
+    return score
 
 
 class Classification:
@@ -96,6 +110,7 @@ class Classification:
         self.model = make_classifier(
             backbone.model, num_classes, config.pool, config.drop_path, seed, config.frozen
         )
+        self.shown: dict[str, Tensor] = {}
         self.mixer = Mixer(config.augment, num_classes, seed)
         transform = train_transform(config.augment, backbone)
         self.train = DatasetSource(dataset, "train", transform, seed, rows)
@@ -110,6 +125,13 @@ class Classification:
     def evaluate(self, items: Iterable[Batch], accelerator: Accelerator) -> tuple[Metrics, Classes]:
         """Return top-1, top-5 (fractions) and cross-entropy."""
         return accuracy(self.model, items, accelerator), {}
+
+
+TASKS: dict[str, Callable[[FinetuneConfig, Dataset, Backbone], Downstream]] = {
+    "classify": Classification,
+    "segment": Segmentation,
+    "detect": Detection,
+}
 
 
 def starting_point(out: Path, config: FinetuneConfig, init: str, weights: Path | None) -> Backbone:
@@ -128,9 +150,11 @@ def starting_point(out: Path, config: FinetuneConfig, init: str, weights: Path |
 
 
 def run_record(
-    config: FinetuneConfig, dataset: Dataset, init: str, backbone: Backbone, order: Order
-) -> FinetuneRun:
-    """Return the identity of the run; the backbone's model already has its new head."""
+    config: FinetuneConfig, dataset: Dataset, init: str, backbone: Backbone, order: Order,
+    model: nn.Module,
+) -> FinetuneRun:  # fmt: skip
+    """Return the identity of the run; the backbone's model already has its new head and size."""
+    normalised = any(isinstance(module, _BatchNorm) for module in model.modules())
     architecture, arguments = model_args(backbone.model)
     return FinetuneRun(
         config=identity_config(config),
@@ -141,13 +165,13 @@ def run_record(
         init_weights=backbone.weights,
         architecture=architecture,
         model_args=arguments,
-        size=backbone.size,
+        size=backbone.model.patch_embed.img_size,
         mean=backbone.mean,
         std=backbone.std,
         interpolation=backbone.interpolation,
         crop_pct=backbone.crop_pct,
-        micro_batch=order.batch if config.frozen else None,
-        ranks=order.world if config.frozen else None,
+        micro_batch=order.batch if normalised else None,
+        ranks=order.world if normalised else None,
     )
 
 
@@ -168,10 +192,7 @@ def make_classifier(
         return _freeze(model)
     norm = model.norm if isinstance(model.fc_norm, nn.Identity) else model.fc_norm
     model.norm, model.fc_norm = (nn.Identity(), norm) if pool == "avg" else (norm, nn.Identity())
-    rates = torch.linspace(0, drop_path, len(model.blocks)).tolist()
-    for block, rate in zip(model.blocks, rates, strict=True):
-        paths = (DropPath(rate) if rate else nn.Identity() for _ in range(2))
-        block.drop_path1, block.drop_path2 = paths
+    set_drop_path(model, drop_path)
     return model.requires_grad_(True)
 
 

@@ -18,12 +18,14 @@ from cache_tools.schema import CacheIdentity
 from cache_tools.storage import work_dir, write_atomic
 from mcm import checkpoint
 from mcm.dense_probe import DenseResult
-from mcm.figures import Array, channel_figures, channel_maps, curves, dots, samples
+from mcm.figures import Array, channel_figures, channel_maps, curves, dots, overlays, samples
 from mcm.probe import ProbeResult
 from mcm.run_dir import last_eval, read_metrics, recorded
 
 # Held-out R^2 of masked input at the run's ratio, and of full input without and with second fill.
 FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full", "r2_filled": "R^2 full, filled"}
+# The metric of each task of fine-tuning, and what a column says of it.
+HEADLINES = {"top1": "", "miou": ", mIoU", "box_ap": ", box AP"}
 ABLATIONS = {"columns", "rows"}  # keys of a results.json
 MINUTES = "minutes"  # a column of an ablation
 RANDOM = "random init"
@@ -56,7 +58,7 @@ def _shown(column: str, value: float | None) -> str:
         return "-"
     if column in FIT.values():
         return f"{value:.3f}"
-    return f"{value if column == MINUTES else 100 * value:.1f}"
+    return f"{value:.1f}" if column == MINUTES else _percent(value)
 
 
 def probed(result: ProbeResult) -> dict[str, float]:
@@ -70,7 +72,7 @@ def probed(result: ProbeResult) -> dict[str, float]:
 
 
 def fine_tuned(run: Path, seeded: bool = True) -> dict[str, float]:
-    """Return the last accuracy of a fine-tuning run by column.
+    """Return the last headline metric of a fine-tuning run by column.
 
     A column names the shots and, if `seeded`, the seed.
     """
@@ -79,7 +81,7 @@ def fine_tuned(run: Path, seeded: bool = True) -> dict[str, float]:
     column = ("linear (LARS)" if config["frozen"] else "fine-tuned") + shots
     column += _seed(config["train"]["seed"]) if seeded else ""
     newest = last_eval(run)
-    return {column: newest["top1"]} if newest else {}
+    return {f"{column}{unit}": newest[key] for key, unit in HEADLINES.items() if key in newest}
 
 
 def held_out(run: Path) -> dict[str, float]:
@@ -182,6 +184,10 @@ def _add_run(tables: dict[str, Table], run: Path, label: str, rows: Mapping[str,
         tables[data].put(label, values, label)
 
 
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
 def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
@@ -242,6 +248,12 @@ def _run_section(run: Path, label: str) -> str:
     parts += [samples(shown, grid)] if shown else []
     parts += ["<h3>channels</h3>", channel_figures(channels)] if channels else []
     parts += [channel_maps(shown, channels, grid)] if shown and channels else []
+    if table := _json(run / "classes.json"):
+        columns = (map(_percent, values) for name, values in table.items() if name != "class")
+        lines = [list(table), *map(list, zip(table["class"], *columns, strict=True))]
+        parts.append(_html_table(lines, "classes of the last evaluation, in percent"))
+    if drawings := _tensors(run / "shown.safetensors"):
+        parts.append(overlays(drawings, table["class"]))
     for name in ("config.toml", "env.json", "run.json"):
         if (file := run / name).is_file():
             toml = name.endswith("toml")

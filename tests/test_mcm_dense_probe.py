@@ -18,17 +18,16 @@ from torch.nn import functional
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.records import read_record
+from mcm import dense
 from mcm import dense_probe as module
+from mcm.dense import confusion, predict, scores
 from mcm.dense_probe import (
     DenseResult,
     Patches,
     choose_l2,
     collect,
-    confusion,
     dense_probe,
     label_shares,
-    predict,
-    scores,
     text,
 )
 from mcm.features import FOLDS
@@ -80,7 +79,7 @@ def test_label_shares_are_a_histogram_of_each_patch(size):
 def test_predict_is_torchs_bilinear_in_strips(monkeypatch):
     logits = torch.randn(K, *GRID, generator=torch.Generator().manual_seed(0))
     whole = functional.interpolate(logits[None], (37, 23), mode="bilinear")[0].argmax(0)
-    monkeypatch.setattr(module, "PIXEL_LOGITS", 5 * K * 23)
+    monkeypatch.setattr(dense, "PIXEL_LOGITS", 5 * K * 23)
     assert (predict(logits, (37, 23)) == whole).float().mean() > 0.999
 
 
@@ -179,9 +178,7 @@ def test_the_command_prints_json_and_refuses_what_needs_labels(data, tmp_path):
 
 
 def test_a_dataset_of_the_other_task_is_one_line(data, tmp_path):
-    with pytest.raises(
-        UsageError, match="expected labels for every picture of 'train'.*it has masks: use `mcm-train probe`"
-    ):
+    with pytest.raises(UsageError, match="expected a DATASET for task = 'classify'.*found a DATASET for 'segment'"):
         finetune(config(), data, str(make_run(tmp_path / "run")), None, tmp_path / "out")
 
 

@@ -1,0 +1,79 @@
+"""Dense prediction with a plain ViT: maps of its blocks, the class of each pixel, and scores.
+
+Letters: B batch, D width, K classes, h w the grid, H W pixels.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.nn import functional
+
+from cache_tools.errors import UsageError
+from cache_tools.labels import IGNORED, Mask
+
+PIXEL_LOGITS = 1 << 26  # the size of one computation
+
+
+def feature_maps(vit: VisionTransformer, x_B3HW: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+    """Return the maps [B, D, h, w] of blocks, counted from 1, without the final norm."""
+    indices = [block - 1 for block in blocks]
+    maps = vit.forward_intermediates(
+        x_B3HW, indices=indices, stop_early=True, intermediates_only=True
+    )
+    return cast(list[Tensor], maps)
+
+
+def resize_input(vit: VisionTransformer, size: int) -> None:
+    """Give a ViT square pictures of `size` pixels; its positions are resampled.
+
+    Raises: UsageError unless the patches tile the picture.
+    """
+    if any(size % side for side in vit.patch_embed.patch_size):
+        patch = "x".join(map(str, vit.patch_embed.patch_size))
+        expected = f"expected a multiple of the patch of {patch} pixels"
+        raise UsageError(f"segment.crop: {expected}; found {size}")
+    vit.set_input_size(img_size=(size, size))
+
+
+def predict(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the most probable class [H, W] of logits [K, h, w], resized bilinearly to `size`.
+
+    The pixels are computed in strips of bounded memory.
+    """
+    eyes = (torch.eye(cells, device=logits_KHW.device)[None] for cells in logits_KHW.shape[1:])
+    down, across = (
+        functional.interpolate(eye, pixels, mode="linear")[0].T
+        for eye, pixels in zip(eyes, size, strict=True)
+    )
+    wide_KhW = logits_KHW @ across.T
+    strips = torch.split(down, max(1, PIXEL_LOGITS // wide_KhW[:, 0].numel()))
+    return torch.cat([torch.einsum("Hh,KhW->KHW", strip, wide_KhW).argmax(0) for strip in strips])
+
+
+def confusion(mask_HW: Mask, predicted_HW: Tensor, num_classes: int) -> Tensor:
+    """Return the pixel counts per (true, predicted) class, int64 [K, K], without ignored pixels."""
+    truth_HW = torch.tensor(mask_HW, dtype=torch.int64, device=predicted_HW.device)
+    pairs = (truth_HW * num_classes + predicted_HW)[truth_HW != IGNORED]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def scores(confusion_KK: Tensor) -> dict[str, Any]:
+    """Return miou, mean_accuracy, pixel_accuracy and iou.
+
+    The means omit a class that occurs neither in the truth nor in the prediction.
+
+    Raises: UsageError if no pixel has a label.
+    """
+    if not confusion_KK.any():
+        raise UsageError("expected labelled pixels in split 'val'; found only ignored ones")
+    hits, truth = confusion_KK.diagonal().double(), confusion_KK.sum(1).double()
+    found = confusion_KK.sum(0).double()
+    iou, accuracy = hits / (truth + found - hits), hits / truth
+    means = {"miou": iou.nanmean(), "mean_accuracy": accuracy.nanmean()}
+    means["pixel_accuracy"] = hits.sum() / truth.sum()
+    each = tuple(None if math.isnan(value) else value for value in iou.tolist())
+    return {name: float(value) for name, value in means.items()} | {"iou": each}

@@ -1,0 +1,89 @@
+"""Pictures with masks: scale, crop and flip for training, and whole pictures for evaluation.
+
+Each scene is a pure function of (seed, epoch, row). B batch, S pixels of the crop, H W pixels.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from cache_tools.dataset import Dataset
+from cache_tools.images import RGB
+from cache_tools.labels import IGNORED, Mask
+from cache_tools.rng import hash_u64
+from mcm.augment import decoded, seeded
+from mcm.config import Segment
+from mcm.sampler import Indices
+from mcm.stream import Batch
+
+LONGEST = 4  # the longer side of an evaluated picture, in crops
+CROPS = 10  # tries for a crop in which no class covers more than `segment.max_share`
+
+
+class SceneSource:
+    """Batches of the pictures of a DATASET with masks; one row is one chunk.
+
+    A training batch has pictures uint8 [B, S, S, 3], masks uint8 [B, S, S] and rows [B]. A batch of
+    evaluation has lists without padding: pictures uint8 [H, W, 3] whose shorter side is the crop,
+    their extents (without a border that fills the crop), and the masks of the source pictures.
+    """
+
+    def __init__(
+        self, dataset: Dataset, split: str, segment: Segment, mean: Sequence[float], seed: int,
+        training: bool,
+    ) -> None:  # fmt: skip
+        self.dataset, self.split, self.segment, self.seed = dataset, split, segment, seed
+        self.training, self.rows = training, np.arange(dataset.rows(split))
+        self.colour = [255 * value for value in mean]
+        low, high = (round(segment.crop * scale) for scale in segment.scale)
+        fill = {tv_tensors.Image: self.colour, tv_tensors.Mask: IGNORED}
+        distort = [v2.RandomPhotometricDistort()] if segment.photometric else []
+        self.resize = v2.RandomResize(low, high + 1)  # of the shorter side
+        self.crop = v2.RandomCrop(segment.crop, pad_if_needed=True, fill=fill)
+        self.finish = v2.Compose([v2.RandomHorizontalFlip(segment.flip), *distort])
+
+    def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
+        """Return the batch of the rows; the memory of `used` is not needed."""
+        rows, scenes = self.rows[chunks], []
+        for row in rows.tolist():
+            rgb_HW3 = decoded(self.dataset.picture(self.split, row)[0])
+            scene = rgb_HW3, self.dataset.mask(self.split, row)
+            seed = int(hash_u64(self.seed, "augment", epoch, row))
+            scenes.append(self.augmented(*scene, seed) if self.training else self.whole(*scene))
+        names = ("pictures", "masks") if self.training else ("pictures", "masks", "extents")
+        columns = zip(*scenes, strict=True) if scenes else [()] * len(names)
+        out: Batch = dict(zip(names, map(list, columns), strict=True))
+        if self.training:
+            out = {name: torch.stack(values) for name, values in out.items()}
+        return out | {"rows": torch.from_numpy(rows), "epoch": epoch}
+
+    def augmented(self, rgb_HW3: RGB, mask_HW: Mask, seed: int) -> tuple[Tensor, Tensor]:
+        """Return a random crop [S, S, 3] and its mask [S, S]; padding is ignored."""
+        picture = tv_tensors.Image(torch.tensor(rgb_HW3).permute(2, 0, 1))
+        with seeded(seed):
+            scene = self.resize(picture, tv_tensors.Mask(torch.tensor(mask_HW)))
+            for _ in range(CROPS):
+                picture, mask = self.crop(*scene)
+                counts = mask.flatten().bincount(minlength=IGNORED)[:IGNORED]
+                if counts.max() <= self.segment.max_share * counts.sum():
+                    break
+            picture, mask = self.finish(picture, mask)
+        return picture.permute(1, 2, 0).as_subclass(Tensor), mask.as_subclass(Tensor)
+
+    def whole(self, rgb_HW3: RGB, mask_HW: Mask) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Return the picture for sliding windows, its mask, and its height and width."""
+        crop, picture = self.segment.crop, torch.tensor(rgb_HW3).permute(2, 0, 1)
+        picture = functional.resize(picture, [crop], max_size=LONGEST * crop)
+        height, width = picture.shape[1:]
+        missing = [0, 0, max(0, crop - width), max(0, crop - height)]
+        picture = functional.pad(picture, missing, fill=self.colour)
+        return picture.permute(1, 2, 0), torch.tensor(mask_HW), (height, width)
+
+    def rows_of(self, chunks: Indices) -> Indices:
+        """Return the row numbers of a batch's chunks."""
+        return self.rows[chunks]
