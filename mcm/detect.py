@@ -4,7 +4,7 @@ B batch, N objects, S pixels of the canvas.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,19 +17,20 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
+from cache_tools.images import RGB
 from cache_tools.rng import hash_u64
 from mcm.augment import decoded
 from mcm.backbones import Backbone
 from mcm.config import Detect, FinetuneConfig
 from mcm.downstream import Classes, Metrics
-from mcm.draw import draw_boxes
-from mcm.jitter import Placement, fitted, jittered, outline, targets
+from mcm.draw import draw_boxes, draw_labels
+from mcm.jitter import Array, Placement, fitted, jittered, outline, targets
 from mcm.sampler import Indices
 from mcm.stream import Batch
 from mcm.vitdet import Detector, Found, windowed
 
 Result = dict[str, Any]  # a COCO result of one object
-SHOWN, LIKELY = 8, 0.5  # held-out pictures in the report, and the least score of their boxes
+SHOWN, LIKELY = 8, 0.5  # held-out pictures in the report; the least score of a box that is drawn
 KINDS = {"bbox": "box", "segm": "mask"}
 STATS = {"AP_all": "ap", "AP_50": "ap50", "AP_75": "ap75"}
 STATS |= {f"AP_{size}": f"ap_{size}" for size in ("small", "medium", "large")}
@@ -38,10 +39,9 @@ STATS |= {f"AP_{size}": f"ap_{size}" for size in ("small", "medium", "large")}
 class ObjectSource:
     """Batches of the pictures of a DATASET with boxes on the canvas; one row is one chunk.
 
-    A batch has pictures uint8 [B, S, S, 3] and rows [B], and as lists the size of each source
-    picture and its extent on the canvas. Training adds the objects of all pictures, one after
-    another: boxes [N, 4], labels [N], packed masks [N, S, S / 8], and a list of the objects per
-    picture. Rows beyond the chunks are padding: weight 0 and row number -1.
+    A batch has pictures uint8 [B, S, S, 3], their rows, and where they lie. Training adds the
+    objects of all pictures, one after another, and the number of each picture: boxes [N, 4], labels
+    [N], packed masks [N, S, S / 8], counts. A short batch is not padded.
     """
 
     def __init__(
@@ -55,32 +55,23 @@ class ObjectSource:
 
     def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
         """Return the batch of the rows; the memory of `used` is not needed."""
-        size, objects, placements = self.detect.size, [], []
-        pictures_BSS3 = np.zeros((batch, size, size, 3), np.uint8)
-        rows = self.rows[chunks].tolist()
-        for position, row in enumerate(rows):
+        rows, size = self.rows[chunks].tolist(), self.detect.size
+        canvases_BSS3 = np.empty((len(rows), size, size, 3), np.uint8)
+        places, objects = list[Placement](), list[dict[str, Array]]()
+        for canvas_SS3, row in zip(canvases_BSS3, rows, strict=True):
             rgb = decoded(self.dataset.picture(self.split, row)[0])
             seed, source = int(hash_u64(self.seed, "augment", epoch, row)), rgb.shape[:2]
             place = jittered(source, self.detect, seed) if self.training else fitted(source, size)
-            place.draw(rgb, pictures_BSS3[position], self.mean)
-            placements.append(place)
+            place.draw(rgb, canvas_SS3, self.mean)
+            places.append(place)
             if self.training:
                 there = self.dataset.boxes(self.split, row)
                 objects.append(targets(there, place, size, self.detect.masks))
-        padding = [0] * (batch - len(rows))
-        out: Batch = {
-            "pictures": torch.from_numpy(pictures_BSS3),
-            "sources": [place.source for place in placements],
-            "extents": [place.extent for place in placements],
-            "rows": torch.tensor(rows + [-1] * len(padding)),
-            "weight": torch.tensor([1.0] * len(rows) + padding),
-            "epoch": epoch,
-        }
+        out: Batch = {"pictures": torch.from_numpy(canvases_BSS3), "rows": rows, "places": places}
         if self.training:
-            out["counts"] = [len(found["labels"]) for found in objects]
+            out |= {"epoch": epoch, "counts": [len(each["labels"]) for each in objects]}
             for name in objects[0]:
-                arrays = [found[name] for found in objects]
-                out[name] = torch.from_numpy(np.concatenate(arrays))
+                out[name] = torch.from_numpy(np.concatenate([each[name] for each in objects]))
         return out
 
     def rows_of(self, chunks: Indices) -> Indices:
@@ -107,55 +98,48 @@ class Detection:
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of the losses of the proposals, classes, boxes and masks."""
+        extents = [place.extent for place in batch["places"]]
         objects = objects_of(batch, self.model.has_masks)
-        loss: Tensor = wrapped(batch["pictures"], batch["extents"], objects)
-        return loss
+        return cast(Tensor, wrapped(batch["pictures"], extents, objects))
 
     def evaluate(self, items: Iterable[Batch], accelerator: Accelerator) -> tuple[Metrics, Classes]:
         """Return COCO's AP of boxes and masks, over the detections of all ranks.
 
-        The first pictures of this rank are kept in `shown`.
+        The main rank keeps the first pictures in `shown`.
         """
-        mine: list[Result] = []
-        shown: list[tuple[Tensor, Tensor]] = []
+        mine = list[Result]()
         for batch in items:
             pictures_BSS3 = batch["pictures"].to(accelerator.device)
-            found = detections(self.model, pictures_BSS3, batch["sources"])
-            for row, results in zip(batch["rows"].tolist(), found, strict=False):  # not the padding
+            found = detections(self.model, pictures_BSS3, batch["places"])
+            for row, results in zip(batch["rows"], found, strict=True):
                 mine += [result | {"image_id": row} for result in results]
-            for i, results in enumerate(found[: SHOWN - len(shown)]):
-                shown.append(self._drawn(batch["pictures"][i], int(batch["rows"][i]), results))
-        names = ("truth", "predicted")
-        columns = zip(*shown, strict=True)
-        self.shown = dict(zip(names, map(torch.stack, columns), strict=bool(shown)))
         every = sorted(gather_object(mine), key=lambda result: result["image_id"])
         scored: list[tuple[Metrics, Classes]] = [({}, {})]
         if accelerator.is_main_process:
             truth, (metrics, classes) = ground_truth(self.dataset, "val"), scored[0]
+            self.shown = {
+                "truth": self._drawn(truth["annotations"]),
+                "predicted": self._drawn(every),
+            }
             for kind, name in list(KINDS.items())[: 1 + self.model.has_masks]:
                 more, classes[f"{name}_ap"] = average_precision(truth, every, kind)
                 metrics |= more
         broadcast_object_list(scored)
         return scored[0]
 
-    def _drawn(self, canvas_SS3: Tensor, row: int, results: list[Result]) -> tuple[Tensor, Tensor]:
-        """Return the picture [3, S, S] with the true boxes, and with the likely detections."""
-        there = self.dataset.boxes("val", row)
-        place, names = fitted(there.size_HW, len(canvas_SS3)), self.dataset.classes
-        likely = [result for result in results if result["score"] >= LIKELY]
-        found_N4 = np.reshape([corners(result) for result in likely], (-1, 4))
-        found_N = [result["category_id"] for result in likely]
-        scores = [f"{names[r['category_id']]} {r['score']:.2f}" for r in likely]
-        true_N = there.labels_N.tolist()
-        pair = (
-            draw_boxes(canvas_SS3.numpy(), place.boxes(boxes_N4), labels_N, texts)
-            for boxes_N4, labels_N, texts in (
-                (there.boxes_N4, true_N, [names[label] for label in true_N]),
-                (found_N4, found_N, scores),
-            )
-        )
-        truth, predicted = (torch.tensor(rgb_SS3).permute(2, 0, 1) for rgb_SS3 in pair)
-        return truth, predicted
+    def _drawn(self, every: Sequence[Result]) -> Tensor:
+        """Return the first held-out pictures with their objects, uint8 [pictures, 3, S, S]."""
+        canvases = []
+        for row in range(min(SHOWN, len(self.held.rows))):
+            rgb = decoded(self.dataset.picture("val", row)[0])
+            results = [result for result in every if result["image_id"] == row]
+            if not self.model.has_masks:
+                results = [{k: v for k, v in r.items() if k != "segmentation"} for r in results]
+            canvases.append(np.empty((self.held.detect.size,) * 2 + (3,), np.uint8))
+            place = fitted((rgb.shape[0], rgb.shape[1]), self.held.detect.size)
+            drawn = draw_results(rgb, results, self.dataset.classes)
+            place.draw(drawn, canvases[-1], self.held.mean)
+        return torch.from_numpy(np.stack(canvases)).permute(0, 3, 1, 2)
 
 
 def training_rows(dataset: Dataset, detect: Detect) -> Indices:
@@ -163,21 +147,16 @@ def training_rows(dataset: Dataset, detect: Detect) -> Indices:
 
     Raises: UsageError if a split has no object or, with `detect.masks`, no mask.
     """
-    rows: dict[str, Sequence[int]] = {s: range(dataset.rows(s)) for s in ("train", "val")}
-    if not detect.empty:  # crowds train nothing
-        kept = (row for row in rows["train"] if not dataset.boxes("train", row).iscrowd_N.all())
-        rows["train"] = list(kept)
-    for split in rows:
-        there = (dataset.boxes(split, row) for row in rows[split])
-        if not any(
-            any(objects.segmentation) if detect.masks else len(objects.labels_N)
-            for objects in there
-        ):
+    for split in ("train", "val"):
+        there = (dataset.boxes(split, row) for row in range(dataset.rows(split)))
+        if not any(any(each.segmentation) if detect.masks else len(each.ids_N) for each in there):
             what, hint = ("masks", "; set detect.masks = false") if detect.masks else ("boxes", "")
             raise UsageError(
                 f"{dataset.path}: expected {what} in split {split!r}; found none{hint}"
             )
-    return np.array(rows["train"])
+    rows = range(dataset.rows("train"))
+    kept = (detect.empty or not dataset.boxes("train", row).iscrowd_N.all() for row in rows)
+    return np.flatnonzero(np.fromiter(kept, bool))  # crowds train nothing
 
 
 def make_detector(
@@ -202,27 +181,35 @@ def objects_of(batch: Batch, masks: bool) -> list[Found]:
 
 @torch.inference_mode()
 def detections(
-    model: Detector, pictures_BSS3: Tensor, sources: Sequence[tuple[int, int]]
+    model: Detector, pictures_BSS3: Tensor, places: Sequence[Placement]
 ) -> list[list[Result]]:
-    """Return what the model finds in pictures that `fitted` has placed, in their own pixels.
+    """Return what the model finds in `fitted` pictures, in their own pixels.
 
-    A detection is a COCO result: category_id (the class), bbox [x, y, width, height], score and,
-    with masks, segmentation (RLE). `sources` are heights and widths.
+    A result is COCO's: category_id (the class), bbox [x, y, width, height], score and, with masks,
+    segmentation (RLE).
     """
-    size, count = pictures_BSS3.shape[1], len(sources)
-    placements = [fitted(source, size) for source in sources]
-    extents = [place.extent for place in placements]
-    found = model(pictures_BSS3[:count], extents) if count else []
-    return [_records(*pair) for pair in zip(found, placements, strict=True)]
+    extents = [place.extent for place in places]
+    found = model(pictures_BSS3, extents) if extents else []
+    return [_results(*pair) for pair in zip(found, places, strict=True)]
 
 
-def corners(result: Result) -> list[float]:
-    """Return the box (x0, y0, x1, y1) of a COCO result."""
-    x, y, width, height = result["bbox"]
-    return [x, y, x + width, y + height]
+def draw_results(rgb: RGB, results: Iterable[Result], classes: Sequence[str]) -> RGB:
+    """Return the picture with its objects, the best on top; a score below LIKELY is left out."""
+    likely = [result for result in results if result.get("score", 1.0) >= LIKELY]
+    likely.sort(key=lambda result: result.get("score", 1.0))
+    labels_HW = np.full(rgb.shape[:2], len(classes))
+    for result in likely:
+        if "segmentation" in result:
+            rle = coco_mask.segmToRle(result["segmentation"], *rgb.shape[1::-1])
+            labels_HW[coco_mask.decode(rle) > 0] = result["category_id"]
+    boxes = [(x, y, x + width, y + height) for x, y, width, height in (r["bbox"] for r in likely)]
+    labels = [result["category_id"] for result in likely]
+    scores = [f" {result['score']:.2f}" if "score" in result else "" for result in likely]
+    names = [classes[label] + score for label, score in zip(labels, scores, strict=True)]
+    return draw_boxes(draw_labels(rgb, labels_HW, len(classes)), boxes, labels, names)
 
 
-def _records(found: Found, place: Placement) -> list[Result]:
+def _results(found: Found, place: Placement) -> list[Result]:
     boxes_N4 = place.back(found["boxes"].double().cpu().numpy())
     xywh_N4 = np.concatenate([boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]], axis=1)
     labels, scores = (found[name].tolist() for name in ("labels", "scores"))

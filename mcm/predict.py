@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from faster_coco_eval import mask as coco_mask
 from PIL import Image
 
 from cache_tools.console import one_line, progress
@@ -25,14 +24,12 @@ from cache_tools.weights import load_whole
 from mcm.augment import eval_transform
 from mcm.backbones import load_encoder, newest, recorded_backbone
 from mcm.config import FinetuneConfig
-from mcm.detect import Result, detections, make_detector
-from mcm.draw import draw_boxes, draw_labels
+from mcm.detect import detections, draw_results, make_detector
 from mcm.features import device
 from mcm.jitter import fitted
 from mcm.run_dir import recorded, recorded_config
 
 TOP = 5  # classes per picture
-DRAWN = 0.5  # the least score of an object that is drawn
 
 
 class Prediction(NamedTuple):
@@ -182,30 +179,17 @@ def _detector(run: Path) -> Predictor:
 
     def detect_in(pictures: Sequence[RGB]) -> list[Prediction]:
         canvases_BSS3 = np.empty((len(pictures), detect.size, detect.size, 3), np.uint8)
-        for rgb, canvas in zip(pictures, canvases_BSS3, strict=True):
-            fitted(rgb.shape[:2], detect.size).draw(rgb, canvas, backbone.mean)
-        sizes = [rgb.shape[:2] for rgb in pictures]
-        found = detections(model, torch.from_numpy(canvases_BSS3).to(device()), sizes)
+        places = [fitted((rgb.shape[0], rgb.shape[1]), detect.size) for rgb in pictures]
+        for rgb, place, canvas in zip(pictures, places, canvases_BSS3, strict=True):
+            place.draw(rgb, canvas, backbone.mean)
+        found = detections(model, torch.from_numpy(canvases_BSS3).to(device()), places)
         return [
             Prediction(
                 {"objects": len(objects)},
-                {"drawn": encode_view(_drawn(rgb, objects, classes), "png")},
+                {"drawn": encode_view(draw_results(rgb, objects, classes), "png")},
                 [each | {"category_id": ids[each["category_id"]]} for each in objects],
             )
             for rgb, objects in zip(pictures, found, strict=True)
         ]
 
     return detect_in
-
-
-def _drawn(rgb: RGB, objects: Iterable[Result], classes: Sequence[str]) -> RGB:
-    """Return the picture with the objects of at least the score DRAWN, the best on top."""
-    kept = sorted((each for each in objects if each["score"] >= DRAWN), key=lambda o: o["score"])
-    labels_HW = np.full(rgb.shape[:2], len(classes))
-    for each in kept:
-        if "segmentation" in each:
-            labels_HW[coco_mask.decode(each["segmentation"]) > 0] = each["category_id"]
-    boxes = [(x, y, x + width, y + height) for x, y, width, height in (o["bbox"] for o in kept)]
-    labels = [each["category_id"] for each in kept]
-    names = [f"{classes[each['category_id']]} {each['score']:.2f}" for each in kept]
-    return draw_boxes(draw_labels(rgb, labels_HW, len(classes)), boxes, labels, names)

@@ -149,12 +149,12 @@ def losses(run):
 def test_a_batch_is_a_function_of_its_epoch_and_holds_each_picture_with_its_objects(data):
     source = ObjectSource(data, "train", config().detect, (0.5,) * 3, 0, np.arange(8))
     one, other, later = (source(epoch, np.array([4, 1, 2]), 4) for epoch in (0, 0, 1))
-    assert one["rows"].tolist() == [4, 1, 2, -1] and one["weight"].tolist() == [1, 1, 1, 0]
+    assert one["rows"] == [4, 1, 2] and [place.source for place in one["places"]] == [(40, 32)] * 3
     assert all(torch.equal(one[name], other[name]) for name in ("pictures", "boxes", "labels", "masks"))
     assert not torch.equal(one["pictures"], later["pictures"])
     objects = objects_of(one, masks=True)
     assert [len(each["labels"]) for each in objects] == one["counts"] and sum(one["counts"]) > 0
-    for each, canvas in zip(objects, one["pictures"], strict=False):
+    for each, canvas in zip(objects, one["pictures"], strict=True):
         for mask, box in zip(each["masks"], each["boxes"].int().tolist(), strict=True):
             rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
             assert box == [*map(int, (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))]
@@ -168,11 +168,10 @@ def test_detections_are_in_pixels_of_the_picture():
             box, mask = torch.tensor([[8.0, 8, 24, 24]]), torch.ones(1, 1, 28, 28)
             return [{"boxes": box, "labels": torch.tensor([2]), "scores": torch.tensor([0.5]), "masks": mask}]
 
-    ((found,),) = detections(Finder(), torch.zeros(3, 64, 64, 3, dtype=torch.uint8), [(100, 200)])
+    ((found,),) = detections(Finder(), torch.zeros(1, 64, 64, 3, dtype=torch.uint8), [fitted((100, 200), 64)])
     assert found["bbox"] == [25, 25, 50, 50] and found["category_id"] == 1
     mask = coco_mask.decode(found["segmentation"])
     assert mask.shape == (100, 200) and mask[26:74, 26:74].all() and mask.sum() <= 52 * 52
-    assert fitted((100, 200), 64).extent == (32, 64)
 
 
 def test_rows_without_objects_train_only_if_asked_and_missing_masks_are_refused(data, tmp_path):
