@@ -109,10 +109,10 @@ def doctor(
 
     found = check(load_toml(PretrainConfig, config_file(config), set_ or ()), cache, processes)
     if json:
-        print_json([dict(zip(("status", "check", "text"), f, strict=True)) for f in found])
+        print_json({name: {"status": status, "text": text} for name, status, text in found})
     elif os.environ.get("RANK", "0") == "0":
-        print("\n".join(f"{status:<6}{name:<11}{text}" for status, name, text in found))
-    raise typer.Exit(2 * any(status == "fail" for status, *_ in found))
+        print("\n".join(f"{status:<6}{name:<11}{text}" for name, status, text in found))
+    raise typer.Exit(2 * any(status == "fail" for _, status, _ in found))
 
 
 @app.command(no_args_is_help=True)

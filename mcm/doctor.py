@@ -1,7 +1,6 @@
 """`mcm-train doctor`: what is wrong with a pre-training, before its first step. It writes nothing.
 
-A check returns its text or raises: a Doubt is a warning, any other error, as in `pretrain`, a
-failure. Both name the remedy.
+A check returns "ok" or "warn" with a text, or raises the error that `pretrain` would raise.
 """
 
 import os
@@ -22,41 +21,36 @@ from mcm.pretrain import choose_units, run_record
 from mcm.sampler import Order
 from mcm.stream import PREFETCH, CacheSource
 
-Finding = tuple[str, str, str]  # ok, warn or fail; the check; its text
-
-
-class Doubt(McmError):
-    """The training would run, but slowly or not as expected."""
+Finding = tuple[str, str, str]  # the check; ok, warn or fail; a text that names the remedy
 
 
 def doctor(config: PretrainConfig, path: Path, processes: int = 1) -> list[Finding]:
     """Check a training on a CACHE in `processes` processes; a launcher may have started them."""
     local, train = int(os.environ.get("LOCAL_WORLD_SIZE", processes)), config.train
-    found = [_find("processes", _processes, processes, local, train.precision)]
-    found += [_find("workers", _workers, train.workers, local)]
+    found = [
+        _find("processes", _processes, processes, train.precision),
+        _find("workers", _workers, train.workers, local),
+    ]
     try:
         units, val = choose_units(cache := Cache(path), (), config.data.views)
         run = run_record(config, cache, [*units, *val])
-        micro = train.global_batch, train.micro_batch, processes
-        order = Order(units[0].rows, CHUNK_ROWS, *micro)
+        batch = train.global_batch, train.micro_batch
+        order = Order(units[0].rows, CHUNK_ROWS, *batch, processes)
     except (McmError, OSError) as error:
-        return [*found, ("fail", "cache", f"{error_line(error)}; then check again for the rest")]
-    text = f"{config.schedule.epochs} epochs of {order.steps_per_epoch} steps, each of {processes}"
-    text += (
-        f" x {order.accumulation} x {order.batch} rows; {run.channels} channels of {run.teacher}"
-    )
-    shared = _find("/dev/shm", _shared_memory, units, order.batch, local * train.workers)
-    return [*found, ("ok", "cache", text), shared, _find("pixels", _pixels, units[0])]
+        return [*found, ("cache", "fail", f"{error_line(error)}; then check again for the rest")]
+    text = f"{order}; the target has {run.channels} channels"
+    memory = _find("/dev/shm", _shared_memory, units, order, local * train.workers)
+    return [*found, ("cache", "ok", text), memory, _find("pixels", _pixels, units[0])]
 
 
-def _find(name: str, check: Callable[..., str], *arguments: object) -> Finding:
+def _find(name: str, check: Callable[..., tuple[str, str]], *arguments: object) -> Finding:
     try:
-        return "ok", name, check(*arguments)
+        return name, *check(*arguments)
     except (McmError, OSError) as error:
-        return "warn" if isinstance(error, Doubt) else "fail", name, error_line(error)
+        return name, "fail", error_line(error)
 
 
-def _processes(expected: int, local: int, precision: str) -> str:
+def _processes(expected: int, precision: str) -> tuple[str, str]:
     with engine(precision) as accelerator:
         world, device = accelerator.num_processes, accelerator.device
     launched = os.environ.keys() & {"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "SLURM_PROCID"}
@@ -66,37 +60,35 @@ def _processes(expected: int, local: int, precision: str) -> str:
             f" `accelerate launch --multi_gpu --num_processes {expected}`"
         )
     if device.type == "cpu":
-        raise Doubt(f"no GPU for {expected}: training runs on the CPU; look at `nvidia-smi`")
-    if local > (gpus := torch.cuda.device_count()):
-        raise UsageError(f"expected a GPU per process; found {gpus} for {local}; start {gpus}")
-    return f"{expected} on {torch.cuda.get_device_name()}, {precision}"
+        return "warn", f"no GPU for {expected}: training runs on the CPU; look at `nvidia-smi`"
+    return "ok", f"{expected} on {torch.cuda.get_device_name()}, {precision}"
 
 
-def _workers(workers: int, local: int) -> str:
+def _workers(workers: int, local: int) -> tuple[str, str]:
     cores = len(os.sched_getaffinity(0))
     text, most = f"{local} x {workers} on {cores} cores", max(0, cores // local - 1)
-    if workers > most or (not workers and torch.cuda.is_available()):
-        advice = f"at most {most}" if workers else "1 or more: the GPU waits for every batch"
-        raise Doubt(f"{text}, beside the training; set train.workers to {advice}")
-    return text
+    if workers > most:
+        return "warn", f"{text}, beside the training; set train.workers to at most {most}"
+    return "ok", text
 
 
-def _shared_memory(units: list[Unit], batch: int, workers: int) -> str:
+def _shared_memory(units: list[Unit], order: Order, workers: int) -> tuple[str, str]:
     identity, free = units[0].identity, free_bytes(Path("/dev/shm"))
     size_HW = identity.view_height, identity.view_width
     source = CacheSource(units, size_HW, identity.tokens, 1, 0, cls=identity.has_cls)
-    needed = workers * (PREFETCH + 1) * source.nbytes(batch)
+    batch = source(*order.slice(0), order.batch).values()
+    needed = workers * (PREFETCH + 1) * sum(x.nbytes for x in batch if isinstance(x, torch.Tensor))
     text = f"{needed / 1e6:,.0f} MB for the batches of {workers} workers, {free / 1e6:,.0f} MB free"
     if needed > free:
         remedy = "enlarge it (docker: --ipc=host), or lower train.workers or train.micro_batch"
         raise ResourceError(f"too small: {text}; {remedy}")
-    return text
+    return "ok", text
 
 
-def _pixels(unit: Unit) -> str:
+def _pixels(unit: Unit) -> tuple[str, str]:
     expected = unit.identity.pixels_sha256
-    if expected not in (None, pixels_sha256(unit.identity.view_encoding)):
-        found = unit.commit(0).fingerprint.versions
-        names = ", ".join(f"{n} {found.get(n, 'unknown')}" for n in ("pillow", "simplejpeg"))
-        raise Doubt(f"this machine decodes other pixels than the teacher's; install its {names}")
-    return "decoded as for the teacher" if expected else "not recorded in this cache"
+    if expected in (None, pixels_sha256(unit.identity.view_encoding)):
+        return "ok", "decoded as for the teacher" if expected else "not recorded in this cache"
+    found = unit.commit(0).fingerprint.versions
+    names = ", ".join(f"{n} {found.get(n, 'unknown')}" for n in ("pillow", "simplejpeg"))
+    return "warn", f"this machine decodes other pixels than the teacher's; install its {names}"

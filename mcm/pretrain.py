@@ -157,9 +157,7 @@ def announce(
     print(f"{order.rows} rows in {len(units)} views; {views}")
     if partial := order.rows % CHUNK_ROWS:
         print(f"the last {partial} rows, a partial chunk, are left out of training")
-    split = f"{order.world} ranks x {order.accumulation} micro-steps x {order.batch} rows"
-    steps = f"{order.steps_per_epoch} steps per epoch"
-    print(f"{steps}, each of {order.global_batch} rows: {split}", flush=True)
+    print(order, flush=True)
     if not val:
         print("the cache has no complete unit of 'val': no held-out loss or R^2", flush=True)
     if no_knn:

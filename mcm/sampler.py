@@ -55,6 +55,10 @@ class Order:
                 " lower train.global_batch or add rows"
             )
 
+    def __str__(self) -> str:
+        split = f"{self.world} ranks x {self.accumulation} micro-steps x {self.batch} rows"
+        return f"{self.steps_per_epoch} steps per epoch, each of {self.global_batch} rows: {split}"
+
     @property
     def chunks(self) -> int:
         """The number of whole chunks; training leaves out a trailing partial chunk."""

@@ -63,8 +63,7 @@ def stored_features(unit: Unit, quiet: bool, gram: Gram | None = None) -> Featur
     x, y = [], []
     title = f"teacher's features of {unit.split}"
     with progress(unit.num_chunks, title, "chunks", quiet=quiet) as bar:
-        for number in range(unit.num_chunks):
-            chunk = unit.chunk(number)
+        for chunk in unit:
             patch_BNC = chunk.features()
             if gram is not None:
                 gram.update(torch.from_numpy(patch_BNC))

@@ -109,11 +109,6 @@ class CacheSource:
         picks = mask_picks(self.seed, epoch, rows, self.positions, self.pool_rows, unmasked)
         return out | {"picks": torch.from_numpy(picks), "epoch": epoch}
 
-    def nbytes(self, batch: int) -> int:
-        """Return the bytes of a batch; `batch` is a multiple of 16."""
-        chunk = sum(x.nbytes for x in self._allocate(CHUNK_ROWS).values())
-        return batch // CHUNK_ROWS * int(chunk)
-
     def _allocate(self, batch: int) -> Batch:
         out = {"pictures": _empty((batch, *self.size_HW, 3), torch.uint8)}
         specs = self.units[0].specs
@@ -222,12 +217,11 @@ class CacheDataset(Dataset[Batch]):
 
     Item s is the batch of step s, this rank's share of `batch` rows: pictures uint8 [B, H, W, 3],
     features float32 [B, N, C], rows and labels int64 [B], and cls float16 [B, C] if the teacher has
-    CLS. Each epoch permutes the chunks and shows every chunk in its next view. The order is part of
-    the dataset: use `DataLoader(dataset, batch_size=None)`, without `shuffle`. To resume, add
-    `sampler=range(step, len(dataset))`.
+    CLS. Each epoch permutes the chunks, and shows their next view. Use
+    `DataLoader(dataset, batch_size=None)` without `shuffle`; `sampler=range(step, len(dataset))`
+    resumes.
 
-    Raises: UsageError when no unit of the split is complete, or when `batch` does not fit the rows,
-    the ranks (`world`) and chunks of 16. Reading raises CorruptionError or OSError.
+    Raises: UsageError when no unit is complete, or `batch` does not fit rows and ranks (`world`).
     """
 
     def __init__(
