@@ -10,7 +10,6 @@ import torch
 from make_cache import features, make_cache
 from torch.utils.data import DataLoader
 
-import cache_tools
 import mcm
 import pipeline
 from cache_tools.errors import CorruptionError, UsageError
@@ -36,15 +35,6 @@ def test_all_is_exact_and_each_name_has_a_docstring(name: str) -> None:
         assert getattr(package, public).__name__ == public and getattr(package, public).__doc__
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         package.Nothing  # noqa: B018
-
-
-def test_a_string_opens_a_cache_and_its_chunks_are_arrays(cache: Path) -> None:
-    chunks = list(cache_tools.Cache(str(cache)).unit("train", 1))
-    images, rows = np.concatenate([chunk.images() for chunk in chunks]), [chunk.row0 for chunk in chunks]
-    assert images.shape == (100, 32, 32, 3) and images.dtype == np.uint8 and rows == list(range(0, 100, 16))
-    assert np.abs(np.concatenate([chunk.features() for chunk in chunks]) - features(images)).max() < 0.2
-    with pytest.raises(UsageError, match="found no val/v1; there is train/v0, train/v1, val/v0"):
-        cache_tools.Cache(str(cache)).unit("val", 1)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from make_dataset import make_dataset
 from cache_tools.cache import Cache
 from cache_tools.dataset import Dataset
 from cache_tools.errors import CorruptionError, IdentityError, UsageError
-from cache_tools.images import decode_view_into
 from cache_tools.info import info, summary
 from cache_tools.records import encode_record
 from cache_tools.storage import shard_lock, try_lock
@@ -37,13 +36,10 @@ def cache(made: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("dtype", "compress"), [("int8", None), ("float16", None), ("int8", "zstd")])
 def test_chunks_are_the_rows_that_were_written(tmp_path: Path, dtype: str, compress: str | None) -> None:
-    unit = make_cache(tmp_path / "cache", dtype=dtype, compress=compress).complete_units("train")[1]
+    unit = Cache(str(make_cache(tmp_path / "cache", dtype=dtype, compress=compress).path)).unit("train", 1)
     seen = 0
-    for number in range(unit.num_chunks):
-        chunk = unit.chunk(number)
-        pictures = np.zeros((chunk.rows, 32, 32, 3), np.uint8)
-        for data, picture in zip(chunk.pictures, pictures, strict=True):
-            decode_view_into(data, picture)
+    for chunk in unit:
+        pictures = chunk.images()
         sources = np.stack([view("train", 1, row) for row in range(chunk.row0, chunk.row0 + chunk.rows)])
         assert np.abs(pictures.astype(int) - sources).mean() < 4
         assert np.abs(chunk.features() - features(pictures)).max() < 0.2
@@ -51,7 +47,7 @@ def test_chunks_are_the_rows_that_were_written(tmp_path: Path, dtype: str, compr
         seen += chunk.rows
     assert seen == 100
     mean, std = unit.channel_stats()
-    whole = np.concatenate([unit.chunk(number).features() for number in range(unit.num_chunks)])
+    whole = np.concatenate([chunk.features() for chunk in unit])
     assert np.allclose(mean, whole.mean((0, 1)), atol=0.01) and np.allclose(std, whole.std((0, 1)), atol=0.01)
 
 
