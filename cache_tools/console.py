@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, ParamSpec, TextIO, TypeVar
 
 from .errors import Interrupted, McmError, ResourceError
+from .processes import ignore_metadata_warnings
 from .program import INTERRUPTED
 from .storage import free_bytes
 
@@ -22,7 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Handler = Callable[[int, FrameType | None], Any]
 PLAIN_EVERY_S = 10.0
-_PACKAGES = ("cache_tools", "pipeline", "mcm")
+_PRINTERS = ("cache_tools", "pipeline", "mcm", "_click", "click")  # folders of code that prints
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FILES = (errno.EMFILE, errno.ENFILE)
 # Torch raises a RuntimeError that contains the text of one of these error numbers.
@@ -89,7 +90,7 @@ def _resource(error: OSError) -> str:
         trace = trace.tb_next
     if any("multiprocessing" in file.parts for file in files):
         return "/dev/shm or a pipe to a worker"
-    if files and files[-1].parent.name in _PACKAGES:
+    if files and files[-1].parent.name in _PRINTERS:
         return "standard output"
     caller = f", called from {files[-1]}" if files else ""
     return f"the operating system{caller}"
@@ -115,7 +116,7 @@ def handling(handler: Handler) -> Iterator[None]:
             signal.signal(number, before)
 
 
-def _say(text: str, stream: TextIO) -> None:
+def say(text: str, stream: TextIO) -> None:
     """Print `text` and flush the stream.
 
     A full or closed stream becomes /dev/null, because a later error would change the exit code.
@@ -144,8 +145,6 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        from .images import ignore_metadata_warnings  # it imports numpy, which --help does not need
-
         try:
             with handling(signal.default_int_handler), warnings.catch_warnings():
                 ignore_metadata_warnings()
@@ -155,8 +154,8 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
         except (Exception, KeyboardInterrupt) as error:
             if not isinstance(error, McmError | KeyboardInterrupt) and not _is_resource(error):
                 raise
-            _say(f"error: {error_line(error)}", sys.stderr)
-            _say("", sys.stdout)
+            say(f"error: {error_line(error)}", sys.stderr)
+            say("", sys.stdout)
             sys.unraisablehook = lambda _: None  # a library may leave incomplete objects behind
             sys.exit(exit_code(error))
 

@@ -214,12 +214,14 @@ class Dataset:
         Raises: UsageError unless every picture of "train" and "val" has a label.
         """
         for split in ("train", "val"):
-            if not self.rows(split) or (self.labels(split) < 0).any() or len(self.classes) < 2:
+            bare = int((self.labels(split) < 0).sum())
+            if not self.rows(split) or bare or len(self.classes) < 2:
                 expected = f"expected labels for every picture of {split!r}, of two classes or more"
+                found = f"{len(self.classes)} classes, {bare} of {self.rows(split)} without a label"
                 task = self.record.task
                 hint = "; it has masks: use `mcm-train probe`" if task == "segment" else ""
                 hint = "; it has boxes, and no labels" if task == "detect" else hint
-                raise UsageError(f"{self.path}: {expected}{hint}")
+                raise UsageError(f"{self.path}: {expected}; found {found}{hint}")
         return self
 
     def copies(self, split: str, of: str) -> npt.NDArray[np.int64]:

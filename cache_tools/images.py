@@ -13,7 +13,6 @@ The rule, of version PICTURE_RULES:
 
 import io
 import re
-import warnings
 from contextlib import suppress
 
 import numpy as np
@@ -43,15 +42,6 @@ class PictureRefused(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
-
-
-def ignore_metadata_warnings() -> None:
-    """Ignore the warnings of Pillow about unusual metadata in this process.
-
-    Each program and each worker calls this once. `decode_rgb` does not filter warnings itself,
-    because warnings.catch_warnings is not thread-safe.
-    """
-    warnings.filterwarnings("ignore", module="PIL")
 
 
 def picture_extension(data: bytes) -> str:

@@ -1,11 +1,38 @@
-"""Watcher threads that end a process after its parent has ended, even if SIGKILL ended it."""
+"""The set-up of a process: its warnings, its open files, and its end after that of its parent."""
 
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
+
+from .errors import ResourceError
+
+
+def ignore_metadata_warnings() -> None:
+    """Ignore the warnings of Pillow about unusual metadata in this process.
+
+    Each program and each worker calls this once. `decode_rgb` does not filter warnings itself,
+    because warnings.catch_warnings is not thread-safe.
+    """
+    warnings.filterwarnings("ignore", module="PIL")
+
+
+def check_open_files(workers: int, needed: int) -> None:
+    """Check that the limit of open files allows the `needed` files of `workers` processes.
+
+    Raises: ResourceError when the limit is lower. Without this check, the server of the processes
+    would also print a traceback.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit < needed:
+        raise ResourceError(
+            f"open files: expected a limit of {needed} for {workers} workers; found {limit};"
+            f" raise it by `ulimit -n {needed}`, or lower the number of workers"
+        )
 
 
 def end_with_parent() -> None:
@@ -18,9 +45,11 @@ def end_with_parent() -> None:
     _end_after(parent.join, signal.SIGKILL)
 
 
-def stop_with_launcher() -> None:
-    """Send SIGTERM to this process once its launcher has ended, so that it saves and stops."""
-    launcher = os.getppid()
+def stop_with_launcher(launcher: int) -> None:
+    """Send SIGTERM to this process once it is no child of `launcher`, so that it saves and stops.
+
+    The caller names the launcher because it can end before this function is called.
+    """
 
     def wait() -> None:
         while os.getppid() == launcher:

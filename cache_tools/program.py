@@ -7,6 +7,7 @@ from types import FrameType
 
 INTERRUPTED = "interrupted; the same command resumes"
 _EXIT_CODE = 75  # of errors.Interrupted
+LAUNCHER = os.getppid()  # read before the slow imports, during which a launcher may end
 
 
 def begin() -> None:

@@ -5,6 +5,7 @@ lock.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -34,7 +35,7 @@ WAIT_S = 2.0  # seconds between two checks of the runs of other processes
 COMMAND = """
 from mcm.cli import app
 from cache_tools.processes import stop_with_launcher
-stop_with_launcher()
+stop_with_launcher({})
 app()
 """
 MARKS = {"Collapsed": "collapsed", "Diverged": "diverged"}  # an error in exit.json to its mark
@@ -198,7 +199,7 @@ class Ablation:
         """Run a step, and record that it finished or failed."""
         print(f"{step.run}: {step.args[0]}", flush=True)
         workers = ["--workers", str(self.workers)] if step.args[0] == "probe" else []
-        command = [sys.executable, "-c", COMMAND, *step.args, *workers]
+        command = [sys.executable, "-c", COMMAND.format(os.getpid()), *step.args, *workers]
         with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
             try:
                 process.wait()

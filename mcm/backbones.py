@@ -94,6 +94,9 @@ def load_encoder(
     if weights is not None and not spec.startswith("timm:"):
         expected = "expected timm:NAME with --weights"
         raise UsageError(f"{expected}; found {spec}, which has its own weights; omit --weights")
+    if untrained and recorded(Path(spec)).get("kind") != "pretrain":
+        expected = "expected a pre-training RUN"
+        raise UsageError(f"--untrained: {expected}; found {spec}; omit --untrained")
     if spec == "random":
         return _from_config(student, seed)
     if spec.startswith("timm:"):

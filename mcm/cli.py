@@ -6,19 +6,17 @@ begin()
 
 import os
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cache_tools.console import guarded, print_json
+from cache_tools.application import application
+from cache_tools.console import print_json
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+app = application(
+    "mcm-train",
+    "Masked channel modeling, stage two: pre-train on a cache, fine-tune, probe, export.",
 )
 
 TOML_HELP = "A TOML file, or the name of a shipped one, such as"
@@ -40,23 +38,7 @@ Seed = Annotated[int, typer.Option(help="The seed of all random draws.")]
 Workers = Annotated[int, typer.Option(min=0, help="The number of processes that read pictures.")]
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"mcm-train {version('masked-channel-modeling')}")
-        raise typer.Exit
-
-
-@app.callback()
-def mcm_train(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """Masked channel modeling, stage two: pre-train on a cache, fine-tune, probe, export."""
-
-
 @app.command(no_args_is_help=True)
-@guarded
 def pretrain(
     config: Config,
     cache: Annotated[Path, typer.Option(metavar="CACHE", help="Made by `mcm-cache extract`.")],
@@ -88,7 +70,6 @@ def pretrain(
 
 
 @app.command(no_args_is_help=True)
-@guarded
 def doctor(
     config: Config,
     cache: Annotated[Path, typer.Option(metavar="CACHE", help="Made by `mcm-cache extract`.")],
@@ -112,11 +93,11 @@ def doctor(
         print_json({name: {"status": status, "text": text} for name, status, text in found})
     elif os.environ.get("RANK", "0") == "0":
         print("\n".join(f"{status:<6}{name:<11}{text}" for name, status, text in found))
+    sys.stdout.flush()
     raise typer.Exit(2 * any(status == "fail" for _, status, _ in found))
 
 
 @app.command(no_args_is_help=True)
-@guarded
 def finetune(
     config: Config,
     data: Annotated[Path, typer.Option(metavar="DATASET", help="Made by `mcm-cache shard`.")],
@@ -147,7 +128,6 @@ def finetune(
 
 
 @app.command(no_args_is_help=True)
-@guarded
 def probe(
     subject: Annotated[str, typer.Argument(metavar="RUN|EXPORT|timm:NAME|CACHE")],
     data: Annotated[
@@ -206,7 +186,6 @@ def probe(
 
 
 @app.command()
-@guarded
 def ablate(
     plan: Annotated[str, typer.Argument(metavar="PLAN|NAME", help=f"{TOML_HELP} ablate/demo.")],
     cache: Annotated[
@@ -245,7 +224,6 @@ def ablate(
 
 
 @app.command(no_args_is_help=True)
-@guarded
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A fine-tuned RUN.")],
     pictures: Annotated[
@@ -274,7 +252,6 @@ def predict(
 
 
 @app.command(no_args_is_help=True)
-@guarded
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
     out: Annotated[Path, typer.Argument(metavar="OUT")],
@@ -302,7 +279,6 @@ def export(
 
 
 @app.command(no_args_is_help=True)
-@guarded
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN|CACHE|ABLATIONS...")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The HTML file.")] = Path("report.html"),

@@ -102,6 +102,10 @@ def probe(
         expected = f"expected {LEAST_SHOTS} or more for the linear probe"
         raise UsageError(f"--shots: {expected}; found {shots}; use more, or --method knn")
     if (Path(spec) / "cache.json").is_file():
+        given = {"--data": data, "--input": inputs, "--weights": weights, "--untrained": untrained}
+        if unused := [option for option, value in given.items() if value]:
+            found = f"found {spec}, a CACHE, which is probed on its own stored features"
+            raise UsageError(f"{', '.join(unused)}: expected a RUN or EXPORT; {found}; omit them")
         return _probe_teacher(Path(spec), chosen, features, shots, seed, quiet)
     if data is None:
         advice = "add the DATASET to probe on"

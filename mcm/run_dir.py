@@ -25,6 +25,7 @@ from cache_tools.errors import (
     UsageError,
 )
 from cache_tools.processes import stop_with_launcher
+from cache_tools.program import LAUNCHER
 from cache_tools.records import (
     R,
     Record,
@@ -213,7 +214,7 @@ def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
     then = "this step is finished and saved" if main else ""
     with run_lock(run_dir) if main else nullcontext(), StopFlag(then) as stop:
         if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun and accelerate launch
-            stop_with_launcher()
+            stop_with_launcher(LAUNCHER)
         if main:
             settle(run_dir)
             write(None, "running")

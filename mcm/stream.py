@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
-import resource
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,8 +25,8 @@ from cache_tools.cache import Cache, Chunk, Unit
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.dataset import Dataset as PictureDataset
 from cache_tools.errors import McmError, ResourceError
-from cache_tools.images import decode_view_into, ignore_metadata_warnings
-from cache_tools.processes import end_with_parent
+from cache_tools.images import decode_view_into
+from cache_tools.processes import check_open_files, end_with_parent, ignore_metadata_warnings
 from cache_tools.rng import hash_u64
 from mcm.config import Target
 from mcm.masking import mask_picks
@@ -259,12 +258,7 @@ def _start_forkserver(workers: int) -> None:
 
     Raises: ResourceError when the limit of open files is too low.
     """
-    limit, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 48 + 16 * workers
-    if limit < needed:
-        raise ResourceError(
-            f"open files: expected a limit of {needed} for {workers} workers; found {limit};"
-            f" raise it by `ulimit -n {needed}`, or lower the number of workers"
-        )
+    check_open_files(workers, 48 + 16 * workers)
     multiprocessing.forkserver.set_forkserver_preload(["torch", "mcm.stream"])
     # Started before the signals are blocked, because its start unblocks them.
     multiprocessing.resource_tracker.ensure_running()

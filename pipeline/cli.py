@@ -6,14 +6,13 @@ begin()
 
 import re
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
 from typer import Argument, Option
 
-from cache_tools.console import guarded, print_json
+from cache_tools.application import application
+from cache_tools.console import print_json
 from cache_tools.errors import CorruptionError, UsageError
 
 if TYPE_CHECKING:  # commands import what they use: torch is slow to import
@@ -21,32 +20,13 @@ if TYPE_CHECKING:  # commands import what they use: torch is slow to import
 
     from .recompute import Recomputed
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+app = application(
+    "mcm-cache",
+    "Masked channel modeling, stage one: shard pictures, extract features, verify them.",
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"mcm-cache {version('masked-channel-modeling')}")
-        raise typer.Exit
-
-
-_Version = Annotated[
-    bool, Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-]
-
-
-@app.callback()
-def mcm_cache(version: _Version = False) -> None:
-    """Masked channel modeling, stage one: shard pictures, extract features, verify them."""
-
-
 @app.command("demo-data", no_args_is_help=True)
-@guarded
 def demo_data_command(
     out: Annotated[Path, Argument(metavar="OUT", help="New folder: OUT/pictures and OUT/clip.")],
 ) -> None:
@@ -67,7 +47,6 @@ _PLACES = (
 
 
 @app.command("shard", no_args_is_help=True)
-@guarded
 def shard_command(
     places: Annotated[list[str], Argument(metavar="[SOURCE] DATASET", help=_PLACES)],
     train: Annotated[str | None, Option(metavar="SOURCE", help="Source of split train.")] = None,
@@ -121,11 +100,12 @@ def shard_command(
             f"at the border, {coco.polygons_dropped} polygons of under 3 points dropped"
         )
     following = f"mcm-cache extract {dataset} CACHE --teacher ..."
+    if record.task == "segment":
+        following = f"mcm-train probe RUN --data {dataset}"
     print(f"{dataset}: {len(record.classes)} classes; next: {following}")
 
 
 @app.command("extract", no_args_is_help=True)
-@guarded
 def extract_command(
     source: Annotated[
         str,
@@ -204,7 +184,6 @@ _Path = Annotated[Path, Argument(metavar="CACHE|DATASET")]
 
 
 @app.command("info", no_args_is_help=True)
-@guarded
 def info_command(path: _Path, json: _Json = False) -> None:
     """Describe a CACHE or DATASET: its content, finished shards, and the workers on the others.
 
@@ -220,7 +199,6 @@ def info_command(path: _Path, json: _Json = False) -> None:
 
 
 @app.command("preview", no_args_is_help=True)
-@guarded
 def preview_command(
     cache: Annotated[
         Path, Argument(metavar="CACHE", help="A cache with a complete view of the split.")
@@ -249,7 +227,6 @@ _AS_IN_EXTRACT = "As in `mcm-cache extract`; for --recompute."
 
 
 @app.command("verify", no_args_is_help=True)
-@guarded
 def verify_command(
     path: _Path,
     quick: Annotated[

@@ -20,8 +20,8 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from cache_tools.errors import ResourceError
-from cache_tools.images import PictureRefused, ignore_metadata_warnings
-from cache_tools.processes import end_with_parent
+from cache_tools.images import PictureRefused
+from cache_tools.processes import check_open_files, end_with_parent, ignore_metadata_warnings
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -132,6 +132,7 @@ class _Context(ForkServerContext):
 
 
 def _start(workers: int) -> ProcessPoolExecutor:
+    check_open_files(workers, 32 + 2 * workers)
     context = _Context()
     context.set_forkserver_preload(["pipeline.candidates"])
     return ProcessPoolExecutor(workers, context, _begin)

@@ -51,6 +51,8 @@ def add_tars(root: Path, tars_of: Mapping[str, list[Path]], sources: Sources) ->
     if unlike := [file for file, lines in zip(files, names, strict=True) if lines != names[0]]:
         raise UsageError(f"{files[0]}: expected one list of classes; {unlike[0]} differs")
     sources.classes = tuple(names[0] if names else map(str, range(highest + 1)))
+    if highest >= 0 and not names:
+        sources.notes.append(f"no classes.txt: the classes are named 0 to {highest}")
     if len(sources.classes) <= highest:
         expected = f"at least {highest + 1} lines, one per class"
         raise UsageError(f"{files[0]}: expected {expected}; found {len(sources.classes)}")

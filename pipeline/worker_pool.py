@@ -11,8 +11,7 @@ from typing import TypeVar
 
 from cache_tools.console import StopFlag, progress
 from cache_tools.errors import Interrupted, ResourceError
-from cache_tools.images import ignore_metadata_warnings
-from cache_tools.processes import end_with_parent
+from cache_tools.processes import end_with_parent, ignore_metadata_warnings
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")

@@ -134,22 +134,28 @@ guarded(work)()
     assert not list(tmp_path.iterdir())
 
 
-COMMAND = "from pipeline.cli import app; app(['info', '{}'])"
+FULL = (">/dev/full", 7, "error: standard output: No space left on device")
 
 
 @pytest.mark.parametrize(
-    ("path", "streams", "code", "said"),
+    ("arguments", "streams", "code", "said"),
     [
-        ("tests/data/dataset-v1", ">&-", 0, ""),
-        ("tests/data/dataset-v1", "<&- >&- 2>&-", 0, ""),
-        ("tests/data/dataset-v1", ">/dev/full", 7, "error: standard output: No space left on device"),
-        ("nowhere", "2>/dev/full", 2, ""),
-        ("nowhere", "2>&-", 2, ""),
+        ("info tests/data/dataset-v1", ">&-", 0, ""),
+        ("info tests/data/dataset-v1", "<&- >&- 2>&-", 0, ""),
+        ("info tests/data/dataset-v1", *FULL),
+        ("info nowhere", "2>/dev/full", 2, ""),
+        ("info nowhere", "2>&-", 2, ""),
+        ("--help", *FULL),
+        ("--version", *FULL),
+        ("--version", ">&-", 0, ""),
+        ("verify --help", *FULL),
+        ("verify --unknown", "2>/dev/full", 2, ""),
     ],
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_closed_and_full_streams(path: str, streams: str, code: int, said: str, unbuffered: str) -> None:
-    done = shell(COMMAND.format(path), streams, PYTHONUNBUFFERED=unbuffered)
+def test_closed_and_full_streams(arguments: str, streams: str, code: int, said: str, unbuffered: str) -> None:
+    run = f"from pipeline.cli import app; app({arguments.split()})"
+    done = shell(run, streams, PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
 
@@ -199,3 +205,15 @@ guarded(multiprocessing.Lock)()
 """)
     assert done.stderr.startswith("error: /dev/shm or a pipe to a worker: Read-only file system") and not done.stdout
     assert done.returncode == 7 and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_training_stops_when_its_ablation_ended_while_it_started() -> None:
+    done = shell("""
+import os, subprocess, sys
+from mcm.ablate import COMMAND
+work = COMMAND.format(os.getpid()).replace("app()", "import time; time.sleep(60)")
+subprocess.Popen(["sh", "-c", 'sleep 1; exec "$0" -c "$1"', sys.executable, work])
+os._exit(0)
+""")  # returns when the second process, which holds the pipes open, has ended
+    assert done.stderr == "\nerror: interrupted; the same command resumes\n"

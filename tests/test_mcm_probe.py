@@ -133,11 +133,15 @@ def test_a_patch_run_can_be_probed_masked_and_one_without_masks_cannot(data, tmp
     export(plain, tmp_path / "out")
     with pytest.raises(UsageError, match="--input folded: expected a pre-training RUN"):
         probe(str(tmp_path / "out"), data, inputs=["folded"], quiet=True)
+    with pytest.raises(UsageError, match="--untrained: expected a pre-training RUN; found .*out; omit --untrained"):
+        probe(str(tmp_path / "out"), data, untrained=True, quiet=True)
 
 
 def test_a_caches_teacher_is_probed_on_its_own_features(tmp_path):
     cache = make_cache(tmp_path / "cache")
     results = probe(str(cache.path), None, quiet=True)
+    with pytest.raises(UsageError, match="--data, --untrained: expected a RUN or EXPORT; found .*cache, a CACHE"):
+        probe(str(cache.path), tmp_path / "data", untrained=True, quiet=True)
     result = results[0]
     assert (result.subject, result.train_rows, result.val_rows) == ("test:linear", 100, 40)
     assert result.data_sha256 == cache.sha256 and result.knn > 0.7  # the tint tells the classes apart
@@ -269,7 +273,7 @@ def test_what_has_no_class_token_has_no_features_of_it(data, tmp_path, monkeypat
 
 def test_unlabelled_pictures_are_refused(tmp_path):
     blind = make_dataset(tmp_path / "blind", 20, 20, unlabelled=True)
-    with pytest.raises(UsageError, match="labels for every picture of 'train'"):
+    with pytest.raises(UsageError, match="'train'.*; found 2 classes, 20 of 20 without a label"):
         probe(str(make_run(tmp_path / "run")), blind.path)
 
 

@@ -1,6 +1,7 @@
 """The decode pool: crashes, hangs, kills and large results; the command with a decoder that fails, and its signals."""
 
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -44,6 +45,18 @@ def test_results_come_in_order_and_what_fails_is_refused(monkeypatch: pytest.Mon
 def test_what_is_no_pictures_fault_ends_the_work(word: str, error: type[Exception]) -> None:
     with DecodePool(2) as pool, pytest.raises(error, match="-9: the kernel may have killed it|1.png"):
         list(pool.map(misbehave, [word, "a"]))
+
+
+def test_too_few_open_files_are_named_before_a_process_starts(capfd: pytest.CaptureFixture[str]) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (63, before[1]))
+    try:
+        words = "open files: expected a limit of 64 for 16 workers; found 63; raise it by `ulimit -n 64`"
+        with DecodePool(16) as pool, pytest.raises(ResourceError, match=words):
+            list(pool.map(misbehave, map(str, range(64))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert capfd.readouterr().err == ""  # the server of the processes prints nothing either
 
 
 def test_a_pool_stops_in_the_middle_of_large_results() -> None:

@@ -288,7 +288,9 @@ def test_timms_info_and_classes_txt(tmp_path: Path) -> None:
 
 def test_classes_txt_is_found_beside_the_tars(tmp_path: Path) -> None:
     fill(tmp_path, "x-0.tar", "other/x-1.tar")
+    assert "no classes.txt: the classes are named 0 to 0" in list_sources(tmp_path / "x-0.tar").notes
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    assert not list_sources(tmp_path / "x-0.tar").notes
     first, second = tmp_path / "x-0.tar", tmp_path / "other/x-1.tar"
     for source in (first, f"{tmp_path}/*.tar", f"{tmp_path}/x-{{0..0}}.tar", {"train": second, "val": first}):
         assert list_sources(source).classes == ("cat", "dog")

@@ -12,6 +12,7 @@ from make_dataset import make_dataset
 from make_scenes import CLASSES, make_ade, make_masks, png, scene
 from PIL import Image
 from test_pipeline_shard import make_source
+from typer.testing import CliRunner
 
 from cache_tools.dataset import Dataset
 from cache_tools.errors import CorruptionError, IdentityError, TooManyRefused, UsageError
@@ -19,6 +20,7 @@ from cache_tools.info import info, summary
 from cache_tools.records import encode_record
 from cache_tools.repair import repair
 from cache_tools.verify import verify
+from pipeline.cli import app
 from pipeline.shard import shard
 
 
@@ -126,6 +128,11 @@ def test_notes_say_what_is_left_out_and_that_palettes_are_labels(place, tmp_path
     assert "1 other files of images/training left out" in said and "images/extra left out: no split" in said
     first, second = Dataset(place / "dataset"), Dataset(tmp_path / "out")
     assert all((first.mask("train", row) == second.mask("train", row)).all() for row in range(20))
+
+
+def test_the_next_command_of_masks_is_the_dense_probe(place):
+    said = CliRunner().invoke(app, ["shard", f"{place}/ade", f"{place}/dataset", "--rows-per-shard", "16"]).output
+    assert said.endswith(f"{place}/dataset: 3 classes; next: mcm-train probe RUN --data {place}/dataset\n")
 
 
 def test_ignore_and_classes_are_settled_here(tmp_path):
