@@ -100,8 +100,9 @@ def shard_command(
             f"at the border, {coco.polygons_dropped} polygons of under 3 points dropped"
         )
     following = f"mcm-cache extract {dataset} CACHE --teacher ..."
-    if record.task == "segment":
-        following = f"mcm-train probe RUN --data {dataset}"
+    if record.task:
+        example = {"segment": "finetune/pets_demo", "detect": "finetune/bccd_demo"}[record.task]
+        following = f"mcm-train finetune {example} --data {dataset} --init RUN --out TUNED"
     print(f"{dataset}: {len(record.classes)} classes; next: {following}")
 
 

@@ -130,9 +130,9 @@ def test_notes_say_what_is_left_out_and_that_palettes_are_labels(place, tmp_path
     assert all((first.mask("train", row) == second.mask("train", row)).all() for row in range(20))
 
 
-def test_the_next_command_of_masks_is_the_dense_probe(place):
+def test_the_next_command_of_masks_is_fine_tuning(place):
     said = CliRunner().invoke(app, ["shard", f"{place}/ade", f"{place}/dataset", "--rows-per-shard", "16"]).output
-    assert said.endswith(f"{place}/dataset: 3 classes; next: mcm-train probe RUN --data {place}/dataset\n")
+    assert f"3 classes; next: mcm-train finetune finetune/pets_demo --data {place}/dataset --init" in said
 
 
 def test_ignore_and_classes_are_settled_here(tmp_path):
