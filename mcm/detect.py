@@ -139,7 +139,7 @@ class Detection:
             place = fitted((rgb.shape[0], rgb.shape[1]), self.held.detect.size)
             drawn = draw_results(rgb, results, self.dataset.classes)
             place.draw(drawn, canvases[-1], self.held.mean)
-        return torch.from_numpy(np.stack(canvases)).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack(canvases)).permute(0, 3, 1, 2).contiguous()
 
 
 def training_rows(dataset: Dataset, detect: Detect) -> Indices:

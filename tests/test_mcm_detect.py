@@ -16,6 +16,7 @@ import torch
 from faster_coco_eval import mask as coco_mask
 from make_dataset import make_dataset
 from make_scenes import make_coco
+from safetensors.torch import load_file
 from test_mcm_pretrain import environment
 
 from cache_tools.dataset import Dataset
@@ -27,6 +28,7 @@ from mcm.detect import ObjectSource, average_precision, detections, ground_truth
 from mcm.finetune import finetune
 from mcm.jitter import fitted
 from mcm.loop import STOP, Loop
+from mcm.report import report
 from mcm.run_dir import last_eval
 from pipeline.shard import shard
 
@@ -217,6 +219,10 @@ def test_a_run_writes_its_classes_and_scenes_and_resumes_to_the_bit(tuned, data,
     (run, score), stopped = tuned, tmp_path / "stopped"
     classes = json.loads((run / "classes.json").read_bytes())
     assert classes["class"] == ["left", "right"] and classes["box_ap"] == [score, None] and score > 0
+    drawings = load_file(run / "shown.safetensors")
+    assert sorted(drawings) == ["predicted", "truth"] and drawings["truth"].shape == (7, 3, 48, 48)
+    report([run], tmp_path / "report.html")
+    assert "<th>box_ap</th><th>mask_ap</th>" in (tmp_path / "report.html").read_text()
     with monkeypatch.context() as patch:
         patch.setattr(
             Loop, "step", lambda loop, step, *rest, real=Loop.step: real(loop, step, *rest) or STOP * (step == 7)
