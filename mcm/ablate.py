@@ -25,6 +25,7 @@ from cache_tools.records import Record, config_file, load_toml, read_record, sha
 from cache_tools.storage import file_sha256, try_lock, work_dir, write_atomic
 from cache_tools.weights import weights_file
 from mcm.config import FinetuneConfig, PretrainConfig
+from mcm.corruptions import Corruption
 from mcm.probe import ProbeResult, check_kind, record_name
 from mcm.report import FIT, MINUTES, ablation_lines, fine_tuned, held_out, markdown, probed, report
 from mcm.run_dir import ExitRecord, read_metrics, recorded, software
@@ -68,6 +69,7 @@ class Plan(Record):
     seeds: tuple[NonNegativeInt, ...] = Field(min_length=1)
     lr: tuple[PositiveFloat, ...] = ()
     inputs: tuple[str, ...] = ("full", "folded", "masked:8")
+    corrupt: tuple[str, ...] = ()
     rows: dict[str, Row]
 
     def all_rows(self) -> dict[str, Row]:
@@ -122,6 +124,7 @@ class Ablation:
         self.workers, self.failed = workers, dict[Step, int]()
         for kind in plan.inputs:
             check_kind(kind)
+        self.corruptions = ["", *(f"-{Corruption.parse(text)}" for text in plan.corrupt)]
         for name in self.rows:
             twins = [other for other in self.rows if _folder(other, 0) == _folder(name, 0)]
             if len(twins) > 1:
@@ -154,8 +157,10 @@ class Ablation:
             has_masks = self.configs[source].mask.mode != "none"
             kinds = [k for k in self.plan.inputs if has_masks or not k.startswith("masked")]
             data = self.digests[str(self.data)]
-            names = [record_name(kind, data, 0, bool(init)) for kind in kinds]
+            labels = [f"{kind}{corruption}" for kind in kinds for corruption in self.corruptions]
+            names = [record_name(label, data, 0, bool(init)) for label in labels]
             options = [*(f"--input={kind}" for kind in kinds), *["--untrained"] * bool(init)]
+            options += [f"--corrupt={text}" for text in self.plan.corrupt]
             files = tuple(run / "probe" / name for name in names)
             yield self._step(run, "probe", run, "--data", self.data, *options, files=files)
             self.digests[str(run)] = run.name

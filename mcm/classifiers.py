@@ -58,10 +58,26 @@ def knn_hits(train: Features, val: Features, device: torch.device | str = "cpu")
     return correct
 
 
+class LinearProbe(NamedTuple):
+    """Logistic regression on features standardised by the training rows' mean and std [D]."""
+
+    mean: Tensor
+    std: Tensor
+    classes: Tensor
+    fit: "Fit"
+    c: float
+
+    def accuracy(self, val: Features) -> float:
+        """Return the fraction of rows whose label is predicted."""
+        x_RD = ((val.x - self.mean) / self.std).to(self.classes.device)
+        right = self.classes[_predicted(x_RD, self.fit)] == val.y.to(self.classes.device)
+        return float(right.double().mean())
+
+
 def linear_probe(
-    train: Features, val: Features, seed: int, device: torch.device | str = "cpu"
-) -> tuple[float, float, bool] | None:
-    """Return (accuracy, C, converged) of logistic regression on standardised features.
+    train: Features, seed: int, device: torch.device | str = "cpu"
+) -> LinearProbe | None:
+    """Fit a linear probe.
 
     C is the value of C_GRID with the best accuracy on held-out training rows; the smallest C wins
     ties. The classes are those of the training rows.
@@ -72,8 +88,7 @@ def linear_probe(
     if not len(held) or len(classes) < 2:
         return None
     mean_D, std_D = train.x.mean(0), train.x.std(0).clamp_min(1e-6)
-    x, val_x = (((part.x - mean_D) / std_D).to(device) for part in (train, val))
-    y, classes, val_y = (labels.to(device) for labels in (y, classes, val.y))
+    x, y, classes = ((train.x - mean_D) / std_D).to(device), y.to(device), classes.to(device)
     fits, scores = dict[float, Fit](), dict[float, float]()
     start = None
     for c in C_GRID:  # each fit starts from the one before
@@ -81,8 +96,7 @@ def linear_probe(
         scores[c] = float((_predicted(x[held], start) == y[held]).double().mean())
     c = max(C_GRID, key=lambda c: (scores[c], -c))
     whole = fit_softmax(x, y, _l2(c, len(x), len(classes)), fits[c])
-    right = classes[_predicted(val_x, whole)] == val_y
-    return float(right.double().mean()), c, whole.converged
+    return LinearProbe(mean_D, std_D, classes, whole, c)
 
 
 class Fit(NamedTuple):

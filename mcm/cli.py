@@ -26,6 +26,7 @@ WEIGHTS_HELP = "The weights of timm:NAME; by default, timm downloads them."
 INPUT_HELP = "Inputs to probe in addition to full; may be repeated."
 FEATURES_HELP = "Mean patch token, class token or both; default: mean, or all for a CACHE."
 FORMAT_HELP = "The library that loads OUT; onnx needs the extra [onnx], hf needs transformers."
+CORRUPT_HELP = "Corrupt val: noise, blur, contrast, jpeg or patches; may be repeated."
 FOLDED_HELP = "Fold x~ = e + S (x - e) into the weights."
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG|NAME", help=f"{TOML_HELP} pretrain/demo.")]
@@ -143,6 +144,9 @@ def probe(
         list[str] | None, typer.Option(metavar="mean|cls|both", help=FEATURES_HELP)
     ] = None,
     shots: Annotated[int, typer.Option(min=0, help="Labels per class; 0 for all.")] = 0,
+    corrupt: Annotated[
+        list[str] | None, typer.Option(metavar="KIND[:STRENGTH]", help=CORRUPT_HELP)
+    ] = None,
     weights: Weights = None,
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Probe the initial weights of RUN.")
@@ -163,8 +167,8 @@ def probe(
     from mcm.probe import probe as run
 
     if data is not None and Dataset(data).record.task == "segment":
-        if method or features or shots:
-            options = "--method, --features, --shots"
+        if method or features or shots or corrupt:
+            options = "--method, --features, --shots, --corrupt"
             raise UsageError(f"{options}: expected labels; {data} has masks; omit these options")
         dense = dense_probe(subject, data, input_ or (), weights, untrained, seed, workers, json)
         if json:
@@ -172,8 +176,9 @@ def probe(
         return print("\n".join(map(text, dense)))
     methods, inputs, tokens = method or (), input_ or (), features or ()
     results = run(
-        subject, data, methods, inputs, weights, untrained, seed, workers, json, tokens, shots
-    )
+        subject, data, methods, inputs, weights, untrained, seed, workers, json, tokens, shots,
+        corrupt or (),
+    )  # fmt: skip
     if json:
         return print_json([result.model_dump(mode="json") for result in results])
     for result in results:

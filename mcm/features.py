@@ -6,6 +6,7 @@ Letters: B batch, N patches, D width, H W pixels.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from cache_tools.dataset import Dataset
 from mcm.augment import eval_transform, normalized
 from mcm.backbones import Backbone, pooled
 from mcm.classifiers import Features, choice_rows, knn_accuracy, training_rows
+from mcm.corruptions import Corruption
 from mcm.masking import mask_picks, mask_pool
 from mcm.model import encode_tokens, folded_state
 from mcm.sampler import EvalOrder
@@ -56,17 +58,19 @@ class Featurizer:
         return training_rows(self.data.labels("train"), self.data.classes, self.shots, self.seed)
 
     def features(
-        self, split: str, encodes: Sequence[Encode], rows: Rows | None = None
-    ) -> list[Features]:
+        self, split: str, encodes: Sequence[Encode], rows: Rows | None = None,
+        corruptions: Sequence[Corruption | None] = (None,),
+    ) -> list[Features]:  # fmt: skip
         """Return the features of a split's centre crops, or of the crops of `rows`, in order.
 
-        Every picture is decoded once for all encode functions.
+        The result has the features by every encode function for each corruption in turn. Every
+        picture is decoded once.
         """
         transform = eval_transform(self.backbone, normalize=False)
         source = DatasetSource(self.data, split, transform, self.seed, rows)
         order = EvalOrder(len(source.rows), 1, BATCH_ROWS, self.world, self.rank)
         stream, on_gpu = Stream(order, source), device().type == "cuda"
-        x, y = [list[Tensor]() for _ in encodes], []
+        x, y = [list[Tensor]() for _ in corruptions for _ in encodes], []
         with (
             torch.inference_mode(),
             batches(stream, 0, len(order), self.workers, pin_memory=on_gpu) as items,
@@ -74,27 +78,34 @@ class Featurizer:
         ):
             for batch in items:
                 kept = int(batch["weight"].sum())
-                for found, features in zip(x, self.encoded(encodes, batch), strict=True):
+                encoded = (self.encoded(encodes, batch, corruption) for corruption in corruptions)
+                for found, features in zip(x, chain.from_iterable(encoded), strict=True):
                     found.append(features.cpu()[:kept])
                 # A copy, because each tensor of a worker holds a file descriptor.
                 y.append(batch["labels"][:kept].clone())
                 bar.update(kept)
         return [Features(torch.cat(found), torch.cat(y)) for found in x]
 
-    def encoded(self, encodes: Sequence[Encode], batch: Batch) -> list[Tensor]:
+    def encoded(
+        self, encodes: Sequence[Encode], batch: Batch, corruption: Corruption | None = None
+    ) -> list[Tensor]:
         """Return float32 features of a batch on the device; a GPU encodes in bfloat16."""
         pictures, rows = batch["pictures"].to(device(), non_blocking=True), batch["rows"].numpy()
+        if corruption is not None:
+            patch = self.backbone.model.patch_embed.patch_size[0]
+            pictures = corruption(pictures, rows, self.seed, patch)
         x_B3HW, on_gpu = normalized(pictures, self.backbone), pictures.is_cuda
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=on_gpu):
             return [encode(x_B3HW, rows).float() for encode in encodes]
 
     def inputs(
-        self, kinds: Sequence[str], wanted: Iterable[str]
-    ) -> Iterator[tuple[str, str, float | None, Features, Features]]:
-        """Yield (features, input, s, train, val) of every pair of features and input.
+        self, kinds: Sequence[str], wanted: Iterable[str], corruptions: Sequence[Corruption] = ()
+    ) -> Iterator[tuple[str, str, float | None, Features, list[Features]]]:
+        """Yield (features, input, s, train, vals) of every pair of features and input.
 
-        s is None unless the input is "folded". All pairs share one decode of the pictures. If s is
-        chosen by a part of the rows, they are decoded once more, before the others.
+        `vals` are the features of "val" as it is and with each corruption. s is None unless the
+        input is "folded". All pairs share one decode of the pictures. If s is chosen by a part of
+        the rows, they are decoded once more, before the others.
         """
         rows, wanted, scales = self.rows(), tuple(wanted), dict[str, float]()
         choice = choice_rows(self.data.labels("train")[rows], self.seed)
@@ -106,18 +117,18 @@ class Featurizer:
             folds = {s: folds[s] for s in scales.values()}
         encodes: dict[str | float, Encode] = {k: self.encoder(k) for k in kinds if k != "folded"}
         encodes.update((s, folds[s]) for s in folds)
-        train, val = (
-            dict(zip(encodes, self.features(split, [*encodes.values()], part), strict=True))
-            for split, part in (("train", rows), ("val", None))
-        )
+        functions = list(encodes.values())
+        train = dict(zip(encodes, self.features("train", functions, rows), strict=True))
+        found = iter(self.features("val", functions, None, (None, *corruptions)))
+        vals = [dict(zip(encodes, found, strict=False)) for _ in (None, *corruptions)]
         if folds and not scales:
             scales = self.scales({s: train[s] for s in folds}, *choice, wanted)
         for tokens in wanted:
             for kind in kinds:
                 s = scales[tokens] if kind == "folded" else None
                 key = kind if s is None else s
-                first, second = (columns(part[key], tokens, self.width) for part in (train, val))
-                yield tokens, kind, s, first, second
+                first, *others = (columns(x[key], tokens, self.width) for x in (train, *vals))
+                yield tokens, kind, s, first, others
 
     def scales(
         self, folded: Mapping[float, Features], bank: Rows, held: Rows, wanted: Iterable[str]

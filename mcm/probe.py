@@ -16,7 +16,8 @@ from cache_tools.errors import UsageError
 from cache_tools.records import Record, Text, encode_record, nearest, read_record
 from cache_tools.storage import file_sha256, work_dir, write_atomic
 from mcm.backbones import Backbone, load_encoder
-from mcm.classifiers import Features, knn_accuracy, linear_probe, training_rows
+from mcm.classifiers import Features, LinearProbe, knn_accuracy, linear_probe, training_rows
+from mcm.corruptions import Corruption
 from mcm.features import BATCH_ROWS, Featurizer, columns, device
 from mcm.memory import activation_bytes, say_estimate, state_bytes
 from mcm.metrics import Gram
@@ -57,12 +58,14 @@ class ProbeResult(Record):
     run_sha256: Annotated[str | None, LATER] = None
     cache_sha256: Annotated[str | None, LATER] = None
     teacher: Annotated[TeacherScores | None, LATER] = None
+    corruption: Annotated[str | None, LATER] = None
 
     @property
     def label(self) -> str:
-        """Return the input, with the features if not "mean", and the shots if not all labels."""
+        """Return the input, features other than "mean", the shots if any, and the corruption."""
         features = "" if self.features in (None, "mean") else f"-{self.features}"
-        return f"{self.input}{features}" + (f"-shots-{self.shots}" if self.shots else "")
+        shots = f"-shots-{self.shots}" if self.shots else ""
+        return f"{self.input}{features}{shots}" + (f"-{self.corruption}" if self.corruption else "")
 
 
 def record_name(label: str, data_sha256: str, seed: int, untrained: bool = False) -> str:
@@ -83,6 +86,7 @@ def probe(
     quiet: bool = False,
     features: Sequence[str] = (),
     shots: int = 0,
+    corruptions: Sequence[str] = (),
 ) -> list[ProbeResult]:
     """Probe the encoder of a RUN, an exported folder or timm:NAME, or the teacher of a CACHE.
 
@@ -101,8 +105,10 @@ def probe(
     if 0 < shots < LEAST_SHOTS and "linear" in chosen:
         expected = f"expected {LEAST_SHOTS} or more for the linear probe"
         raise UsageError(f"--shots: {expected}; found {shots}; use more, or --method knn")
+    corrupted = list(map(Corruption.parse, dict.fromkeys(corruptions)))
     if (Path(spec) / "cache.json").is_file():
-        given = {"--data": data, "--input": inputs, "--weights": weights, "--untrained": untrained}
+        given = {"--data": data, "--input": inputs, "--weights": weights, "--corrupt": corrupted}
+        given["--untrained"] = untrained
         if unused := [option for option, value in given.items() if value]:
             found = f"found {spec}, a CACHE, which is probed on its own stored features"
             raise UsageError(f"{', '.join(unused)}: expected a RUN or EXPORT; {found}; omit them")
@@ -126,12 +132,14 @@ def probe(
         say_estimate(state_bytes(backbone.model), activations)
     results, tokens = [], "mean" if list(wanted) == ["mean"] else "both"
     featurizer = Featurizer(backbone, dataset, seed, workers, quiet, tokens, shots)
-    for chosen_tokens, kind, s, train, val in featurizer.inputs(kinds, wanted):
+    for chosen_tokens, kind, s, train, vals in featurizer.inputs(kinds, wanted, corrupted):
         named = {"subject": spec, "weights": backbone.weights, "input": kind, "fold_scale": s}
         facts |= named | {"features": chosen_tokens, "shots": shots}
-        result = _score(train, val, chosen, **facts)
-        name = record_name(result.label, dataset.sha256, seed, untrained)
-        results.append(_store(run / "probe" / name, result) if is_run else result)
+        linear = _fitted(train, chosen, seed)
+        for corruption, val in zip((None, *map(str, corrupted)), vals, strict=True):
+            result = _score(train, val, chosen, linear, corruption=corruption, **facts)
+            name = record_name(result.label, dataset.sha256, seed, untrained)
+            results.append(_store(run / "probe" / name, result) if is_run else result)
     return results
 
 
@@ -160,23 +168,31 @@ def _probe_teacher(
     results = []
     for tokens in wanted:
         bank, held = (columns(split, tokens, identity.channels) for split in (train, val))
-        result = _score(bank, held, methods, features=tokens, shots=shots, input="full", **facts)
+        named = {"features": tokens, "shots": shots, "input": "full"}
+        result = _score(bank, held, methods, _fitted(bank, methods, seed), **named, **facts)
         name = f"probe{result.label.removeprefix('full')}" + (f"-seed-{seed}" if seed else "")
         results.append(_store(work_dir(path) / f"{name}.json", result))
     return results
 
 
-def _score(train: Features, val: Features, methods: Sequence[str], **facts: Any) -> ProbeResult:
-    found = linear_probe(train, val, facts["seed"], device()) if "linear" in methods else None
-    linear, c, converged = found or (None, None, None)
-    if "linear" in methods and found is None:
+def _fitted(train: Features, methods: Sequence[str], seed: int) -> LinearProbe | None:
+    """Return the linear probe, or None with a warning if the training rows do not allow one."""
+    if "linear" not in methods:
+        return None
+    if (found := linear_probe(train, seed, device())) is None:
         expected = "expected two classes or more, one of them with two training rows"
         print(f"warning: no linear probe: {expected}", file=sys.stderr)
+    return found
+
+
+def _score(
+    train: Features, val: Features, methods: Sequence[str], linear: LinearProbe | None, **facts: Any
+) -> ProbeResult:
     return ProbeResult(
-        knn=knn_accuracy(train, val, device()) if found is None or "knn" in methods else None,
-        linear=linear,
-        linear_c=c,
-        linear_converged=converged,
+        knn=knn_accuracy(train, val, device()) if linear is None or "knn" in methods else None,
+        linear=linear and linear.accuracy(val),
+        linear_c=linear and linear.c,
+        linear_converged=linear and linear.fit.converged,
         train_rows=len(train.y),
         val_rows=len(val.y),
         software=software(),

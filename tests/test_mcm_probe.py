@@ -25,7 +25,7 @@ from mcm.cli import app
 from mcm.export import export
 from mcm.features import FOLDS, Featurizer
 from mcm.masking import mask_picks, mask_pool
-from mcm.probe import ProbeResult, _score, probe, record_name
+from mcm.probe import ProbeResult, _fitted, _score, probe, record_name
 from mcm.scorecard import odd_channels
 
 
@@ -90,7 +90,7 @@ def test_classes_of_one_row_leave_knn_alone(tmp_path, capsys):
     assert result.linear is not None
     train, val = (Features(torch.randn(2, 4), torch.arange(2)) for _ in range(2))
     facts = {"subject": "x", "weights": "x", "input": "full", "seed": 0, "data_sha256": "0"}
-    result = _score(train, val, ["linear"], **facts)
+    result = _score(train, val, ["linear"], _fitted(train, ["linear"], 0), **facts)
     assert result.linear is None and result.knn is not None
     assert "no linear probe: expected two classes or more, one of them with two" in capsys.readouterr().err
 
