@@ -83,8 +83,13 @@ def stored_mask(data: bytes, size_HW: tuple[int, int], rule: MaskRule) -> bytes:
         ignored = f"or the values {list(rule.ignore)} of --ignore"
         found = f"found {values_HW[row, column]} at row {row}, column {column}"
         raise PictureRefused("mask-value", f"{expected}, {ignored}; {found}")
+    return encode_mask(labels_HW.astype(np.uint8))
+
+
+def encode_mask(labels_HW: Mask) -> bytes:
+    """Return labels as an 8-bit grey PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(labels_HW.astype(np.uint8)).save(buffer, "PNG", compress_level=6)
+    Image.fromarray(labels_HW).save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()
 
 

@@ -14,20 +14,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from cache_tools.console import one_line, progress
 from cache_tools.errors import TooManyRefused, UsageError, found_at
 from cache_tools.images import PICTURES, RGB, PictureRefused, decode_rgb, encode_view
+from cache_tools.labels import encode_mask
 from cache_tools.records import printable
 from cache_tools.storage import atomic_folder, write_atomic
 from cache_tools.weights import load_whole
 from mcm.augment import eval_transform
 from mcm.backbones import load_encoder, newest, recorded_backbone
 from mcm.config import FinetuneConfig
+from mcm.dense import predict as most_probable
 from mcm.detect import detections, draw_results, make_detector
+from mcm.draw import draw_labels
 from mcm.features import device
 from mcm.jitter import fitted
 from mcm.run_dir import recorded, recorded_config
+from mcm.scenes import for_windows
+from mcm.segment import Segmenter, slide
 
 TOP = 5  # classes per picture
 
@@ -145,7 +151,8 @@ def _predictor(run: Path) -> Predictor:
         found = "a pre-training RUN" if identity else found_at(run)
         advice = "make one with `mcm-train finetune`"
         raise UsageError(f"{run}: expected a fine-tuned RUN; found {found}; {advice}")
-    return _detector(run) if identity["config"].get("task") == "detect" else _classifier(run)
+    tasks = {"segment": _segmenter, "detect": _detector}
+    return tasks.get(identity["config"].get("task"), _classifier)(run)
 
 
 def _classifier(run: Path) -> Predictor:
@@ -168,14 +175,40 @@ def _classifier(run: Path) -> Predictor:
     return classify
 
 
+def _load(model: nn.Module, run: Path) -> None:
+    """Load the newest weights of a RUN into a model for evaluation, and move it to the device."""
+    found = newest(run)
+    load_whole(model, found.model, str(found.path))
+    model.to(device()).eval()
+
+
+def _segmenter(run: Path) -> Predictor:
+    record, backbone = recorded_backbone(run)
+    segment, classes = recorded_config(FinetuneConfig, record.config).segment, record.classes
+    assert segment is not None
+    _load(model := Segmenter(backbone, len(classes), segment), run)
+    colour = [255 * value for value in backbone.mean]
+
+    def segmented(rgb: RGB) -> Prediction:
+        picture_HW3, (height, width) = for_windows(rgb, segment.crop, colour)
+        logits_KHW = slide(model, picture_HW3.to(device()), segment.crop, segment.stride)
+        size = (rgb.shape[0], rgb.shape[1])
+        labels_HW = most_probable(logits_KHW[:, :height, :width], size).byte().cpu().numpy()
+        shares = np.bincount(labels_HW.ravel(), minlength=len(classes)) / labels_HW.size
+        found = {name: share for name, share in zip(classes, shares.tolist(), strict=True) if share}
+        overlay = draw_labels(rgb, labels_HW, len(classes))
+        pictures = {"masks": encode_mask(labels_HW), "drawn": encode_view(overlay, "png")}
+        return Prediction({"shares": found}, pictures)
+
+    return lambda pictures: [segmented(rgb) for rgb in pictures]
+
+
 def _detector(run: Path) -> Predictor:
     record, backbone = recorded_backbone(run)
     detect = recorded_config(FinetuneConfig, record.config).detect
     assert detect is not None and record.category_ids is not None
-    classes, ids, found = record.classes, record.category_ids, newest(run)
-    model = make_detector(backbone, len(classes), detect, drop_path=0, seed=0)
-    load_whole(model, found.model, str(found.path))
-    model.to(device()).eval()
+    classes, ids = record.classes, record.category_ids
+    _load(model := make_detector(backbone, len(classes), detect, drop_path=0, seed=0), run)
 
     def detect_in(pictures: Sequence[RGB]) -> list[Prediction]:
         canvases_BSS3 = np.empty((len(pictures), detect.size, detect.size, 3), np.uint8)

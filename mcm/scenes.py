@@ -77,13 +77,22 @@ class SceneSource:
 
     def whole(self, rgb_HW3: RGB, mask_HW: Mask) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Return the picture for sliding windows, its mask, and its height and width."""
-        crop, picture = self.segment.crop, torch.tensor(rgb_HW3).permute(2, 0, 1)
-        picture = functional.resize(picture, [crop], max_size=LONGEST * crop)
-        height, width = picture.shape[1:]
-        missing = [0, 0, max(0, crop - width), max(0, crop - height)]
-        picture = functional.pad(picture, missing, fill=self.colour)
-        return picture.permute(1, 2, 0), torch.tensor(mask_HW), (height, width)
+        picture_HW3, extent = for_windows(rgb_HW3, self.segment.crop, self.colour)
+        return picture_HW3, torch.tensor(mask_HW), extent
 
     def rows_of(self, chunks: Indices) -> Indices:
         """Return the row numbers of a batch's chunks."""
         return self.rows[chunks]
+
+
+def for_windows(rgb_HW3: RGB, crop: int, colour: Sequence[float]) -> tuple[Tensor, tuple[int, int]]:
+    """Return the picture with the shorter side `crop`, and its height and width.
+
+    Where the longer side is limited, a border of the `colour` fills the crop.
+    """
+    picture = torch.tensor(rgb_HW3).permute(2, 0, 1)
+    picture = functional.resize(picture, [crop], max_size=LONGEST * crop)
+    height, width = picture.shape[1:]
+    missing = [0, 0, max(0, crop - width), max(0, crop - height)]
+    picture = functional.pad(picture, missing, fill=list(colour))
+    return picture.permute(1, 2, 0), (height, width)

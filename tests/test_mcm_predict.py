@@ -7,15 +7,18 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, tree_digest
 from make_dataset import make_dataset
 from make_run import make_run
-from make_scenes import make_coco
+from make_scenes import CLASSES, make_ade, make_coco, scene
 from PIL import Image
 from test_mcm_finetune import config
+from test_mcm_segment import config as segment_config
 
 from cache_tools.errors import TooManyRefused, UsageError
 from mcm.config import FinetuneConfig
+from mcm.dense import confusion, scores
 from mcm.detect import average_precision
 from mcm.draw import colour, draw_boxes, draw_labels
 from mcm.finetune import finetune
@@ -125,6 +128,22 @@ def test_the_command_prints_json_and_ends_with_3(place, tmp_path):
     words[5:] = [picture, "--out", tmp_path / "good", "--json"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert json.loads(done.stdout) == {"pictures": 1, "refused": 0} and done.stderr == ""
+
+
+@pytest.mark.slow
+def test_masks_of_a_segmenter_have_the_miou_of_the_evaluation(tmp_path):
+    root = make_ade(tmp_path / "ade", 16, 7)
+    shard(root, tmp_path / "dataset", workers=1)
+    finetune(segment_config(), tmp_path / "dataset", "random", None, tmp_path / "run")
+    assert predict(tmp_path / "run", root / "images/validation", tmp_path / "out", quiet=True)["pictures"] == 7
+    total = torch.zeros(3, 3, dtype=torch.int64)
+    for row, line in enumerate(lines(tmp_path / "out/predictions.jsonl")):
+        labels_HW = np.asarray(Image.open(tmp_path / f"out/masks/{line['picture']}.png"))
+        total += confusion(scene(1000 + row)[1], torch.tensor(labels_HW, dtype=torch.int64), 3)
+        shares = [line["shares"].get(name, 0) for name in CLASSES]
+        assert shares == (np.bincount(labels_HW.ravel(), minlength=3) / labels_HW.size).tolist()
+        assert Image.open(tmp_path / f"out/drawn/{line['picture']}.png").size == (32, 40)
+    assert scores(total)["miou"] == pytest.approx(lines(tmp_path / "run/metrics.jsonl")[-1]["eval"]["miou"], abs=1e-9)
 
 
 DETECT = {
