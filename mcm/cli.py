@@ -243,8 +243,8 @@ def predict(
 ) -> None:
     """Write what a fine-tuned RUN finds in pictures: predictions.jsonl, one line per picture.
 
-    A classifier gives the five most probable classes. A detector gives drawn/ and results.json,
-    which is in COCO's format.
+    A classifier gives the five most probable classes. A segmenter gives masks/ and drawn/, and a
+    detector drawn/ and results.json, which is in COCO's format.
 
     Example: mcm-train predict tuned photos --out predictions
     """
