@@ -183,7 +183,11 @@ def recorded_backbone(folder: Path) -> tuple[FinetuneRun, Backbone]:
 
 
 def _from_finetuning(folder: Path, head: bool) -> Backbone:
-    _, backbone = recorded_backbone(folder)
+    run, backbone = recorded_backbone(folder)
+    if run.config.get("task") == "detect":
+        found_here = "found a detector, whose encoder has windows and relative positions"
+        advice = f"use the weights that it began with ({run.init})"
+        raise UsageError(f"{folder}: expected a RUN with a plain ViT; {found_here}; {advice}")
     found, prefix = newest(folder), "encoder."  # a segmentation RUN has it, beside its head
     parts = {k.removeprefix(prefix): x for k, x in found.model.items() if k.startswith(prefix)}
     load_whole(backbone.model, _plain_head(parts or found.model), str(found.path), HEADS)

@@ -28,6 +28,7 @@ from mcm.backbones import (
     FinetuneRun,
     load_encoder,
     model_args,
+    recorded_backbone,
     set_drop_path,
 )
 from mcm.classifiers import training_rows
@@ -37,7 +38,7 @@ from mcm.downstream import Classes, Downstream, Metrics
 from mcm.loop import Job, engine, evaluation_due, to_device, train
 from mcm.optim import build_optimizer
 from mcm.probe import warn_of_copies
-from mcm.run_dir import claim, identity_config, recorded, recorded_exit, write_environment
+from mcm.run_dir import claim, identity_config, recorded_exit, write_environment
 from mcm.sampler import EvalOrder, Order
 from mcm.segment import Segmentation
 from mcm.stream import Batch, DatasetSource, Stream, batches
@@ -135,7 +136,7 @@ TASKS: dict[str, Callable[[FinetuneConfig, Dataset, Backbone], Downstream]] = {
 
 
 def starting_point(out: Path, config: FinetuneConfig, init: str, weights: Path | None) -> Backbone:
-    """Return the encoder of `init`, or the encoder of the run if `init` no longer exists.
+    """Return the encoder of `init`, or the run's without weights if `init` no longer exists.
 
     A run that has a checkpoint does not use the weights of `init`.
 
@@ -146,7 +147,8 @@ def starting_point(out: Path, config: FinetuneConfig, init: str, weights: Path |
     if source is None or source.exists() or not checkpoint.complete(out):
         return load_encoder(init, weights, config.student, config.train.seed)
     print(f"{source}: it does not exist; {out} resumes from its own checkpoint", flush=True)
-    return replace(load_encoder(str(out)), weights=recorded(out)["init_weights"])
+    run, backbone = recorded_backbone(out)
+    return replace(backbone, weights=run.init_weights)
 
 
 def run_record(

@@ -23,9 +23,10 @@ from cache_tools.dataset import Dataset
 from cache_tools.errors import Interrupted, UsageError
 from cache_tools.records import write_toml
 from mcm import checkpoint
+from mcm.backbones import load_encoder
 from mcm.config import Detect, FinetuneConfig
 from mcm.detect import ObjectSource, average_precision, detections, ground_truth, objects_of, training_rows
-from mcm.finetune import finetune
+from mcm.finetune import finetune, starting_point
 from mcm.jitter import fitted
 from mcm.loop import STOP, Loop
 from mcm.report import report
@@ -219,6 +220,9 @@ def test_a_run_writes_its_classes_and_scenes_and_resumes_to_the_bit(tuned, data,
     (run, score), stopped = tuned, tmp_path / "stopped"
     classes = json.loads((run / "classes.json").read_bytes())
     assert classes["class"] == ["left", "right"] and classes["box_ap"] == [score, None] and score > 0
+    assert starting_point(run, config(), str(tmp_path / "gone"), None).weights == "random"
+    with pytest.raises(UsageError, match=r"found a detector, .*; use the weights that it began with \(random\)"):
+        load_encoder(str(run))
     drawings = load_file(run / "shown.safetensors")
     assert sorted(drawings) == ["predicted", "truth"] and drawings["truth"].shape == (7, 3, 48, 48)
     report([run], tmp_path / "report.html")
