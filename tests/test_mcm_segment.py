@@ -244,8 +244,9 @@ def test_held_out_masks_without_labels_are_an_error(data, tmp_path, monkeypatch)
 
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 from pathlib import Path
+assert os.environ["WORLD_SIZE"] == "2"
 sys.path[:0] = {path}
 from test_mcm_segment import evaluated
 from cache_tools.dataset import Dataset
@@ -271,7 +272,12 @@ def evaluated(data):
 def test_two_ranks_evaluate_as_one_and_each_row_once(data, tmp_path):
     script, out = tmp_path / "ranks.py", tmp_path / "found.json"
     script.write_text(SCRIPT.format(path=sys.path, data=str(data.path), out=str(out)))
-    command = [os.path.join(os.path.dirname(sys.executable), "accelerate"), "launch", "--cpu", "--num_processes=2"]
+    command = [
+        os.path.join(os.path.dirname(sys.executable), "accelerate"),
+        "launch",
+        "--multi_gpu",
+        "--num_processes=2",
+    ]
     command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, check=True, env=environment, capture_output=True)
