@@ -107,8 +107,8 @@ def probe(
         raise UsageError(f"--shots: {expected}; found {shots}; use more, or --method knn")
     corrupted = list(map(Corruption.parse, dict.fromkeys(corruptions)))
     if (Path(spec) / "cache.json").is_file():
-        given = {"--data": data, "--input": inputs, "--weights": weights, "--corrupt": corrupted}
-        given["--untrained"] = untrained
+        given: dict[str, Any] = {"--data": data, "--input": inputs, "--weights": weights}
+        given |= {"--untrained": untrained, "--corrupt": corrupted}
         if unused := [option for option, value in given.items() if value]:
             found = f"found {spec}, a CACHE, which is probed on its own stored features"
             raise UsageError(f"{', '.join(unused)}: expected a RUN or EXPORT; {found}; omit them")
