@@ -104,8 +104,8 @@ def summary(known: dict[str, Any]) -> str:
             objects = f", {split['objects']} objects" if "objects" in split else ""
             lines.append(f"  {name:<8} {rows}{objects}, {split['refused']} refused")
         if known["task"] != "classify":
-            more = ", ..." * (len(known["names"]) > SHOWN_NAMES)
-            lines.append(f"  classes  {', '.join(known['names'][:SHOWN_NAMES])}{more}")
+            more = "; ..." * (len(known["names"]) > SHOWN_NAMES)
+            lines.append(f"  classes  {'; '.join(known['names'][:SHOWN_NAMES])}{more}")
         if known["ignore"]:
             ignored = ", ".join(map(str, known["ignore"]))
             lines.append(f"  ignored  value {ignored} of the source's masks")

@@ -163,7 +163,7 @@ def test_a_folder_with_masks_may_be_named_per_split(place, tmp_path):
     known = info(first.path)
     assert (known["task"], known["ignore"], known["names"]) == ("segment", (0,), CLASSES)
     assert "(segment): 3 classes" in summary(known)
-    assert "classes  ground, left, right\n  ignored  value 0 of the source's masks" in summary(known)
+    assert "classes  ground; left; right\n  ignored  value 0 of the source's masks" in summary(known)
 
 
 @pytest.mark.parametrize(
