@@ -39,7 +39,8 @@ from .config import ExtractConfig
 from .dry_run import print_plan
 from .extractor import Extractor
 from .shard import shard
-from .teachers import Teacher, check_multiple, load_teacher, probe_pictures
+from .teachers import Teacher, load_teacher, probe_pictures
+from .timm_teachers import check_multiple
 from .views import TRAIN
 from .worker import WorkerInfo
 from .worker_pool import Report, reporting, run_workers

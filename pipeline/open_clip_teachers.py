@@ -19,7 +19,7 @@ from cache_tools.weights import (
     weights_file,
 )
 
-from .timm_teachers import ADVICE, Tower, first_token, pair, patch_of
+from .timm_teachers import ADVICE, Forward, Tower, check_multiple, pair, token_features
 
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # mean and std
 
@@ -29,21 +29,14 @@ def load_open_clip_tower(
 ) -> Tower:
     """Return the image tower of ARCH or of FOLDER; the arguments are those of `load_teacher`."""
     import open_clip
-    from open_clip.model import VisionTransformer, _build_vision_tower, resize_pos_embed
+    from open_clip.model import _build_vision_tower, resize_pos_embed
 
     config, tag, notes = _open_clip_config(name, weights)
     stated = _open_clip_preprocessing(name, weights, config, tag, given)
     vision, quick_gelu = dict(config["vision_cfg"]), bool(config.get("quick_gelu", False))
-    if "timm_model_name" in vision and size not in (None, vision["image_size"]):
-        own = vision["image_size"]
-        raise UsageError(f"teacher_size {size}: {name} is a timm tower of {own} px; use timm:NAME")
     vision["image_size"] = size or vision.get("image_size", 224)
     tower = _build_vision_tower(config["embed_dim"], vision, quick_gelu)
-    module = getattr(tower, "trunk", tower)
-    if not isinstance(tower, VisionTransformer) and not hasattr(module, "num_prefix_tokens"):
-        found = type(module).__name__
-        expected = "expected a vision transformer"
-        raise UsageError(f"--teacher open_clip:{name}: {expected}; found {found}")
+    forward, patch, facts = _features(f"open_clip:{name}", tower)
     chosen = ""
     if weights != RANDOM:
         file = weights
@@ -60,37 +53,46 @@ def load_open_clip_tower(
         resize_pos_embed(state, SimpleNamespace(visual=tower))  # reads only `model.visual`
         keys = [key for key in state if key.startswith("visual.")]
         load_whole(tower, {key.removeprefix("visual."): state[key] for key in keys}, weights)
-    # CoCa normalizes after its attention pool, in the pool's width.
-    pooled = getattr(tower, "attn_pool", None) is not None
-
-    def forward(x_B3HW: Tensor) -> tuple[Tensor, Tensor | None]:
-        out = tower.forward_intermediates(
-            x_B3HW,
-            indices=[-1],
-            normalize_intermediates=not pooled,
-            output_fmt="NLC",
-            output_extra_tokens=True,
-            intermediates_only=True,
-        )
-        return out["image_intermediates"][0], first_token(out.get("image_intermediates_prefix"))
-
+    if size and hasattr(tower, "trunk"):  # open_clip builds a model of timm at timm's size
+        check_multiple("--teacher-size", size, patch)
+        tower.set_input_size(size)
+    activation = "quick_gelu" if quick_gelu else "gelu"
     architecture = {key: config[key] for key in config if key in ("embed_dim", "quick_gelu")}
     return Tower(
         name=f"open_clip:{Path(name).name}",
         model=tower,
         forward=forward,
         size=pair(vision["image_size"]),
-        patch=patch_of(tower),
+        patch=patch,
         preprocessing=stated,
         architecture=architecture | {"vision_cfg": vision},
-        facts={
-            "activation": "quick_gelu" if quick_gelu else "gelu",
-            "norm": "none" if pooled else "final",
-            "weights_set": chosen or None,
-        },
-        projection=None if pooled else getattr(tower, "proj", None),
+        facts=facts | {"activation": activation, "weights_set": chosen or None},
+        projection=getattr(tower, "proj", None) if facts["norm"] == "final" else None,
         notes=notes,
     )
+
+
+def _features(name: str, tower: Any) -> tuple[Forward, int, dict[str, Any]]:
+    """Return the forward of a tower, its patch in pixels, and its norm: see `token_features`."""
+    from open_clip.model import VisionTransformer
+
+    if not isinstance(tower, VisionTransformer):
+        return token_features(name, getattr(tower, "trunk", tower))
+    # CoCa normalizes after its attention pool, in the pool's width.
+    normalized = tower.attn_pool is None
+
+    def forward(x_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        out = tower.forward_intermediates(
+            x_B3HW,
+            indices=[-1],
+            normalize_intermediates=normalized,
+            output_fmt="NLC",
+            output_extra_tokens=True,
+            intermediates_only=True,
+        )
+        return out["image_intermediates"][0], out["image_intermediates_prefix"][0][:, 0]
+
+    return forward, pair(tower.patch_size)[0], {"norm": "final" if normalized else "none"}
 
 
 def _open_clip_config(
@@ -107,27 +109,20 @@ def _open_clip_config(
     if folder.is_file():
         whole = read_json(folder, UsageError)
         model = whole.get("model_cfg", whole)
-        if (
-            not isinstance(model, dict)
-            or not isinstance(model.get("vision_cfg"), dict)
-            or "embed_dim" not in model
-        ):
+        vision = model.get("vision_cfg") if isinstance(model, dict) else None
+        if not isinstance(vision, dict) or "embed_dim" not in model:
             raise UsageError(f"{folder}: expected model_cfg with vision_cfg and embed_dim")
-        if ":" in str(model["vision_cfg"].get("timm_model_name", "")):
+        if ":" in str(vision.get("timm_model_name", "")):
             raise UsageError(f"{folder}: expected a model name of timm; found a place to fetch one")
-        if model["vision_cfg"].get("timm_model_pretrained"):
-            model["vision_cfg"]["timm_model_pretrained"] = (
-                False  # every tensor comes from --weights
-            )
+        if vision.get("timm_model_pretrained"):
+            vision["timm_model_pretrained"] = False  # every tensor comes from --weights
         config: dict[str, Any] | None = model | {"preprocess_cfg": whole.get("preprocess_cfg", {})}
     else:
         config = open_clip.get_model_config(name)
     if config is None:
-        known = open_clip.list_models()
+        close = nearest(name, open_clip.list_models())
         expected = "expected an architecture of open_clip or a folder of one"
-        raise UsageError(
-            f"--teacher open_clip:{name}: {expected}; found neither{nearest(name, known)}"
-        )
+        raise UsageError(f"--teacher open_clip:{name}: {expected}; found neither{close}")
     if weights == RANDOM:
         return config, {}, ()
     tag = {} if Path(weights).is_file() else open_clip.get_pretrained_cfg(name, weights)
@@ -166,10 +161,8 @@ def _open_clip_preprocessing(
     elif weights != RANDOM:
         beside = config_beside(weights, "open_clip_config.json")
         if beside.get("model_cfg", {}).get("vision_cfg") == config["vision_cfg"]:
-            own, source = (
-                beside.get("preprocess_cfg", {}),
-                "the open_clip_config.json beside the weights",
-            )
+            own = beside.get("preprocess_cfg", {})
+            source = "the open_clip_config.json beside the weights"
     names = open_clip.list_pretrained_tags_by_model(name)
     tags = {one: clip | open_clip.get_pretrained_cfg(name, one) for one in names}
     default, advice = CLIP if weights == RANDOM else None, f"use {ADVICE} open_clip_config.json"

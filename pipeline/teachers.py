@@ -21,7 +21,7 @@ from cache_tools.schema import TeacherIdentity
 from cache_tools.weights import RANDOM, Triple
 
 from .open_clip_teachers import load_open_clip_tower
-from .timm_teachers import Forward, Tower, load_timm_tower
+from .timm_teachers import Forward, Tower, check_multiple, load_timm_tower
 
 PRECISIONS: dict[str, torch.dtype | None] = {
     "fp32": None,
@@ -169,15 +169,6 @@ def _teacher(tower: Tower, weights: str, device: torch.device, precision: Precis
         precision=precision,
         notes=(f"teacher {identity.name}: {stated}, from {stated.source}{resize}", *tower.notes),
     )
-
-
-def check_multiple(option: str, size: int, patch: int) -> None:
-    """Raise UsageError unless the patch divides the size in pixels; else some reach no token."""
-    if size <= 0 or size % patch:
-        below = size // patch * patch
-        fitting = f"{below} or {below + patch}" if below > 0 else f"{patch}"
-        expected = f"expected a multiple of the patch, {patch} pixels"
-        raise UsageError(f"{option} {size}: {expected}; use {fitting}")
 
 
 def state_sha256(state: dict[str, Tensor]) -> str:

@@ -5,6 +5,7 @@ B batch, N patch tokens, P prefix tokens, C channels, H W pixels.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from cache_tools.errors import UsageError
 from cache_tools.weights import Preprocessing, Triple, load_timm
 
 ADVICE = "--teacher-mean and --teacher-std, or put beside the file its"
+CHOICE = "choose a teacher of docs/teachers.md"
 Forward = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
@@ -43,40 +45,48 @@ def load_timm_tower(
     """Return the model NAME or NAME.TAG of timm; the arguments are those of `load_teacher`."""
     unused, advice = ("head", "fc_norm"), f"{ADVICE} config.json"
     model, stated, chosen = load_timm(name, weights, unused, advice, given, size)
-    norm = getattr(model, "norm", None)
-    if not hasattr(model, "num_prefix_tokens") or isinstance(norm, nn.Identity | None):
-        found = type(model).__name__
-        expected = "expected a vision transformer with a final norm"
-        raise UsageError(f"--teacher timm:{name}: {expected}; found {found}")
-    has_class_token = getattr(model, "cls_token", None) is not None
+    forward, patch, facts = token_features(f"timm:{name}", model)
+    input_size = (size, size) if size else model.pretrained_cfg["input_size"][1:]
+    img_size = pair(getattr(getattr(model, "patch_embed", None), "img_size", None) or input_size)
+    facts["weights_set"] = chosen or None
+    architecture = {"name": name, "img_size": list(img_size)}
+    return Tower(f"timm:{name}", model, forward, img_size, patch, stated, architecture, facts)
+
+
+def token_features(name: str, model: Any) -> tuple[Forward, int, dict[str, Any]]:
+    """Return the forward of a vision transformer, its patch in pixels, and its activation and norm.
+
+    The norm is "none" for a model that returns its tokens without one.
+
+    Raises: UsageError if the model does not return patch and prefix tokens, or pools them before
+    its norm.
+    """
+    model = getattr(model, "encoder", model)  # of a classifier of Gemma, Qwen or DeepSeek
+    found, method = type(model).__name__, getattr(model, "forward_intermediates", None)
+    options = signature(method).parameters.keys() if method else set[str]()
+    prefixed = {"return_prefix_tokens": True} if getattr(model, "num_prefix_tokens", 1) else {}
+    if not {"norm", "output_fmt", *prefixed} <= options or not hasattr(model, "blocks"):
+        expected = "expected a plain vision transformer, with every token in every block"
+        raise UsageError(f"--teacher {name}: {expected}; found {found}; {CHOICE}")
+    if not isinstance(getattr(model, "fc_norm", None), nn.Identity | None):
+        expected = "expected a vision transformer with a final norm of its tokens"
+        found = f"{found}, which pools before its norm"
+        raise UsageError(f"--teacher {name}: {expected}; found {found}; {CHOICE}")
+    # Registers follow the class token, or stand alone.
+    class_token = any(key.endswith("cls_token") for key, _ in model.named_parameters())
 
     def forward(x_B3HW: Tensor) -> tuple[Tensor, Tensor | None]:
-        outputs = model.forward_intermediates(
-            x_B3HW,
-            indices=1,
-            norm=True,
-            output_fmt="NLC",
-            return_prefix_tokens=True,
-            intermediates_only=True,
+        (out,) = model.forward_intermediates(
+            x_B3HW, indices=1, norm=True, output_fmt="NLC", intermediates_only=True, **prefixed
         )
-        out = outputs[0]
-        patch_BNC, prefix_BPC = out if isinstance(out, tuple) else (out, None)
-        return patch_BNC, first_token([prefix_BPC] if has_class_token else None)
+        patch_BNC, *prefix_BPC = out if prefixed else (out,)
+        return patch_BNC, prefix_BPC[0][:, 0] if class_token else None
 
-    modules = model.blocks.named_modules()
-    activations = [type(part).__name__.lower() for key, part in modules if key.endswith("act")]
-    img_size = list(pair(model.patch_embed.img_size))
-    facts = {"weights_set": chosen or None, "activation": activations[0]}
-    architecture = {"name": name, "img_size": img_size}
-    shape = pair(img_size), patch_of(model)
-    return Tower(f"timm:{name}", model, forward, *shape, stated, architecture, facts)
-
-
-def patch_of(model: Any) -> int:
-    """Return the side of a patch in pixels, including the convolutional stem of a hybrid."""
-    if hasattr(model, "patch_size"):
-        return pair(model.patch_size)[0]
-    return int(getattr(model, "trunk", model).patch_embed.feat_ratio())
+    parts = model.blocks.named_modules()
+    activations = [type(part).__name__.lower() for key, part in parts if key.endswith("act")]
+    normless = isinstance(getattr(model, "norm", None), nn.Identity | None)
+    facts = {"activation": activations[-1], "norm": "none" if normless else "final"}
+    return forward, int(model.feature_info[-1]["reduction"]), facts
 
 
 def pair(size: Any) -> tuple[int, int]:
@@ -85,9 +95,10 @@ def pair(size: Any) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def first_token(prefix: Any) -> Tensor | None:
-    """Return the first of the prefix tokens [B, P, C] of the last block, or None without any."""
-    if not prefix or prefix[0] is None or prefix[0].shape[1] == 0:
-        return None
-    token: Tensor = prefix[0][:, 0]
-    return token
+def check_multiple(option: str, size: int, patch: int) -> None:
+    """Raise UsageError unless the patch divides the size in pixels; else some reach no token."""
+    if size <= 0 or size % patch:
+        below = size // patch * patch
+        fitting = f"{below} or {below + patch}" if below > 0 else f"{patch}"
+        expected = f"expected a multiple of the patch, {patch} pixels"
+        raise UsageError(f"{option} {size}: {expected}; use {fitting}")
