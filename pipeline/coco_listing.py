@@ -196,8 +196,8 @@ def _listed(
         stored = {"source": printable(name), "image_id": image.id, "annotations": objects[image.id]}
         try:
             candidates.boxes.append(canonical_json(stored | size))
-        except ValueError as error:
-            file.check(False, f"finite numbers in annotations of image {image.id}", error)
+        except (ValueError, RecursionError) as error:
+            file.check(False, f"annotations of finite numbers for image {image.id}", error)
     return candidates
 
 

@@ -226,7 +226,7 @@ def first(key: str, **changes):
         (first("annotations", segmentation={"size": [40, 32], "counts": "T"}), "expected an RLE of 40 x 32 pixels"),
         (first("annotations", segmentation={"size": [40, 32], "counts": "PX1P"}), "expected an RLE of 40 x 32 pixels"),
         (first("annotations", area=float("nan")), "annotations.0.area"),
-        (first("annotations", score=float("inf")), "expected finite numbers in annotations of image 0"),
+        (first("annotations", score=float("inf")), "expected annotations of finite numbers for image 0"),
         (lambda known: known.update(images=[], annotations=[]), "train2017; found none of its 0"),
     ],
 )
