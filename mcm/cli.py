@@ -268,7 +268,7 @@ def export(
 ) -> None:
     """Write RUN's encoder as a folder that timm and transformers' AutoModel load.
 
-    The encoder of a fine-tuned RUN is written with its head. Other formats: hf, the ViT of
+    A fine-tuned RUN is written with its classifier, a segmentation RUN without its head. Formats: hf, the ViT of
     transformers, which needs no timm; mae, a file {"model": tensors}; onnx, for any batch size.
 
     Example: mcm-train export run encoder
@@ -279,8 +279,8 @@ def export(
     config = write(run, out, folded, format_)
     if json:
         return print_json(config)
-    usage = FORMATS[format_][-1].replace("FOLDER", str(out))
-    print(f"{out}: {config['mcm']['weights']}\n    {usage}")
+    usage, part = FORMATS[format_][-1].replace("FOLDER", str(out)), config["mcm"].get("part")
+    print(f"{out}: {config['mcm']['weights']}{f', {part}' if part else ''}\n    {usage}")
 
 
 @app.command(no_args_is_help=True)

@@ -65,9 +65,9 @@ def export(
 ) -> dict[str, Any]:
     """Write the newest encoder of a RUN to `out`, and return its settings.
 
-    The encoder of a fine-tuned RUN is written with its head. `fold_scale` s folds
-    x~ = e + s (x - e), where e is the encoder fill, into the patch embedding. `kind` is one of
-    FORMATS.
+    A fine-tuned RUN is written with its classifier, a segmentation RUN without its head.
+    `fold_scale` s folds x~ = e + s (x - e), where e is the encoder fill, into the patch embedding.
+    `kind` is one of FORMATS.
 
     Raises: UsageError, after which nothing is at `out`; McmError if the other library computes
     other features.
@@ -93,7 +93,10 @@ def export(
     config = timm_config(backbone)
     config["mcm"] = {"weights": backbone.weights, "fold_scale": fold_scale}
     if classes := recorded(run).get("classes"):
-        config["label_names"] = classes
+        if backbone.model.num_classes:
+            config["label_names"] = classes
+        else:
+            config["mcm"]["part"] = "the encoder alone, without the head of its task"
     with atomic_folder(out) as temp, torch.inference_mode():
         try:
             theirs = write(temp, backbone, config)

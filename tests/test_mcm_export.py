@@ -9,18 +9,22 @@ import pytest
 import timm
 import torch
 from make_dataset import make_dataset
-from make_run import make_run
+from make_run import CONFIG, make_run
+from make_scenes import make_masks
 from PIL import Image
 from test_mcm_finetune import config
 
 from cache_tools.errors import McmError, UsageError
+from mcm import checkpoint
 from mcm import export as module
 from mcm.augment import eval_transform
 from mcm.backbones import Backbone, load_encoder, pooled
+from mcm.config import FinetuneConfig
 from mcm.export import export
 from mcm.finetune import finetune
 from mcm.probe import probe
 from mcm.run_dir import recorded
+from pipeline.shard import shard
 
 PICTURES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -141,6 +145,23 @@ def test_transformers_loads_the_same_folder(tmp_path, tuned):
             outputs(ours, lambda m: m(PICTURES)), outputs(whole, lambda m: m(PICTURES).logits), atol=1e-5
         )
         assert whole.config.id2label == {0: "even", 1: "odd"}
+
+
+def test_of_a_segmentation_run_the_encoder_is_exported(tmp_path):
+    shard(make_masks(tmp_path / "source", 4, 2), tmp_path / "data", workers=1)
+    settings = {name: part for name, part in CONFIG.items() if name != "student"} | {"task": "segment"}
+    settings["train"] = CONFIG["train"] | {"workers": 0, "global_batch": 2, "micro_batch": 2}
+    settings["segment"] = {"head": "linear", "crop": 48, "stride": 48}
+    run, tuned = make_run(tmp_path / "run"), FinetuneConfig.model_validate_json(json.dumps(settings))
+    finetune(tuned, tmp_path / "data", str(run), None, tmp_path / "tuned")
+    found = export(tmp_path / "tuned", tmp_path / "out")
+    assert found["mcm"]["part"].startswith("the encoder alone") and "label_names" not in found
+    assert found["pretrained_cfg"]["input_size"] == [3, 48, 48]
+    assert "| part | the encoder alone" in (tmp_path / "out" / "README.md").read_text()
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).state_dict()
+    assert loaded["pos_embed"].shape == (1, 1 + 6 * 6, 32)  # of the crop
+    state = checkpoint.latest(tmp_path / "tuned", optimizer=False).model
+    assert all(torch.equal(state[f"encoder.{name}"], tensor) for name, tensor in loaded.items())
 
 
 def test_the_model_card_says_what_it_is_and_what_was_measured(tmp_path):
