@@ -268,8 +268,9 @@ def export(
 ) -> None:
     """Write RUN's encoder as a folder that timm and transformers' AutoModel load.
 
-    A fine-tuned RUN is written with its classifier, a segmentation RUN without its head. Formats: hf, the ViT of
-    transformers, which needs no timm; mae, a file {"model": tensors}; onnx, for any batch size.
+    A fine-tuned RUN is written with its classifier, a segmentation RUN without its head. Other
+    formats: hf, the ViT of transformers, which needs no timm; mae, a file {"model": tensors}; onnx,
+    for any batch size.
 
     Example: mcm-train export run encoder
     """
