@@ -64,7 +64,7 @@ def error_line(error: BaseException) -> str:
         text += f"; {remedies.get(error.errno or 0, 'fix this')} {again}"
     elif _is_gpu_memory(error):
         text = ". ".join(str(error).split(". ")[:2])
-        text += "; lower train.micro_batch (mcm-train), or --batch or --processes (mcm-cache)"
+        text += "; lower train.micro_batch, --batch or --processes"
     elif isinstance(error, MemoryError):
         text = f"memory: {error or 'none is left'}; free memory or lower the batch size {again}"
     elif isinstance(error, EOFError):

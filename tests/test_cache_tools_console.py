@@ -37,8 +37,7 @@ def test_gpu_memory_is_a_resource() -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free. See")
     assert exit_code(error) == 7
     assert error_line(error) == (
-        "CUDA out of memory. Tried to allocate 2.00 GiB; lower train.micro_batch (mcm-train), or --batch "
-        "or --processes (mcm-cache)"
+        "CUDA out of memory. Tried to allocate 2.00 GiB; lower train.micro_batch, --batch or --processes"
     )
     with pytest.raises(SystemExit):
         guarded(raise_error)(error)
