@@ -5,9 +5,13 @@
 
 Teachers are DeiT-tiny (--weights FILE, or random) and a random CLIP ViT-B/16 (quickgelu).
 Each source picture of about 500 x 375 gives 1 or 4 views, stored as int8.
-Rates are in views per second; `render` is the rate of one core.
-On a GPU the limit is min(forward, cores x render). On a CPU, where both share the cores, it is
-1 / (1 / forward + 1 / (cores x render)). The bar is 0.95 of the limit. Compared rates alternate.
+Rates are in views per second. `host` is the rate of one core for what the host does per view:
+rendering and writing. On a GPU the limit is min(forward, cores x host). On a CPU, where all share
+the cores, it is 1 / (1 / forward + 1 / (cores x host)). Compared rates alternate.
+
+`parts` is the cost per view: CPU-milliseconds of one thread for the decode of the source (shared by
+its views), crop and resize, encode, decode of the stored view, and write (tar, index, Zarr, crc32c
+and sha256); milliseconds of the device for preprocess, forward, and quantise with its checks.
 
 `memory` is the peak memory of a whole extraction on the CPU, without the imports. It compares a
 dataset with one of four times its size; each runs in its own process. The bar for the ratio is 1.1.
@@ -18,6 +22,8 @@ import math
 import os
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from clock import describe, peak, peak_megabytes, reset_peak, seconds
+from clock import describe, in_turns, peak, peak_megabytes, reset_peak, seconds
 from record import resident_megabytes, write_results
 from synthetic import make_dataset, pictures, tiny_clip
 from torch import Tensor
@@ -34,16 +40,20 @@ from torch import Tensor
 from cache_tools.cache import Unit
 from cache_tools.console import progress
 from cache_tools.dataset import Dataset
+from cache_tools.images import decode_rgb, decode_view_into, encode_view
+from cache_tools.quantize import channel_stats, decode, encode
 from cache_tools.schema import CacheIdentity, Fingerprint
-from cache_tools.writer import publish_identity
+from cache_tools.writer import publish_identity, unit_writer
 from pipeline import extract
 from pipeline.config import ExtractConfig
 from pipeline.extractor import Extractor, Timers, render_views
 from pipeline.teachers import Teacher, load_teacher
+from pipeline.views import draw_crop, render
 from pipeline.worker import WorkerInfo
 
 BATCH = 64  # `mcm-cache extract`'s own
 CORES = len(os.sched_getaffinity(0))
+HOST = ("decode", "crop, resize", "encode", "decode of the view", "write")  # parts on the CPU
 Row = dict[str, Any]
 
 
@@ -90,12 +100,56 @@ class Place:
         batch = self.pictures()
         return BATCH / seconds(lambda: self.teacher.features(batch), self.teacher.device, batches)
 
-    def render(self, rows: int) -> float:
-        """Return the views per second of one core, from the source to the teacher's input."""
-        start = time.perf_counter()
+    def parts(self, rows: int) -> dict[str, float]:
+        """Return the milliseconds per view of each part."""
+        spent, stored = Counter[str](), []
+        size, encoding = self.identity.view_height, self.identity.view_encoding
+        out = np.empty((size, size, 3), np.uint8)
+
+        def timed(name: str, work: Callable[..., Any], *given: Any) -> Any:
+            start = time.thread_time()
+            found = work(*given)
+            spent[name] += time.thread_time() - start  # type: ignore[assignment]
+            return found
+
         for row in range(rows):
-            render_views(self.dataset, self.identity, "train", row, self.views)
-        return rows * len(self.views) / (time.perf_counter() - start)
+            data, label = self.dataset.picture("train", row)
+            rgb = timed("decode", decode_rgb, data)
+            for view in self.views:
+                crop = draw_crop(self.identity.crop, 0, "train", row, view, *rgb.shape[:2])
+                pixels = timed("crop, resize", render, rgb, crop, size, size)
+                coded = timed("encode", encode_view, pixels, encoding)
+                timed("decode of the view", decode_view_into, coded, out)
+                stored.append((coded, label, crop))
+        found = {name: 1e3 * value / len(stored) for name, value in spent.items()}
+        patch, _ = self.teacher.features(batch := self.pictures())
+        mean, std = channel_stats(patch, torch)
+
+        def quantise() -> dict[str, Tensor]:
+            arrays: dict[str, Tensor] = encode(self.identity.dtype, patch, mean, std, torch)
+            decode(arrays["patch"], arrays.get("scale"), mean, std, torch)
+            return arrays
+
+        with unit_writer(self.units()[0], 0) as writer:  # without a commit
+            views = stored[: min(BATCH, self.identity.rows_per_shard)]
+            arrays = {
+                name: tensor[: len(views)].cpu().numpy() for name, tensor in quantise().items()
+            }
+            for view in views:
+                timed("write", writer.add_view, *view)
+            for name, array in arrays.items():
+                timed("write", writer.add, name, array)
+        found["write"] = 1e3 * spent["write"] / len(views)
+        device, known = self.teacher.device, self.teacher.identity
+        scale = [torch.tensor(value, device=device) * 255 for value in (known.mean, known.std)]
+        works = {
+            "preprocess": lambda: (batch.to(device) - scale[0]) / scale[1],
+            "forward": lambda: self.teacher.features(batch),
+            "quantise": quantise,
+        }
+        on_device = {name: 1e3 * s / BATCH for name, s in in_turns(works, device).items()}
+        on_device["forward"] -= on_device["preprocess"]
+        return {name: round(value, 4) for name, value in (found | on_device).items()}
 
     def pictures(self) -> Tensor:
         """A batch of the teacher's inputs, uint8."""
@@ -114,17 +168,19 @@ def measure(place: Place, rows: int, rounds: int) -> Row:
     for device in (torch.device("cpu"), place.teacher.device):
         reset_peak(device)
     for _ in range(rounds):
+        parts = place.parts(min(rows, 64))
         rates = {
             "forward": place.forward(min(8, max(1, rows * len(place.views) // BATCH))),
-            "render": place.render(min(rows, 64)),
+            "host": 1e3 / sum(parts[name] for name in HOST),
         }
         rates["extract"], spent = place.whole(rows)
-        cores = CORES * rates["render"]
+        cores = CORES * rates["host"]
         both = 1 / (1 / rates["forward"] + 1 / cores)
         limit = min(rates["forward"], cores) if place.teacher.device.type == "cuda" else both
         found.append(rates | {"limit": limit, "of_limit": rates["extract"] / limit})
     row: Row = {name: round(median(one[name] for one in found), 3) for name in found[0]}
     total = sum(spent.seconds.values())
+    row["parts"] = parts
     row["split"] = {what: round(share / total, 3) for what, share in spent.seconds.items()}
     gpu_mb = peak(place.teacher.device) if place.teacher.device.type == "cuda" else None
     return row | {"peak_mb": round(peak_megabytes()), "gpu_mb": gpu_mb}

@@ -117,12 +117,13 @@ class Featurizer:
             folds = {s: folds[s] for s in scales.values()}
         encodes: dict[str | float, Encode] = {k: self.encoder(k) for k in kinds if k != "folded"}
         encodes.update((s, folds[s]) for s in folds)
-        functions = list(encodes.values())
-        train = dict(zip(encodes, self.features("train", functions, rows), strict=True))
-        found = iter(self.features("val", functions, None, (None, *corruptions)))
-        vals = [dict(zip(encodes, found, strict=False)) for _ in (None, *corruptions)]
+        train = dict(zip(encodes, self.features("train", [*encodes.values()], rows), strict=True))
         if folds and not scales:
             scales = self.scales({s: train[s] for s in folds}, *choice, wanted)
+        for rejected in folds.keys() - scales.values():
+            del encodes[rejected], train[rejected]
+        found = iter(self.features("val", [*encodes.values()], None, (None, *corruptions)))
+        vals = [dict(zip(encodes, found, strict=False)) for _ in (None, *corruptions)]
         for tokens in wanted:
             for kind in kinds:
                 s = scales[tokens] if kind == "folded" else None
