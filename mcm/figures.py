@@ -11,10 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from cache_tools.preview import pca_colours, png, sheet
-from mcm.draw import colour
 from mcm.scorecard import DEAD
 
 Array = npt.NDArray[Any]
@@ -23,7 +21,6 @@ STYLE: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
 LOWEST = -1.0  # the axes clip R^2 here; far negative values would compress the rest
 R2 = f"R^2, not below {LOWEST:g}"
-NAMED = 40  # classes in the legend of drawings
 RANKED, SHOWN = 4, 3  # best and worst channels each, and pictures per channel
 
 
@@ -111,17 +108,12 @@ def samples(tensors: Mapping[str, Array], grid: Sequence[int]) -> str:
     return _image(figure)
 
 
-def overlays(shown: Mapping[str, Array], classes: Sequence[str]) -> str:
-    """Show drawings [S, 3, H, W] by name, one line per name, and the colours of the classes."""
-    figure, axes = sheet([drawings.transpose(0, 2, 3, 1) for drawings in shown.values()])
-    for axis, name in zip(axes[:, 0], shown, strict=True):
+def overlays(shown: Mapping[str, Array]) -> str:
+    """Show drawings [S, 3, H, W] of held-out pictures: "truth" above "predicted"."""
+    names = ("truth", "predicted")
+    figure, axes = sheet([shown[name].transpose(0, 2, 3, 1) for name in names])
+    for axis, name in zip(axes[:, 0], names, strict=True):
         axis.set_ylabel(name)
-    patches = [
-        Patch(color=[x / 255 for x in colour(label)], label=name)
-        for label, name in enumerate(classes[:NAMED])
-    ]
-    figure.set_layout_engine("constrained")
-    figure.legend(handles=patches, loc="outside lower center", ncols=8, fontsize=8)
     return _image(figure)
 
 

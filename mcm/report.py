@@ -5,6 +5,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cache_tools.schema import CacheIdentity
 from cache_tools.storage import work_dir, write_atomic
 from mcm import checkpoint
 from mcm.dense_probe import DenseResult
+from mcm.draw import colour
 from mcm.figures import Array, channel_figures, channel_maps, curves, dots, overlays, samples
 from mcm.probe import ProbeResult
 from mcm.run_dir import last_eval, read_metrics, recorded
@@ -192,11 +194,18 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _html_table(lines: Sequence[Sequence[str]], caption: str) -> str:
-    def row(tag: str, cells: Sequence[str]) -> str:
-        return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+def _html_table(
+    lines: Sequence[Sequence[str]], caption: str, colours: Sequence[tuple[int, int, int]] = ()
+) -> str:
+    """Return a table of a header and rows; a row has a bar in its colour, if there is one."""
 
-    body = row("th", lines[0]) + "".join(row("td", line) for line in lines[1:])
+    def row(tag: str, cells: Sequence[str], style: str = "") -> str:
+        texts = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr{style}>{texts}</tr>"
+
+    styles = [f' style="border-left:1em solid rgb{colour}"' for colour in colours]
+    styled = zip_longest(lines[1:], styles, fillvalue="")
+    body = row("th", lines[0]) + "".join(row("td", line, style) for line, style in styled)
     return f"<table><caption>{html.escape(caption)}</caption>{body}</table>"
 
 
@@ -251,9 +260,10 @@ def _run_section(run: Path, label: str) -> str:
     if table := _json(run / "classes.json"):
         columns = (map(_percent, values) for name, values in table.items() if name != "class")
         lines = [list(table), *map(list, zip(table["class"], *columns, strict=True))]
-        parts.append(_html_table(lines, "classes of the last evaluation, in percent"))
+        caption = "classes of the last evaluation in percent, with the colours of the drawings"
+        parts.append(_html_table(lines, caption, list(map(colour, range(len(lines) - 1)))))
     if drawings := _tensors(run / "shown.safetensors"):
-        parts.append(overlays(drawings, table["class"]))
+        parts.append(overlays(drawings))
     for name in ("config.toml", "env.json", "run.json"):
         if (file := run / name).is_file():
             toml = name.endswith("toml")
