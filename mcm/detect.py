@@ -27,7 +27,7 @@ from mcm.draw import draw_boxes, draw_labels
 from mcm.jitter import Array, Placement, fitted, jittered, outline, targets
 from mcm.sampler import Indices
 from mcm.stream import Batch
-from mcm.vitdet import Detector, Found, windowed
+from mcm.vitdet import Detector, Found
 
 Result = dict[str, Any]  # a COCO result of one object
 SHOWN, LIKELY = 8, 0.5  # held-out pictures in the report; the least score of a box that is drawn
@@ -92,7 +92,7 @@ class Detection:
         assert detect is not None  # the config checks it
         self.shown: dict[str, Tensor] = {}
         rows = training_rows(dataset, detect)
-        self.model = make_detector(backbone, len(dataset.classes), detect, config.drop_path, seed)
+        self.model = Detector(backbone, len(dataset.classes), detect, config.drop_path, seed)
         self.train = ObjectSource(dataset, "train", detect, backbone.mean, seed, rows)
         self.held = ObjectSource(dataset, "val", detect, backbone.mean, seed)
 
@@ -159,14 +159,6 @@ def training_rows(dataset: Dataset, detect: Detect) -> Indices:
     return np.flatnonzero(np.fromiter(kept, bool))  # crowds train nothing
 
 
-def make_detector(
-    backbone: Backbone, num_classes: int, detect: Detect, drop_path: float, seed: int
-) -> Detector:
-    """Return ViTDet around the encoder of `backbone`, with new heads."""
-    encoder = windowed(backbone.model, detect, drop_path)
-    return Detector(encoder, num_classes, detect, backbone.mean, backbone.std, seed)
-
-
 def objects_of(batch: Batch, masks: bool) -> list[Found]:
     """Return the objects of each picture of a training batch, as `Detector` takes them."""
     names = ["boxes", "labels"] + ["masks"] * masks
@@ -218,15 +210,12 @@ def _results(found: Found, place: Placement) -> list[Result]:
         for label, box, score in zip(labels, xywh_N4.tolist(), scores, strict=True)
     ]
     for record, box_4, mask_1MM in zip(records, boxes_N4, found.get("masks", ()), strict=False):
-        record["segmentation"] = _rle(mask_1MM.cpu(), torch.from_numpy(box_4), place.source)
+        # One by one, because the masks of a large picture would not fit into memory.
+        box_14 = torch.from_numpy(box_4)[None]
+        mask_HW = paste_masks_in_image(mask_1MM[None].cpu(), box_14, place.source)[0, 0] > 0.5
+        rle = coco_mask.encode(np.asfortranarray(mask_HW.numpy().astype(np.uint8)))
+        record["segmentation"] = rle | {"counts": rle["counts"].decode()}
     return records
-
-
-def _rle(mask_1MM: Tensor, box_4: Tensor, source: tuple[int, int]) -> dict[str, Any]:
-    """Return the COCO RLE of one mask pasted into its box; one by one, for a bounded memory."""
-    pasted_HW = paste_masks_in_image(mask_1MM[None], box_4[None], source)[0, 0] > 0.5
-    rle: dict[str, Any] = coco_mask.encode(np.asfortranarray(pasted_HW.numpy().astype(np.uint8)))
-    return rle | {"counts": rle["counts"].decode()}
 
 
 def ground_truth(dataset: Dataset, split: str) -> dict[str, Any]:

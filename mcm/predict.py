@@ -27,13 +27,14 @@ from mcm.augment import eval_transform
 from mcm.backbones import load_encoder, newest, recorded_backbone
 from mcm.config import FinetuneConfig
 from mcm.dense import predict as most_probable
-from mcm.detect import detections, draw_results, make_detector
+from mcm.detect import detections, draw_results
 from mcm.draw import draw_labels
 from mcm.features import device
 from mcm.jitter import fitted
 from mcm.run_dir import recorded, recorded_config
 from mcm.scenes import for_windows
 from mcm.segment import Segmenter, slide
+from mcm.vitdet import Detector
 
 TOP = 5  # classes per picture
 
@@ -208,7 +209,7 @@ def _detector(run: Path) -> Predictor:
     detect = recorded_config(FinetuneConfig, record.config).detect
     assert detect is not None and record.category_ids is not None
     classes, ids = record.classes, record.category_ids
-    _load(model := make_detector(backbone, len(classes), detect, drop_path=0, seed=0), run)
+    _load(model := Detector(backbone, len(classes), detect), run)
 
     def detect_in(pictures: Sequence[RGB]) -> list[Prediction]:
         canvases_BSS3 = np.empty((len(pictures), detect.size, detect.size, 3), np.uint8)

@@ -4,7 +4,6 @@ B batch, N objects, D width, C channels of the pyramid, S pixels of the canvas, 
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from cache_tools.errors import UsageError
+from mcm.backbones import Backbone
 from mcm.config import Detect
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
@@ -128,22 +128,22 @@ class Detector(nn.Module):
     """
 
     def __init__(
-        self, encoder: VisionTransformerSAM, num_classes: int, detect: Detect,
-        mean: Sequence[float], std: Sequence[float], seed: int,
+        self, backbone: Backbone, num_classes: int, detect: Detect, drop_path: float = 0.0,
+        seed: int = 0,
     ) -> None:  # fmt: skip
-        """Draw the weights of the pyramid and the heads from `seed`."""
+        """Take the modules of `backbone`; draw the weights of the pyramid and the heads."""
         super().__init__()
+        self.encoder = windowed(backbone.model, detect, drop_path)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.pyramid = Pyramid(encoder.embed_dim, detect.channels)
+            self.pyramid = Pyramid(self.encoder.embed_dim, detect.channels)
             parts = _rcnn(self.pyramid, num_classes + 1, detect)
-        self.encoder, self.rpn, self.roi_heads = encoder, parts.rpn, parts.roi_heads
-        self.has_masks = detect.masks
-        patch = encoder.patch_embed.patch_size[0]
+        self.rpn, self.roi_heads, self.has_masks = parts.rpn, parts.roi_heads, detect.masks
         self.mean: Tensor
         self.std: Tensor
-        for name, values in ("mean", mean), ("std", std):
+        for name, values in ("mean", backbone.mean), ("std", backbone.std):
             self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
+        patch = self.encoder.patch_embed.patch_size[0]
         pools = [self.roi_heads.box_roi_pool] + [self.roi_heads.mask_roi_pool] * detect.masks
         for pool in pools:  # torchvision guesses the scales from the pictures of the first batch
             pool.scales = [4 / patch, 2 / patch, 1 / patch, 0.5 / patch]

@@ -5,6 +5,7 @@ import timm
 import torch
 
 from cache_tools.errors import UsageError
+from mcm.backbones import Backbone
 from mcm.config import Detect
 from mcm.model import encode_tokens
 from mcm.vitdet import Detector, windowed
@@ -15,6 +16,10 @@ SMALL = {"size": 64, "window": 2, "global_blocks": (2,), "channels": 16, "anchor
 def vit(**changes):
     args = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
     return timm.create_model("vit_tiny_patch16_224", **args | changes).eval()
+
+
+def detector(plain, detect, num_classes=3):
+    return Detector(Backbone(plain, "", "", (32, 32), (0.5,) * 3, (0.2,) * 3, "bicubic", 1.0), num_classes, detect)
 
 
 def tokens(model, x_B3HW):
@@ -67,7 +72,7 @@ def test_the_names_positions_and_prefix_of_the_plain_vit():
 def test_mask_rcnn_of_vit_b_has_110_9_million_parameters_and_its_maps_have_the_strides_of_the_paper():
     with torch.device("meta"):
         base = timm.create_model("vit_base_patch16_224", num_classes=0)
-        model = Detector(windowed(base, Detect(), 0.1), 80, Detect(), (0.5,) * 3, (0.2,) * 3, 0)
+        model = detector(base, Detect(), 80)
         maps = model.pyramid(torch.empty(1, 768, 64, 64)).values()
     assert round(sum(x.numel() for x in model.parameters()) / 1e6, 1) == 110.9
     assert [1024 // x.shape[-1] for x in maps] == [4, 8, 16, 32, 64] and {x.shape[1] for x in maps} == {256}
@@ -77,7 +82,7 @@ def test_mask_rcnn_of_vit_b_has_110_9_million_parameters_and_its_maps_have_the_s
 @pytest.mark.parametrize("counts", [(1, 0), (0, 0)])
 def test_every_parameter_has_a_gradient_also_without_objects(masks, counts):
     detect = Detect(**SMALL, masks=masks)
-    model = Detector(windowed(vit(), detect, 0.0), 3, detect, (0.5,) * 3, (0.2,) * 3, 0)
+    model = detector(vit(), detect)
     pictures = torch.zeros(2, 64, 64, 3, dtype=torch.uint8)
     boxes, labels = torch.tensor([[4.0, 4, 40, 40]]), torch.tensor([2])
     objects = [{"boxes": boxes[:n], "labels": labels[:n], "masks": torch.ones(n, 64, 64)} for n in counts]
@@ -94,7 +99,7 @@ def test_every_parameter_has_a_gradient_also_without_objects(masks, counts):
 
 
 def test_the_first_batch_does_not_set_the_scale_of_the_regions():
-    model = Detector(windowed(vit(), Detect(**SMALL), 0.0), 3, Detect(**SMALL), (0.5,) * 3, (0.2,) * 3, 0)
+    model = detector(vit(), Detect(**SMALL))
     assert model.roi_heads.box_roi_pool.scales == [1 / 2, 1 / 4, 1 / 8, 1 / 16]
 
 
