@@ -63,8 +63,8 @@ class Decoder(Record):
 class Mask(Record):
     """The masks: `ratio` of the channels of every patch, or of the patches, is hidden.
 
-    Each epoch draws `pool` masks. Options beyond the paper: the second fill hides the slots of
-    another, independent mask (`second` = "untied") or none; the ratio moves linearly over the
+    Each epoch draws `pool` masks. Options beyond the paper: the second fill uses another,
+    independent mask (`second` = "untied") or is left out; the ratio moves linearly over the
     epochs to `final_ratio`; a share `unmasked_fraction` of the rows has no mask.
     """
 

@@ -1,4 +1,4 @@
-"""`mcm-train doctor`: what is wrong with a pre-training, before its first step. It writes nothing.
+"""`mcm-train doctor`: checks of a pre-training before its first step. It writes nothing.
 
 A check returns "ok" or "warn" with a text, or raises the error that `pretrain` would raise.
 """
@@ -60,7 +60,7 @@ def _processes(expected: int, precision: str) -> tuple[str, str]:
             f" `accelerate launch --multi_gpu --num_processes {expected}`"
         )
     if device.type == "cpu":
-        return "warn", f"no GPU for {expected}: training runs on the CPU; look at `nvidia-smi`"
+        return "warn", f"found no GPU; {expected} processes train on the CPU; check `nvidia-smi`"
     return "ok", f"{expected} on {torch.cuda.get_device_name()}, {precision}"
 
 
@@ -91,4 +91,7 @@ def _pixels(unit: Unit) -> tuple[str, str]:
         return "ok", "decoded as for the teacher" if expected else "not recorded in this cache"
     found = unit.commit(0).fingerprint.versions
     names = ", ".join(f"{n} {found.get(n, 'unknown')}" for n in ("pillow", "simplejpeg"))
-    return "warn", f"this machine decodes other pixels than the teacher's; install its {names}"
+    return (
+        "warn",
+        f"this machine decodes pictures to other pixels than the extraction; install {names}",
+    )

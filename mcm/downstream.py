@@ -1,4 +1,4 @@
-"""What fine-tuning needs of a task. Classification, segmentation and detection are tasks."""
+"""The interface of a fine-tuning task. Classification, segmentation and detection implement it."""
 
 from collections.abc import Iterable
 from typing import Protocol

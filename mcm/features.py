@@ -29,8 +29,8 @@ BATCH_ROWS = 128
 POOL_ROWS = 4096  # the number of masks in the pool of masked:K
 FOLDS = (1.0, 0.75, 0.5, 0.25)  # the values of s, equal for every mask mode
 
-# Maps pictures [B, 3, H, W] and their row numbers to features [B, D].
 Rows = npt.NDArray[np.int64]
+# Maps pictures [B, 3, H, W] and their row numbers to features [B, D].
 Encode = Callable[[Tensor, Rows], Tensor]
 
 
@@ -134,9 +134,9 @@ class Featurizer:
     def scales(
         self, folded: Mapping[float, Features], bank: Rows, held: Rows, wanted: Iterable[str]
     ) -> dict[str, float]:
-        """Return the s of each kind of features with the best k-NN accuracy on held-out rows.
+        """Return, for each kind of features, the s with the best k-NN accuracy on held-out rows.
 
-        The first value wins ties, also where no class has a row to hold out.
+        The first value wins ties, and is used if no row is held out.
         """
 
         def accuracy(s: float, tokens: str) -> float:

@@ -1,6 +1,6 @@
 """The student of masked channel modeling: a timm ViT encoder, two fills and a small decoder.
 
-`MaskedChannelModel.forward` reads as the method: mask, encode, fill again, decode.
+`MaskedChannelModel.forward` has the steps of the method: mask, encode, fill again, decode.
 B batch, N patches, D student width, C target channels, H W pixels, P values per patch, K pool rows.
 A mask is boolean and **True means hidden**.
 """
@@ -105,7 +105,7 @@ def embed_pixels(
 
 
 def encode_tokens(encoder: VisionTransformer, pictures_B3HW: Tensor) -> Tensor:
-    """Return a timm ViT's normalised tokens [B, prefix + N, D] of normalised pictures."""
+    """Return the tokens [B, prefix + N, D] of normalised pictures, after the final norm."""
     return run_blocks(encoder, encoder.patch_embed(pictures_B3HW))
 
 
@@ -146,7 +146,10 @@ class Decoder(nn.Module):
         self.cls_linear = nn.Linear(inner, out) if cls else None
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return predictions [B, N, out] of tokens [B, 1 + N, width]; a CLS head adds one first."""
+        """Return predictions [B, N, out] of tokens [B, 1 + N, width].
+
+        With a CLS head, its prediction comes first: [B, 1 + N, out].
+        """
         if self.depth:
             h = residual_stream(self.adapter(h) + self.pos_embed, self.bf16_residual)
             h = self.norm(self.blocks(h))
@@ -225,7 +228,8 @@ class MaskedChannelModel(nn.Module):
     def decode(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """Apply the second fill, so that no hidden value reaches the decoder; return y_BNC.
 
-        An untied second fill hides the slots that the previous patch hid: an independent mask.
+        An untied second fill uses the mask of the previous patch, which is independent of the mask
+        of this patch.
         """
         if mask is not None and self.decoder_fill is not None:
             mask = mask.roll(1, dims=1) if self.untied else mask

@@ -58,7 +58,7 @@ class Objective:
         # A mask of the pool hides channels of one patch. In patch mode, it masks the patches of one
         # picture.
         shapes = {"patch": (1, tokens), "none": (0, 0)}
-        self.positions, self.width = shapes.get(config.mask.mode, (tokens, width))
+        self.mask_positions, self.mask_width = shapes.get(config.mask.mode, (tokens, width))
         self.epoch = 0  # of training: the newest epoch seen
         self.pools: dict[int, Future[Tensor]] = {}
         self.pool_thread = ThreadPoolExecutor(1)
@@ -71,7 +71,7 @@ class Objective:
         """Return the batches of `units` in `order`, with the mask picks of this run."""
         pool, seed, cls = self.config.mask.pool, self.config.train.seed, self.config.loss.cls
         source = CacheSource(
-            units, self.run.size, self.positions, pool, seed, unmasked_fraction, cls
+            units, self.run.size, self.mask_positions, pool, seed, unmasked_fraction, cls
         )
         return Stream(order, source)
 
@@ -79,7 +79,7 @@ class Objective:
         """Return the mask pool of the batch's epoch and the batch's picks; None without masks."""
         if self.config.mask.mode == "none":
             return None
-        # Held-out rows use the pool of epoch 0. A pool takes 0.2 s, so a thread makes the next one.
+        # Held-out rows use the pool of epoch 0. A thread draws the next pool, which takes 0.2 s.
         self.epoch = max(self.epoch, batch["epoch"])
         wanted = batch["epoch"], self.epoch, self.epoch + 1
         self.pools = {e: pool for e, pool in self.pools.items() if e == 0 or e in wanted}
@@ -91,7 +91,7 @@ class Objective:
     def _pool(self, epoch: int) -> Tensor:
         """Return the mask pool of an epoch, plus one mask that hides nothing, for unmasked rows."""
         mask, seed = self.config.mask, self.config.train.seed
-        pool = mask_pool(seed, epoch, mask.pool, self.width, self.ratio(epoch))
+        pool = mask_pool(seed, epoch, mask.pool, self.mask_width, self.ratio(epoch))
         pool = np.concatenate([pool, np.zeros_like(pool[:1])])
         return torch.from_numpy(pool).to(self.accelerator.device)
 
@@ -117,7 +117,7 @@ class Objective:
         if self.model.target_projection is not None:
             return loss_fn(*wrapped(batch["pictures"], self.masks(batch), self.target(batch)))
         y = wrapped(batch["pictures"], self.masks(batch))
-        # The epoch is left out: torch.compile would compile again for each value of a number.
+        # Numbers are left out: torch.compile compiles again for each value. Rows are not used.
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "rows"}
         return self.compare(y, tensors)
 

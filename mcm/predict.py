@@ -1,4 +1,4 @@
-"""Prediction: what a fine-tuned RUN finds in the pictures of a user.
+"""Predictions of a fine-tuned RUN for pictures of any source.
 
 B batch, H W pixels, S pixels of a detector's canvas.
 """
@@ -54,7 +54,7 @@ def predict(
     run: Path, pictures: Path, out: Path, batch: int = 16, max_refused: float = 0.01,
     quiet: bool = False,
 ) -> dict[str, int]:  # fmt: skip
-    """Write what a fine-tuned RUN finds in a picture or a folder to the new folder `out`.
+    """Write the predictions of a fine-tuned RUN for a picture or a folder to the new folder `out`.
 
     Returns the number of lines in predictions.jsonl and of refused pictures in quarantine.jsonl. A
     detector also gives results.json, COCO's results with the category ids of its source. The image

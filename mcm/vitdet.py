@@ -34,11 +34,11 @@ Found = dict[str, Tensor]  # boxes [N, 4], labels, scores [N] and, with masks, m
 
 
 def windowed(vit: VisionTransformer, detect: Detect, drop_path: float) -> VisionTransformerSAM:
-    """Return a plain ViT with windowed attention on a square canvas, its last map as output.
+    """Return a ViT with windowed attention on a square canvas; its output is its last map.
 
-    It takes the modules of `vit`, so that their names stay. Relative positions begin at zero. The
-    absolute positions keep the grid of `vit`, and each forward resamples them to the canvas. The
-    prefix tokens and the final norm are left out.
+    It reuses the modules of `vit`, so the names in the state dict stay the same. Relative positions
+    begin at zero. The absolute positions keep the grid of `vit`, and each forward resamples them to
+    the canvas. The prefix tokens and the final norm are left out.
 
     Raises: UsageError if the canvas, the windows or the blocks do not fit `vit`.
     """

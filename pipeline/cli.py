@@ -97,7 +97,7 @@ def shard_command(
     if coco := record.coco:
         print(
             f"{coco.boxes_dropped} boxes without area dropped, {coco.boxes_clipped} boxes clipped "
-            f"at the border, {coco.polygons_dropped} polygons of under 3 points dropped"
+            f"at the border, {coco.polygons_dropped} invalid polygons dropped"
         )
     following = f"mcm-cache extract {dataset} CACHE --teacher ..."
     if record.task:

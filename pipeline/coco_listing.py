@@ -79,20 +79,21 @@ class _File(NamedTuple):
                 where = f"{self.path}: {'.'.join(map(str, (key, number, *detail['loc'][:1])))}"
                 found = f"{detail['input']!r:.80}"
                 raise UsageError(f"{where}: {detail['msg']}; found {found}") from error
-            self.check(item.id not in seen, f"an id per record of {key}", f"id {item.id} twice")
+            self.check(item.id not in seen, f"unique ids in {key}", f"id {item.id} twice")
             seen.add(item.id)
             yield item, record
 
-    def check(self, right: bool, expected: str, found: object) -> None:
-        """Raise UsageError unless `right`."""
-        if not right:
+    def check(self, condition: bool, expected: str, found: object) -> None:
+        """Raise UsageError unless `condition`."""
+        if not condition:
             raise UsageError(f"{self.path}: expected {expected}; found {found}")
 
 
 def list_coco(root: Path) -> Sources | None:
     """Return every picture of a COCO source, or None for another source.
 
-    Raises: UsageError when a file is not COCO's, or when files contradict themselves or each other.
+    Raises: UsageError when a file is not in COCO's format, or when its records contradict each
+    other or another file.
     """
     paths: dict[str, Path] = {}
     sources, changed = Sources(), Counter[str]()
@@ -112,10 +113,10 @@ def list_coco(root: Path) -> Sources | None:
     for split, path in paths.items():
         file = _load(path)
         items = sorted((item.id, item.name) for item, _ in file.items("categories", _Category))
-        names, differ = dict(items), 0 < len({name for _, name in items}) == len(items)
-        file.check(differ, "categories with a name each", f"{list(names.values())}"[:200])
+        names, unique = dict(items), 0 < len({name for _, name in items}) == len(items)
+        file.check(unique, "categories with unique names", f"{list(names.values())}"[:200])
         categories = categories or names
-        file.check(names == categories, "the categories of the other split", "others")
+        file.check(names == categories, "the same categories in every split", "other categories")
         folder = path.parent if path.name == _BESIDE else _folder(root, split)
         sources.splits[split] = _listed(file, root, folder, categories, changed, sources.notes)
     sources.classes = tuple(map(printable, categories.values()))
@@ -129,7 +130,7 @@ def list_coco(root: Path) -> Sources | None:
 
 
 def _load(path: Path) -> _File:
-    """Return the JSON of a split. COCO's largest (448 MB) takes about 3 GB of memory."""
+    """Return the JSON of a split. The largest file of COCO, 448 MB, needs about 3 GB of memory."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -169,9 +170,11 @@ def _listed(
     objects: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
     for item, record in file.items("annotations", _Annotation):
         of = f"annotation {item.id} of"
-        file.check(item.image_id in images, "images of these ids", f"{of} image {item.image_id}")
+        file.check(
+            item.image_id in images, "an image for each image_id", f"{of} image {item.image_id}"
+        )
         known = item.category_id in categories
-        file.check(known, "categories of these ids", f"{of} category {item.category_id}")
+        file.check(known, "a category for each category_id", f"{of} category {item.category_id}")
         if kept := _kept(file, item, record, images[item.image_id], changed):
             objects[item.image_id].append(kept)
     there = {path.relative_to(root).as_posix() for path in folder.rglob("*") if path.is_file()}

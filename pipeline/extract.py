@@ -147,8 +147,8 @@ def _make_shards(
 ) -> None:
     """Make every missing shard; return when each is committed or held by another worker.
 
-    A shard counts as held after a second attempt, RETRY_S seconds later, because a worker may hold
-    a lock briefly, or die.
+    A shard counts as held if its lock is taken in two attempts, RETRY_S seconds apart. Another
+    worker may hold a lock briefly, or die.
     """
     waited = False
     while True:
@@ -292,7 +292,8 @@ def relative_mse(x: np.ndarray, reference: np.ndarray) -> float:
 def versions(teacher: Teacher) -> dict[str, str]:
     """Return the library versions, and the name of the GPU or the number of CPU threads.
 
-    They can change a byte of a view or a bit of a feature. The CPU model is not recorded.
+    Another version, GPU or thread count can change a byte of a view or a bit of a feature. The CPU
+    model is not recorded.
     """
     found = {}
     for name in ("torch", "timm", "open_clip_torch", "numpy", "pillow", "simplejpeg", "numcodecs"):
@@ -309,9 +310,9 @@ def missing_shards(
 ) -> Iterator[tuple[str, int]]:
     """Return (split, shard) of every shard that a unit lacks, starting at this worker's offset.
 
-    The caller skips the shards that other workers lock. A committed shard costs neither a lock nor
-    a look at its file, because the commits of a unit are listed once. Without working locks, the
-    workers divide the shards among themselves by number.
+    The caller skips shards that another worker has locked. The commits of a unit are listed once,
+    so a committed shard needs no lock and no access to its file. Without working locks, the workers
+    divide the shards by number.
     """
     done = {}
     for split, group in units.items():

@@ -143,6 +143,6 @@ def _listed(root: Path, pictures: str, masks: str, notes: list[str]) -> Candidat
             palettes += has_palette(file.read(26))
     counts = {f"{kind} files of {pictures} left out": number for kind, number in left.items()}
     counts[f"masks of {masks} left out: they have no picture"] = len(there - wanted)
-    counts[f"masks of {masks} have a palette: their indices are the labels"] = palettes
+    counts[f"masks of {masks} have a palette: their indices are the values"] = palettes
     notes += [f"{root}: {number} {what}" for what, number in counts.items() if number]
     return candidates

@@ -112,4 +112,4 @@ def test_other_pixels_than_the_teacher_saw(tmp_path: Path) -> None:
         add_unit(tmp_path / name, identity, "train", 0)
     assert find(tmp_path / "same")["pixels"] == ("ok", "decoded as for the teacher")
     status, text = find(tmp_path / "other")["pixels"]
-    assert status == "warn" and text.endswith("install its pillow unknown, simplejpeg unknown")
+    assert status == "warn" and text.endswith("install pillow unknown, simplejpeg unknown")

@@ -122,7 +122,7 @@ def test_notes_say_what_is_left_out_and_that_palettes_are_labels(place, tmp_path
 
     shard(odd(place, tmp_path, change), tmp_path / "out", workers=1)
     said = capsys.readouterr().out
-    assert "3 masks of annotations/training have a palette: their indices are the labels" in said
+    assert "3 masks of annotations/training have a palette: their indices are the values" in said
     assert "1 masks of annotations/training left out: they have no picture" in said
     assert "images/validation left out: there is no annotations/validation" in said
     assert "1 other files of images/training left out" in said and "images/extra left out: no split" in said
