@@ -116,14 +116,15 @@ class Detection:
         every = sorted(gather_object(mine), key=lambda result: result["image_id"])
         scored: list[tuple[Metrics, Classes]] = [({}, {})]
         if accelerator.is_main_process:
-            truth, (metrics, classes) = ground_truth(self.dataset, "val"), scored[0]
+            truth = ground_truth(self.dataset, "val")
             self.shown = {
                 "truth": self._drawn(truth["annotations"]),
                 "predicted": self._drawn(every),
             }
-            for kind, name in list(KINDS.items())[: 1 + self.model.has_masks]:
-                more, classes[f"{name}_ap"] = average_precision(truth, every, kind)
-                metrics |= more
+            for kind in list(KINDS)[: 1 + self.model.has_masks]:
+                metrics, classes = average_precision(truth, every, kind)
+                scored[0][0].update(metrics)
+                scored[0][1].update(classes)
         broadcast_object_list(scored)
         return scored[0]
 
@@ -241,8 +242,8 @@ def ground_truth(dataset: Dataset, split: str) -> dict[str, Any]:
 
 def average_precision(
     truth: dict[str, Any], results: Iterable[Result], kind: str
-) -> tuple[dict[str, float], list[float | None]]:
-    """Return COCO's scores by name, such as box_ap50, and the AP of each class.
+) -> tuple[Metrics, Classes]:
+    """Return COCO's scores by name, such as box_ap50, and the AP and AP50 of each class.
 
     `kind` is bbox or segm. A score without any object is left out, and None for a class.
     """
@@ -253,11 +254,14 @@ def average_precision(
     scored.evaluate()
     scored.accumulate()
     scored.summarize()
-    stats = scored.stats_as_dict
-    metrics = {f"{KINDS[kind]}_{name}": stats[key] for key, name in STATS.items()}
-    # [IoU thresholds, recalls, classes, all areas, 100 detections]
+    stats, prefix = scored.stats_as_dict, KINDS[kind]
+    metrics = {f"{prefix}_{name}": stats[key] for key, name in STATS.items()}
+    # [IoU thresholds, recalls, classes] of all areas and 100 detections; the first IoU is 0.5
     precision_TRK = scored.eval["precision"][:, :, :, 0, -1]
-    each = [
-        float(p_TR.mean()) if p_TR.min() > -1 else None for p_TR in precision_TRK.transpose(2, 0, 1)
-    ]
-    return {name: value for name, value in metrics.items() if value > -1}, each
+    classes = {
+        f"{prefix}_{name}": [
+            float(p.mean()) if p.min() > -1 else None for p in part.transpose(2, 0, 1)
+        ]
+        for name, part in (("ap", precision_TRK), ("ap50", precision_TRK[:1]))
+    }
+    return {name: value for name, value in metrics.items() if value > -1}, classes

@@ -76,9 +76,11 @@ def _check(vit: VisionTransformer, detect: Detect) -> None:
     patch, depth = vit.patch_embed.patch_size, len(vit.blocks)
     attention: Any = getattr(vit.blocks[0], "attn", None)
     plain = type(vit.blocks[0]) is Block and type(attention) is Attention
-    if not plain or attention.gate is not None or vit.pos_embed is None:
-        kind = f"blocks of {type(vit.blocks[0]).__name__} and {type(attention).__name__}"
-        raise UsageError(f"detect: expected a plain ViT with absolute positions; found {kind}")
+    more = plain and (attention.gate is not None or not isinstance(attention.norm, nn.Identity))
+    if not plain or more or vit.pos_embed is None:
+        kind = f"{type(vit.blocks[0]).__name__} with {type(attention).__name__}"
+        expected = "expected a plain ViT with absolute positions and no gate or norm in attention"
+        raise UsageError(f"detect: {expected}; found {kind}")
     if detect.size % (2 * patch[0]) or patch[0] != patch[1]:
         expected = f"expected a multiple of two patches of {patch[0]}x{patch[1]} pixels"
         raise UsageError(f"detect.size: {expected}; found {detect.size}")

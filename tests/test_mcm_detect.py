@@ -59,7 +59,9 @@ def test_average_precision_by_hand():
     metrics, each = average_precision(truth_of(hit, other), results, "bbox")
     by_hand = pytest.approx((51 + 50 * 2 / 3) / 101)  # precision 1 up to recall 0.5, then 2/3
     assert metrics == dict.fromkeys(("box_ap", "box_ap50", "box_ap75", "box_ap_small"), by_hand)
-    assert each == [by_hand, None]  # nothing is medium or large, and no object has class b
+    assert each == dict.fromkeys(
+        ("box_ap", "box_ap50"), [by_hand, None]
+    )  # nothing is medium or large, and no object has class b
     assert average_precision(truth_of(hit, other), [], "bbox")[0]["box_ap"] == 0
 
 
@@ -226,7 +228,7 @@ def test_a_run_writes_its_classes_and_scenes_and_resumes_to_the_bit(tuned, data,
     drawings = load_file(run / "shown.safetensors")
     assert sorted(drawings) == ["predicted", "truth"] and drawings["truth"].shape == (7, 3, 48, 48)
     report([run], tmp_path / "report.html")
-    assert "<th>box_ap</th><th>mask_ap</th>" in (tmp_path / "report.html").read_text()
+    assert "<th>box_ap</th><th>box_ap50</th><th>mask_ap</th>" in (tmp_path / "report.html").read_text()
     with monkeypatch.context() as patch:
         patch.setattr(
             Loop, "step", lambda loop, step, *rest, real=Loop.step: real(loop, step, *rest) or STOP * (step == 7)

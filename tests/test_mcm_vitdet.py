@@ -116,6 +116,10 @@ def test_a_canvas_windows_and_blocks_that_do_not_fit_are_refused(changes, messag
         windowed(vit(), Detect(**SMALL | changes), 0.0)
 
 
-def test_another_kind_of_vit_is_refused():
+@pytest.mark.parametrize(
+    "more",
+    [{"block_fn": timm.models.vision_transformer.ResPostBlock}, {"scale_attn_norm": True}, {"pos_embed": "none"}],
+)
+def test_another_kind_of_vit_is_refused(more):
     with pytest.raises(UsageError, match="expected a plain ViT with absolute positions"):
-        windowed(vit(block_fn=timm.models.vision_transformer.ResPostBlock), Detect(**SMALL), 0.0)
+        windowed(vit(**more), Detect(**SMALL), 0.0)
