@@ -118,7 +118,6 @@ class Boxes(NamedTuple):
 
     image_id: int
     size_HW: tuple[int, int]
-    ids_N: npt.NDArray[np.int64]
     labels_N: npt.NDArray[np.int64]
     boxes_N4: npt.NDArray[np.float64]
     area_N: npt.NDArray[np.float64]
@@ -143,7 +142,6 @@ def decode_boxes(data: bytes, category_ids: Sequence[int], where: str) -> Boxes:
         return Boxes(
             image_id=picture["image_id"],
             size_HW=size_HW,
-            ids_N=np.array([each["id"] for each in found], np.int64),
             labels_N=np.array(
                 [category_ids.index(each["category_id"]) for each in found], np.int64
             ),

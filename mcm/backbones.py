@@ -65,7 +65,6 @@ class Backbone:
     """
 
     model: VisionTransformer
-    source: str
     weights: str  # the name of the weights: a step, a sha256, "pretrained" or "random"
     size: tuple[int, int]
     mean: tuple[float, ...]
@@ -73,6 +72,33 @@ class Backbone:
     interpolation: str
     crop_pct: float
     masked: MaskedChannelModel | None = None
+
+
+class PictureModel(nn.Module):
+    """A model with an `encoder` on uint8 pictures, which it normalises as `backbone` says."""
+
+    encoder: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        for name, values in ("mean", backbone.mean), ("std", backbone.std):
+            self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile each block of the encoder; the heads of a detector have other shapes per step."""
+        for block in self.encoder.blocks:
+            block.compile(*args, **kwargs)
+
+    def normalized(self, pictures_BHW3: Tensor) -> Tensor:
+        """Return the pictures as float32 [B, 3, H, W]."""
+        return (pictures_BHW3.permute(0, 3, 1, 2).float() - self.mean) / self.std
+
+
+def freeze(module: nn.Module) -> None:
+    """Freeze a module in eval mode: the loop calls `train()`, which would enable its drop paths."""
+    module.requires_grad_(False).eval().train = lambda mode=True: module  # type: ignore[method-assign]
 
 
 def load_encoder(
@@ -139,7 +165,7 @@ def _from_config(student: SizedStudent | None, seed: int) -> Backbone:
     size = (student.size, student.size)
     model = build_encoder(size, student.patch, student, seed)
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return Backbone(model, "random", "random", size, mean, std, "bicubic", CROP_PCT)
+    return Backbone(model, "random", size, mean, std, "bicubic", CROP_PCT)
 
 
 def _from_timm(spec: str, weights: Path | None) -> Backbone:
@@ -154,7 +180,7 @@ def _from_timm(spec: str, weights: Path | None) -> Backbone:
         if twin.state_dict().keys() - model.state_dict().keys() != {"head.weight", "head.bias"}:
             raise TypeError(f"a {type(model).__name__} that its arguments do not rebuild")
     digest = weights and f"sha256:{file_sha256(weights_file(weights)[0])}{chosen and f'#{chosen}'}"
-    return _described(model, spec, digest or PRETRAINED)
+    return _described(model, digest or PRETRAINED)
 
 
 def _from_pretraining(folder: Path, untrained: bool) -> Backbone:
@@ -168,7 +194,7 @@ def _from_pretraining(folder: Path, untrained: bool) -> Backbone:
         load_whole(masked, found.model, str(found.path), HEADS)
         weights = checkpoint.weights(found.path)
     data = (run.size, run.mean, run.std, run.interpolation, CROP_PCT)
-    return Backbone(masked.encoder, str(folder), weights, *data, masked)
+    return Backbone(masked.encoder, weights, *data, masked)
 
 
 def recorded_backbone(folder: Path) -> tuple[FinetuneRun, Backbone]:
@@ -179,7 +205,7 @@ def recorded_backbone(folder: Path) -> tuple[FinetuneRun, Backbone]:
             raise ValueError(run.architecture)
         model = timm.create_model(run.architecture, pretrained=False, **run.model_args)
     data = (run.size, run.mean, run.std, run.interpolation, run.crop_pct)
-    return run, Backbone(model, str(folder), "untrained", *data)
+    return run, Backbone(model, "untrained", *data)
 
 
 def _from_finetuning(folder: Path, head: bool) -> Backbone:
@@ -227,7 +253,7 @@ def _from_export(folder: Path) -> Backbone:
         model = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
         if not isinstance(model, VisionTransformer):
             raise TypeError(f"a {type(model).__name__}")
-        backbone = _described(model, str(folder), f"sha256:{file_sha256(path)}")
+        backbone = _described(model, f"sha256:{file_sha256(path)}")
     load_whole(model, state, str(path), HEADS)
     return backbone
 
@@ -244,12 +270,12 @@ def _arguments_of(where: Path | str) -> Iterator[None]:
         raise UsageError(f"{where}: {expected}; found {error!r}") from error
 
 
-def _described(model: VisionTransformer, source: str, weights: str) -> Backbone:
+def _described(model: VisionTransformer, weights: str) -> Backbone:
     data = resolve_model_data_config(model)
     size = (int(data["input_size"][1]), int(data["input_size"][2]))
     mean, std = tuple(data["mean"]), tuple(data["std"])
     interpolation, crop_pct = data["interpolation"], data["crop_pct"]
-    return Backbone(model, source, weights, size, mean, std, interpolation, crop_pct)
+    return Backbone(model, weights, size, mean, std, interpolation, crop_pct)
 
 
 def model_args(model: VisionTransformer) -> tuple[str, dict[str, Any]]:

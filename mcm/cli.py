@@ -280,7 +280,7 @@ def export(
     config = write(run, out, folded, format_)
     if json:
         return print_json(config)
-    usage, part = FORMATS[format_][-1].replace("FOLDER", str(out)), config["mcm"].get("part")
+    usage, part = FORMATS[format_].usage.replace("FOLDER", str(out)), config["mcm"].get("part")
     print(f"{out}: {config['mcm']['weights']}{f', {part}' if part else ''}\n    {usage}")
 
 

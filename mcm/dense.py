@@ -1,14 +1,12 @@
-"""Dense prediction with a plain ViT: maps of its blocks, the class of each pixel, and scores.
+"""Dense prediction: the class of each pixel, and scores.
 
-Letters: B batch, D width, K classes, h w the grid, H W pixels.
+Letters: K classes, h w the grid, H W pixels.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,28 +16,7 @@ from cache_tools.labels import IGNORED, Mask
 PIXEL_LOGITS = 1 << 26  # the size of one computation
 
 
-def feature_maps(vit: VisionTransformer, x_B3HW: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-    """Return the maps [B, D, h, w] of blocks, counted from 1, without the final norm."""
-    indices = [block - 1 for block in blocks]
-    maps = vit.forward_intermediates(
-        x_B3HW, indices=indices, stop_early=True, intermediates_only=True
-    )
-    return cast(list[Tensor], maps)
-
-
-def resize_input(vit: VisionTransformer, size: int) -> None:
-    """Give a ViT square pictures of `size` pixels; its positions are resampled.
-
-    Raises: UsageError unless the patches tile the picture.
-    """
-    if any(size % side for side in vit.patch_embed.patch_size):
-        patch = "x".join(map(str, vit.patch_embed.patch_size))
-        expected = f"expected a multiple of the patch of {patch} pixels"
-        raise UsageError(f"segment.crop: {expected}; found {size}")
-    vit.set_input_size(img_size=(size, size))
-
-
-def predict(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
+def most_probable(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the most probable class [H, W] of logits [K, h, w], resized bilinearly to `size`.
 
     The pixels are computed in strips of bounded memory.

@@ -23,8 +23,9 @@ from cache_tools.storage import file_sha256, write_atomic
 from mcm.augment import eval_transform
 from mcm.backbones import load_encoder
 from mcm.classifiers import fit_softmax
-from mcm.dense import confusion, predict, scores
-from mcm.features import FOLDS, Encode, Featurizer, device
+from mcm.dense import confusion, most_probable, scores
+from mcm.features import FOLDS, Encode, Featurizer
+from mcm.loop import device
 from mcm.memory import activation_bytes, say_estimate, state_bytes
 from mcm.probe import input_kinds, record_name, warn_of_copies
 from mcm.run_dir import software, versions
@@ -236,7 +237,7 @@ def _confusion(featurizer: Featurizer, encode: Encode, weight_KD: Tensor, bias_K
     total = torch.zeros(classes, classes, dtype=torch.int64, device=device())
     for _, tokens_ND, mask_HW in _scenes(featurizer, "val", encode):
         logits_KHW = functional.linear(tokens_ND, weight_KD, bias_K).T.reshape(classes, *grid)
-        total += confusion(mask_HW, predict(logits_KHW, mask_HW.shape), classes)
+        total += confusion(mask_HW, most_probable(logits_KHW, mask_HW.shape), classes)
     return total
 
 

@@ -26,8 +26,8 @@ from mcm.downstream import Classes, Metrics
 from mcm.draw import draw_boxes, draw_labels
 from mcm.jitter import Array, Placement, fitted, jittered, outline, targets
 from mcm.sampler import Indices
-from mcm.stream import Batch
-from mcm.vitdet import Detector, Found
+from mcm.stream import Batch, RowSource
+from mcm.vitdet import Detector, Objects
 
 Result = dict[str, Any]  # a COCO result of one object
 SHOWN, LIKELY = 8, 0.5  # held-out pictures in the report; the least score of a box that is drawn
@@ -36,7 +36,7 @@ STATS = {"AP_all": "ap", "AP_50": "ap50", "AP_75": "ap75"}
 STATS |= {f"AP_{size}": f"ap_{size}" for size in ("small", "medium", "large")}
 
 
-class ObjectSource:
+class ObjectSource(RowSource):
     """Batches of the pictures of a DATASET with boxes on the canvas; one row is one chunk.
 
     A batch has pictures uint8 [B, S, S, 3], their rows, and where they lie. Training adds the
@@ -49,9 +49,8 @@ class ObjectSource:
         rows: Indices | None = None,
     ) -> None:  # fmt: skip
         """Without `rows`, take all rows of the split, fit the pictures and read no objects."""
-        self.dataset, self.split, self.detect, self.seed = dataset, split, detect, seed
-        self.mean, self.training = mean, rows is not None
-        self.rows = np.arange(dataset.rows(split)) if rows is None else rows
+        super().__init__(dataset, split, seed, rows)
+        self.detect, self.mean, self.training = detect, mean, rows is not None
 
     def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
         """Return the batch of the rows; the memory of `used` is not needed."""
@@ -74,10 +73,6 @@ class ObjectSource:
                 out[name] = torch.from_numpy(np.concatenate([each[name] for each in objects]))
         return out
 
-    def rows_of(self, chunks: Indices) -> Indices:
-        """Return the row numbers of a batch's chunks."""
-        return self.rows[chunks]
-
 
 class Detection:
     """The task "detect" of fine-tuning: ViTDet on a DATASET with boxes.
@@ -91,7 +86,7 @@ class Detection:
         detect, seed, self.dataset = config.detect, config.train.seed, dataset
         assert detect is not None  # the config checks it
         self.shown: dict[str, Tensor] = {}
-        rows = training_rows(dataset, detect)
+        rows = rows_to_train(dataset, detect)
         self.model = Detector(backbone, len(dataset.classes), detect, config.drop_path, seed)
         self.train = ObjectSource(dataset, "train", detect, backbone.mean, seed, rows)
         self.held = ObjectSource(dataset, "val", detect, backbone.mean, seed)
@@ -135,7 +130,7 @@ class Detection:
             rgb = decoded(self.dataset.picture("val", row)[0])
             results = [result for result in every if result["image_id"] == row]
             if not self.model.has_masks:
-                results = [{k: v for k, v in r.items() if k != "segmentation"} for r in results]
+                results = _without("segmentation", results)
             canvases.append(np.empty((self.held.detect.size,) * 2 + (3,), np.uint8))
             place = fitted((rgb.shape[0], rgb.shape[1]), self.held.detect.size)
             drawn = draw_results(rgb, results, self.dataset.classes)
@@ -143,14 +138,15 @@ class Detection:
         return torch.from_numpy(np.stack(canvases)).permute(0, 3, 1, 2).contiguous()
 
 
-def training_rows(dataset: Dataset, detect: Detect) -> Indices:
+def rows_to_train(dataset: Dataset, detect: Detect) -> Indices:
     """Return the rows of "train" that train.
 
-    Raises: UsageError if a split has no object or, with `detect.masks`, no mask.
+    Raises: UsageError if a split has only crowds or nothing or, with `detect.masks`, no mask.
     """
     for split in ("train", "val"):
         there = (dataset.boxes(split, row) for row in range(dataset.rows(split)))
-        if not any(any(each.segmentation) if detect.masks else len(each.ids_N) for each in there):
+        pairs = (pair for x in there for pair in zip(x.iscrowd_N, x.segmentation, strict=True))
+        if not any(not crowd and (shape or not detect.masks) for crowd, shape in pairs):
             what, hint = ("masks", "; set detect.masks = false") if detect.masks else ("boxes", "")
             raise UsageError(
                 f"{dataset.path}: expected {what} in split {split!r}; found none{hint}"
@@ -160,7 +156,7 @@ def training_rows(dataset: Dataset, detect: Detect) -> Indices:
     return np.flatnonzero(np.fromiter(kept, bool))  # crowds train nothing
 
 
-def objects_of(batch: Batch, masks: bool) -> list[Found]:
+def objects_of(batch: Batch, masks: bool) -> list[Objects]:
     """Return the objects of each picture of a training batch, as `Detector` takes them."""
     names = ["boxes", "labels"] + ["masks"] * masks
     parts = {name: batch[name] for name in names}
@@ -202,8 +198,12 @@ def draw_results(rgb: RGB, results: Iterable[Result], classes: Sequence[str]) ->
     return draw_boxes(draw_labels(rgb, labels_HW, len(classes)), boxes, labels, names)
 
 
-def _results(found: Found, place: Placement) -> list[Result]:
-    boxes_N4 = place.back(found["boxes"].double().cpu().numpy())
+def _without(key: str, results: Iterable[Result]) -> list[Result]:
+    return [{k: v for k, v in result.items() if k != key} for result in results]
+
+
+def _results(found: Objects, place: Placement) -> list[Result]:
+    boxes_N4 = place.to_source(found["boxes"].double().cpu().numpy())
     xywh_N4 = np.concatenate([boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]], axis=1)
     labels, scores = (found[name].tolist() for name in ("labels", "scores"))
     records: list[Result] = [
@@ -248,7 +248,7 @@ def average_precision(
     `kind` is bbox or segm. A score without any object is left out, and None for a class.
     """
     # With a bbox, COCO would take the area of the box for that of the mask.
-    kept = [{k: v for k, v in r.items() if kind == "bbox" or k != "bbox"} for r in results]
+    kept = _without("bbox" if kind == "segm" else "segmentation", results)
     coco = COCO(truth)
     scored = COCOeval_faster(coco, coco.loadRes(kept), kind, print_function=lambda *_: None)
     scored.evaluate()

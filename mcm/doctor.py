@@ -39,7 +39,7 @@ def doctor(config: PretrainConfig, path: Path, processes: int = 1) -> list[Findi
     except (McmError, OSError) as error:
         return [*found, ("cache", "fail", f"{error_line(error)}; then check again for the rest")]
     text = f"{order}; the target has {run.channels} channels"
-    memory = _find("/dev/shm", _shared_memory, units, order, local * train.workers)
+    memory = _find("/dev/shm", _shared_memory, units, order, local * train.workers, config.loss.cls)
     return [*found, ("cache", "ok", text), memory, _find("pixels", _pixels, units[0])]
 
 
@@ -72,10 +72,10 @@ def _workers(workers: int, local: int) -> tuple[str, str]:
     return "ok", text
 
 
-def _shared_memory(units: list[Unit], order: Order, workers: int) -> tuple[str, str]:
+def _shared_memory(units: list[Unit], order: Order, workers: int, cls: bool) -> tuple[str, str]:
     identity, free = units[0].identity, free_bytes(Path("/dev/shm"))
     size_HW = identity.view_height, identity.view_width
-    source = CacheSource(units, size_HW, identity.tokens, 1, 0, cls=identity.has_cls)
+    source = CacheSource(units, size_HW, identity.tokens, 1, 0, cls=cls)
     batch = source(*order.slice(0), order.batch).values()
     needed = workers * (PREFETCH + 1) * sum(x.nbytes for x in batch if isinstance(x, torch.Tensor))
     text = f"{needed / 1e6:,.0f} MB for the batches of {workers} workers, {free / 1e6:,.0f} MB free"

@@ -6,19 +6,10 @@ from typing import Protocol
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mcm.sampler import Indices
-from mcm.stream import Batch, Source
+from mcm.stream import Batch, RowSource
 
 Metrics = dict[str, float]
 Classes = dict[str, list[float | None]]  # a metric of each class, in the order of the classes
-
-
-class RowSource(Source, Protocol):
-    """A source of batches whose chunks are the rows `rows` of a split."""
-
-    @property
-    def rows(self) -> Indices:
-        """The row numbers, in the order of the chunks."""
 
 
 class Downstream(Protocol):

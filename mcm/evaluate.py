@@ -108,7 +108,7 @@ class Evaluation:
         Each rank encodes and classifies its own rows.
         """
         run, enc = self.objective.run, self.model.encoder
-        backbone = Backbone(enc, "", "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
+        backbone = Backbone(enc, "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
         featurizer = Featurizer(
             backbone, dataset, self.config.train.seed, self.config.train.workers, quiet=True,
             world=self.accelerator.num_processes, rank=self.accelerator.process_index,

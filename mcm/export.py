@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -75,7 +75,7 @@ def export(
     if kind not in FORMATS:
         found = f"found {kind!r}{nearest(kind, FORMATS)}"
         raise UsageError(f"--format: expected {', '.join(FORMATS)}; {found}")
-    write, tolerance, usage = FORMATS[kind]
+    write, usage, tolerance = FORMATS[kind]
     if not (run / "run.json").is_file():
         advice = "make one with `mcm-train pretrain`"
         raise UsageError(f"{run}: expected a RUN (run.json); found {found_at(run)}; {advice}")
@@ -237,24 +237,28 @@ def _hf_preprocessing(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-# How each format is written, the largest difference of its outputs, and how it is loaded.
-FORMATS: dict[str, tuple[Callable[[Path, Backbone, dict[str, Any]], Compute], float, str]] = {
-    "timm": (
+class Format(NamedTuple):
+    """How a format is written, how it is loaded, and the largest difference of its outputs."""
+
+    write: Callable[[Path, Backbone, dict[str, Any]], Compute]
+    usage: str
+    tolerance: float = 1e-5
+
+
+FORMATS = {
+    "timm": Format(
         _write_timm,
-        1e-5,
         'timm.create_model("local-dir:FOLDER", pretrained=True)\n    '
         'transformers.AutoModel.from_pretrained("FOLDER")',
     ),
-    "hf": (
-        _write_hf,
-        1e-5,
-        'transformers.AutoModel.from_pretrained("FOLDER", add_pooling_layer=False)',
+    "hf": Format(
+        _write_hf, 'transformers.AutoModel.from_pretrained("FOLDER", add_pooling_layer=False)'
     ),
-    "mae": (_write_mae, 1e-5, 'torch.load("FOLDER/encoder.pth", weights_only=True)["model"]'),
-    "onnx": (
+    "mae": Format(_write_mae, 'torch.load("FOLDER/encoder.pth", weights_only=True)["model"]'),
+    "onnx": Format(
         _write_onnx,
-        1e-4,  # other kernels: tokens of DeiT-tiny differ by 3e-5
         'onnxruntime.InferenceSession("FOLDER/model.onnx").run(["tokens"], {"pictures": x})',
+        1e-4,  # other kernels: tokens of DeiT-tiny differ by 3e-5
     ),
 }
 

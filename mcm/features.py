@@ -20,6 +20,7 @@ from mcm.augment import eval_transform, normalized
 from mcm.backbones import Backbone, pooled
 from mcm.classifiers import Features, choice_rows, knn_accuracy, training_rows
 from mcm.corruptions import Corruption
+from mcm.loop import device
 from mcm.masking import mask_picks, mask_pool
 from mcm.model import encode_tokens, folded_state
 from mcm.sampler import EvalOrder
@@ -192,9 +193,3 @@ def columns(part: Features, tokens: str, width: int) -> Features:
     """Return the features "mean", "cls" or "both" of features [R, D] or [R, 2 D] with CLS."""
     chosen = {"mean": slice(width), "cls": slice(width, None)}.get(tokens, slice(None))
     return Features(part.x[:, chosen], part.y)
-
-
-def device() -> torch.device:
-    """Return the GPU, or the CPU where there is none; turn TF32 convolutions off."""
-    torch.backends.cudnn.allow_tf32 = False  # probes compute in float32; cuDNN's default is TF32
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

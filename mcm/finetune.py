@@ -26,6 +26,7 @@ from mcm.backbones import (
     BATCHNORM_EPS,
     Backbone,
     FinetuneRun,
+    freeze,
     load_encoder,
     model_args,
     recorded_backbone,
@@ -191,22 +192,17 @@ def make_classifier(
     nn.init.trunc_normal_(model.head.weight, std=PROBE_STD if frozen else HEAD_STD, generator=draw)
     nn.init.zeros_(model.head.bias)
     if frozen:
-        return _freeze(model)
+        model.requires_grad_(False).eval()
+        for child in model.children():
+            freeze(child)
+        head = model.head.requires_grad_(True)
+        bn = nn.BatchNorm1d(head.in_features, eps=BATCHNORM_EPS, affine=False)
+        model.head = nn.Sequential(bn, head)
+        return model
     norm = model.norm if isinstance(model.fc_norm, nn.Identity) else model.fc_norm
     model.norm, model.fc_norm = (nn.Identity(), norm) if pool == "avg" else (norm, nn.Identity())
     set_drop_path(model, drop_path)
     return model.requires_grad_(True)
-
-
-def _freeze(model: VisionTransformer) -> VisionTransformer:
-    model.requires_grad_(False).eval()
-    # The loop calls model.train(), which must not enable the drop paths of the encoder.
-    for child in model.children():
-        child.train = lambda mode=True, child=child: child
-    head = model.head.requires_grad_(True)
-    norm = nn.BatchNorm1d(head.in_features, eps=BATCHNORM_EPS, affine=False)
-    model.head = nn.Sequential(norm, head)
-    return model
 
 
 @torch.inference_mode()

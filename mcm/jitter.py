@@ -62,7 +62,7 @@ class Placement(NamedTuple):
         corners_N22 = np.sort(self.points(boxes_N4.reshape(-1, 2)).reshape(-1, 2, 2), axis=1)
         return np.asarray(corners_N22.clip(0, self.extent[::-1])).reshape(-1, 4)
 
-    def back(self, boxes_N4: Array) -> Array:
+    def to_source(self, boxes_N4: Array) -> Array:
         """Return boxes of a `fitted` picture in its own pixels, clipped to it."""
         corners_N22 = boxes_N4.reshape(-1, 2, 2) / self._scale()
         return np.asarray(corners_N22.clip(0, self.source[::-1])).reshape(-1, 4)
@@ -73,7 +73,7 @@ class Placement(NamedTuple):
     def _cropped(self, picture: Array, resampling: Image.Resampling) -> Array:
         first, last = self.corner, np.add(self.corner, self.extent)
         box = np.concatenate([np.divide(edge[::-1], self._scale()) for edge in (first, last)])
-        box = np.minimum(box, self.source[::-1] * 2)  # rounding may have passed the border
+        box = np.minimum(box, np.tile(self.source[::-1], 2))  # rounding may have passed the border
         moved = Image.fromarray(picture).resize(self.extent[::-1], resampling, tuple(box.tolist()))
         return np.asarray(moved)[:, :: -1 if self.flip else 1]
 
@@ -115,14 +115,14 @@ def targets(objects: Boxes, place: Placement, canvas: int, masks: bool) -> dict[
     boxes_N4, masks_NSS = place.boxes(objects.boxes_N4[kept]), np.zeros((0, canvas, canvas))
     if masks and len(kept):
         masks_NSS = np.stack([place.mask(outline(objects, i), canvas) for i in kept.tolist()])
-        boxes_N4 = np.stack([border(mask_SS) for mask_SS in masks_NSS])
+        boxes_N4 = np.stack([bounding_box(mask_SS) for mask_SS in masks_NSS])
     inside = (boxes_N4[:, 2:] - boxes_N4[:, :2] >= MIN_PIXELS).all(1)
     labels_N = objects.labels_N[kept][inside] + 1
     found: dict[str, Array] = {"boxes": boxes_N4[inside].astype(np.float32), "labels": labels_N}
     return found | ({"masks": np.packbits(masks_NSS[inside] > 0, axis=-1)} if masks else {})
 
 
-def border(mask_SS: Array) -> Array:
+def bounding_box(mask_SS: Array) -> Array:
     """Return the box (x0, y0, x1, y1) around a mask, or four zeros around an empty one."""
     sides = [np.flatnonzero(mask_SS.any(axis)) for axis in (0, 1)]
     if not len(sides[0]):

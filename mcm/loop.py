@@ -63,6 +63,12 @@ def evaluation_due(config: PretrainConfig | FinetuneConfig, every: int, epochs_d
     return epochs_done == config.schedule.epochs or bool(every and epochs_done % every == 0)
 
 
+def device() -> torch.device:
+    """Return the GPU, or the CPU where there is none; turn TF32 convolutions off."""
+    torch.backends.cudnn.allow_tf32 = False  # cuDNN's default is TF32, not float32
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @contextmanager
 def engine(precision: str) -> Iterator[Accelerator]:
     """Yield an Accelerator: on the GPU if there is one, otherwise on the CPU.
@@ -73,11 +79,9 @@ def engine(precision: str) -> Iterator[Accelerator]:
     without bfloat16.
     """
     _check_launcher()
-    # cuDNN uses TF32 for convolutions by default, but fp32 must mean float32.
-    torch.backends.cudnn.allow_tf32 = False
     # timm.optim raises the limit to 1,000,000. With torch's 8, a recompile loop is reported.
     torch._dynamo.config.recompile_limit = 8
-    cuda = torch.cuda.is_available()
+    cuda = device().type == "cuda"
     if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(False):
         raise UsageError(
             'train.precision = "bf16": expected a GPU with bfloat16; this GPU has none;'

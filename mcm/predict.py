@@ -26,11 +26,11 @@ from cache_tools.weights import load_whole
 from mcm.augment import eval_transform
 from mcm.backbones import load_encoder, newest, recorded_backbone
 from mcm.config import FinetuneConfig
-from mcm.dense import predict as most_probable
+from mcm.dense import most_probable
 from mcm.detect import detections, draw_results
 from mcm.draw import draw_labels
-from mcm.features import device
 from mcm.jitter import fitted
+from mcm.loop import device
 from mcm.run_dir import recorded, recorded_config
 from mcm.scenes import for_windows
 from mcm.segment import Segmenter, slide
@@ -43,7 +43,7 @@ class Prediction(NamedTuple):
     """The line of a picture in predictions.jsonl, its drawings by folder, and COCO results."""
 
     line: dict[str, Any]
-    drawings: dict[str, bytes] = {}
+    drawings: dict[str, bytes]
     objects: list[dict[str, Any]] | None = None
 
 
@@ -169,7 +169,7 @@ def _classifier(run: Path) -> Predictor:
         top = zip(*probabilities_BK.topk(min(TOP, len(classes))), strict=True)
         found = ([*zip(k.tolist(), p.tolist(), strict=True)] for p, k in top)
         return [
-            Prediction({"top5": [{"class": classes[k], "probability": p} for k, p in pairs]})
+            Prediction({"top5": [{"class": classes[k], "probability": p} for k, p in pairs]}, {})
             for pairs in found
         ]
 

@@ -18,7 +18,8 @@ from cache_tools.storage import file_sha256, work_dir, write_atomic
 from mcm.backbones import Backbone, load_encoder
 from mcm.classifiers import Features, LinearProbe, knn_accuracy, linear_probe, training_rows
 from mcm.corruptions import Corruption
-from mcm.features import BATCH_ROWS, Featurizer, columns, device
+from mcm.features import BATCH_ROWS, Featurizer, columns
+from mcm.loop import device
 from mcm.memory import activation_bytes, say_estimate, state_bytes
 from mcm.metrics import Gram
 from mcm.run_dir import recorded, software

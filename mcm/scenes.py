@@ -5,7 +5,6 @@ Each scene is a pure function of (seed, epoch, row). B batch, S pixels of the cr
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
@@ -19,13 +18,13 @@ from cache_tools.rng import hash_u64
 from mcm.augment import decoded, seeded
 from mcm.config import Segment
 from mcm.sampler import Indices
-from mcm.stream import Batch
+from mcm.stream import Batch, RowSource
 
 LONGEST = 4  # the longer side of an evaluated picture, in crops
 CROPS = 10  # tries for a crop in which no class covers more than `segment.max_share`
 
 
-class SceneSource:
+class SceneSource(RowSource):
     """Batches of the pictures of a DATASET with masks; one row is one chunk.
 
     A training batch has pictures uint8 [B, S, S, 3], masks uint8 [B, S, S] and rows [B]. A batch of
@@ -37,8 +36,8 @@ class SceneSource:
         self, dataset: Dataset, split: str, segment: Segment, mean: Sequence[float], seed: int,
         training: bool,
     ) -> None:  # fmt: skip
-        self.dataset, self.split, self.segment, self.seed = dataset, split, segment, seed
-        self.training, self.rows = training, np.arange(dataset.rows(split))
+        super().__init__(dataset, split, seed)
+        self.segment, self.training = segment, training
         self.colour = [255 * value for value in mean]
         low, high = (round(segment.crop * scale) for scale in segment.scale)
         fill = {tv_tensors.Image: self.colour, tv_tensors.Mask: IGNORED}
@@ -79,10 +78,6 @@ class SceneSource:
         """Return the picture for sliding windows, its mask, and its height and width."""
         picture_HW3, extent = for_windows(rgb_HW3, self.segment.crop, self.colour)
         return picture_HW3, torch.tensor(mask_HW), extent
-
-    def rows_of(self, chunks: Indices) -> Indices:
-        """Return the row numbers of a batch's chunks."""
-        return self.rows[chunks]
 
 
 def for_windows(rgb_HW3: RGB, crop: int, colour: Sequence[float]) -> tuple[Tensor, tuple[int, int]]:

@@ -6,19 +6,20 @@ Letters: B batch, D width, C channels, K classes, h w the grid, S pixels of the 
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import product
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.labels import IGNORED
-from mcm.backbones import Backbone, pooled, set_drop_path
+from mcm.backbones import Backbone, PictureModel, freeze, pooled, set_drop_path
 from mcm.config import FinetuneConfig, Segment
-from mcm.dense import confusion, feature_maps, predict, resize_input, scores
+from mcm.dense import confusion, most_probable, scores
 from mcm.downstream import Classes, Metrics
 from mcm.draw import draw_labels
 from mcm.model import encode_tokens
@@ -86,7 +87,7 @@ class UPerNet(nn.Module):
         return cast(Tensor, self.classifier(x))
 
 
-class Segmenter(nn.Module):
+class Segmenter(PictureModel):
     """A ViT with a segmentation head. A `frozen` ViT stays in eval mode.
 
     Raises: UsageError if the crop or the blocks do not fit the ViT.
@@ -97,18 +98,15 @@ class Segmenter(nn.Module):
         frozen: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
         """Draw the weights of the head from `seed`."""
-        super().__init__()
+        super().__init__(backbone)
         vit, depth = backbone.model, len(backbone.model.blocks)
         resize_input(vit, segment.crop)
         vit.reset_classifier(0)
         set_drop_path(vit, drop_path)
-        vit.requires_grad_(not frozen)
-        self.encoder, self.blocks, width = vit, segment.blocks, vit.embed_dim
+        vit.requires_grad_(True)
+        self.encoder, width = vit, vit.embed_dim
+        self.indices = [block - 1 for block in segment.blocks]
         self.head: nn.Module
-        self.mean: Tensor
-        self.std: Tensor
-        for name, values in ("mean", backbone.mean), ("std", backbone.std):
-            self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             if segment.head == "linear":
@@ -129,25 +127,35 @@ class Segmenter(nn.Module):
                 for unused in (vit.norm, vit.fc_norm, vit.blocks[max(segment.blocks) :]):
                     unused.requires_grad_(False)
         if frozen:
-            vit.eval().train = lambda mode=True: vit
+            freeze(vit)
         if torch.cuda.is_available() and torch.distributed.is_initialized():
             nn.SyncBatchNorm.convert_sync_batchnorm(self)  # type: ignore[no-untyped-call]
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile each block of the encoder."""
-        for block in self.encoder.blocks:
-            block.compile(*args, **kwargs)
-
     def forward(self, pictures_BSS3: Tensor) -> list[Tensor]:
         """Return logits [B, K, ...] of uint8 pictures; UPerNet's training adds the auxiliary's."""
-        x_B3SS = (pictures_BSS3.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        x_B3SS = self.normalized(pictures_BSS3)
         if self.scales is None or self.auxiliary is None:
             tokens_BND = pooled(self.encoder, encode_tokens(self.encoder, x_B3SS), "patch")
             grid = self.encoder.patch_embed.grid_size
             return [self.head(tokens_BND.mT.reshape(*tokens_BND.mT.shape[:2], *grid))]
-        maps = self.scales(feature_maps(self.encoder, x_B3SS, self.blocks))
+        blocks = self.encoder.forward_intermediates(
+            x_B3SS, indices=self.indices, stop_early=True, intermediates_only=True
+        )
+        maps = self.scales(blocks)
         more = [self.auxiliary(maps[AUXILIARY_MAP])] if self.training else []
         return [self.head(maps), *more]
+
+
+def resize_input(vit: VisionTransformer, size: int) -> None:
+    """Give a ViT square pictures of `size` pixels; its positions are resampled.
+
+    Raises: UsageError unless the patches tile the picture.
+    """
+    if any(size % side for side in vit.patch_embed.patch_size):
+        patch = "x".join(map(str, vit.patch_embed.patch_size))
+        expected = f"expected a multiple of the patch of {patch} pixels"
+        raise UsageError(f"segment.crop: {expected}; found {size}")
+    vit.set_input_size(img_size=(size, size))
 
 
 def pixel_loss(logits_BKhw: Tensor, masks_BSS: Tensor) -> Tensor:
@@ -226,7 +234,7 @@ class Segmentation:
             for picture_HW3, mask_HW, (height, width) in scenes:
                 pixels_HW3 = picture_HW3.to(accelerator.device)
                 logits = slide(self.model, pixels_HW3, self.segment.crop, self.segment.stride)
-                predicted_HW = predict(logits[:, :height, :width], tuple(mask_HW.shape))
+                predicted_HW = most_probable(logits[:, :height, :width], tuple(mask_HW.shape))
                 total += confusion(mask_HW.numpy(), predicted_HW, self.num_classes)
                 if len(shown) < SHOWN:
                     labels = (mask_HW, predicted_HW.cpu())

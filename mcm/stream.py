@@ -125,7 +125,21 @@ class CacheSource:
         return (chunks[:, None] * CHUNK_ROWS + np.arange(CHUNK_ROWS)).ravel()
 
 
-class DatasetSource:
+class RowSource(Source):
+    """A source whose chunks are single rows of a split of a DATASET: all, or the given `rows`."""
+
+    def __init__(
+        self, dataset: PictureDataset, split: str, seed: int, rows: Indices | None = None
+    ) -> None:
+        self.dataset, self.split, self.seed = dataset, split, seed
+        self.rows = np.arange(dataset.rows(split)) if rows is None else rows
+
+    def rows_of(self, chunks: Indices) -> Indices:
+        """Return the row numbers of a batch's chunks."""
+        return self.rows[chunks]
+
+
+class DatasetSource(RowSource):
     """Batches of the pictures of a DATASET; one row is one chunk.
 
     A batch has pictures [B, 3, H, W], rows and labels [B]. `transform(seed, bytes)` returns a
@@ -136,8 +150,8 @@ class DatasetSource:
         self, dataset: PictureDataset, split: str, transform: Callable[[int, bytes], Tensor],
         seed: int, rows: Indices | None = None,
     ) -> None:  # fmt: skip
-        self.dataset, self.split, self.transform, self.seed = dataset, split, transform, seed
-        self.rows = np.arange(dataset.rows(split)) if rows is None else rows
+        super().__init__(dataset, split, seed, rows)
+        self.transform = transform
 
     def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
         """Return the batch of the rows, with memory and padding as in `CacheSource`."""
@@ -153,10 +167,6 @@ class DatasetSource:
         assert out is not None
         _pad(out, len(chunks))
         return out | {"epoch": epoch}
-
-    def rows_of(self, chunks: Indices) -> Indices:
-        """Return the row numbers of a batch's chunks."""
-        return self.rows[chunks]
 
 
 def _fill(arrays: dict[str, npt.NDArray[Any]], chunk: Chunk, start: int, position: int) -> None:

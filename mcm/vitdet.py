@@ -22,15 +22,16 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
 from cache_tools.errors import UsageError
-from mcm.backbones import Backbone
+from mcm.backbones import Backbone, PictureModel
 from mcm.config import Detect
+from mcm.jitter import Pair
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
 POOLED = ("0", "1", "2", "3")  # the maps that regions are pooled from; the RPN reads all five
 CONVS, HIDDEN = 4, 1024  # convolutions of the box and the mask head, and units of the box head
 PROPOSALS = 1000  # per picture, in training and evaluation
-Extent = tuple[int, int]  # height and width of the picture on the canvas; the rest is padding
-Found = dict[str, Tensor]  # boxes [N, 4], labels, scores [N] and, with masks, masks [N, 1, 28, 28]
+# boxes [N, 4], labels [N]; where found, scores [N]; with masks, masks ([N, 1, 28, 28] where found)
+Objects = dict[str, Tensor]
 
 
 def windowed(vit: VisionTransformer, detect: Detect, drop_path: float) -> VisionTransformerSAM:
@@ -123,7 +124,7 @@ class Pyramid(nn.Module):
         return OrderedDict((str(i), x) for i, x in enumerate(maps))
 
 
-class Detector(nn.Module):
+class Detector(PictureModel):
     """Mask R-CNN, or Faster R-CNN without masks, on a windowed ViT, with the heads of ViTDet.
 
     Class k of a DATASET is label k + 1 here, because torchvision's label 0 is the background.
@@ -134,17 +135,13 @@ class Detector(nn.Module):
         seed: int = 0,
     ) -> None:  # fmt: skip
         """Take the modules of `backbone`; draw the weights of the pyramid and the heads."""
-        super().__init__()
+        super().__init__(backbone)
         self.encoder = windowed(backbone.model, detect, drop_path)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.pyramid = Pyramid(self.encoder.embed_dim, detect.channels)
             parts = _rcnn(self.pyramid, num_classes + 1, detect)
         self.rpn, self.roi_heads, self.has_masks = parts.rpn, parts.roi_heads, detect.masks
-        self.mean: Tensor
-        self.std: Tensor
-        for name, values in ("mean", backbone.mean), ("std", backbone.std):
-            self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
         patch = self.encoder.patch_embed.patch_size[0]
         pools = [self.roi_heads.box_roi_pool] + [self.roi_heads.mask_roi_pool] * detect.masks
         for pool in pools:  # torchvision guesses the scales from the pictures of the first batch
@@ -154,20 +151,15 @@ class Detector(nn.Module):
             if head is not None:  # boxes in bfloat16 would be off by pixels
                 head.register_forward_hook(lambda module, args, out: _float32(out))
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile each block of the encoder; the heads have other shapes in every step."""
-        for block in self.encoder.blocks:
-            block.compile(*args, **kwargs)
-
     def forward(
-        self, pictures_BSS3: Tensor, extents: list[Extent], targets: list[Found] | None = None
-    ) -> Tensor | list[Found]:
+        self, pictures_BSS3: Tensor, extents: list[Pair], targets: list[Objects] | None = None
+    ) -> Tensor | list[Objects]:
         """Return the sum of the losses in training, otherwise what is found in each picture.
 
         A target has float32 boxes [N, 4] (x0, y0, x1, y1), labels [N] from 1 and, with masks, masks
         [N, S, S]. Boxes are in pixels of the canvas and inside the extent.
         """
-        x_B3SS = (pictures_BSS3.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        x_B3SS = self.normalized(pictures_BSS3)
         maps = self.pyramid(self.encoder.forward_features(x_B3SS))
         proposals, losses = self.rpn(ImageList(x_B3SS, extents), maps, targets)
         found, more = self.roi_heads(maps, proposals, extents, targets)

@@ -257,7 +257,7 @@ def publish_teacher(cache: Path, teacher: Teacher) -> float:
     record = ProbeRecord(features_sha256=file_sha256(cache / "probe.npy"))
     publish(cache / "probe.json", encode_record(record), compare=False)
     compare_probe(cache, exact)
-    precision_mse = relative_mse(found, exact)
+    precision_mse = probe_mse(found, exact)
     if not math.isfinite(precision_mse):
         expected = "expected finite features of the probe pictures; found infinity or NaN"
         raise UsageError(f"precision {teacher.precision}: {expected}; use --set precision=fp32")
@@ -269,7 +269,7 @@ def compare_probe(cache: Path, exact: np.ndarray) -> None:
 
     Raises: IdentityError when they differ; CorruptionError when the stored ones are damaged.
     """
-    difference = relative_mse(exact, read_probe(cache))
+    difference = probe_mse(exact, read_probe(cache))
     if not difference <= PROBE_TOLERANCE:
         raise IdentityError(
             f"{cache}/probe.npy: expected the teacher of this cache; this teacher's features of "
@@ -278,7 +278,7 @@ def compare_probe(cache: Path, exact: np.ndarray) -> None:
         )
 
 
-def relative_mse(x: np.ndarray, reference: np.ndarray) -> float:
+def probe_mse(x: np.ndarray, reference: np.ndarray) -> float:
     """Return the MSE over the variance of the whole reference; infinity when the shapes differ.
 
     Unlike `Fidelity.relative_mse`, the channels are not standardised.

@@ -38,11 +38,11 @@ from cache_tools.console import StopFlag
 from cache_tools.errors import Interrupted
 from cache_tools.quantize import channel_stats, decode, encode
 from cache_tools.verify import verify
-from mcm import checkpoint, features
+from mcm import checkpoint
 from mcm.config import Target
 from mcm.export import export
 from mcm.finetune import finetune
-from mcm.loop import Loop, engine, on_device
+from mcm.loop import Loop, device, engine, on_device
 from mcm.masking import apply_fill, mask_from_pool, mask_pool
 from mcm.model import MaskedChannelModel, embed_pixels
 from mcm.pretrain import pretrain
@@ -142,7 +142,7 @@ def test_a_gpu_is_seen_only_when_it_is_asked_for():
 
 def test_convolutions_in_float32_do_not_use_tf32():
     torch.backends.cudnn.allow_tf32 = True  # the default of torch
-    features.device()
+    device()
     assert not torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = True
     with on("cpu"), engine("fp32"):

@@ -20,7 +20,7 @@ from cache_tools.errors import UsageError
 from cache_tools.records import read_record
 from mcm import dense
 from mcm import dense_probe as module
-from mcm.dense import confusion, predict, scores
+from mcm.dense import confusion, most_probable, scores
 from mcm.dense_probe import (
     DenseResult,
     Patches,
@@ -80,7 +80,7 @@ def test_predict_is_torchs_bilinear_in_strips(monkeypatch):
     logits = torch.randn(K, *GRID, generator=torch.Generator().manual_seed(0))
     whole = functional.interpolate(logits[None], (37, 23), mode="bilinear")[0].argmax(0)
     monkeypatch.setattr(dense, "PIXEL_LOGITS", 5 * K * 23)
-    assert (predict(logits, (37, 23)) == whole).float().mean() > 0.999
+    assert (most_probable(logits, (37, 23)) == whole).float().mean() > 0.999
 
 
 def blobs(pictures=20, patches=9, width=8, seed=0):

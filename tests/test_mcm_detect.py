@@ -25,7 +25,7 @@ from cache_tools.records import write_toml
 from mcm import checkpoint
 from mcm.backbones import load_encoder
 from mcm.config import Detect, FinetuneConfig
-from mcm.detect import ObjectSource, average_precision, detections, ground_truth, objects_of, training_rows
+from mcm.detect import ObjectSource, average_precision, detections, ground_truth, objects_of, rows_to_train
 from mcm.finetune import finetune, starting_point
 from mcm.jitter import fitted
 from mcm.loop import STOP, Loop
@@ -180,20 +180,28 @@ def test_detections_are_in_pixels_of_the_picture():
 
 
 def test_rows_without_objects_train_only_if_asked_and_missing_masks_are_refused(data, tmp_path):
-    assert training_rows(data, Detect()).tolist() == list(range(24))
-    rows = training_rows(data, Detect(empty=False))
+    assert rows_to_train(data, Detect()).tolist() == list(range(24))
+    rows = rows_to_train(data, Detect(empty=False))
     assert 0 < len(rows) < 24 and not any(data.boxes("train", row).iscrowd_N.all() for row in rows)
-    root = make_coco(tmp_path / "coco", 4, 4)
-    for path in root.glob("annotations/*.json"):
-        known = json.loads(path.read_bytes())
-        for each in known["annotations"]:
-            del each["segmentation"]
-        path.write_text(json.dumps(known))
-    shard(root, tmp_path / "dataset", workers=1)
-    bare = Dataset(tmp_path / "dataset")
+
+    def changed(name, change):
+        root = make_coco(tmp_path / name, 4, 4)
+        for path in root.glob("annotations/*.json"):
+            known = json.loads(path.read_bytes())
+            for each in known["annotations"]:
+                change(each, path.name)
+            path.write_text(json.dumps(known))
+        shard(root, tmp_path / f"{name}_dataset", workers=1)
+        return Dataset(tmp_path / f"{name}_dataset")
+
+    bare = changed("bare", lambda each, name: each.pop("segmentation"))
     with pytest.raises(UsageError, match="expected masks in split 'train'; found none; set detect.masks = false"):
-        training_rows(bare, Detect())
-    assert len(training_rows(bare, Detect(masks=False))) == 4
+        rows_to_train(bare, Detect())
+    assert len(rows_to_train(bare, Detect(masks=False))) == 4
+    crowds = changed("crowds", lambda each, name: each.update(iscrowd=int("val" in name)))
+    for masks in (True, False):  # the evaluation ignores crowds
+        with pytest.raises(UsageError, match="in split 'val'; found none"):
+            rows_to_train(crowds, Detect(masks=masks))
 
 
 @pytest.mark.parametrize(

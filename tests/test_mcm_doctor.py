@@ -66,10 +66,11 @@ def test_a_fault_is_found(
     assert found[0] == status and words in found[1]
 
 
-def test_shared_memory_is_that_of_the_batches_of_all_workers(cache: Path) -> None:
-    row = 32 * 32 * 3 + 16 * 16 + 16 * 4 + 16 * 2 + 16 * 4 + 2 * 8 + 4  # picture, codes, scales, CLS, picks, numbers
+@pytest.mark.parametrize("cls", [False, True])
+def test_shared_memory_is_that_of_the_batches_of_all_workers(cache: Path, cls: bool) -> None:
+    row = 32 * 32 * 3 + 16 * 16 + 16 * 4 + 16 * 2 * cls + 16 * 4 + 2 * 8 + 4  # pixels, codes, scale, CLS, picks, rows
     stats = 2 * 2 * 16 * 4  # mean and std of two chunks
-    text = find(cache, "train.workers=1000")["/dev/shm"][1]
+    text = find(cache, "train.workers=1000", f"loss.cls={cls}".lower())["/dev/shm"][1]
     assert text.startswith(f"{1000 * 3 * (32 * row + stats) / 1e6:,.0f} MB for the batches of 1000 workers")
 
 

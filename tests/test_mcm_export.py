@@ -207,7 +207,7 @@ def test_hf_refuses_a_vit_that_transformers_does_not_describe(tmp_path, name):
     options = {"class_token": False} if "tiny" in name else {}
     small = {"img_size": 28, "patch_size": 14, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
     model = timm.create_model(name, **small, **options, global_pool="avg" if options else "token")
-    backbone = Backbone(model, name, "random", (28, 28), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
+    backbone = Backbone(model, "random", (28, 28), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0)
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="expected the tensors of transformers' ViT; found .*; use --format timm"):
         module.FORMATS["hf"][0](tmp_path / "out", backbone, {"mcm": {}})

@@ -6,7 +6,7 @@ from faster_coco_eval import mask as coco_mask
 
 from cache_tools.labels import Boxes
 from mcm.config import Detect
-from mcm.jitter import border, fitted, jittered, targets
+from mcm.jitter import bounding_box, fitted, jittered, targets
 
 STAR = [50, 10, 62, 40, 95, 40, 68, 60, 80, 95, 50, 72, 20, 95, 32, 60, 5, 40, 38, 40]
 
@@ -57,7 +57,7 @@ def test_a_fitted_picture_is_padded_with_the_mean_and_its_boxes_come_back():
     place.draw(np.full((100, 200, 3), 9, np.uint8), canvas, (0.5, 0.25, 1.0))
     assert (canvas[:32] == 9).all() and (canvas[32:] == (128, 64, 255)).all()
     boxes = np.array([[10.0, 20, 150, 90]])
-    np.testing.assert_allclose(place.back(place.boxes(boxes)), boxes)
+    np.testing.assert_allclose(place.to_source(place.boxes(boxes)), boxes)
 
 
 def test_crowds_and_objects_out_of_the_crop_are_no_targets_and_a_box_without_polygon_is_its_mask():
@@ -69,7 +69,7 @@ def test_crowds_and_objects_out_of_the_crop_are_no_targets_and_a_box_without_pol
     found = targets(there, fitted((100, 120), 120), 120, masks=True)
     assert found["labels"].tolist() == [1, 4]
     masks = np.unpackbits(found["masks"], axis=-1)
-    np.testing.assert_array_equal(found["boxes"], [border(mask) for mask in masks])
+    np.testing.assert_array_equal(found["boxes"], [bounding_box(mask) for mask in masks])
     np.testing.assert_array_equal(found["boxes"][1], [20, 30, 60, 70])
     bare = targets(there, fitted((100, 120), 120), 120, masks=False)
     assert bare["labels"].tolist() == [1, 3, 4, 5] and "masks" not in bare

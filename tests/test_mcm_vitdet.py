@@ -19,7 +19,7 @@ def vit(**changes):
 
 
 def detector(plain, detect, num_classes=3):
-    return Detector(Backbone(plain, "", "", (32, 32), (0.5,) * 3, (0.2,) * 3, "bicubic", 1.0), num_classes, detect)
+    return Detector(Backbone(plain, "", (32, 32), (0.5,) * 3, (0.2,) * 3, "bicubic", 1.0), num_classes, detect)
 
 
 def tokens(model, x_B3HW):

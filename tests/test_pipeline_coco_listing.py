@@ -62,7 +62,7 @@ def check_rows(dataset: Dataset, root: Path, split: str) -> int:
         xywh = [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in found.boxes_N4.tolist()]
         assert np.allclose(np.reshape(xywh, (-1, 4)), np.reshape([each["bbox"] for each in expected], (-1, 4)))
         assert (found.boxes_N4 <= [image["width"], image["height"]] * 2).all() and (found.boxes_N4 >= 0).all()
-        for values, key in ((found.ids_N, "id"), (found.area_N, "area"), (found.iscrowd_N, "iscrowd")):
+        for values, key in ((found.area_N, "area"), (found.iscrowd_N, "iscrowd")):
             assert values.tolist() == [each[key] for each in expected]
         assert found.segmentation == [each.get("segmentation", []) for each in expected]
         objects += len(expected)
@@ -166,7 +166,7 @@ def test_odd_boxes_and_polygons_are_counted(odd, tmp_path):
     assert (record.coco.boxes_dropped, record.coco.boxes_clipped, record.coco.polygons_dropped) == (6, 1, 3)
     dataset = Dataset(tmp_path / "out")
     found = {boxes.image_id: boxes for boxes in (dataset.boxes("train", row) for row in range(20))}
-    assert found[0].boxes_N4.tolist() == [[0, 30, 32, 40], [1, 2, 4, 6.5]] and found[0].ids_N.tolist() == [8, 9]
+    assert found[0].boxes_N4.tolist() == [[0, 30, 32, 40], [1, 2, 4, 6.5]]
     assert found[0].segmentation == [polygons[3:], []] and found[0].area_N.tolist() == [250.5, 13.5]
     assert found[10].boxes_N4.shape == (0, 4) and record.splits["train"].objects == 2
 
