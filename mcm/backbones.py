@@ -173,6 +173,8 @@ def _from_timm(spec: str, weights: Path | None) -> Backbone:
     model, _, chosen = load_timm(spec.removeprefix("timm:"), weights or PRETRAINED, HEADS, advice)
     # probe, finetune and export rebuild the model from its arguments; this checks that timm can.
     with _arguments_of(spec), torch.device("meta"):
+        if not isinstance(model, VisionTransformer):
+            raise TypeError(f"a {type(model).__name__}")
         architecture, arguments = model_args(model)
         twin = timm.create_model(architecture, **arguments)
         pooled(twin, encode_tokens(twin, torch.empty(1, 3, *model.patch_embed.img_size)))
