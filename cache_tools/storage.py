@@ -1,8 +1,9 @@
 """Atomic and durable files, folders and locks: `write_atomic` replaces, `publish` never does.
 
-A temporary file has a unique name, `.NAME.RANDOM.partial`, and its writer holds a lock on it. The
-next run removes each temporary file without a live writer. If the file system has no locks, the
-temporary files stay.
+A temporary file has a unique name, `.NAME.HOST+RANDOM.partial`, and its writer holds a lock on it.
+The next run removes each temporary file without a live writer. If the file system has no locks, the
+temporary files stay. Some file systems hide the locks of other hosts, so their files stay for an
+hour.
 
 Every write calls `os.*` or `open` through the globals of this module. tests/disk.py replaces them
 to record any operation, to make it fail or to kill the process before it.
@@ -14,6 +15,7 @@ import glob
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -23,6 +25,8 @@ from typing import BinaryIO
 from .errors import CorruptionError, IdentityError
 
 Buffer = bytes | bytearray | memoryview
+HOST = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
+FOREIGN_S = 3600  # a writer on another host has ended if its file is this old and without a lock
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # a file system without hard links
 
 
@@ -97,7 +101,7 @@ def _temporary(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
     """
     make_dir(path.parent)
     while True:
-        temp = path.with_name(f".{path.name}.{os.urandom(4).hex()}.partial")
+        temp = path.with_name(f".{path.name}.{HOST}{os.urandom(4).hex()}.partial")
         if folder:
             os.mkdir(temp)
             descriptor = os.open(temp, os.O_RDONLY | os.O_DIRECTORY)
@@ -126,6 +130,9 @@ def _remove_abandoned(temp: Path) -> None:
     """Remove a temporary file or folder if this process can lock it: its writer has ended."""
     kind = os.O_RDONLY | os.O_DIRECTORY if temp.is_dir() else os.O_WRONLY
     with suppress(FileNotFoundError):  # its writer has just renamed it
+        foreign = f".{HOST}" not in temp.name
+        if foreign and time.time() - temp.stat().st_mtime < FOREIGN_S:
+            return
         descriptor = os.open(temp, kind | os.O_NOFOLLOW)
         try:
             if _flock(descriptor):

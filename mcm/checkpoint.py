@@ -23,7 +23,7 @@ from cache_tools.schema import FileEntry
 from cache_tools.storage import atomic_folder, read_at, remove, remove_tree, write_atomic
 
 _NAME = re.compile(r"step_\d{9}")
-_TEMPORARY = re.compile(r"\.step_\d{9}\.[0-9a-f]{8}\.partial")  # a name of `atomic_folder`
+_TEMPORARY = re.compile(r"\.step_\d{9}\.[0-9a-f]+\.partial")  # a name of `atomic_folder`
 Tensors = dict[str, Tensor]
 
 

@@ -308,19 +308,18 @@ def versions(teacher: Teacher) -> dict[str, str]:
 def missing_shards(
     units: dict[str, list[Unit]], cache: Path, info: WorkerInfo
 ) -> Iterator[tuple[str, int]]:
-    """Return (split, shard) of every shard that a unit lacks, starting at this worker's offset.
+    """Return (split, shard) of every shard that a unit lacks: this worker's own, then the others.
 
     The caller skips shards that another worker has locked. The commits of a unit are listed once,
-    so a committed shard needs no lock and no access to its file. Without working locks, the workers
-    divide the shards by number.
+    so a committed shard needs no lock and no access to its file. Without working locks, a worker
+    makes only its own shards.
     """
     done = {}
     for split, group in units.items():
         done[split] = set.intersection(*(set(unit.committed()) for unit in group))
     shards = [(split, k) for split, group in units.items() for k in range(group[0].num_shards)]
-    if info.workers > 1 and not locks_work(work_dir(cache)):
-        shards = shards[info.worker :: info.workers]
-    else:
-        start = len(shards) * info.worker // info.workers
-        shards = shards[start:] + shards[:start]
-    return ((split, k) for split, k in shards if k not in done[split])
+    own = shards[info.worker :: info.workers]
+    if info.workers > 1 and locks_work(work_dir(cache)):
+        # From the end, so a worker on a host whose locks are not visible here is met once.
+        own += [one for n, one in enumerate(shards) if n % info.workers != info.worker][::-1]
+    return ((split, k) for split, k in own if k not in done[split])

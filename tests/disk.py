@@ -76,7 +76,7 @@ class Disk:
 
     def _relative(self, path: Any) -> str:
         """The path below the root, without the random part of a temporary name."""
-        return re.sub(r"\.[0-9a-f]{8}\.partial\b", ".partial", os.path.relpath(path, self.root))
+        return re.sub(r"\.[0-9a-f]{16}\.partial\b", ".partial", os.path.relpath(path, self.root))
 
     def _fail(self, kind: str, path: Any) -> None:
         if self.fault == DIE:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from conftest import another_process
 from test_mcm_checkpoint import save
 
+from cache_tools import storage
 from cache_tools.errors import CorruptionError, IdentityError
 from cache_tools.storage import (
     append_line,
@@ -99,6 +101,25 @@ def test_the_next_run_removes_what_a_killed_writer_left(tmp_path: Path, kind: st
         writer.kill()
         writer.wait()
         assert start_again() == 0
+
+
+def test_a_file_of_another_host_stays_while_it_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a lock is local to a host: this one sees no lock of the writer."""
+    with atomic_file(tmp_path / "x") as file:
+        (temp,) = tmp_path.iterdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "HOST", "0" * 8)
+            patch.setattr(storage, "_flock", lambda *_: True)
+            settle(tmp_path)
+        file.write(b"whole")
+    assert (tmp_path / "x").read_bytes() == b"whole"
+    temp.write_bytes(b"left by a host that is no more")
+    monkeypatch.setattr(storage, "HOST", "0" * 8)
+    settle(tmp_path)
+    assert temp.exists()
+    os.utime(temp, (time.time() - 3601,) * 2)
+    settle(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_without_flock_every_process_gets_the_lock_and_a_run_warns(

@@ -20,17 +20,18 @@ from make_teacher import make_teacher
 from PIL import Image
 
 from cache_tools import images
-from cache_tools.cache import Cache
+from cache_tools.cache import Cache, Unit
 from cache_tools.errors import CorruptionError, IdentityError, Interrupted, UsageError
 from cache_tools.images import decode_rgb, decode_view_into
 from cache_tools.quantize import decode
 from cache_tools.schema import CropPolicy
 from cache_tools.verify import verify
 from pipeline.config import load_config
-from pipeline.extract import check_grid, extract, versions
+from pipeline.extract import check_grid, extract, missing_shards, versions
 from pipeline.shard import shard
 from pipeline.teachers import Teacher, load_teacher
 from pipeline.views import draw_crop
+from pipeline.worker import WorkerInfo
 
 ROWS, VAL_ROWS, ROWS_PER_SHARD = 100, 24, 32
 
@@ -126,6 +127,16 @@ def test_a_stop_before_the_first_shard_makes_no_shard(
     with pytest.raises(Interrupted, match="stopped; the same command resumes"):
         extract(request(place, tmp_path / "cache"))
     assert not list(tmp_path.rglob("*.tar*"))
+
+
+def test_each_worker_begins_with_its_own_shards(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def orders() -> list[list[int]]:
+        units = {"train": [Unit(tmp_path, Cache(cache).identity, "train", 0)]}
+        return [[k for _, k in missing_shards(units, tmp_path, WorkerInfo(w, 3))] for w in range(3)]
+
+    assert orders() == [[0, 3, 2, 1], [1, 3, 2, 0], [2, 3, 1, 0]]
+    monkeypatch.setattr("pipeline.extract.locks_work", lambda _: False)
+    assert orders() == [[0, 3], [1], [2]]
 
 
 def test_views_are_added_without_touching_those_there(place: Path, tmp_path: Path, cache: Path) -> None:
