@@ -15,8 +15,7 @@ def objects(*segmentation, crowd=(), boxes=None):
     count = len(segmentation)
     boxes_N4 = np.array(boxes or [[5.0, 10, 95, 95]] * count).reshape(-1, 4)
     iscrowd = np.isin(np.arange(count), crowd)
-    ids = np.arange(count)
-    return Boxes(1, (100, 120), ids, ids, boxes_N4, np.ones(count), iscrowd, list(segmentation))
+    return Boxes(1, (100, 120), np.arange(count), boxes_N4, np.ones(count), iscrowd, list(segmentation))
 
 
 @pytest.mark.parametrize("seed", range(20))
