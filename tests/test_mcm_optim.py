@@ -112,3 +112,10 @@ def test_learning_rate_warms_up_and_follows_the_cosine():
     assert rates[10] == 1.0 and rates[60] == pytest.approx(0.55)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[-1] == 0.1
     assert learning_rate(0, 10, 0, 1.0, 0.0) == 1.0 and learning_rate(9, 10, 9, 1.0, 0.0) == 1.0
+
+
+def test_the_other_shapes_are_a_line_and_two_steps():
+    line, steps = ([learning_rate(k, 270, 10, 1.0, 0.0, shape) for k in range(270)] for shape in ("linear", "step"))
+    assert line[10] == 1.0 and line[269] == 0.0 and np.allclose(np.diff(line[10:]), -1 / 259)
+    assert {*steps[10:240]} == {1.0} and steps[240:260] == pytest.approx([0.1] * 20)
+    assert steps[260:] == pytest.approx([0.01] * 10) and steps[:10] == line[:10]

@@ -90,6 +90,15 @@ def test_impossible_orders_are_refused(arguments, words):
         Order(*arguments)
 
 
+def test_a_group_of_one_row_allows_small_batches():
+    orders = [Order(19, 1, 4, 3, world, rank, group=1) for world, rank in ((1, 0), (2, 0), (2, 1))]
+    assert [order.batch for order in orders] == [2, 2, 2] and [order.accumulation for order in orders] == [2, 1, 1]
+    alone, *ranks = orders
+    assert [alone.slice(k)[1].tolist() for k in (0, 1)] == [order.slice(0)[1].tolist() for order in ranks]
+    with pytest.raises(UsageError, match="multiple of 1 rows x 3 processes"):
+        Order(19, 1, 4, 3, 3, group=1)
+
+
 @pytest.mark.parametrize(("world", "batch"), [(1, 48), (2, 16), (4, 32)])
 def test_evaluation_sees_every_row_once(cache, world, batch):
     seen = []

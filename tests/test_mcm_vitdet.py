@@ -8,6 +8,7 @@ from cache_tools.errors import UsageError
 from mcm.backbones import Backbone
 from mcm.config import Detect
 from mcm.model import encode_tokens
+from mcm.optim import param_groups
 from mcm.vitdet import Detector, windowed
 
 SMALL = {"size": 64, "window": 2, "global_blocks": (2,), "channels": 16, "anchors": (8, 16, 32, 64, 128)}
@@ -96,6 +97,14 @@ def test_every_parameter_has_a_gradient_also_without_objects(masks, counts):
         first, second = model.eval()(pictures, [(64, 64), (40, 64)])
     assert first["boxes"].dtype == torch.float32 and second["boxes"][:, 3].max() <= 40
     assert (first.keys() >= {"masks"}) == masks
+
+
+def test_the_layer_decay_reaches_the_encoder_and_not_the_heads():
+    groups = param_groups(detector(vit(), Detect(**SMALL)), 0.1, 0.5)
+    scales = {name: group["lr_scale"] for group in groups for name, _ in group["params"]}
+    assert scales["encoder.pos_embed"] == scales["encoder.patch_embed.proj.weight"] == 0.125
+    assert (scales["encoder.blocks.0.attn.rel_pos_h"], scales["encoder.blocks.1.norm1.weight"]) == (0.25, 0.5)
+    assert {scale for name, scale in scales.items() if not name.startswith("encoder.")} == {1.0}
 
 
 def test_the_first_batch_does_not_set_the_scale_of_the_regions():
