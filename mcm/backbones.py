@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pydantic
 import timm
@@ -94,6 +94,12 @@ class PictureModel(nn.Module):
     def normalized(self, pictures_BHW3: Tensor) -> Tensor:
         """Return the pictures as float32 [B, 3, H, W]."""
         return (pictures_BHW3.permute(0, 3, 1, 2).float() - self.mean) / self.std
+
+    def load_newest(self, run: Path) -> Self:
+        """Load the newest weights of a RUN, for evaluation."""
+        found = newest(run)
+        load_whole(self, found.model, str(found.path))
+        return self.eval()
 
 
 def freeze(module: nn.Module) -> None:

@@ -4,6 +4,7 @@ B batch, N objects, S pixels of the canvas.
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,14 +18,16 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
-from cache_tools.images import RGB
+from cache_tools.images import RGB, encode_view
 from cache_tools.rng import hash_u64
 from mcm.augment import decoded
-from mcm.backbones import Backbone
+from mcm.backbones import Backbone, recorded_backbone
 from mcm.config import Detect, FinetuneConfig
-from mcm.downstream import Classes, Metrics
+from mcm.downstream import Classes, Metrics, Prediction, Predictor
 from mcm.draw import draw_boxes, draw_labels
 from mcm.jitter import Array, Placement, fitted, jittered, outline, targets
+from mcm.loop import device
+from mcm.run_dir import recorded_config
 from mcm.sampler import Indices
 from mcm.stream import Batch, RowSource
 from mcm.vitdet import Detector, Objects
@@ -123,8 +126,34 @@ class Detection:
         broadcast_object_list(scored)
         return scored[0]
 
+    @staticmethod
+    def predictor(run: Path) -> Predictor:
+        """Return a function that gives the objects of upright pictures."""
+        record, backbone = recorded_backbone(run)
+        detect = recorded_config(FinetuneConfig, record.config).detect
+        assert detect is not None and record.category_ids is not None
+        classes, ids = record.classes, record.category_ids
+        model = Detector(backbone, len(classes), detect).load_newest(run).to(device())
+
+        def detect_in(pictures: Sequence[RGB]) -> list[Prediction]:
+            canvases_BSS3 = np.empty((len(pictures), detect.size, detect.size, 3), np.uint8)
+            places = [fitted((rgb.shape[0], rgb.shape[1]), detect.size) for rgb in pictures]
+            for rgb, place, canvas in zip(pictures, places, canvases_BSS3, strict=True):
+                place.draw(rgb, canvas, backbone.mean)
+            found = detections(model, torch.from_numpy(canvases_BSS3).to(device()), places)
+            return [
+                Prediction(
+                    {"objects": len(objects)},
+                    {"drawn": encode_view(draw_results(rgb, objects, classes), "png")},
+                    [each | {"category_id": ids[each["category_id"]]} for each in objects],
+                )
+                for rgb, objects in zip(pictures, found, strict=True)
+            ]
+
+        return detect_in
+
     def _drawn(self, every: Sequence[Result]) -> Tensor:
-        """Return the first held-out pictures with their objects, uint8 [pictures, 3, S, S]."""
+        """Return the first held-out pictures with their objects, uint8 [pictures, S, S, 3]."""
         canvases = []
         for row in range(min(SHOWN, len(self.held.rows))):
             rgb = decoded(self.dataset.picture("val", row)[0])
@@ -135,7 +164,7 @@ class Detection:
             place = fitted((rgb.shape[0], rgb.shape[1]), self.held.detect.size)
             drawn = draw_results(rgb, results, self.dataset.classes)
             place.draw(drawn, canvases[-1], self.held.mean)
-        return torch.from_numpy(np.stack(canvases)).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(np.stack(canvases))
 
 
 def rows_to_train(dataset: Dataset, detect: Detect) -> Indices:

@@ -72,16 +72,16 @@ def channel_maps(
     r2_C, varying = channels[f"r2_{kind}"], _varying(channels)
     order = varying[np.argsort(-r2_C[varying])]
     picked = [*order[:RANKED], *order[RANKED:][-RANKED:]]
-    pictures: list[list[Any]] = []
+    lines: list[list[Any]] = []
     for i, view in enumerate(tensors["views"][:SHOWN]):
-        pictures += [[view], [None]]
+        lines += [[view], [None]]
         for channel in picked:
             maps = [tensors[name][:SHOWN, :, channel] for name in ("target", "prediction")]
             # Percentiles, because one outlier token would compress the colours of the others.
             low, high = np.percentile(maps[0], [1, 99])
-            for line, map_N in zip(pictures[-2:], (maps[0][i], maps[1][i]), strict=True):
+            for line, map_N in zip(lines[-2:], (maps[0][i], maps[1][i]), strict=True):
                 line.append(((map_N - low) / max(high - low, 1e-6)).reshape(grid))
-    figure, axes = sheet(pictures)
+    figure, axes = sheet(lines)
     for axis, channel in zip(axes[0, 1:], picked, strict=True):
         axis.set_title(f"channel {channel}, R^2 {r2_C[channel]:.3f}", fontsize=8)
     title = f"best and worst channels by R^2 of {kind} input"
@@ -101,18 +101,15 @@ def samples(tensors: Mapping[str, Array], grid: Sequence[int]) -> str:
     The target gives the PCA basis of both.
     """
     target, shape = tensors["target"], (len(tensors["target"]), *grid, 3)
-    lines = [pca_colours(tensors[name], target).reshape(shape) for name in ("target", "prediction")]
-    figure, axes = sheet([tensors["views"], *lines])
-    for axis, label in zip(axes[:, 0], ("view", "target", "prediction"), strict=True):
-        axis.set_ylabel(label)
-    return _image(figure)
+    names = ("target", "prediction")
+    lines = {name: pca_colours(tensors[name], target).reshape(shape) for name in names}
+    return pictures({"view": tensors["views"]} | lines)
 
 
-def overlays(shown: Mapping[str, Array]) -> str:
-    """Show drawings [S, 3, H, W] of held-out pictures: "truth" above "predicted"."""
-    names = ("truth", "predicted")
-    figure, axes = sheet([shown[name].transpose(0, 2, 3, 1) for name in names])
-    for axis, name in zip(axes[:, 0], names, strict=True):
+def pictures(lines: Mapping[str, Any]) -> str:
+    """Show lines of pictures [S, H, W, 3] by name, one above another."""
+    figure, axes = sheet([*lines.values()])
+    for axis, name in zip(axes[:, 0], lines, strict=True):
         axis.set_ylabel(name)
     return _image(figure)
 

@@ -4,13 +4,14 @@ B batch, K classes, H W pixels.
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from PIL import Image
 from safetensors.torch import save as safetensors_bytes
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cache_tools.dataset import CHUNK_ROWS, Dataset
 from cache_tools.errors import UsageError
+from cache_tools.images import RGB
 from cache_tools.storage import write_atomic
 from mcm import checkpoint
 from mcm.augment import Mixer, eval_transform, train_transform
@@ -35,17 +37,18 @@ from mcm.backbones import (
 from mcm.classifiers import training_rows
 from mcm.config import FinetuneConfig
 from mcm.detect import Detection
-from mcm.downstream import Classes, Downstream, Metrics
-from mcm.loop import Job, engine, evaluation_due, to_device, train
+from mcm.downstream import Classes, Downstream, Metrics, Prediction, Predictor
+from mcm.loop import Job, device, engine, evaluation_due, to_device, train
 from mcm.optim import build_optimizer
 from mcm.probe import warn_of_copies
-from mcm.run_dir import claim, identity_config, recorded_exit, write_environment
+from mcm.run_dir import claim, identity_config, recorded, recorded_exit, write_environment
 from mcm.sampler import EvalOrder, Order
 from mcm.segment import Segmentation
 from mcm.stream import Batch, DatasetSource, Stream, batches
 
 # The std of a new head, as in MAE: fine-tuning starts from uniform predictions, a probe does not.
 HEAD_STD, PROBE_STD = 2e-5, 0.01
+TOP = 5  # classes per predicted picture
 
 
 def finetune(
@@ -128,8 +131,31 @@ class Classification:
         """Return top-1, top-5 (fractions) and cross-entropy."""
         return accuracy(self.model, items, accelerator), {}
 
+    @staticmethod
+    def predictor(run: Path) -> Predictor:
+        """Return a function that gives the TOP classes of upright pictures."""
+        classes = recorded(run)["classes"]
+        backbone = load_encoder(str(run), head=True)
+        model = backbone.model.to(device()).eval()
+        transform = eval_transform(backbone).transform
 
-TASKS: dict[str, Callable[[FinetuneConfig, Dataset, Backbone], Downstream]] = {
+        @torch.inference_mode()
+        def classify(pictures: Sequence[RGB]) -> list[Prediction]:
+            views_B3HW = torch.stack([transform(Image.fromarray(rgb)) for rgb in pictures])
+            probabilities_BK = model(views_B3HW.to(device())).softmax(1).cpu()
+            top = zip(*probabilities_BK.topk(min(TOP, len(classes))), strict=True)
+            found = ([*zip(k.tolist(), p.tolist(), strict=True)] for p, k in top)
+            return [
+                Prediction(
+                    {"top5": [{"class": classes[k], "probability": p} for k, p in pairs]}, {}
+                )
+                for pairs in found
+            ]
+
+        return classify
+
+
+TASKS: dict[str, type[Downstream]] = {
     "classify": Classification,
     "segment": Segmentation,
     "detect": Detection,

@@ -1,53 +1,20 @@
-"""Predictions of a fine-tuned RUN for pictures of any source.
-
-B batch, H W pixels, S pixels of a detector's canvas.
-"""
+"""Predictions of a fine-tuned RUN for pictures of any source."""
 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import torch
-from PIL import Image
-from torch import nn
+from typing import Any
 
 from cache_tools.console import one_line, progress
 from cache_tools.errors import TooManyRefused, UsageError, found_at
-from cache_tools.images import PICTURES, RGB, PictureRefused, decode_rgb, encode_view
-from cache_tools.labels import encode_mask
+from cache_tools.images import PICTURES, RGB, PictureRefused, decode_rgb
 from cache_tools.records import printable
 from cache_tools.storage import atomic_folder, write_atomic
-from cache_tools.weights import load_whole
-from mcm.augment import eval_transform
-from mcm.backbones import load_encoder, newest, recorded_backbone
-from mcm.config import FinetuneConfig
-from mcm.dense import most_probable
-from mcm.detect import detections, draw_results
-from mcm.draw import draw_labels
-from mcm.jitter import fitted
-from mcm.loop import device
-from mcm.run_dir import recorded, recorded_config
-from mcm.scenes import for_windows
-from mcm.segment import Segmenter, slide
-from mcm.vitdet import Detector
-
-TOP = 5  # classes per picture
-
-
-class Prediction(NamedTuple):
-    """The line of a picture in predictions.jsonl, its drawings by folder, and COCO results."""
-
-    line: dict[str, Any]
-    drawings: dict[str, bytes]
-    objects: list[dict[str, Any]] | None = None
-
-
-Predictor = Callable[[Sequence[RGB]], list[Prediction]]
+from mcm.finetune import TASKS
+from mcm.run_dir import recorded
 
 
 def predict(
@@ -65,7 +32,12 @@ def predict(
     """
     if out.exists():
         raise UsageError(f"{out}: expected a new name; found {found_at(out)}; choose another name")
-    files, predictor = _listed(pictures), _predictor(run)
+    identity, files = recorded(run), _listed(pictures)
+    if identity.get("kind") != "finetune":
+        there = "a pre-training RUN" if identity else found_at(run)
+        advice = "make one with `mcm-train finetune`"
+        raise UsageError(f"{run}: expected a fine-tuned RUN; found {there}; {advice}")
+    predictor = TASKS[identity["config"].get("task", "classify")].predictor(run)
     lines, refused, results = list[dict[str, Any]](), list[dict[str, str]](), list[dict[str, Any]]()
     numbers = _image_ids(files)
     with (
@@ -143,87 +115,3 @@ def _decoded(path: Path) -> RGB | PictureRefused:
         return PictureRefused("unreadable", str(error.strerror))
     except PictureRefused as error:
         return error
-
-
-def _predictor(run: Path) -> Predictor:
-    """Return the function that maps upright pictures to the predictions of a fine-tuned RUN."""
-    identity = recorded(run)
-    if identity.get("kind") != "finetune":
-        found = "a pre-training RUN" if identity else found_at(run)
-        advice = "make one with `mcm-train finetune`"
-        raise UsageError(f"{run}: expected a fine-tuned RUN; found {found}; {advice}")
-    tasks = {"segment": _segmenter, "detect": _detector}
-    return tasks.get(identity["config"].get("task"), _classifier)(run)
-
-
-def _classifier(run: Path) -> Predictor:
-    classes = recorded(run)["classes"]
-    backbone = load_encoder(str(run), head=True)
-    model = backbone.model.to(device()).eval()
-    transform = eval_transform(backbone).transform
-
-    @torch.inference_mode()
-    def classify(pictures: Sequence[RGB]) -> list[Prediction]:
-        views_B3HW = torch.stack([transform(Image.fromarray(rgb)) for rgb in pictures])
-        probabilities_BK = model(views_B3HW.to(device())).softmax(1).cpu()
-        top = zip(*probabilities_BK.topk(min(TOP, len(classes))), strict=True)
-        found = ([*zip(k.tolist(), p.tolist(), strict=True)] for p, k in top)
-        return [
-            Prediction({"top5": [{"class": classes[k], "probability": p} for k, p in pairs]}, {})
-            for pairs in found
-        ]
-
-    return classify
-
-
-def _load(model: nn.Module, run: Path) -> None:
-    """Load the newest weights of a RUN into a model for evaluation, and move it to the device."""
-    found = newest(run)
-    load_whole(model, found.model, str(found.path))
-    model.to(device()).eval()
-
-
-def _segmenter(run: Path) -> Predictor:
-    record, backbone = recorded_backbone(run)
-    segment, classes = recorded_config(FinetuneConfig, record.config).segment, record.classes
-    assert segment is not None
-    _load(model := Segmenter(backbone, len(classes), segment), run)
-    colour = [255 * value for value in backbone.mean]
-
-    def segmented(rgb: RGB) -> Prediction:
-        picture_HW3, (height, width) = for_windows(rgb, segment.crop, colour)
-        logits_KHW = slide(model, picture_HW3.to(device()), segment.crop, segment.stride)
-        size = (rgb.shape[0], rgb.shape[1])
-        labels_HW = most_probable(logits_KHW[:, :height, :width], size).byte().cpu().numpy()
-        shares = np.bincount(labels_HW.ravel(), minlength=len(classes)) / labels_HW.size
-        found = {name: share for name, share in zip(classes, shares.tolist(), strict=True) if share}
-        overlay = draw_labels(rgb, labels_HW, len(classes))
-        pictures = {"masks": encode_mask(labels_HW), "drawn": encode_view(overlay, "png")}
-        return Prediction({"shares": found}, pictures)
-
-    return lambda pictures: [segmented(rgb) for rgb in pictures]
-
-
-def _detector(run: Path) -> Predictor:
-    record, backbone = recorded_backbone(run)
-    detect = recorded_config(FinetuneConfig, record.config).detect
-    assert detect is not None and record.category_ids is not None
-    classes, ids = record.classes, record.category_ids
-    _load(model := Detector(backbone, len(classes), detect), run)
-
-    def detect_in(pictures: Sequence[RGB]) -> list[Prediction]:
-        canvases_BSS3 = np.empty((len(pictures), detect.size, detect.size, 3), np.uint8)
-        places = [fitted((rgb.shape[0], rgb.shape[1]), detect.size) for rgb in pictures]
-        for rgb, place, canvas in zip(pictures, places, canvases_BSS3, strict=True):
-            place.draw(rgb, canvas, backbone.mean)
-        found = detections(model, torch.from_numpy(canvases_BSS3).to(device()), places)
-        return [
-            Prediction(
-                {"objects": len(objects)},
-                {"drawn": encode_view(draw_results(rgb, objects, classes), "png")},
-                [each | {"category_id": ids[each["category_id"]]} for each in objects],
-            )
-            for rgb, objects in zip(pictures, found, strict=True)
-        ]
-
-    return detect_in

@@ -20,7 +20,7 @@ from cache_tools.storage import work_dir, write_atomic
 from mcm import checkpoint
 from mcm.dense_probe import DenseResult
 from mcm.draw import colour
-from mcm.figures import Array, channel_figures, channel_maps, curves, dots, overlays, samples
+from mcm.figures import Array, channel_figures, channel_maps, curves, dots, pictures, samples
 from mcm.probe import ProbeResult
 from mcm.run_dir import last_eval, read_metrics, recorded
 
@@ -263,7 +263,7 @@ def _run_section(run: Path, label: str) -> str:
         caption = "classes of the last evaluation in percent, with the colours of the drawings"
         parts.append(_html_table(lines, caption, list(map(colour, range(len(lines) - 1)))))
     if drawings := _tensors(run / "shown.safetensors"):
-        parts.append(overlays(drawings))
+        parts.append(pictures({name: drawings[name] for name in ("truth", "predicted")}))
     for name in ("config.toml", "env.json", "run.json"):
         if (file := run / name).is_file():
             toml = name.endswith("toml")

@@ -6,24 +6,30 @@ Letters: B batch, D width, C channels, K classes, h w the grid, S pixels of the 
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
-from cache_tools.labels import IGNORED
-from mcm.backbones import Backbone, PictureModel, freeze, pooled, set_drop_path
+from cache_tools.images import RGB, encode_view
+from cache_tools.labels import IGNORED, encode_mask
+from mcm.backbones import Backbone, PictureModel, freeze, pooled, recorded_backbone, set_drop_path
 from mcm.config import FinetuneConfig, Segment
 from mcm.dense import confusion, most_probable, scores
-from mcm.downstream import Classes, Metrics
+from mcm.downstream import Classes, Metrics, Prediction, Predictor
 from mcm.draw import draw_labels
+from mcm.loop import device
 from mcm.model import encode_tokens
-from mcm.scenes import SceneSource
+from mcm.run_dir import recorded_config
+from mcm.scenes import SceneSource, for_windows
 from mcm.stream import Batch
 
 AUXILIARY, AUXILIARY_CHANNELS, AUXILIARY_MAP = 0.4, 256, 2  # the weight, width and map of the FCN
@@ -245,12 +251,33 @@ class Segmentation:
         found = scores(cast(Tensor, accelerator.reduce(total, "sum")))
         return found, {"iou": list(found.pop("iou"))}
 
+    @staticmethod
+    def predictor(run: Path) -> Predictor:
+        """Return a function that gives the masks of upright pictures."""
+        record, backbone = recorded_backbone(run)
+        segment, classes = recorded_config(FinetuneConfig, record.config).segment, record.classes
+        assert segment is not None
+        model = Segmenter(backbone, len(classes), segment).load_newest(run).to(device())
+        colour = [255 * value for value in backbone.mean]
+
+        def segmented(rgb: RGB) -> Prediction:
+            picture_HW3, (height, width) = for_windows(rgb, segment.crop, colour)
+            logits_KHW = slide(model, picture_HW3.to(device()), segment.crop, segment.stride)
+            size = (rgb.shape[0], rgb.shape[1])
+            labels_HW = most_probable(logits_KHW[:, :height, :width], size).byte().cpu().numpy()
+            shares = np.bincount(labels_HW.ravel(), minlength=len(classes)) / labels_HW.size
+            found = {
+                name: share for name, share in zip(classes, shares.tolist(), strict=True) if share
+            }
+            overlay = draw_labels(rgb, labels_HW, len(classes))
+            pictures = {"masks": encode_mask(labels_HW), "drawn": encode_view(overlay, "png")}
+            return Prediction({"shares": found}, pictures)
+
+        return lambda pictures: [segmented(rgb) for rgb in pictures]
+
     def _drawn(self, picture_HW3: Tensor, labels_HW: Tensor) -> Tensor:
-        """Return the picture [3, S, S], squashed to the crop, under the colours of its classes."""
+        """Return the picture [S, S, 3], squashed to the crop, under the colours of its classes."""
         size = (self.segment.crop, self.segment.crop)
-        pictures_3HW, labels_1HW = picture_HW3.permute(2, 0, 1), labels_HW[None].byte()
-        picture_3SS, labels_1SS = (
-            functional.interpolate(x[None], size)[0] for x in (pictures_3HW, labels_1HW)
-        )
-        arrays = picture_3SS.permute(1, 2, 0).numpy(), labels_1SS[0].numpy()
-        return torch.tensor(draw_labels(*arrays, self.num_classes)).permute(2, 0, 1).contiguous()
+        images = (Image.fromarray(x.byte().numpy()) for x in (picture_HW3, labels_HW))
+        rgb, labels = (np.asarray(x.resize(size, Image.Resampling.NEAREST)) for x in images)
+        return torch.from_numpy(draw_labels(rgb, labels, self.num_classes))

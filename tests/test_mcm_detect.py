@@ -234,7 +234,7 @@ def test_a_run_writes_its_classes_and_scenes_and_resumes_to_the_bit(tuned, data,
     with pytest.raises(UsageError, match=r"found a detector, .*; use the weights that it began with \(random\)"):
         load_encoder(str(run))
     drawings = load_file(run / "shown.safetensors")
-    assert sorted(drawings) == ["predicted", "truth"] and drawings["truth"].shape == (7, 3, 48, 48)
+    assert sorted(drawings) == ["predicted", "truth"] and drawings["truth"].shape == (7, 48, 48, 3)
     report([run], tmp_path / "report.html")
     assert "<th>box_ap</th><th>box_ap50</th><th>mask_ap</th>" in (tmp_path / "report.html").read_text()
     with monkeypatch.context() as patch:
