@@ -106,22 +106,14 @@ def _classes(
     if not found or not found[0].is_file():
         expected = "expected a file of class names, one per line"
         raise UsageError(f"{folders[0]}: {expected}; found none; give one with --classes")
-    same = [path for path in found if path.name == found[0].name]
-    if unlike := [path for path in same if class_lines(path) != class_lines(found[0])]:
-        raise UsageError(f"{found[0]}: expected one list of classes; {unlike[0]} differs")
-    rows = [[cell.strip() for cell in line.split("\t")] for line in class_lines(found[0]) if line]
+    lines = class_lines([path for path in found if path.name == found[0].name])
+    rows = [[cell.strip() for cell in line.split("\t")] for line in lines if line]
     head = rows.pop(0) if rows and rows[0][0] == "Idx" else ["Name"]
     table = [dict(zip(head, row, strict=False)) for row in rows if len(row) == len(head)]
     rule = MaskRule(len(table), ignore)
-    values, names = (
-        [str(value) for value in rule.values()],
-        tuple(row.get("Name", "") for row in table),
-    )
-    if (
-        "" in names
-        or len(table) < len(rows)
-        or values != [row.get("Idx", values[i]) for i, row in enumerate(table)]
-    ):
+    values, names = list(map(str, rule.values())), tuple(row.get("Name", "") for row in table)
+    stated = [row.get("Idx", value) for row, value in zip(table, values, strict=True)]
+    if "" in names or len(table) < len(rows) or stated != values:
         left = f"{values[0]} to {values[-1]}, as --ignore {list(ignore)} leaves them"
         raise UsageError(f"{found[0]}: expected names of the values {left}; found others")
     return names, rule

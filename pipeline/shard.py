@@ -7,6 +7,7 @@ the same bytes.
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cache_tools.console import StopFlag, one_line
@@ -23,6 +24,7 @@ from cache_tools.storage import (
     write_atomic,
 )
 
+from .candidates import Candidates
 from .coco_listing import list_coco
 from .decode_pool import DecodePool
 from .listing import list_sources
@@ -52,71 +54,61 @@ def shard(
     Raises: UsageError, IdentityError (`out` belongs to another request), TooManyRefused,
     Interrupted.
     """
-    return _Job(source, out, rows_per_shard, seed, max_refused, workers, val, ignore, classes).run()
-
-
-class _Job:
-    """A request and its listing; `run` makes the DATASET.
-
-    Raises: UsageError, before anything is written.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        out: str | Path,
-        rows_per_shard: int,
-        seed: int,
-        max_refused: float,
-        workers: int | None,
-        val: float,
-        ignore: Sequence[int],
-        classes: Path | None,
-    ) -> None:
-        self.out, self.max_refused = Path(out), max_refused
-        self.workers = workers or len(os.sched_getaffinity(0))
-        self.folder = work_dir(self.out)
-        self.lock, self.work = self.folder / "shard.lock", self.folder / "shard"
-        _check_request(source, self.out, self.folder, rows_per_shard, seed, max_refused, val)
-        coco = None if isinstance(source, Mapping) else list_coco(Path(source))
-        scenes = coco or list_scenes(source, ignore, classes)
-        if scenes and val:
-            what = f"{'masks' if scenes.rule else 'boxes'}, and a folder per split"
-            found = f"{source_name(source)} has {what}"
-            raise UsageError(f"--val: expected a source without masks or boxes; {found}")
-        if not (scenes and scenes.rule) and (ignore or classes):
-            expected = "expected a source with masks"
-            raise UsageError(
-                f"--ignore, --classes: {expected}; found none in {source_name(source)}"
-            )
-        sources = scenes or list_sources(source, val, max_refused)
-        for note in sources.notes:
-            print(one_line(note))
-        self.candidates = sources.splits
-        listing = {
+    _check_request(source, Path(out), rows_per_shard, seed, max_refused, val)
+    coco = None if isinstance(source, Mapping) else list_coco(Path(source))
+    scenes = coco or list_scenes(source, ignore, classes)
+    if scenes and val:
+        what = f"{'masks' if scenes.rule else 'boxes'}, and a folder per split"
+        found = f"{source_name(source)} has {what}"
+        raise UsageError(f"--val: expected a source without masks or boxes; {found}")
+    if not (scenes and scenes.rule) and (ignore or classes):
+        expected = "expected a source with masks"
+        raise UsageError(f"--ignore, --classes: {expected}; found none in {source_name(source)}")
+    sources = scenes or list_sources(source, val, max_refused)
+    for note in sources.notes:
+        print(one_line(note))
+    plan = ShardPlan(
+        rows_per_shard=rows_per_shard,
+        seed=seed,
+        classes=sources.classes,
+        splits={
             name: SplitPlan(candidates=len(found), listing_sha256=found.sha256())
             for name, found in sources.splits.items()
-        }
-        self.plan = ShardPlan(
-            rows_per_shard=rows_per_shard,
-            seed=seed,
-            classes=sources.classes,
-            splits=listing,
-            task="segment" if sources.rule else "detect" if sources.coco else None,
-            ignore=sources.rule and sources.rule.ignore,
-            coco=sources.coco,
-        )
+        },
+        task="segment" if sources.rule else "detect" if sources.coco else None,
+        ignore=sources.rule and sources.rule.ignore,
+        coco=sources.coco,
+    )
+    workers = workers or len(os.sched_getaffinity(0))
+    return _Job(Path(out), sources.splits, plan, max_refused, workers).run()
+
+
+@dataclass
+class _Job:
+    """A DATASET to make or to resume, from the candidates of each split."""
+
+    out: Path
+    candidates: dict[str, Candidates]
+    plan: ShardPlan
+    max_refused: float
+    workers: int
+
+    @property
+    def work(self) -> Path:
+        """The folder of plan.json and the progress records."""
+        return work_dir(self.out) / "shard"
 
     def run(self) -> DatasetRecord:
         """Make the DATASET, or resume an unfinished one."""
+        lock = work_dir(self.out) / "shard.lock"
         with (
-            try_lock(self.lock) as held,
+            try_lock(lock) as held,
             StopFlag("the current shard is finished") as stop,
             DecodePool(self.workers) as pool,
         ):
             if not held:
                 found = f"another process shards into {self.out}"
-                raise UsageError(f"{self.lock}: {found}; wait until it ends")
+                raise UsageError(f"{lock}: {found}; wait until it ends")
             settle(self.out)
             if (self.out / "dataset.json").is_file():
                 record = read_record(DatasetRecord, self.out / "dataset.json")
@@ -144,7 +136,7 @@ class _Job:
         Raises: IdentityError when the sources give a file that differs from dataset.json;
         Interrupted when a stop is requested, before the next shard.
         """
-        again = self.folder / "again"
+        again = work_dir(self.out) / "again"
         for name, entry in record.splits.items():
             for shard, committed in enumerate(entry.shards):
                 tar = self.out / name / f"{shard_name(shard)}.tar"
@@ -155,10 +147,8 @@ class _Job:
                 if stop.requested:
                     raise Interrupted(f"{self.out}: stopped; the same command resumes")
                 made = self._split(name, again, 1, pool).write_again(shard, entry)
-                if (
-                    made.model_copy(update={"first_candidate": committed.first_candidate})
-                    != committed
-                ):
+                made = made.model_copy(update={"first_candidate": committed.first_candidate})
+                if made != committed:
                     remove_tree(again)
                     expected = "expected the pictures that this file was made from"
                     raise IdentityError(f"{missing[0]}: {expected}; the source has changed")
@@ -175,13 +165,7 @@ class _Job:
 
 
 def _check_request(
-    source: Source,
-    out: Path,
-    run: Path,
-    rows_per_shard: int,
-    seed: int,
-    max_refused: float,
-    val: float,
+    source: Source, out: Path, rows_per_shard: int, seed: int, max_refused: float, val: float
 ) -> None:
     if rows_per_shard < CHUNK_ROWS or rows_per_shard % CHUNK_ROWS:
         expected = f"expected a multiple of {CHUNK_ROWS}, such as 1024"
@@ -198,6 +182,7 @@ def _check_request(
         if Path(part).is_dir() and out.resolve().is_relative_to(Path(part).resolve()):
             expected = f"expected a DATASET outside its source {part}"
             raise UsageError(f"{out}: {expected}; choose another DATASET")
+    run = work_dir(out)
     begun = (out / "dataset.json").is_file() or (run / "shard" / "plan.json").is_file()
     if not begun and out.is_dir() and any(path != run for path in out.iterdir()):
         expected = "expected a new or empty folder; found other files"

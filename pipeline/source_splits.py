@@ -69,10 +69,6 @@ def split_name(name: str) -> str | None:
     return None if set(rest) - _FILLER_WORDS else _SPLIT_OF_WORD.get(first)
 
 
-def _split_of_folder(folder: Path) -> str | None:
-    return split_name(os.path.basename(os.path.abspath(folder)))
-
-
 def locate_splits(source: Source, notes: list[str]) -> dict[str, Location]:
     """Return where each split of `source` lies, in the order of `_SPLITS`."""
     found: dict[str, Location] = {}
@@ -201,7 +197,7 @@ def _find_in_folder(root: Path, notes: list[str], named: bool) -> dict[str, Loca
     if not splits and len({_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD}) > 1:
         names = ", ".join(map(printable, others[:4]))
         raise UsageError(f"{root}: expected train/, val/ or classes; found {names}; {NAME_SPLITS}")
-    return found or {_split_of_folder(root) or "train": (root, "")}
+    return found or {split_name(os.path.basename(os.path.abspath(root))) or "train": (root, "")}
 
 
 def _tars_in(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,8 @@ def add_tars(root: Path, tars_of: Mapping[str, list[Path]], sources: Sources) ->
         _refuse_unlabelled(sources)
     folders = dict.fromkeys([root, *(tar.parent for tars in tars_of.values() for tar in tars)])
     files = [file for folder in folders if (file := folder / "classes.txt").is_file()]
-    names = [class_lines(file) for file in files]
-    if unlike := [file for file, lines in zip(files, names, strict=True) if lines != names[0]]:
-        raise UsageError(f"{files[0]}: expected one list of classes; {unlike[0]} differs")
-    sources.classes = tuple(names[0] if names else map(str, range(highest + 1)))
-    if highest >= 0 and not names:
+    sources.classes = tuple(class_lines(files) if files else map(str, range(highest + 1)))
+    if highest >= 0 and not files:
         sources.notes.append(f"no classes.txt: the classes are named 0 to {highest}")
     if len(sources.classes) <= highest:
         expected = f"at least {highest + 1} lines, one per class"
@@ -70,15 +67,21 @@ def _refuse_unlabelled(sources: Sources) -> None:
             )
 
 
-def class_lines(path: Path) -> list[str]:
-    """Return the lines of a file of class names.
+def class_lines(files: Sequence[Path]) -> list[str]:
+    """Return the lines of one file of class names, or of several files with the same lines.
 
-    Raises: UsageError when the file is not UTF-8.
+    Raises: UsageError when a file is not UTF-8, or when two files differ.
     """
-    try:
-        return read_capped(path, MAX_LISTING_BYTES, UsageError).decode().splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: expected one class name per line, in UTF-8; {error}") from error
+    lines = []
+    for file in files:
+        try:
+            lines.append(read_capped(file, MAX_LISTING_BYTES, UsageError).decode().splitlines())
+        except UnicodeDecodeError as error:
+            expected = "expected one class name per line, in UTF-8"
+            raise UsageError(f"{file}: {expected}; {error}") from error
+        if lines[-1] != lines[0]:
+            raise UsageError(f"{files[0]}: expected one list of classes; {file} differs")
+    return lines[0]
 
 
 class _CappedReads(io.FileIO):
