@@ -197,7 +197,7 @@ def objects_of(batch: Batch, masks: bool) -> list[Objects]:
     return [dict(zip(names, values, strict=True)) for values in zip(*split, strict=True)]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # torchvision keeps its anchors, which training then uses
 def detections(
     model: Detector, pictures_BSS3: Tensor, places: Sequence[Placement]
 ) -> list[list[Result]]:
