@@ -42,7 +42,8 @@ def say_estimate(state: int, activations: int, other: int = 0) -> None:
     """Print the estimate if there is a GPU; parts are in bytes."""
     if torch.cuda.is_available():
         there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        parts = f"weights and optimizer {state / 1e9:.1f}, activations {activations / 1e9:.1f}"
+        parts = f"weights and optimizer {state / 1e9:.1f}"
+        parts += f", activations of the ViT {activations / 1e9:.1f}"
         parts += f", patch tokens {other / 1e9:.1f}" * bool(other)
         total = f"{(state + activations + other) / 1e9:.1f} of {there / 1e9:.1f} GB"
         print(f"GPU memory: about {total} (an estimate: {parts})", flush=True)

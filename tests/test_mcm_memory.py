@@ -59,5 +59,7 @@ def test_it_is_printed_where_a_gpu_is(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
     say_estimate(10**9, 2 * 10**9, 10**9)
-    wanted = "about 4.0 of 80.0 GB (an estimate: weights and optimizer 1.0, activations 2.0, patch tokens 1.0)"
+    wanted = (
+        "about 4.0 of 80.0 GB (an estimate: weights and optimizer 1.0, activations of the ViT 2.0, patch tokens 1.0)"
+    )
     assert wanted in capsys.readouterr().out
