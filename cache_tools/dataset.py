@@ -10,7 +10,7 @@ import pydantic
 
 from .errors import CorruptionError, UsageError, found_at
 from .labels import Boxes, Mask, decode_boxes, decode_mask
-from .records import Amount, Count, Record, SplitName, nearest, read_record, record_sha256
+from .records import Absent, Amount, Count, Record, SplitName, nearest, read_record, record_sha256
 from .storage import file_sha256
 from .tars import INDEX_DTYPE, TARGETS_DTYPE, read_npy, read_picture
 
@@ -19,9 +19,8 @@ ROWS_PER_SHARD = 1024
 RowsPerShard = Annotated[Count, pydantic.Field(multiple_of=CHUNK_ROWS)]
 # The extension in the tar of what targets.npy locates.
 TARGETS = {"segment": "mask.png", "detect": "json"}
-_ABSENT = pydantic.Field(exclude_if=lambda value: value is None)
-Task = Annotated[Literal["segment", "detect"] | None, _ABSENT]
-Ignore = Annotated[tuple[int, ...] | None, _ABSENT]
+Task = Absent[Literal["segment", "detect"]]
+Ignore = Absent[tuple[int, ...]]
 
 
 class ShardEntry(Record):
@@ -32,12 +31,12 @@ class ShardEntry(Record):
     """
 
     rows: Count
-    first_candidate: Amount | None = pydantic.Field(None, exclude_if=lambda value: value is None)
+    first_candidate: Absent[Amount] = None
     tar_bytes: Amount
     tar_sha256: str
     index_sha256: str
-    targets_sha256: Annotated[str | None, _ABSENT] = None
-    objects: Annotated[Amount | None, _ABSENT] = None
+    targets_sha256: Absent[str] = None
+    objects: Absent[Amount] = None
 
 
 class CocoEntry(Record):
@@ -67,7 +66,7 @@ class SplitEntry(Record):
         return sum(shard.objects or 0 for shard in self.shards)
 
 
-Coco = Annotated[CocoEntry | None, _ABSENT]
+Coco = Absent[CocoEntry]
 
 
 class DatasetRecord(Record):

@@ -36,6 +36,9 @@ class Record(pydantic.BaseModel):
 
 
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
+# A field that is absent while it is None, so that the digest of an older record holds.
+Absent = Annotated[T | None, pydantic.Field(exclude_if=lambda value: value is None)]
 # The limits of numbers and names in a record. They rule out an overflow of a shape, a division by 0
 # and a name that leaves its folder.
 Amount = Annotated[int, pydantic.Field(ge=0, le=1 << 40)]

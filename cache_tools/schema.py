@@ -1,11 +1,13 @@
 """The records of a CACHE: cache.json, probe.json, commits and manifests."""
 
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal, Self
 
 import pydantic
 
 from .dataset import CHUNK_ROWS, RowsPerShard
-from .records import Amount, Checksum, Count, Record, SplitName
+from .records import Absent, Amount, Checksum, Count, Record, SplitName
 from .zarr_shards import ArraySpec
 
 MAX_ROW = 1 << 24  # features, or pixels, per row; CLIP L/14 at 336 px has 2^19.2
@@ -43,7 +45,7 @@ class TeacherIdentity(Record):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     projection_sha256: str | None = None
-    weights_set: str | None = pydantic.Field(None, exclude_if=lambda value: value is None)
+    weights_set: Absent[str] = None
 
 
 class CacheIdentity(Record):
@@ -65,8 +67,8 @@ class CacheIdentity(Record):
     view_encoding: str
     picture_rules: int
     dtype: Literal["int8", "float16"]
-    compress: Literal["zstd"] | None = pydantic.Field(None, exclude_if=lambda value: value is None)
-    pixels_sha256: str | None = pydantic.Field(None, exclude_if=lambda value: value is None)
+    compress: Absent[Literal["zstd"]] = None
+    pixels_sha256: Absent[str] = None
     grid: tuple[Count, Count]
     channels: Count
     has_cls: bool
@@ -130,6 +132,18 @@ class Fingerprint(Record):
     precision: Literal["fp32", "fp16", "bf16"]
     batch: int
     versions: dict[str, str]
+
+
+def installed_versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed.
+
+    A checkout has no metadata of its own, and a GPU machine may lack some packages.
+    """
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 class Fidelity(Record):

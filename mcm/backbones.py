@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import pydantic
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
@@ -18,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cache_tools.errors import McmError, UsageError, found_at
-from cache_tools.records import Record, Text, read_json, read_record
+from cache_tools.records import Absent, Record, Text, read_json, read_record
 from cache_tools.storage import file_sha256
 from cache_tools.weights import PRETRAINED, load_timm, load_whole, read_weights, weights_file
 from mcm import checkpoint
@@ -42,7 +41,7 @@ class FinetuneRun(Record):
     dataset_sha256: str
     classes: tuple[str, ...]
     # The COCO category id of each class of a detector.
-    category_ids: tuple[int, ...] | None = pydantic.Field(None, exclude_if=lambda v: v is None)
+    category_ids: Absent[tuple[int, ...]] = None
     init: Text
     init_weights: str
     architecture: str
@@ -53,8 +52,8 @@ class FinetuneRun(Record):
     interpolation: str
     crop_pct: float
     # The batch that a BatchNorm sees: rows per micro-batch and rank, and ranks.
-    micro_batch: int | None = pydantic.Field(None, exclude_if=lambda value: value is None)
-    ranks: int | None = pydantic.Field(None, exclude_if=lambda value: value is None)
+    micro_batch: Absent[int] = None
+    ranks: Absent[int] = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
-from cache_tools.records import Record
+from cache_tools.records import Absent, Record
 
 # The upper bound keeps every product with a float finite.
 Count = Annotated[int, Field(gt=0, lt=1 << 31)]
@@ -341,8 +341,8 @@ class FinetuneConfig(Record):
     """
 
     task: Literal["classify", "segment", "detect"] = "classify"
-    segment: Annotated[Segment | None, Field(exclude_if=lambda value: value is None)] = None
-    detect: Annotated[Detect | None, Field(exclude_if=lambda value: value is None)] = None
+    segment: Absent[Segment] = None
+    detect: Absent[Detect] = None
     frozen: bool = False
     pool: Literal["avg", "token"] = "avg"
     drop_path: BelowOne = 0.0

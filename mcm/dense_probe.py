@@ -19,6 +19,7 @@ from cache_tools.errors import UsageError
 from cache_tools.labels import IGNORED, Mask
 from cache_tools.records import Record, encode_record
 from cache_tools.rng import hash_u64, permutation
+from cache_tools.schema import installed_versions
 from cache_tools.storage import file_sha256, write_atomic
 from mcm.augment import eval_transform
 from mcm.backbones import load_encoder
@@ -28,7 +29,7 @@ from mcm.features import FOLDS, Encode, Featurizer
 from mcm.loop import device
 from mcm.memory import activation_bytes, say_estimate, state_bytes
 from mcm.probe import input_kinds, record_name, warn_of_copies
-from mcm.run_dir import software, versions
+from mcm.run_dir import software
 from mcm.sampler import EvalOrder
 from mcm.stream import DatasetSource, Stream, batches
 
@@ -181,7 +182,7 @@ def dense_probe(
     facts |= {f"{split}_rows": dataset.rows(split) for split in ("train", "val")}
     facts |= {"classes": dataset.classes, "val_in_train": copies, "data_sha256": dataset.sha256}
     facts |= {"run_sha256": file_sha256(run) if run.is_file() else None}
-    facts |= {"software": software(), "versions": versions("torch", "timm", "numpy")}
+    facts |= {"software": software(), "versions": installed_versions("torch", "timm", "numpy")}
 
     def held_out_miou(s: float) -> float:
         return _train(featurizer, featurizer.folded(s), CHOICE_PICTURES)[-1]

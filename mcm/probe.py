@@ -3,17 +3,15 @@
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
-
-import pydantic
+from typing import Any
 
 from cache_tools.cache import Cache
 from cache_tools.console import warn_if_not_saved
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
-from cache_tools.records import Record, Text, encode_record, nearest, read_record
+from cache_tools.records import Absent, Record, Text, encode_record, nearest, read_record
+from cache_tools.schema import installed_versions
 from cache_tools.storage import file_sha256, work_dir, write_atomic
 from mcm.backbones import Backbone, load_encoder
 from mcm.classifiers import Features, LinearProbe, knn_accuracy, linear_probe, training_rows
@@ -28,8 +26,6 @@ from mcm.scorecard import TeacherScores, stored_features, teacher_facts
 METHODS = ("knn", "linear")
 FEATURES = ("mean", "cls", "both")  # mean patch token, class token, the two concatenated
 LEAST_SHOTS = 5  # for the linear probe, which needs a fifth of the labels to choose C
-# A field that older files do not have; None is not written.
-LATER = pydantic.Field(exclude_if=lambda value: value is None)
 
 
 class ProbeResult(Record):
@@ -52,14 +48,14 @@ class ProbeResult(Record):
     seed: int
     data_sha256: str
     versions: dict[str, str]
-    features: Annotated[str | None, LATER] = None
-    shots: Annotated[int | None, LATER] = None
-    val_in_train: Annotated[int | None, LATER] = None
-    software: Annotated[str | None, LATER] = None
-    run_sha256: Annotated[str | None, LATER] = None
-    cache_sha256: Annotated[str | None, LATER] = None
-    teacher: Annotated[TeacherScores | None, LATER] = None
-    corruption: Annotated[str | None, LATER] = None
+    features: Absent[str] = None
+    shots: Absent[int] = None
+    val_in_train: Absent[int] = None
+    software: Absent[str] = None
+    run_sha256: Absent[str] = None
+    cache_sha256: Absent[str] = None
+    teacher: Absent[TeacherScores] = None
+    corruption: Absent[str] = None
 
     @property
     def label(self) -> str:
@@ -197,7 +193,7 @@ def _score(
         train_rows=len(train.y),
         val_rows=len(val.y),
         software=software(),
-        versions={name: version(name) for name in ("torch", "timm", "numpy")},
+        versions=installed_versions("torch", "timm", "numpy"),
         **facts,
     )
 

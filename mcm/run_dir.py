@@ -7,11 +7,9 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
 import torch
 from torch.distributed import DistError
 
@@ -27,6 +25,7 @@ from cache_tools.errors import (
 from cache_tools.processes import stop_with_launcher
 from cache_tools.program import LAUNCHER
 from cache_tools.records import (
+    Absent,
     R,
     Record,
     check_utf8,
@@ -36,7 +35,7 @@ from cache_tools.records import (
     read_record,
     write_toml,
 )
-from cache_tools.schema import CacheIdentity
+from cache_tools.schema import CacheIdentity, installed_versions
 from cache_tools.storage import (
     append_line,
     keep_lines,
@@ -75,8 +74,8 @@ class PretrainRun(Record):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
-    cache: CacheIdentity | None = pydantic.Field(None, exclude_if=lambda value: value is None)
-    data_sha256: str | None = pydantic.Field(None, exclude_if=lambda value: value is None)
+    cache: Absent[CacheIdentity] = None
+    data_sha256: Absent[str] = None
 
 
 class ExitRecord(Record):
@@ -142,21 +141,10 @@ def recorded(run_dir: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of those packages that are installed.
-
-    A checkout runs without its own metadata, and training runs without zarr.
-    """
-    found = {}
-    for name in packages:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
 def software() -> str:
     """Return the version of this package and, in a git checkout, the commit."""
-    found = versions("masked-channel-modeling").get("masked-channel-modeling", "not installed")
+    name = "masked-channel-modeling"
+    found = installed_versions(name).get(name, "not installed")
     root = Path(__file__).parents[1]
     if not (root / ".git").exists() or not (git := shutil.which("git")):
         return found
@@ -174,7 +162,7 @@ def write_environment(run_dir: Path, config: Record, **facts: Any) -> None:
     ours = {"software": software(), "python": platform.python_version(), "device": device}
     # The loaded cuDNN: LD_LIBRARY_PATH may replace the one of the wheel.
     ours["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
-    env = ours | versions("torch", "timm", "accelerate", "numpy", "zarr") | facts
+    env = ours | installed_versions("torch", "timm", "accelerate", "numpy", "zarr") | facts
     write_atomic(run_dir / "config.toml", write_toml(config).encode())
     write_atomic(run_dir / "env.json", json.dumps(env, indent=2, sort_keys=True).encode())
 

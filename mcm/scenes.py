@@ -4,6 +4,7 @@ Each scene is a pure function of (seed, epoch, row). B batch, S pixels of the cr
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,12 +49,16 @@ class SceneSource(RowSource):
 
     def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
         """Return the batch of the rows; the memory of `used` is not needed."""
-        rows, scenes = self.rows[chunks], []
+        rows, scenes = self.rows[chunks], list[tuple[Any, ...]]()
         for row in rows.tolist():
             rgb_HW3 = decoded(self.dataset.picture(self.split, row)[0])
-            scene = rgb_HW3, self.dataset.mask(self.split, row)
-            seed = int(hash_u64(self.seed, "augment", epoch, row))
-            scenes.append(self.augmented(*scene, seed) if self.training else self.whole(*scene))
+            mask_HW = self.dataset.mask(self.split, row)
+            if self.training:
+                seed = int(hash_u64(self.seed, "augment", epoch, row))
+                scenes.append(self.augmented(rgb_HW3, mask_HW, seed))
+            else:
+                picture_HW3, extent = for_windows(rgb_HW3, self.segment.crop, self.colour)
+                scenes.append((picture_HW3, torch.tensor(mask_HW), extent))
         names = ("pictures", "masks") if self.training else ("pictures", "masks", "extents")
         columns = zip(*scenes, strict=True) if scenes else [()] * len(names)
         out: Batch = dict(zip(names, map(list, columns), strict=True))
@@ -73,11 +78,6 @@ class SceneSource(RowSource):
                     break
             picture, mask = self.finish(picture, mask)
         return picture.permute(1, 2, 0).as_subclass(Tensor), mask.as_subclass(Tensor)
-
-    def whole(self, rgb_HW3: RGB, mask_HW: Mask) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Return the picture for sliding windows, its mask, and its height and width."""
-        picture_HW3, extent = for_windows(rgb_HW3, self.segment.crop, self.colour)
-        return picture_HW3, torch.tensor(mask_HW), extent
 
 
 def for_windows(rgb_HW3: RGB, crop: int, colour: Sequence[float]) -> tuple[Tensor, tuple[int, int]]:

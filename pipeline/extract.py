@@ -7,9 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from cache_tools.dataset import Dataset
 from cache_tools.errors import IdentityError, Interrupted, UsageError, check_output
 from cache_tools.images import PICTURE_RULES, pixels_sha256
 from cache_tools.records import encode_record, write_toml
-from cache_tools.schema import CacheIdentity, Fingerprint, ProbeRecord
+from cache_tools.schema import CacheIdentity, Fingerprint, ProbeRecord, installed_versions
 from cache_tools.storage import (
     file_sha256,
     locks_work,
@@ -295,11 +293,10 @@ def versions(teacher: Teacher) -> dict[str, str]:
     Another version, GPU or thread count can change a byte of a view or a bit of a feature. The CPU
     model is not recorded.
     """
-    found = {}
-    for name in ("torch", "timm", "open_clip_torch", "numpy", "pillow", "simplejpeg", "numcodecs"):
-        if name != "open_clip_torch" or teacher.identity.name.startswith("open_clip:"):
-            with suppress(PackageNotFoundError):  # a GPU machine may lack some packages
-                found[name] = version(name)
+    packages = ["torch", "timm", "numpy", "pillow", "simplejpeg", "numcodecs"]
+    if teacher.identity.name.startswith("open_clip:"):
+        packages.append("open_clip_torch")
+    found = installed_versions(*packages)
     if teacher.device.type == "cpu":
         return found | {"threads": str(torch.get_num_threads())}
     return found | {"gpu": torch.cuda.get_device_name(teacher.device)}

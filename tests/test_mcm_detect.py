@@ -17,18 +17,17 @@ from faster_coco_eval import mask as coco_mask
 from make_dataset import make_dataset
 from make_scenes import make_coco
 from safetensors.torch import load_file
+from test_mcm_finetune import end_of_both
 from test_mcm_pretrain import environment
 
 from cache_tools.dataset import Dataset
-from cache_tools.errors import Interrupted, UsageError
+from cache_tools.errors import UsageError
 from cache_tools.records import write_toml
-from mcm import checkpoint
 from mcm.backbones import load_encoder
 from mcm.config import Detect, FinetuneConfig
 from mcm.detect import ObjectSource, average_precision, detections, ground_truth, objects_of, rows_to_train
 from mcm.finetune import finetune, starting_point
 from mcm.jitter import fitted
-from mcm.loop import STOP, Loop
 from mcm.report import report
 from mcm.run_dir import last_eval
 from pipeline.shard import shard
@@ -146,11 +145,6 @@ def tuned(data, tmp_path_factory):
     return run, finetune(config(), data.path, "random", None, run)
 
 
-def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line.get("loss"), line.get("eval")) for line in lines]
-
-
 def test_a_batch_is_a_function_of_its_epoch_and_holds_each_picture_with_its_objects(data):
     source = ObjectSource(data, "train", config().detect, (0.5,) * 3, 0, np.arange(8))
     one, other, later = (source(epoch, np.array([4, 1, 2]), 4) for epoch in (0, 0, 1))
@@ -237,15 +231,7 @@ def test_a_run_writes_its_classes_and_scenes_and_resumes_to_the_bit(tuned, data,
     assert sorted(drawings) == ["predicted", "truth"] and drawings["truth"].shape == (7, 48, 48, 3)
     report([run], tmp_path / "report.html")
     assert "<th>box_ap</th><th>box_ap50</th><th>mask_ap</th>" in (tmp_path / "report.html").read_text()
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            Loop, "step", lambda loop, step, *rest, real=Loop.step: real(loop, step, *rest) or STOP * (step == 7)
-        )
-        with pytest.raises(Interrupted):
-            finetune(config(), data.path, "random", None, stopped)
-    assert finetune(config(), data.path, "random", None, stopped) == score and losses(stopped) == losses(run)
-    ends = [checkpoint.latest(each) for each in (run, stopped)]
-    assert all(torch.equal(tensor, ends[1].model[name]) for name, tensor in ends[0].model.items())
+    end_of_both(config(), data, run, stopped, 7, monkeypatch)
 
 
 @pytest.mark.slow

@@ -51,7 +51,23 @@ def tuned(data, tmp_path_factory):
 
 def losses(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line.get("loss"), line.get("eval", {}).get("loss")) for line in lines]
+    return [(line["step"], line.get("loss"), line.get("eval")) for line in lines]
+
+
+def end_of_both(settings, data, straight, stopped, step, monkeypatch):
+    """Stop a run after `step` and resume it: it ends as the run `straight` did. Return that end."""
+    with monkeypatch.context() as patch:
+        real = Loop.step
+        patch.setattr(Loop, "step", lambda loop, number, *rest: real(loop, number, *rest) or STOP * (number == step))
+        with pytest.raises(Interrupted):
+            finetune(settings, data.path, "random", None, stopped)
+    finetune(settings, data.path, "random", None, stopped)
+    assert losses(stopped) == losses(straight)
+    ends = [checkpoint.latest(run) for run in (straight, stopped)]
+    for tensors in ("model", "optimizer"):
+        one, other = (getattr(end, tensors) for end in ends)
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return ends[0]
 
 
 def test_it_learns_and_says_what_it_is(tuned):
@@ -98,18 +114,8 @@ AVERAGED = {"optim": {"lr": 3e-3, "ema": 0.8}, "drop_path": 0.2}
 def test_a_stopped_run_goes_on_to_the_bit_and_what_is_saved_is_what_was_evaluated(changes, data, tmp_path, monkeypatch):
     settings = config(**changes, train={"checkpoint_steps": 2})
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    top1 = finetune(settings, data.path, "random", None, straight)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            Loop, "step", lambda loop, step, *rest, real=Loop.step: real(loop, step, *rest) or STOP * (step == 6)
-        )
-        with pytest.raises(Interrupted):
-            finetune(settings, data.path, "random", None, stopped)
-    assert finetune(settings, data.path, "random", None, stopped) == top1 and losses(stopped) == losses(straight)
-    ends = [checkpoint.latest(run) for run in (straight, stopped)]
-    for tensors in ("model", "optimizer"):
-        one, other = (getattr(end, tensors) for end in ends)
-        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    finetune(settings, data.path, "random", None, straight)
+    end_of_both(settings, data, straight, stopped, 6, monkeypatch)
     tuned = load_encoder(str(straight), head=True)
     held = DatasetSource(data, "val", eval_transform(tuned), 0)
     stream = Stream(EvalOrder(len(held.rows), 1, 16), held)

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 from make_scenes import CLASSES, make_ade, make_masks
+from test_mcm_finetune import end_of_both
 from torch import nn
 from torch.nn import functional
 
 from cache_tools.dataset import Dataset
-from cache_tools.errors import IdentityError, Interrupted, UsageError
+from cache_tools.errors import IdentityError, UsageError
 from cache_tools.records import encode_record
-from mcm import checkpoint
 from mcm.backbones import load_encoder
 from mcm.config import FinetuneConfig
 from mcm.export import export
 from mcm.finetune import finetune
-from mcm.loop import STOP, Loop, engine
+from mcm.loop import engine
 from mcm.model import encode_tokens
 from mcm.report import report
 from mcm.run_dir import last_eval
@@ -147,11 +147,6 @@ def test_scenes_are_a_function_of_the_seed_and_masks_move_with_pictures(data):
     assert alone[0].shape == (32, 32, 3) and alone[1].shape == (32, 32)
 
 
-def losses(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line.get("loss"), line.get("eval")) for line in lines]
-
-
 CASES = [{"segment": UPERNET}, pytest.param({}, marks=pytest.mark.slow)]
 CASES += [pytest.param({"frozen": True}, marks=pytest.mark.slow)]
 
@@ -162,22 +157,12 @@ def test_a_stopped_run_goes_on_to_the_bit(changes, data, tmp_path, monkeypatch):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     miou = finetune(settings, data.path, "random", None, straight)
     assert miou == last_eval(straight)["miou"] and json.loads((straight / "run.json").read_bytes())["micro_batch"] == 2
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            Loop, "step", lambda loop, step, *rest, real=Loop.step: real(loop, step, *rest) or STOP * (step == 4)
-        )
-        with pytest.raises(Interrupted):
-            finetune(settings, data.path, "random", None, stopped)
-    assert finetune(settings, data.path, "random", None, stopped) == miou and losses(stopped) == losses(straight)
-    ends = [checkpoint.latest(run) for run in (straight, stopped)]
-    for tensors in ("model", "optimizer"):
-        one, other = (getattr(end, tensors) for end in ends)
-        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    end = end_of_both(settings, data, straight, stopped, 4, monkeypatch)
     tuned = load_encoder(str(straight)).model
-    assert all(torch.equal(x, ends[0].model[f"encoder.{name}"]) for name, x in tuned.state_dict().items())
+    assert all(torch.equal(x, end.model[f"encoder.{name}"]) for name, x in tuned.state_dict().items())
     if "frozen" in changes:
         begin = task(data).model.encoder.state_dict()
-        assert all(torch.equal(x, ends[0].model[f"encoder.{name}"]) for name, x in begin.items())
+        assert all(torch.equal(x, end.model[f"encoder.{name}"]) for name, x in begin.items())
 
 
 def test_it_learns_and_its_run_is_reported_exported_and_resumed_with_its_classes_only(data, tmp_path, capsys):

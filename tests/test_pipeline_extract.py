@@ -308,5 +308,5 @@ def test_a_missing_library_does_not_stop_an_extraction(monkeypatch: pytest.Monke
         return "1.0"
 
     assert "open_clip_torch" not in versions(teacher)
-    monkeypatch.setattr("pipeline.extract.version", installed)
+    monkeypatch.setattr("cache_tools.schema.version", installed)
     assert versions(teacher).keys() == {"torch", "timm", "numpy", "pillow", "simplejpeg", "threads"}
