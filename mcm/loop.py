@@ -200,7 +200,9 @@ class Loop:
         A complete run is evaluated again, because its log may have lost the last line.
         """
         settings, order, device = self.job.config.train, self.order, self.accelerator.device
-        found = self._newest()
+        found = checkpoint.latest(self.job.run_dir) if self.main else None
+        if self.hosts is not None:
+            found = checkpoint.shared(found, self.hosts)
         step = found.step if found else -1
         evaluated = found is not None and bool(found.meta["evaluated"]) and step < self.total_steps
         log = Log(self.job.run_dir, step, evaluated, self.main, order.steps_per_epoch)
@@ -247,11 +249,6 @@ class Loop:
             raise Interrupted(
                 f"stopped after step {step} of {self.total_steps}, saved; the same command resumes"
             )
-
-    def _newest(self) -> checkpoint.Checkpoint | None:
-        """Return the newest valid checkpoint on every rank; the main rank reads and verifies it."""
-        found = checkpoint.latest(self.job.run_dir) if self.main else None
-        return found if self.hosts is None else checkpoint.shared(found, self.hosts)
 
     def _restore(self, found: checkpoint.Checkpoint, evaluated: bool) -> None:
         checkpoint.restore(found, self.job.model, self.optimizer.optimizer)

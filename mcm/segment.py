@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -106,7 +105,11 @@ class Segmenter(PictureModel):
         """Draw the weights of the head from `seed`."""
         super().__init__(backbone)
         vit, depth = backbone.model, len(backbone.model.blocks)
-        resize_input(vit, segment.crop)
+        if any(segment.crop % side for side in vit.patch_embed.patch_size):
+            patch = "x".join(map(str, vit.patch_embed.patch_size))
+            expected = f"expected a multiple of the patch of {patch} pixels"
+            raise UsageError(f"segment.crop: {expected}; found {segment.crop}")
+        vit.set_input_size(img_size=(segment.crop, segment.crop))  # resamples the positions
         vit.reset_classifier(0)
         set_drop_path(vit, drop_path)
         vit.requires_grad_(True)
@@ -150,18 +153,6 @@ class Segmenter(PictureModel):
         maps = self.scales(blocks)
         more = [self.auxiliary(maps[AUXILIARY_MAP])] if self.training else []
         return [self.head(maps), *more]
-
-
-def resize_input(vit: VisionTransformer, size: int) -> None:
-    """Give a ViT square pictures of `size` pixels; its positions are resampled.
-
-    Raises: UsageError unless the patches tile the picture.
-    """
-    if any(size % side for side in vit.patch_embed.patch_size):
-        patch = "x".join(map(str, vit.patch_embed.patch_size))
-        expected = f"expected a multiple of the patch of {patch} pixels"
-        raise UsageError(f"segment.crop: {expected}; found {size}")
-    vit.set_input_size(img_size=(size, size))
 
 
 def pixel_loss(logits_BKhw: Tensor, masks_BSS: Tensor) -> Tensor:
