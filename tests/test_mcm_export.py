@@ -124,6 +124,7 @@ def test_the_other_library_computes_the_same(tmp_path, kind, changes):
         assert one is None or torch.allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuned", [False, True])
 def test_transformers_loads_the_same_folder(tmp_path, tuned):
     transformers = pytest.importorskip("transformers")
@@ -147,6 +148,7 @@ def test_transformers_loads_the_same_folder(tmp_path, tuned):
         assert whole.config.id2label == {0: "even", 1: "odd"}
 
 
+@pytest.mark.slow
 def test_of_a_segmentation_run_the_encoder_is_exported(tmp_path):
     shard(make_masks(tmp_path / "source", 4, 2), tmp_path / "data", workers=1)
     settings = {name: part for name, part in CONFIG.items() if name != "student"} | {"task": "segment"}
@@ -191,7 +193,7 @@ def test_bad_requests_and_another_folder_in_the_way(tmp_path):
 
 def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
-    monkeypatch.setitem(module.FORMATS, "mae", (*module.FORMATS["mae"][:1], -1.0, ""))
+    monkeypatch.setitem(module.FORMATS, "mae", module.FORMATS["mae"]._replace(tolerance=-1.0))
     with pytest.raises(McmError, match="expected the other library's features within -1.0"):
         export(run, tmp_path / "out", kind="mae")
     for package, kind in ("transformers", "hf"), ("onnx.reference", "onnx"):
