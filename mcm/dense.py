@@ -41,7 +41,8 @@ def confusion(mask_HW: Mask, predicted_HW: Tensor, num_classes: int) -> Tensor:
 def scores(confusion_KK: Tensor) -> dict[str, Any]:
     """Return miou, mean_accuracy, pixel_accuracy and iou.
 
-    The means omit a class that occurs neither in the truth nor in the prediction.
+    mean_accuracy omits classes without a true pixel. miou omits classes that occur neither in the
+    truth nor in the prediction.
 
     Raises: UsageError if no pixel has a label.
     """

@@ -274,9 +274,10 @@ def average_precision(
 ) -> tuple[Metrics, Classes]:
     """Return COCO's scores by name, such as box_ap50, and the AP and AP50 of each class.
 
-    `kind` is bbox or segm. A score without any object is left out, and None for a class.
+    `kind` is bbox or segm. A score without any object is omitted from the metrics, and is None in
+    the list of classes.
     """
-    # With a bbox, COCO would take the area of the box for that of the mask.
+    # With a bbox, loadRes would take the area of the box as the area of the mask.
     kept = _without("bbox" if kind == "segm" else "segmentation", results)
     coco = COCO(truth)
     scored = COCOeval_faster(coco, coco.loadRes(kept), kind, print_function=lambda *_: None)

@@ -26,7 +26,7 @@ from mcm.model import folded_state
 from mcm.run_dir import last_eval, recorded
 
 ONNX_OPSET = 20
-# The names of timm and of transformers' ViT, as its version 4 saves them; version 5 renames them.
+# Patterns in timm's tensor names, and their form in transformers' ViT (version 4's names).
 HF_NAMES = {
     "^(cls_token|patch_embed)": r"embeddings.\1",
     "^pos_embed": "embeddings.position_embeddings",

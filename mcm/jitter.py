@@ -18,11 +18,11 @@ from mcm.config import Detect
 
 Array = npt.NDArray[Any]
 Pair = tuple[int, int]  # height and width
-MIN_PIXELS = 1.0  # an object whose rest on the canvas is narrower is no target
+MIN_PIXELS = 1.0  # smallest side of a target on the canvas
 
 
 class Placement(NamedTuple):
-    """Where a picture lies: resized from `source` to `size`, cropped at `corner`, then mirrored.
+    """The place of a picture: resized from `source` to `size`, cropped at `corner`, then mirrored.
 
     The crop has the height and width of `extent` and lies at the top left of the canvas.
     """
@@ -108,8 +108,8 @@ def outline(objects: Boxes, i: int) -> Any:
 def targets(objects: Boxes, place: Placement, canvas: int, masks: bool) -> dict[str, Array]:
     """Return boxes float32 [N, 4], labels int64 [N] from 1, and packed masks [N, S, S / 8].
 
-    Crowds and objects that the crop leaves out are no targets. With masks, a box is the border of
-    its mask.
+    Crowds and objects that the crop leaves out are no targets. With masks, a box is the bounding
+    box of its mask.
     """
     kept = np.flatnonzero(~objects.iscrowd_N)
     boxes_N4, masks_NSS = place.boxes(objects.boxes_N4[kept]), np.zeros((0, canvas, canvas))

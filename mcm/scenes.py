@@ -67,7 +67,7 @@ class SceneSource(RowSource):
         return out | {"rows": torch.from_numpy(rows), "epoch": epoch}
 
     def augmented(self, rgb_HW3: RGB, mask_HW: Mask, seed: int) -> tuple[Tensor, Tensor]:
-        """Return a random crop [S, S, 3] and its mask [S, S]; padding is ignored."""
+        """Return a random crop [S, S, 3] and its mask [S, S]; padding has the label IGNORED."""
         picture = tv_tensors.Image(torch.tensor(rgb_HW3).permute(2, 0, 1))
         with seeded(seed):
             scene = self.resize(picture, tv_tensors.Mask(torch.tensor(mask_HW)))

@@ -31,7 +31,8 @@ from mcm.run_dir import recorded_config
 from mcm.scenes import SceneSource, for_windows
 from mcm.stream import Batch
 
-AUXILIARY, AUXILIARY_CHANNELS, AUXILIARY_MAP = 0.4, 256, 2  # the weight, width and map of the FCN
+# The loss weight, the width and the input map of the auxiliary head (an FCN).
+AUXILIARY, AUXILIARY_CHANNELS, AUXILIARY_MAP = 0.4, 256, 2
 POOLS = (1, 2, 3, 6)  # cells of a side, in UPerNet's pyramid pooling
 DROPOUT, HEAD_STD = 0.1, 0.01  # before each classifier; the std of its new weights
 WINDOWS, SHOWN = 8, 8  # windows per forward; held-out pictures in the report

@@ -94,7 +94,7 @@ def _check(vit: VisionTransformer, detect: Detect) -> None:
 
 
 class Pyramid(nn.Module):
-    """ViTDet's feature pyramid: maps of 4, 2, 1, 1/2 and 1/4 of the grid, with C channels each."""
+    """ViTDet's feature pyramid: maps of 4, 2, 1, 1/2 and 1/4 times the grid, of C channels."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Detector(PictureModel):
 
 
 def _rcnn(pyramid: Pyramid, labels: int, detect: Detect) -> FasterRCNN:
-    """Return torchvision's parts: the heads of ViTDet have LayerNorms and more convolutions."""
+    """Return torchvision's R-CNN with ViTDet's heads: LayerNorms and more convolutions."""
     channels = pyramid.out_channels
     box_head = FastRCNNConvFCHead((channels, 7, 7), [channels] * CONVS, [HIDDEN], LayerNorm2d)
     kwargs: dict[str, Any] = {

@@ -200,6 +200,6 @@ def test_real_ade_pictures_end_to_end(shared_data, tmp_path):
     for folder in ("images", "annotations"):
         shutil.copytree(root / folder / "validation", root / folder / "training")
     shard(root, tmp_path / "dataset", workers=1)
-    (result,) = dense_probe(str(make_run(tmp_path / "run", "none")), tmp_path / "dataset", workers=0, quiet=True)
+    result = dense_probe(str(make_run(tmp_path / "run", "none")), tmp_path / "dataset", workers=0, quiet=True)[0]
     assert len(result.classes) == 150 and result.classes[:2] == ("wall", "building, edifice")
     assert result.iou.count(None) > 100 and 0 < result.miou < 1

@@ -426,8 +426,9 @@ WRONG = re.compile(
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_file_of_ours_loads_code(path):
     # Two programs are started, by a list of arguments without a shell: git names our commit, and mcm-train trains.
-    started = {"run_dir.py": 2, "ablate.py": 3}
-    assert WRONG.findall(path.read_text()) == ["subprocess"] * started.get(path.name, 0)
+    known = {"run_dir.py": ["subprocess"] * 2, "ablate.py": ["subprocess"] * 3}
+    known["export.py"] = ["torch.save"]  # MAE's format is a pickle of tensors; it is written and never read
+    assert WRONG.findall(path.read_text()) == known.get(path.name, [])
     scripts = path.read_text().count("torch.jit.load(")
     assert scripts == path.read_text().count("if is_torchscript(path):")  # the one guard before the one door
 
