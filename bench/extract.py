@@ -11,7 +11,7 @@ the cores, it is 1 / (1 / forward + 1 / (cores x host)). Compared rates alternat
 
 `parts` is the cost per view: CPU-milliseconds of one thread for the decode of the source (shared by
 its views), crop and resize, encode, decode of the stored view, and write (tar, index, Zarr, crc32c
-and sha256); milliseconds of the device for preprocess, forward, and quantise with its checks.
+and sha256); milliseconds of the device for preprocess, forward, and quantize with its checks.
 
 `memory` is the peak memory of a whole extraction on the CPU, without the imports. It compares a
 dataset with one of four times its size; each runs in its own process. The bar for the ratio is 1.1.
@@ -125,7 +125,7 @@ class Place:
         patch, _ = self.teacher.features(batch := self.pictures())
         mean, std = channel_stats(patch, torch)
 
-        def quantise() -> dict[str, Tensor]:
+        def quantize() -> dict[str, Tensor]:
             arrays: dict[str, Tensor] = encode(self.identity.dtype, patch, mean, std, torch)
             decode(arrays["patch"], arrays.get("scale"), mean, std, torch)
             return arrays
@@ -133,7 +133,7 @@ class Place:
         with unit_writer(self.units()[0], 0) as writer:  # without a commit
             views = stored[: min(BATCH, self.identity.rows_per_shard)]
             arrays = {
-                name: tensor[: len(views)].cpu().numpy() for name, tensor in quantise().items()
+                name: tensor[: len(views)].cpu().numpy() for name, tensor in quantize().items()
             }
             for view in views:
                 timed("write", writer.add_view, *view)
@@ -145,7 +145,7 @@ class Place:
         works = {
             "preprocess": lambda: (batch.to(device) - scale[0]) / scale[1],
             "forward": lambda: self.teacher.features(batch),
-            "quantise": quantise,
+            "quantize": quantize,
         }
         on_device = {name: 1e3 * s / BATCH for name, s in in_turns(works, device).items()}
         on_device["forward"] -= on_device["preprocess"]

@@ -1,7 +1,7 @@
 """The parts of the GPU benchmark: ceilings, steps, online teachers, extraction, a real command.
 
 Students are those of configs/pretrain at 224 px in bf16; teachers have random weights.
-Utilisation is 3 times the operations of the forward per second, divided by the measured rate of a
+Utilization is 3 times the operations of the forward per second, divided by the measured rate of a
 bf16 matrix product on the same machine.
 """
 
@@ -178,7 +178,7 @@ class Part:
             "step_ms": 1e3 * took,
             "images_per_s": rate,
             "gflop_per_image": flops / 1e9,
-            "utilisation": rate * flops / self.rate(),
+            "utilization": rate * flops / self.rate(),
             "peak_mb": peak(self.device),
             "first_step_s": first,
         }

@@ -34,7 +34,7 @@ FORMS = [("float16", None), ("float16", "zstd"), ("int8", None), ("int8", "zstd"
 
 
 def photographs(folder: Path, rows: int, size: int) -> np.ndarray:
-    """Return centre crops, uint8 [rows, size, size, 3], of the first pictures; repeat if few."""
+    """Return center crops, uint8 [rows, size, size, 3], of the first pictures; repeat if few."""
     files = list(islice((p for p in sorted(folder.rglob("*")) if p.is_file()), rows))
     views = []
     for row in range(rows):
@@ -52,7 +52,7 @@ def features(teacher: str, weights: str, folder: Path, rows: int) -> np.ndarray:
 
 
 def wide_channels(x_BNC: np.ndarray, sigma: float) -> np.ndarray:
-    """Return `x_BNC` with two off-centre channels, `sigma` times as wide as the widest."""
+    """Return `x_BNC` with two off-center channels, `sigma` times as wide as the widest."""
     x = x_BNC.copy()
     widest = x.std((0, 1)).max()
     for channel in (7, 100):
@@ -90,7 +90,7 @@ def stored_bytes(arrays: dict[str, np.ndarray], compress: str | None) -> int:
 
 
 def measure(x_BNC: np.ndarray, dtype: str, compress: str | None) -> dict[str, Any]:
-    """Return errors on channel-standardised values, with calibration on the first 256 rows."""
+    """Return errors on channel-standardized values, with calibration on the first 256 rows."""
     calibration = channel_stats(x_BNC[:CALIBRATION_ROWS])
     arrays = encode(dtype, x_BNC, *calibration)
     decoded = decode(arrays["patch"], arrays.get("scale"), *calibration)

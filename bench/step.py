@@ -101,7 +101,7 @@ class Bench:
         return work
 
     def target(self, dtype: str) -> Row:
-        """Codes to the normalised target, alone, of the whole step."""
+        """Codes to the normalized target, alone, of the whole step."""
         units = Cache(self.folder / dtype).complete_units("train")
         order = EvalOrder(self.options.batch, 16, self.options.batch)
         batch = first_batch(self.own.objective.stream(order, units), self.device)

@@ -38,7 +38,7 @@ class Shape:
 
 
 def noise_views(pixels: int, count: int = 32) -> list[bytes]:
-    """Views, JPEG 95 4:4:4: squares of 8 pixels in random colours, with grain."""
+    """Views, JPEG 95 4:4:4: squares of 8 pixels in random colors, with grain."""
     draw, shape = np.random.default_rng(0), (pixels, pixels, 3)
     smooth = draw.integers(0, 256, (count, pixels // 8, pixels // 8, 3)).repeat(8, 1).repeat(8, 2)
     pictures = np.clip(smooth + draw.integers(-9, 10, (count, *shape)), 0, 255).astype(np.uint8)

@@ -31,7 +31,7 @@ timm:vit_base_patch16_224 timm:deit3_base_patch16_224 timm:deit_tiny_patch16_224
 timm:deit_tiny_distilled_patch16_224
 """.split()
 HEADER = """
-| teacher | pixels | grid | channels | prefix tokens | norm | student with patch 16 | 14x14 tokens | licence of the weights |
+| teacher | pixels | grid | channels | prefix tokens | norm | student with patch 16 | 14x14 tokens | license of the weights |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """  # noqa: E501
 
@@ -56,8 +56,8 @@ def at_14(name: str, teacher: Teacher) -> str:
     return f"`--teacher-size {size}`" if found == (14, 14) else f"{found}"
 
 
-def licences(name: str) -> str:
-    """The licences that timm states, with their tags if there are several."""
+def licenses(name: str) -> str:
+    """The licenses that timm states, with their tags if there are several."""
     tags: dict[str, list[str]] = {}
     if name.startswith("timm:"):
         for full, config in get_arch_pretrained_cfgs(name.removeprefix("timm:")).items():
@@ -75,7 +75,7 @@ def row(name: str) -> str:
     rows, columns = teacher.grid
     cells = [f"`{name}`", teacher.identity.height, f"{rows}x{columns}", teacher.channels]
     cells += [prefix(teacher), teacher.identity.norm, f"{16 * rows} pixels"]
-    return " | ".join(["", *map(str, cells), at_14(name, teacher), licences(name), ""]).strip()
+    return " | ".join(["", *map(str, cells), at_14(name, teacher), licenses(name), ""]).strip()
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def features(teacher: Teacher, pictures: np.ndarray) -> torch.Tensor:
 
 
 def decode_rate(encoded: list[bytes], out: np.ndarray) -> float:
-    """Views a second of one core, the best of five passes: the machine has neighbours."""
+    """Views a second of one core, the best of five passes: the machine has neighbors."""
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""DATASET: labelled pictures in WebDataset tars, with an index that locates and checks each one."""
+"""DATASET: labeled pictures in WebDataset tars, with an index that locates and checks each one."""
 
 import json
 from pathlib import Path
@@ -73,7 +73,7 @@ class DatasetRecord(Record):
     """dataset.json. It is written last; a folder without it is unfinished.
 
     `task` is "segment" if rows have masks, "detect" if they have boxes, and absent if they have
-    labels. `ignore` holds the source mask values that mean unlabelled. Class k is the k-th of the
+    labels. `ignore` holds the source mask values that mean unlabeled. Class k is the k-th of the
     remaining values. `coco` describes the boxes.
     """
 
@@ -207,7 +207,7 @@ class Dataset:
         shards = range(len(self.split(split).shards))
         return np.concatenate([self.index(split, shard)["label"] for shard in shards])
 
-    def labelled(self) -> Self:
+    def labeled(self) -> Self:
         """Return the dataset itself after a check of its labels.
 
         Raises: UsageError unless every picture of "train" and "val" has a label.
@@ -254,7 +254,7 @@ class Dataset:
         return read_picture(self.tar(split, shard), place, row), int(place["label"])
 
     def mask(self, split: str, row: int) -> Mask:
-        """Return the pixel labels [H, W] of a row. Unlabelled pixels are IGNORED.
+        """Return the pixel labels [H, W] of a row. Unlabeled pixels are IGNORED.
 
         Raises: UsageError if rows have no masks; CorruptionError if the crc32c differs.
         """

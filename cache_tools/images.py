@@ -5,7 +5,7 @@ The rule, of version PICTURE_RULES:
 - The content decides the format, which is JPEG, PNG or WebP; the name does not.
 - A picture has at most MAX_PIXELS. Of several frames, the first counts.
 - The EXIF orientation is applied. An ICC profile is ignored, as in timm and torchvision.
-- 16-bit grey keeps the high byte of each value. Its transparent color is ignored.
+- 16-bit gray keeps the high byte of each value. Its transparent color is ignored.
 - Any other picture with transparency is composited over white.
 - Pillow converts all other modes to RGB, including CMYK and palettes.
 - A truncated picture is refused.
@@ -104,7 +104,7 @@ def _plain_jpeg(picture: Image.Image, data: bytes) -> RGB | None:
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it to white
+    if picture.mode.startswith("I"):  # 16-bit gray; convert("RGB") would clip it to white
         high_HW = (np.asarray(picture).astype(np.int64) >> 8).clip(0, 255)
         picture = Image.fromarray(high_HW.astype(np.uint8))
     elif picture.has_transparency_data:

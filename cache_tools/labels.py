@@ -1,7 +1,7 @@
 """Masks and boxes: convert the values of a source mask to labels, and decode what is stored.
 
-A stored mask is an 8-bit grey PNG with labels 0 to K - 1 and IGNORED for unlabelled pixels. In a
-source mask, the classes are the values from 0 upwards, in order, without the ignored values. A grey
+A stored mask is an 8-bit gray PNG with labels 0 to K - 1 and IGNORED for unlabeled pixels. In a
+source mask, the classes are the values from 0 upwards, in order, without the ignored values. A gray
 PNG has values of 1, 8 or 16 bits. The values of a palette PNG are its palette indices.
 
 Stored boxes are one JSON with `image_id`, `width`, `height` and the COCO records `annotations`.
@@ -22,13 +22,13 @@ from .images import PictureRefused, error_detail
 IGNORED = 255
 Mask = npt.NDArray[np.uint8]
 _HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-_GREY, _PALETTE = 0, 3  # colour types of PNG
-# Supported bit depths. Grey of 2 and 4 bits is missing, because Pillow scales its values to 255.
+_GREY, _PALETTE = 0, 3  # color types of PNG
+# Supported bit depths. Gray of 2 and 4 bits is missing, because Pillow scales its values to 255.
 _DEPTHS = {_GREY: (1, 8, 16), _PALETTE: (1, 2, 4, 8)}
 
 
 class MaskRule(NamedTuple):
-    """The number of classes in the masks of a source, and the values that mean unlabelled."""
+    """The number of classes in the masks of a source, and the values that mean unlabeled."""
 
     classes: int
     ignore: tuple[int, ...]
@@ -58,10 +58,10 @@ def stored_mask(data: bytes, size_HW: tuple[int, int], rule: MaskRule) -> bytes:
     """
     header = data[:26].ljust(26, b"\0")
     found_HW = int.from_bytes(header[20:24]), int.from_bytes(header[16:20])
-    is_png, depth, colour = header[:16] == _HEADER, header[24], header[25]
-    if not is_png or depth not in _DEPTHS.get(colour, ()):
-        found = f"colour type {colour} of {depth} bits" if is_png else f"a file with {data[:12]!r}"
-        expected = "expected a PNG in grey of 1, 8 or 16 bits, or with a palette"
+    is_png, depth, color = header[:16] == _HEADER, header[24], header[25]
+    if not is_png or depth not in _DEPTHS.get(color, ()):
+        found = f"color type {color} of {depth} bits" if is_png else f"a file with {data[:12]!r}"
+        expected = "expected a PNG in gray of 1, 8 or 16 bits, or with a palette"
         raise PictureRefused("mask-mode", f"{expected}; found {found}")
     if found_HW != size_HW:
         found, expected = (f"{width}x{height}" for height, width in (found_HW, size_HW))
@@ -87,7 +87,7 @@ def stored_mask(data: bytes, size_HW: tuple[int, int], rule: MaskRule) -> bytes:
 
 
 def encode_mask(labels_HW: Mask) -> bytes:
-    """Return labels as an 8-bit grey PNG."""
+    """Return labels as an 8-bit gray PNG."""
     buffer = io.BytesIO()
     Image.fromarray(labels_HW).save(buffer, "PNG", compress_level=6)
     return buffer.getvalue()

@@ -1,7 +1,7 @@
 """`mcm-cache preview`: draw a contact sheet of a CACHE.
 
 Each line shows one row: the original with its crops, then each view beside its features as PCA
-colours. The preview uses the readers of training, so it raises the same errors on damaged files.
+colors. The preview uses the readers of training, so it raises the same errors on damaged files.
 S shown rows, V views, N tokens, C channels, H W pixels.
 """
 
@@ -60,24 +60,24 @@ def _draw(
     shown = [[_read(unit, row) for unit in units] for row in rows]
     features_SVNC = np.array([[features_NC for _, features_NC, _ in line] for line in shown])
     grid = (*features_SVNC.shape[:2], *cache.identity.grid, 3)
-    colours = pca_colours(features_SVNC, features_SVNC).reshape(grid)
+    colors = pca_colors(features_SVNC, features_SVNC).reshape(grid)
     pictures: list[list[Any]] = []
-    for row, line, painted in zip(rows, shown, colours, strict=True):
+    for row, line, painted in zip(rows, shown, colors, strict=True):
         pictures.append([_original(dataset, units[0].split, row) if dataset else None])
-        for (view_HW3, _, _), colours_HW3 in zip(line, painted, strict=True):
-            pictures[-1] += [view_HW3, colours_HW3]
+        for (view_HW3, _, _), colors_HW3 in zip(line, painted, strict=True):
+            pictures[-1] += [view_HW3, colors_HW3]
     figure, axes = sheet(pictures)
     for row, line, (original, *cells) in zip(rows, shown, axes, strict=True):
         label = int(line[0][2]["label"])
         name = one_line(cache.identity.classes[label])[:16] if label >= 0 else "no label"
         original.set_title(f"row {row}: {name}", fontsize=8, parse_math=False)
         for unit, (_, _, record), cell in zip(units, line, cells[::2], strict=True):
-            colour, flipped = f"C{unit.view % 10}", ", flipped" if record["flip"] else ""
-            cell.set_title(f"v{unit.view}{flipped}", fontsize=8, color=colour)
+            color, flipped = f"C{unit.view % 10}", ", flipped" if record["flip"] else ""
+            cell.set_title(f"v{unit.view}{flipped}", fontsize=8, color=color)
             if dataset:
                 sides = ("left", "top", "width", "height", "source_width", "source_height")
                 x, y, width, height, right, bottom = (int(record[side]) for side in sides)
-                box = Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=2)
+                box = Rectangle((x, y), width, height, fill=False, edgecolor=color, linewidth=2)
                 original.add_patch(box)
                 original.images[0].set_extent((0, right, bottom, 0))
     return figure
@@ -111,13 +111,13 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def pca_colours(
+def pca_colors(
     features: npt.NDArray[np.float32], basis: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]:
-    """Return three principal components of `features` [..., C] as colours [..., 3] in [0, 1].
+    """Return three principal components of `features` [..., C] as colors [..., 3] in [0, 1].
 
     The components are fitted on `basis` [..., C]. Its percentiles 1 and 99 are mapped to 0 and 1.
-    If C < 3, the other colours are 0.
+    If C < 3, the other colors are 0.
     """
     flat = basis.reshape(-1, basis.shape[-1])
     mean = flat.mean(0)
@@ -129,8 +129,8 @@ def pca_colours(
     axes = np.pad(axes, ((0, 0), (0, 3 - axes.shape[1])))
     low, high = np.percentile(flat @ axes, [1, 99], axis=0).astype(np.float32)
     scaled = ((features - mean) @ axes - low) / np.maximum(high - low, 1e-6)
-    colours: npt.NDArray[np.float32] = np.clip(scaled, 0, 1)
-    return colours
+    colors: npt.NDArray[np.float32] = np.clip(scaled, 0, 1)
+    return colors
 
 
 def _dataset(cache: Cache, data: Path | None) -> Dataset | None:

@@ -15,7 +15,7 @@ MAX_SHARDS = 1 << 20  # per unit
 
 
 class CropPolicy(Record):
-    """How the views of the training split are drawn. Every other split has centre crops.
+    """How the views of the training split are drawn. Every other split has center crops.
 
     `scale` is the range of the crop's area relative to the source picture. `ratio` is the range of
     its width divided by its height. `flip` is the probability of a horizontal flip.
@@ -149,7 +149,7 @@ def installed_versions(*packages: str) -> dict[str, str]:
 class Fidelity(Record):
     """Error of the stored features.
 
-    `relative_mse` and `cosine` measure the quantisation of channel-standardised values.
+    `relative_mse` and `cosine` measure the quantization of channel-standardized values.
     `precision_mse` measures the precision of the teacher's forward pass.
     """
 

@@ -130,7 +130,7 @@ class Ablation:
             if len(twins) > 1:
                 expected = "expected row names that give different folders"
                 raise UsageError(f"the plan: {expected}; found {twins}; rename one")
-        self.digests = {str(data): Dataset(data).labelled().sha256}
+        self.digests = {str(data): Dataset(data).labeled().sha256}
         if weights is not None:
             file, chosen = weights_file(weights)
             self.digests[str(weights)] = f"{file_sha256(file)}{chosen}"

@@ -80,7 +80,7 @@ def train_transform(augment: Augment, spec: Backbone) -> SeededTransform:
 
 
 def eval_transform(spec: Backbone, whole: bool = False, normalize: bool = True) -> SeededTransform:
-    """Return the evaluation transform, which ignores the seed: resize and centre crop.
+    """Return the evaluation transform, which ignores the seed: resize and center crop.
 
     With `whole`, it squashes the whole picture to the size instead. Without `normalize`, its
     pictures are uint8, for `normalized` on the device.
@@ -98,10 +98,10 @@ def eval_transform(spec: Backbone, whole: bool = False, normalize: bool = True) 
 
 
 def normalized(pictures_B3HW: Tensor, spec: Backbone) -> Tensor:
-    """Return uint8 pictures as normalised float32; no number is copied to the device."""
+    """Return uint8 pictures as normalized float32; no number is copied to the device."""
     x_B3HW = pictures_B3HW.float() / 255
-    for colour, (mean, std) in enumerate(zip(spec.mean, spec.std, strict=True)):
-        x_B3HW[:, colour].sub_(mean).div_(std)
+    for color, (mean, std) in enumerate(zip(spec.mean, spec.std, strict=True)):
+        x_B3HW[:, color].sub_(mean).div_(std)
     return x_B3HW
 
 

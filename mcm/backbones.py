@@ -26,7 +26,7 @@ from mcm.model import MaskedChannelModel, build_encoder, encode_tokens
 from mcm.run_dir import PretrainRun, recorded, recorded_config
 
 BATCHNORM_EPS = 1e-6  # in the head of a frozen run, as in MAE
-# A student trained here is evaluated on the whole centre square, as the held-out views are.
+# A student trained here is evaluated on the whole center square, as the held-out views are.
 CROP_PCT = 1.0
 HEADS = ("head",)  # the modules that a model without a head skips in a weights file
 ANY_VIT = "vit_base_patch16_224"  # the timm entry point whose arguments describe any plain ViT
@@ -74,7 +74,7 @@ class Backbone:
 
 
 class PictureModel(nn.Module):
-    """A model with an `encoder` on uint8 pictures, which it normalises as `backbone` says."""
+    """A model with an `encoder` on uint8 pictures, which it normalizes as `backbone` says."""
 
     encoder: Any
     mean: Tensor
@@ -152,7 +152,7 @@ def set_drop_path(model: VisionTransformer, rate: float) -> None:
 
 
 def pooled(model: VisionTransformer, tokens_BND: Tensor, features: str = "mean") -> Tensor:
-    """Pool normalised tokens to features [B, D]; some timm models normalise after the pool.
+    """Pool normalized tokens to features [B, D]; some timm models normalize after the pool.
 
     "mean" is the mean of the patch tokens and "cls" the class token. "both" concatenates the two
     to [B, 2 D]. "patch" returns every patch token [B, N, D].

@@ -1,6 +1,6 @@
 """Classifiers on frozen features: weighted k-NN and softmax regression.
 
-Letters: B batch, D width, R training rows, K neighbours of k-NN, or classes.
+Letters: B batch, D width, R training rows, K neighbors of k-NN, or classes.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from cache_tools.errors import UsageError
 from cache_tools.rng import permutation
 
 C_GRID = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse strengths of the linear probe's L2 penalty
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # of k-NN, as in DINO
+NEIGHBORS, TEMPERATURE = 20, 0.07  # of k-NN, as in DINO
 CHOICE_ROWS = 6000  # training rows that choose C and s; a fifth is held out
 MAX_ITERATIONS, GRADIENT_TOLERANCE = 1000, 1e-6  # of L-BFGS in float32; scikit-learn stops at 1e-4
 MAX_LOGITS = 1 << 26  # the most logits at once: 256 MB, and as much for their gradient
@@ -44,14 +44,14 @@ def knn_accuracy(train: Features, val: Features, device: torch.device | str = "c
 def knn_hits(train: Features, val: Features, device: torch.device | str = "cpu") -> int:
     """Return the number of val rows whose label the nearest training rows predict.
 
-    Neighbours are found by cosine similarity and vote with weight exp(similarity / T), as in DINO.
+    Neighbors are found by cosine similarity and vote with weight exp(similarity / T), as in DINO.
     """
     bank_RD, labels_R = functional.normalize(train.x.to(device), dim=1), train.y.to(device)
     num_classes, correct = int(labels_R.max()) + 1, 0
     batches = (torch.split(part.to(device), KNN_ROWS) for part in (val.x, val.y))
     for x_BD, y_B in zip(*batches, strict=True):
         similarity_BR = functional.normalize(x_BD, dim=1) @ bank_RD.T
-        top_BK, rows_BK = similarity_BR.topk(min(NEIGHBOURS, len(bank_RD)), dim=1)
+        top_BK, rows_BK = similarity_BR.topk(min(NEIGHBORS, len(bank_RD)), dim=1)
         votes = torch.zeros(len(x_BD), num_classes, device=device)
         votes.scatter_add_(1, labels_R[rows_BK], (top_BK / TEMPERATURE).exp())
         correct += int((votes.argmax(1) == y_B).sum())
@@ -59,7 +59,7 @@ def knn_hits(train: Features, val: Features, device: torch.device | str = "cpu")
 
 
 class LinearProbe(NamedTuple):
-    """Logistic regression on features standardised by the training rows' mean and std [D]."""
+    """Logistic regression on features standardized by the training rows' mean and std [D]."""
 
     mean: Tensor
     std: Tensor
@@ -110,7 +110,7 @@ class Fit(NamedTuple):
 def _l2(c: float, rows: int, classes: int) -> float:
     """Return the penalty of scikit-learn's LogisticRegression(C).
 
-    For two classes, it penalises one vector, which is the difference of our two.
+    For two classes, it penalizes one vector, which is the difference of our two.
     """
     return (2 if classes == 2 else 1) / (c * rows)
 

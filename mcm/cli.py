@@ -132,7 +132,7 @@ def finetune(
 def probe(
     subject: Annotated[str, typer.Argument(metavar="RUN|EXPORT|timm:NAME|CACHE")],
     data: Annotated[
-        Path | None, typer.Option(metavar="DATASET", help="Labelled pictures; not for a CACHE.")
+        Path | None, typer.Option(metavar="DATASET", help="Labeled pictures; not for a CACHE.")
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option(metavar="knn|linear", help="Default: both.")
@@ -197,7 +197,7 @@ def ablate(
         Path, typer.Option(metavar="CACHE", help="The cache of each row that names no other.")
     ],
     data: Annotated[
-        Path, typer.Option(metavar="DATASET", help="Labelled pictures to probe and fine-tune on.")
+        Path, typer.Option(metavar="DATASET", help="Labeled pictures to probe and fine-tune on.")
     ],
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="The folder of all runs; the same command resumes.")

@@ -100,7 +100,7 @@ class Mask(Record):
 
 
 class Target(Record):
-    """The target: its features, its normalisation, and the side that has the linear layer.
+    """The target: its features, its normalization, and the side that has the linear layer.
 
     `features`: the teacher's patch tokens, these tokens in the joint space of picture and text, or
     the pixels of the view.
@@ -277,7 +277,7 @@ class Segment(Record):
     The head "upernet" has `channels` and reads `blocks`, counted from 1. The head "linear" reads
     the last block. Training resizes the shorter side of a picture to a share of the crop from
     `scale`. It then crops it, so that no class covers more than `max_share` if possible, and flips
-    it with probability `flip`. `photometric` also changes its colours. Evaluation resizes the
+    it with probability `flip`. `photometric` also changes its colors. Evaluation resizes the
     shorter side to the crop and slides windows by `stride`.
     """
 

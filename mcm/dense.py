@@ -47,7 +47,7 @@ def scores(confusion_KK: Tensor) -> dict[str, Any]:
     Raises: UsageError if no pixel has a label.
     """
     if not confusion_KK.any():
-        raise UsageError("expected labelled pixels in split 'val'; found only ignored ones")
+        raise UsageError("expected labeled pixels in split 'val'; found only ignored ones")
     hits, truth = confusion_KK.diagonal().double(), confusion_KK.sum(1).double()
     found = confusion_KK.sum(0).double()
     iou, accuracy = hits / (truth + found - hits), hits / truth

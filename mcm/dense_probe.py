@@ -103,11 +103,11 @@ def patches_kept(pictures: int, N: int, D: int) -> int:
 def collect(
     scenes: Iterable[Scene], pictures: int, grid: tuple[int, int], num_classes: int, seed: int
 ) -> Patches:
-    """Return the labelled patches of `pictures` scenes.
+    """Return the labeled patches of `pictures` scenes.
 
     If all patches would exceed MAX_VALUES, draw at most RANDOM_PATCHES per picture by (seed, row).
 
-    Raises: UsageError if fewer than two pictures have labelled pixels.
+    Raises: UsageError if fewer than two pictures have labeled pixels.
     """
     filled, x, y, rows = 0, torch.empty(0), torch.empty(0), torch.empty(0)
     for row, tokens_ND, mask_HW in scenes:
@@ -125,7 +125,7 @@ def collect(
         y[span] = torch.from_numpy(shares_NK[drawn]).to(y.device)
         rows[span] = row
     if not filled or rows[0] == rows[filled - 1]:
-        raise UsageError("expected two training pictures or more with labelled pixels; found fewer")
+        raise UsageError("expected two training pictures or more with labeled pixels; found fewer")
     return Patches(x[:filled], y[:filled], rows[:filled])
 
 
@@ -165,7 +165,7 @@ def dense_probe(
 
     The results of a RUN are written to RUN/dense/.
 
-    Raises: UsageError before any picture is read, or if pictures have no labelled pixels.
+    Raises: UsageError before any picture is read, or if pictures have no labeled pixels.
     """
     dataset, run = Dataset(data), Path(spec) / "run.json"
     backbone = load_encoder(spec, weights, untrained=untrained)
@@ -227,7 +227,7 @@ def _train(
     patches.x.sub_(mean_D).div_(std_D)
     l2, miou = choose_l2(patches, seed)
     weight_KD, bias_K, converged = fit_softmax(patches.x, patches.y, l2)
-    weight_KD = weight_KD / std_D  # weights for tokens that are not standardised
+    weight_KD = weight_KD / std_D  # weights for tokens that are not standardized
     fitted = {"l2": l2, "converged": converged, "patches": len(patches.x)}
     return weight_KD, bias_K - weight_KD @ mean_D, fitted, miou
 

@@ -9,35 +9,35 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cache_tools.images import RGB
 
-GOLDEN = 0.618034  # of a turn: the hues of neighbouring classes differ most
+GOLDEN = 0.618034  # of a turn: the hues of neighboring classes differ most
 
 
-def colour(label: int) -> tuple[int, int, int]:
-    """Return the colour of a class."""
+def color(label: int) -> tuple[int, int, int]:
+    """Return the color of a class."""
     red, green, blue = hsv_to_rgb(label * GOLDEN % 1, 0.7, 1)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_labels(rgb_HW3: RGB, labels_HW: npt.NDArray[np.integer], num_classes: int) -> RGB:
-    """Return the picture half covered by the colours of its classes; others stay as they are."""
-    colours = np.array([colour(label) for label in range(num_classes)], np.uint8)
+    """Return the picture half covered by the colors of its classes; others stay as they are."""
+    colors = np.array([color(label) for label in range(num_classes)], np.uint8)
     known_HW1 = (labels_HW < num_classes)[..., None]
-    mixed_HW3 = rgb_HW3 // 2 + colours[labels_HW.clip(max=num_classes - 1)] // 2
+    mixed_HW3 = rgb_HW3 // 2 + colors[labels_HW.clip(max=num_classes - 1)] // 2
     return np.where(known_HW1, mixed_HW3, rgb_HW3)
 
 
 def draw_boxes(
     rgb_HW3: RGB, boxes_N4: npt.ArrayLike, labels_N: Sequence[int], names_N: Sequence[str]
 ) -> RGB:
-    """Return the picture with boxes (x0, y0, x1, y1) in the colours of their classes, and names."""
+    """Return the picture with boxes (x0, y0, x1, y1) in the colors of their classes, and names."""
     picture = Image.fromarray(rgb_HW3)
     draw, side = ImageDraw.Draw(picture), min(picture.size)
     font, width = ImageFont.load_default(max(10, side // 32)), max(1, side // 240)
     for box, label, name in zip(np.asarray(boxes_N4).tolist(), labels_N, names_N, strict=True):
-        draw.rectangle(box, outline=colour(label), width=width)
+        draw.rectangle(box, outline=color(label), width=width)
         _, _, wide, high = draw.textbbox((0, 0), name, font=font)
         # Above the box and in the picture, if it fits there.
         x, y = max(0, min(box[0], picture.width - wide)), max(0, box[1] - high)
-        draw.rectangle((x, y, x + wide, y + high), fill=colour(label))
+        draw.rectangle((x, y, x + wide, y + high), fill=color(label))
         draw.text((x, y), name, fill="black", font=font)
     return np.asarray(picture)

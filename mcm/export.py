@@ -48,7 +48,7 @@ FOLDER is the folder of this file.
 
     {usage}
 
-The licences of the training pictures and of the teacher apply to these weights too.
+The licenses of the training pictures and of the teacher apply to these weights too.
 Accuracies are fractions of 1.
 
 | trained on and measured | |
@@ -109,7 +109,7 @@ def export(
 
 
 class Outputs(nn.Module):
-    """The outputs of a ViT: its normalised tokens [B, 1 + N, D], and its logits [B, K].
+    """The outputs of a ViT: its normalized tokens [B, 1 + N, D], and its logits [B, K].
 
     A model without a head gives the pooled token [B, D] in place of logits.
     """

@@ -62,7 +62,7 @@ class Featurizer:
         self, split: str, encodes: Sequence[Encode], rows: Rows | None = None,
         corruptions: Sequence[Corruption | None] = (None,),
     ) -> list[Features]:  # fmt: skip
-        """Return the features of a split's centre crops, or of the crops of `rows`, in order.
+        """Return the features of a split's center crops, or of the crops of `rows`, in order.
 
         The result has the features by every encode function for each corruption in turn. Every
         picture is decoded once.

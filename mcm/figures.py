@@ -12,7 +12,7 @@ import numpy.typing as npt
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from cache_tools.preview import pca_colours, png, sheet
+from cache_tools.preview import pca_colors, png, sheet
 from mcm.scorecard import DEAD
 
 Array = npt.NDArray[Any]
@@ -77,7 +77,7 @@ def channel_maps(
         lines += [[view], [None]]
         for channel in picked:
             maps = [tensors[name][:SHOWN, :, channel] for name in ("target", "prediction")]
-            # Percentiles, because one outlier token would compress the colours of the others.
+            # Percentiles, because one outlier token would compress the colors of the others.
             low, high = np.percentile(maps[0], [1, 99])
             for line, map_N in zip(lines[-2:], (maps[0][i], maps[1][i]), strict=True):
                 line.append(((map_N - low) / max(high - low, 1e-6)).reshape(grid))
@@ -96,13 +96,13 @@ def _varying(channels: Mapping[str, Array]) -> Array:
 
 
 def samples(tensors: Mapping[str, Array], grid: Sequence[int]) -> str:
-    """Show views [S, H, W, 3] above PCA colours of target and prediction [S, N, C].
+    """Show views [S, H, W, 3] above PCA colors of target and prediction [S, N, C].
 
     The target gives the PCA basis of both.
     """
     target, shape = tensors["target"], (len(tensors["target"]), *grid, 3)
     names = ("target", "prediction")
-    lines = {name: pca_colours(tensors[name], target).reshape(shape) for name in names}
+    lines = {name: pca_colors(tensors[name], target).reshape(shape) for name in names}
     return pictures({"view": tensors["views"]} | lines)
 
 

@@ -102,7 +102,7 @@ def finetune(
 
 
 class Classification:
-    """The task "classify": a ViT with a new linear head, on labelled pictures.
+    """The task "classify": a ViT with a new linear head, on labeled pictures.
 
     Raises: UsageError unless every picture has a label and every class has enough of them.
     """
@@ -110,7 +110,7 @@ class Classification:
     headline, group = "top1", CHUNK_ROWS  # mixup works on 16 rows
 
     def __init__(self, config: FinetuneConfig, dataset: Dataset, backbone: Backbone) -> None:
-        seed, num_classes = config.train.seed, len(dataset.labelled().classes)
+        seed, num_classes = config.train.seed, len(dataset.labeled().classes)
         rows = training_rows(dataset.labels("train"), dataset.classes, config.data.shots, seed)
         self.model = make_classifier(
             backbone.model, num_classes, config.pool, config.drop_path, seed, config.frozen
@@ -183,7 +183,7 @@ def run_record(
     model: nn.Module,
 ) -> FinetuneRun:  # fmt: skip
     """Return the identity of the run; the backbone's model already has its new head and size."""
-    normalised = any(isinstance(module, _BatchNorm) for module in model.modules())
+    normalized = any(isinstance(module, _BatchNorm) for module in model.modules())
     architecture, arguments = model_args(backbone.model)
     return FinetuneRun(
         config=identity_config(config),
@@ -199,8 +199,8 @@ def run_record(
         std=backbone.std,
         interpolation=backbone.interpolation,
         crop_pct=backbone.crop_pct,
-        micro_batch=order.batch if normalised else None,
-        ranks=order.world if normalised else None,
+        micro_batch=order.batch if normalized else None,
+        ranks=order.world if normalized else None,
     )
 
 

@@ -34,7 +34,7 @@ class Placement(NamedTuple):
     flip: bool
 
     def draw(self, rgb_HW3: RGB, canvas_SS3: RGB, mean: Sequence[float]) -> None:
-        """Draw the picture; the padding has the `mean` colour."""
+        """Draw the picture; the padding has the `mean` color."""
         canvas_SS3[:] = np.round(255 * np.array(mean))
         picture = self._cropped(rgb_HW3, Image.Resampling.BICUBIC)
         canvas_SS3[: self.extent[0], : self.extent[1]] = picture

@@ -139,8 +139,8 @@ def collapse(z_BND: Tensor, first_BND: Tensor) -> tuple[float, float]:
     stds, ranks = [], []
     for x_BND in (z_BND, first_BND):
         flat = x_BND.float().flatten(0, 1)
-        centred = Gram(flat.shape[-1], flat.device)
-        centred.update((flat - flat.mean(0))[None])
+        centered = Gram(flat.shape[-1], flat.device)
+        centered.update((flat - flat.mean(0))[None])
         stds.append(flat.std(0).median())
-        ranks.append(centred.rank())
+        ranks.append(centered.rank())
     return float(stds[0] / stds[1]), ranks[0] / ranks[1]

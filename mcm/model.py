@@ -41,7 +41,7 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 def init_mae(module: nn.Module) -> None:
-    """Initialise one module as MAE does: xavier for weights, zero for biases, 1 and 0 for norms."""
+    """Initialize one module as MAE does: xavier for weights, zero for biases, 1 and 0 for norms."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
         if module.bias is not None:
@@ -78,7 +78,7 @@ def build_encoder(
 
 
 def unfold_patches(pictures_BHW3: Tensor, patch: int) -> Tensor:
-    """Return the pixels of every patch [B, N, P = patch * patch * 3]: row, column, colour."""
+    """Return the pixels of every patch [B, N, P = patch * patch * 3]: row, column, color."""
     B, H, W, _ = pictures_BHW3.shape
     x = pictures_BHW3.view(B, H // patch, patch, W // patch, patch, 3).transpose(2, 3)
     return x.reshape(B, (H // patch) * (W // patch), patch * patch * 3)
@@ -89,28 +89,28 @@ def embed_pixels(
 ) -> Tensor:
     """Return the patch embedding x_BND of uint8 pictures as one matrix product.
 
-    The result equals that of `projection` on the normalised picture, up to rounding. The mean and
+    The result equals that of `projection` on the normalized picture, up to rounding. The mean and
     the std, of pixels in [0, 1], are folded into the weight and the bias; when compiled, no float
-    picture is stored. Pixels minus 128 are exact in bfloat16 and nearly centred, which keeps the
+    picture is stored. Pixels minus 128 are exact in bfloat16 and nearly centered, which keeps the
     rounding error small.
     """
     pixels_BNP = unfold_patches(pictures_BHW3, projection.kernel_size[0]).float() - 128
-    # One weight [D, patch, patch] per colour.
+    # One weight [D, patch, patch] per color.
     weights = [projection.weight[:, c] / (255 * std[c]) for c in range(3)]
     assert projection.bias is not None
     bias_D = projection.bias
-    for weight, centre in zip(weights, mean, strict=True):
-        bias_D = bias_D + weight.sum((1, 2)) * (128 - 255 * centre)
+    for weight, center in zip(weights, mean, strict=True):
+        bias_D = bias_D + weight.sum((1, 2)) * (128 - 255 * center)
     return F.linear(pixels_BNP, torch.stack(weights, -1).flatten(1), bias_D)
 
 
 def encode_tokens(encoder: VisionTransformer, pictures_B3HW: Tensor) -> Tensor:
-    """Return the tokens [B, prefix + N, D] of normalised pictures, after the final norm."""
+    """Return the tokens [B, prefix + N, D] of normalized pictures, after the final norm."""
     return run_blocks(encoder, encoder.patch_embed(pictures_B3HW))
 
 
 def run_blocks(encoder: VisionTransformer, x_BND: Tensor, bf16_residual: bool = False) -> Tensor:
-    """Add positions to patch embeddings and return the normalised tokens [B, prefix + N, D]."""
+    """Add positions to patch embeddings and return the normalized tokens [B, prefix + N, D]."""
     x = residual_stream(encoder.norm_pre(encoder._pos_embed(x_BND)), bf16_residual)
     return cast(Tensor, encoder.norm(encoder.blocks(x)))
 
@@ -166,7 +166,7 @@ class MaskedChannelModel(nn.Module):
     ) -> None:  # fmt: skip
         """Build the model for pictures of grid * patch pixels and a target of C channels.
 
-        `mean` and `std`, of pixels in [0, 1], normalise uint8 pictures. The model has only the
+        `mean` and `std`, of pixels in [0, 1], normalize uint8 pictures. The model has only the
         parameters that the mask mode uses: DDP raises an error for a parameter without a gradient.
 
         Raises: UsageError when a ratio of patch mode does not fit the number of patches.
@@ -215,7 +215,7 @@ class MaskedChannelModel(nn.Module):
     def tokens(self, pictures: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the encoder's CLS and patch tokens [B, 1 + N, D] of full or masked inputs.
 
-        The pictures are uint8 [B, H, W, 3], as the cache stores them, or normalised [B, 3, H, W].
+        The pictures are uint8 [B, H, W, 3], as the cache stores them, or normalized [B, 3, H, W].
         """
         if pictures.dtype == torch.uint8:
             x_BND = embed_pixels(self.encoder.patch_embed.proj, pictures, self.mean, self.std)

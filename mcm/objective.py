@@ -37,7 +37,7 @@ def channel_stats(units: Sequence[Unit]) -> tuple[Stats, Stats]:
 
 
 class Objective:
-    """The student, its targets and its masks; pre-training minimises `loss`."""
+    """The student, its targets and its masks; pre-training minimizes `loss`."""
 
     def __init__(
         self, config: PretrainConfig, run: PretrainRun, cache: Cache, units: Sequence[Unit],
@@ -103,10 +103,10 @@ class Objective:
         return mask.ratio + (mask.final_ratio - mask.ratio) * epoch / last
 
     def target(self, batch: Batch) -> Tensor:
-        """Return the normalised float32 target of a batch, before any learned projection."""
+        """Return the normalized float32 target of a batch, before any learned projection."""
         if self.config.target.features == "pixels":
             pictures_BHW3 = (batch["pictures"].float() - self.mean) / self.std
-            return self.targets.normalise(unfold_patches(pictures_BHW3, self.run.patch))
+            return self.targets.normalize(unfold_patches(pictures_BHW3, self.run.patch))
         return cast(Tensor, self.targets(*map(batch.get, ("codes", "scale", "mean", "std"))))
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
@@ -127,4 +127,4 @@ class Objective:
         loss = loss_fn(y[:, -target.shape[1] :], target)
         if not self.config.loss.cls:
             return loss
-        return loss + loss_fn(y[:, 0], self.targets.normalise(batch["cls"]))
+        return loss + loss_fn(y[:, 0], self.targets.normalize(batch["cls"]))

@@ -37,7 +37,7 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
 
     Raises: UsageError or IdentityError before the first step; the errors of `loop.train`.
     """
-    dataset = Dataset(data).labelled() if data is not None else None
+    dataset = Dataset(data).labeled() if data is not None else None
     cache, seed = Cache(cache_path), config.train.seed
     units, val = choose_units(cache, recorded(out).get("units", ()), config.data.views)
     run = run_record(config, cache, [*units, *val], dataset)

@@ -113,7 +113,7 @@ def probe(
     if data is None:
         advice = "add the DATASET to probe on"
         raise UsageError(f"{spec}: expected --data DATASET; found none; {advice}")
-    dataset = Dataset(data).labelled()
+    dataset = Dataset(data).labeled()
     backbone = load_encoder(spec, weights, untrained=untrained)
     kinds = input_kinds(backbone, inputs, spec)
     wanted = dict.fromkeys(features or FEATURES[:1])
@@ -153,7 +153,7 @@ def _probe_teacher(
             found = "found none; finish `mcm-cache extract`"
             raise UsageError(f"{path}: expected a complete unit of {split!r}; {found}")
         if any((unit[0].index(shard)["label"] < 0).any() for shard in range(unit[0].num_shards)):
-            found = "found pictures without a label; only a labelled CACHE can be probed"
+            found = "found pictures without a label; only a labeled CACHE can be probed"
             raise UsageError(f"{path}: expected a label for every picture of {split!r}; {found}")
     (train_unit,), (val_unit,), gram = *units, Gram(identity.channels, device())
     train, val = stored_features(train_unit, quiet), stored_features(val_unit, quiet, gram)

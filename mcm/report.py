@@ -19,7 +19,7 @@ from cache_tools.schema import CacheIdentity
 from cache_tools.storage import work_dir, write_atomic
 from mcm import checkpoint
 from mcm.dense_probe import DenseResult
-from mcm.draw import colour
+from mcm.draw import color
 from mcm.figures import Array, channel_figures, channel_maps, curves, dots, pictures, samples
 from mcm.probe import ProbeResult
 from mcm.run_dir import last_eval, read_metrics, recorded
@@ -195,15 +195,15 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _html_table(
-    lines: Sequence[Sequence[str]], caption: str, colours: Sequence[tuple[int, int, int]] = ()
+    lines: Sequence[Sequence[str]], caption: str, colors: Sequence[tuple[int, int, int]] = ()
 ) -> str:
-    """Return a table of a header and rows; a row has a bar in its colour, if there is one."""
+    """Return a table of a header and rows; a row has a bar in its color, if there is one."""
 
     def row(tag: str, cells: Sequence[str], style: str = "") -> str:
         texts = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
         return f"<tr{style}>{texts}</tr>"
 
-    styles = [f' style="border-left:1em solid rgb{colour}"' for colour in colours]
+    styles = [f' style="border-left:1em solid rgb{color}"' for color in colors]
     styled = zip_longest(lines[1:], styles, fillvalue="")
     body = row("th", lines[0]) + "".join(row("td", line, style) for line, style in styled)
     return f"<table><caption>{html.escape(caption)}</caption>{body}</table>"
@@ -260,8 +260,8 @@ def _run_section(run: Path, label: str) -> str:
     if table := _json(run / "classes.json"):
         columns = (map(_percent, values) for name, values in table.items() if name != "class")
         lines = [list(table), *map(list, zip(table["class"], *columns, strict=True))]
-        caption = "classes of the last evaluation in percent, with the colours of the drawings"
-        parts.append(_html_table(lines, caption, list(map(colour, range(len(lines) - 1)))))
+        caption = "classes of the last evaluation in percent, with the colors of the drawings"
+        parts.append(_html_table(lines, caption, list(map(color, range(len(lines) - 1)))))
     if drawings := _tensors(run / "shown.safetensors"):
         parts.append(pictures({name: drawings[name] for name in ("truth", "predicted")}))
     for name in ("config.toml", "env.json", "run.json"):

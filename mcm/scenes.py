@@ -39,9 +39,9 @@ class SceneSource(RowSource):
     ) -> None:  # fmt: skip
         super().__init__(dataset, split, seed)
         self.segment, self.training = segment, training
-        self.colour = [255 * value for value in mean]
+        self.color = [255 * value for value in mean]
         low, high = (round(segment.crop * scale) for scale in segment.scale)
-        fill = {tv_tensors.Image: self.colour, tv_tensors.Mask: IGNORED}
+        fill = {tv_tensors.Image: self.color, tv_tensors.Mask: IGNORED}
         distort = [v2.RandomPhotometricDistort()] if segment.photometric else []
         self.resize = v2.RandomResize(low, high + 1)  # of the shorter side
         self.crop = v2.RandomCrop(segment.crop, pad_if_needed=True, fill=fill)
@@ -57,7 +57,7 @@ class SceneSource(RowSource):
                 seed = int(hash_u64(self.seed, "augment", epoch, row))
                 scenes.append(self.augmented(rgb_HW3, mask_HW, seed))
             else:
-                picture_HW3, extent = for_windows(rgb_HW3, self.segment.crop, self.colour)
+                picture_HW3, extent = for_windows(rgb_HW3, self.segment.crop, self.color)
                 scenes.append((picture_HW3, torch.tensor(mask_HW), extent))
         names = ("pictures", "masks") if self.training else ("pictures", "masks", "extents")
         columns = zip(*scenes, strict=True) if scenes else [()] * len(names)
@@ -80,14 +80,14 @@ class SceneSource(RowSource):
         return picture.permute(1, 2, 0).as_subclass(Tensor), mask.as_subclass(Tensor)
 
 
-def for_windows(rgb_HW3: RGB, crop: int, colour: Sequence[float]) -> tuple[Tensor, tuple[int, int]]:
+def for_windows(rgb_HW3: RGB, crop: int, color: Sequence[float]) -> tuple[Tensor, tuple[int, int]]:
     """Return the picture with the shorter side `crop`, and its height and width.
 
-    Where the longer side is limited, a border of the `colour` fills the crop.
+    Where the longer side is limited, a border of the `color` fills the crop.
     """
     picture = torch.tensor(rgb_HW3).permute(2, 0, 1)
     picture = functional.resize(picture, [crop], max_size=LONGEST * crop)
     height, width = picture.shape[1:]
     missing = [0, 0, max(0, crop - width), max(0, crop - height)]
-    picture = functional.pad(picture, missing, fill=list(colour))
+    picture = functional.pad(picture, missing, fill=list(color))
     return picture.permute(1, 2, 0), (height, width)

@@ -1,4 +1,4 @@
-"""Statistics of the teacher in a CACHE: odd channels, effective rank and quantisation error.
+"""Statistics of the teacher in a CACHE: odd channels, effective rank and quantization error.
 
 Letters: B batch, N patches, C channels, R rows.
 """
@@ -21,7 +21,7 @@ DEAD, OUTLIER = 1e-3, 10.0  # multiples of the median channel's std
 class TeacherScores(Record):
     """Statistics of a teacher's patch features.
 
-    `dead` and `outliers` are channel indices. `relative_mse` and `cosine` measure the quantisation
+    `dead` and `outliers` are channel indices. `relative_mse` and `cosine` measure the quantization
     error, as means over the commits.
     """
 
@@ -75,7 +75,7 @@ def stored_features(unit: Unit, quiet: bool, gram: Gram | None = None) -> Featur
 
 
 def teacher_facts(unit: Unit, gram: Gram) -> TeacherScores:
-    """Return the channel and quantisation statistics of a unit and the effective rank of `gram`."""
+    """Return the channel and quantization statistics of a unit and the effective rank of `gram`."""
     mean_C, std_C = unit.channel_stats()
     dead, outliers = odd_channels(mean_C, std_C)
     stored = [unit.commit(shard).fidelity for shard in range(unit.num_shards)]

@@ -250,10 +250,10 @@ class Segmentation:
         segment, classes = recorded_config(FinetuneConfig, record.config).segment, record.classes
         assert segment is not None
         model = Segmenter(backbone, len(classes), segment).load_newest(run).to(device())
-        colour = [255 * value for value in backbone.mean]
+        color = [255 * value for value in backbone.mean]
 
         def segmented(rgb: RGB) -> Prediction:
-            picture_HW3, (height, width) = for_windows(rgb, segment.crop, colour)
+            picture_HW3, (height, width) = for_windows(rgb, segment.crop, color)
             logits_KHW = slide(model, picture_HW3.to(device()), segment.crop, segment.stride)
             size = (rgb.shape[0], rgb.shape[1])
             labels_HW = most_probable(logits_KHW[:, :height, :width], size).byte().cpu().numpy()
@@ -268,7 +268,7 @@ class Segmentation:
         return lambda pictures: [segmented(rgb) for rgb in pictures]
 
     def _drawn(self, picture_HW3: Tensor, labels_HW: Tensor) -> Tensor:
-        """Return the picture [S, S, 3], squashed to the crop, under the colours of its classes."""
+        """Return the picture [S, S, 3], squashed to the crop, under the colors of its classes."""
         size = (self.segment.crop, self.segment.crop)
         images = (Image.fromarray(x.byte().numpy()) for x in (picture_HW3, labels_HW))
         rgb, labels = (np.asarray(x.resize(size, Image.Resampling.NEAREST)) for x in images)

@@ -42,7 +42,7 @@ Batch = dict[str, Any]  # Tensors with B (or M) first, and ints
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised tensor; in a worker, it lies in shared memory and is not copied."""
+    """Return an uninitialized tensor; in a worker, it lies in shared memory and is not copied."""
     out = torch.empty(0, dtype=dtype)
     if get_worker_info() is None:  # numpy asks for huge pages, which are 4 % faster to fill
         return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))

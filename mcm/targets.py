@@ -1,4 +1,4 @@
-"""The target: teacher features, decoded, normalised and projected on the device in float32.
+"""The target: teacher features, decoded, normalized and projected on the device in float32.
 
 B batch, N patches, D student width, C teacher channels, K chunks in the batch.
 """
@@ -75,11 +75,11 @@ class Targets(nn.Module):
                 codes, scale = (x.view(len(mean), -1, *x.shape[1:]) for x in (codes, scale))
                 mean, std = mean[:, None, None], std[:, None, None]
                 target = decode(codes, scale, mean, std, torch).flatten(0, 1)
-            return self.normalise(target)
+            return self.normalize(target)
 
     @torch.no_grad()
-    def normalise(self, target: Tensor) -> Tensor:
-        """Normalise and project decoded features, CLS tokens or pixels [B, ..., C]."""
+    def normalize(self, target: Tensor) -> Tensor:
+        """Normalize and project decoded features, CLS tokens or pixels [B, ..., C]."""
         with torch.autocast(target.device.type, enabled=False):
             target = target.float() if self.joint is None else target.float() @ self.joint
             if self.cfg.norm == "layer_norm":

@@ -61,7 +61,7 @@ def shard_command(
     workers: Annotated[int | None, Option(min=1, help="Processes; default: one per core.")] = None,
     ignore: Annotated[
         list[int] | None,
-        Option(help="Masks: a value that means unlabelled; may be repeated. ADE20K uses 0."),
+        Option(help="Masks: a value that means unlabeled; may be repeated. ADE20K uses 0."),
     ] = None,
     classes: Annotated[
         Path | None,

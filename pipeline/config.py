@@ -14,7 +14,7 @@ from cache_tools.schema import CropPolicy
 Side = Annotated[int, pydantic.Field(ge=1, le=4096)]
 
 
-def _colours(value: Any) -> Any:
+def _colors(value: Any) -> Any:
     """Return three numbers, from "R,G,B" or from one number for all three."""
     if value is None:
         return None
@@ -23,8 +23,8 @@ def _colours(value: Any) -> Any:
     return tuple(float(part) for part in parts) * (3 if len(parts) == 1 else 1)
 
 
-Colour = Annotated[float, pydantic.Field(ge=0, le=1)]
-Colours = Annotated[tuple[Colour, Colour, Colour] | None, pydantic.BeforeValidator(_colours)]
+Color = Annotated[float, pydantic.Field(ge=0, le=1)]
+Colors = Annotated[tuple[Color, Color, Color] | None, pydantic.BeforeValidator(_colors)]
 
 
 class ExtractConfig(Record):
@@ -44,8 +44,8 @@ class ExtractConfig(Record):
     size: Side = 224
     patch: Side | None = None
     teacher_size: Side | None = None
-    teacher_mean: Colours = None
-    teacher_std: Colours = None
+    teacher_mean: Colors = None
+    teacher_std: Colors = None
     crop: CropPolicy = CropPolicy(kind="rrc")
     encoding: str = "jpeg:95:444"  # token cosine to the unrecompressed view 0.983; 0.949 at 92:420
     dtype: Literal["int8", "float16"] = "int8"
@@ -71,7 +71,7 @@ class ExtractConfig(Record):
         return self
 
     @property
-    def normalisation(self) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
+    def normalization(self) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
         """Return the teacher's mean and std, or None when they are not given."""
         mean, std = self.teacher_mean, self.teacher_std
         return (mean, std) if mean and std else None

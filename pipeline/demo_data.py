@@ -186,7 +186,7 @@ def _train(
             rate = min((step + 1) / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / STEPS)))
             for group in optimizer.param_groups:
                 group["lr"] = PEAK_LR * rate
-            images_B3HW = _normalised(_augmented(pictures_NHW[ids]))
+            images_B3HW = _normalized(_augmented(pictures_NHW[ids]))
             image_BE = model.encode_image(images_B3HW, normalize=True)
             text_BE = model.encode_text(tokens[step % len(tokens)], normalize=True)[labels_N[ids]]
             logit_scale = model.logit_scale.exp().clamp(max=100)
@@ -233,7 +233,7 @@ def _augmented(pictures_BHW: "torch.Tensor") -> "torch.Tensor":
     return F.grid_sample(pictures_BHW[:, None], grid, align_corners=False)[:, 0]
 
 
-def _normalised(pictures_BHW: "torch.Tensor") -> "torch.Tensor":
+def _normalized(pictures_BHW: "torch.Tensor") -> "torch.Tensor":
     """Return gray pictures in [0, 1] as normalized RGB [B, 3, H, W], as CLIP expects."""
     import torch
 
@@ -253,5 +253,5 @@ def _zero_shot(
     model.eval()
     with torch.no_grad():
         text_KE = torch.stack([model.encode_text(ids, normalize=True) for ids in tokens]).sum(0)
-        logits_NK = model.encode_image(_normalised(pictures_NHW), normalize=True) @ text_KE.T
+        logits_NK = model.encode_image(_normalized(pictures_NHW), normalize=True) @ text_KE.T
     return round(float((logits_NK.argmax(1) == labels_N).float().mean()), 4)

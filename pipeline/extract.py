@@ -87,7 +87,7 @@ def _make_units(request: Request) -> tuple[int, int]:
     config, worker = request.config, request.worker
     size, precision = config.teacher_size, config.precision
     teacher = load_teacher(
-        config.teacher, config.weights, size, worker.device, precision, config.normalisation
+        config.teacher, config.weights, size, worker.device, precision, config.normalization
     )
     if worker.worker % worker.processes == 0:
         print("\n".join(teacher.notes), flush=True)
@@ -279,7 +279,7 @@ def compare_probe(cache: Path, exact: np.ndarray) -> None:
 def probe_mse(x: np.ndarray, reference: np.ndarray) -> float:
     """Return the MSE over the variance of the whole reference; infinity when the shapes differ.
 
-    Unlike `Fidelity.relative_mse`, the channels are not standardised.
+    Unlike `Fidelity.relative_mse`, the channels are not standardized.
     """
     if x.shape != reference.shape:
         return math.inf

@@ -15,7 +15,7 @@ from .candidates import Candidates, Sources
 from .source_splits import (
     ARCHIVES,
     OTHERS,
-    UNLABELLED,
+    UNLABELED,
     file_extension,
     refuse_splits,
     scan_folder,
@@ -54,7 +54,7 @@ def add_folders(
         shown = printable(classes[0])
         sources.notes.append(f"one class alone, {shown}: give that folder if it holds the classes")
     if not classes:
-        sources.notes.append(f"no labels: the pictures are in no class folders; {UNLABELLED}")
+        sources.notes.append(f"no labels: the pictures are in no class folders; {UNLABELED}")
 
 
 def _drop_unsorted(

@@ -1,8 +1,8 @@
 """List the candidate pictures of a SOURCE with masks, the mask of each, and the classes.
 
 The folders are images/{training,validation} and annotations/{training,validation}, as in ADE20K
-(objectInfo150.txt names the classes, and 0 is unlabelled), or {train,val}/{images,masks} (255 is
-unlabelled). A mask is a PNG with the path and name of its picture.
+(objectInfo150.txt names the classes, and 0 is unlabeled), or {train,val}/{images,masks} (255 is
+unlabeled). A mask is a PNG with the path and name of its picture.
 """
 
 from collections import Counter
@@ -26,8 +26,8 @@ def list_scenes(
 ) -> Sources | None:
     """Return every candidate picture of a source with masks, or None for another source.
 
-    Each part of a source per split holds images/ and masks/ (255 is unlabelled), or annotations/
-    (0 is unlabelled). `ignore` holds the values that mean unlabelled. `classes` is a file of class
+    Each part of a source per split holds images/ and masks/ (255 is unlabeled), or annotations/
+    (0 is unlabeled). `ignore` holds the values that mean unlabeled. `classes` is a file of class
     names, one per line.
 
     Raises: UsageError when folders, values and classes do not fit together.
@@ -37,9 +37,9 @@ def list_scenes(
     if not places:
         return None
     roots = list(dict.fromkeys(root for _, root, _, _ in places))
-    unlabelled = 0 if any(masks.startswith("annotations") for *_, masks in places) else 255
+    unlabeled = 0 if any(masks.startswith("annotations") for *_, masks in places) else 255
     folders = [*roots, *(root.absolute().parent for root in roots if named)]
-    found, rule = _classes(folders, classes, tuple(sorted({*(ignore or (unlabelled,))})))
+    found, rule = _classes(folders, classes, tuple(sorted({*(ignore or (unlabeled,))})))
     sources = Sources(found, rule=rule)
     for split, root, pictures, masks in places:
         if split is None or not (root / masks).is_dir():

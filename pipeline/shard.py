@@ -48,7 +48,7 @@ def shard(
 
     `source` is one source, or one per split: `{"train": ..., "val": ...}`. `max_refused` is the
     largest share of refused candidates per split. `val` is the share of split train that becomes
-    split val. For masks, `ignore` holds the values that mean unlabelled, and `classes` is a file
+    split val. For masks, `ignore` holds the values that mean unlabeled, and `classes` is a file
     with one class name per line.
 
     Raises: UsageError, IdentityError (`out` belongs to another request), TooManyRefused,

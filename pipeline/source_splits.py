@@ -20,7 +20,7 @@ from cache_tools.records import printable, read_capped
 
 MAX_LISTING_BYTES = 64 << 20  # of classes.txt and of timm's _info.json (20 bytes per tar)
 LAYOUTS = "an ImageFolder (train/<class>/*, val/<class>/*, or <class>/*) or WebDataset tars"
-UNLABELLED = "pretraining needs no labels; probes and fine-tuning do"
+UNLABELED = "pretraining needs no labels; probes and fine-tuning do"
 _PER_SPLIT = "`mcm-cache shard DATASET --train SOURCE --val SOURCE`"
 NAME_SPLITS = f"name the splits: {_PER_SPLIT}"
 ARCHIVES = {"7z", "arrow", "bz2", "gz", "h5", "hdf5", "lmdb", "mdb", "parquet", "rar", "rec"}

@@ -14,7 +14,7 @@ from cache_tools.images import PICTURES
 from cache_tools.records import printable, read_capped
 
 from .candidates import Candidates, Sources
-from .source_splits import MAX_LISTING_BYTES, NAME_SPLITS, UNLABELLED, is_hidden
+from .source_splits import MAX_LISTING_BYTES, NAME_SPLITS, UNLABELED, is_hidden
 
 MAX_LABEL = 1_000_000
 MAX_LABEL_BYTES = 1 << 20  # of a .cls or .json member
@@ -41,10 +41,10 @@ def add_tars(root: Path, tars_of: Mapping[str, list[Path]], sources: Sources) ->
         others = ", ".join(f"{number} .{kind}" for kind, number in left.most_common(3)) or "none"
         sources.notes.append(
             f'no labels: found no .cls, no "label" in a .json, and {left.total()} members of '
-            f"unknown kinds ({others}); names of tars are not labels; {UNLABELLED}"
+            f"unknown kinds ({others}); names of tars are not labels; {UNLABELED}"
         )
     else:
-        _refuse_unlabelled(sources)
+        _refuse_unlabeled(sources)
     folders = dict.fromkeys([root, *(tar.parent for tars in tars_of.values() for tar in tars)])
     files = [file for folder in folders if (file := folder / "classes.txt").is_file()]
     sources.classes = tuple(class_lines(files) if files else map(str, range(highest + 1)))
@@ -55,7 +55,7 @@ def add_tars(root: Path, tars_of: Mapping[str, list[Path]], sources: Sources) ->
         raise UsageError(f"{files[0]}: expected {expected}; found {len(sources.classes)}")
 
 
-def _refuse_unlabelled(sources: Sources) -> None:
+def _refuse_unlabeled(sources: Sources) -> None:
     """Raise UsageError when a picture has no label; it names the first one and their number."""
     for split, candidates in sources.splits.items():
         if bare := [i for i, label in enumerate(candidates.labels) if label < 0]:

@@ -78,15 +78,15 @@ def load_teacher(
     size: int | None = None,
     device: str | None = None,
     precision: str | None = None,
-    normalisation: tuple[Triple, Triple] | None = None,
+    normalization: tuple[Triple, Triple] | None = None,
 ) -> Teacher:
     """Load the teacher `open_clip:ARCH`, `open_clip:FOLDER` (open_clip_config.json) or `timm:NAME`.
 
     `weights` is a tag ("openai", or "pretrained" for timm), FILE, FILE#SET, or "random". `size` in
-    pixels overrides the teacher's own size. `normalisation` is the mean and std of pixels in
+    pixels overrides the teacher's own size. `normalization` is the mean and std of pixels in
     [0, 1], for weights that do not state them.
 
-    Raises: UsageError (unknown name, tag, size or normalisation), IdentityError (missing or extra
+    Raises: UsageError (unknown name, tag, size or normalization), IdentityError (missing or extra
     tensors, QuickGELU mismatch), ResourceError (a tag that cannot be fetched).
     """
     kind, _, architecture = name.partition(":")
@@ -107,7 +107,7 @@ def load_teacher(
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # the weights of "random"
-            tower = load(architecture, weights, size, normalisation)
+            tower = load(architecture, weights, size, normalization)
         teacher = _teacher(tower, weights, where, cast(Precision, precision))
     except (McmError, OSError, MemoryError, torch.OutOfMemoryError):
         raise

@@ -13,27 +13,27 @@ from cache_tools.storage import write_atomic
 from cache_tools.tars import INDEX_DTYPE, encode_npy, tar_writer
 
 
-def make_dataset(path: Path, rows: int = 96, val_rows: int = 40, unlabelled: bool = False, copies: int = 0) -> Dataset:
+def make_dataset(path: Path, rows: int = 96, val_rows: int = 40, unlabeled: bool = False, copies: int = 0) -> Dataset:
     """Write DATASET with splits train and val, one shard each; odd rows are brighter than even ones.
 
     The first `copies` pictures of val are the last of train, in that order.
     """
     sources = {split: [(split, row) for row in range(n)] for split, n in (("train", rows), ("val", val_rows))}
     sources["val"][:copies] = sources["train"][rows - copies :]
-    splits = {split: _write_split(path, split, chosen, unlabelled) for split, chosen in sources.items()}
+    splits = {split: _write_split(path, split, chosen, unlabeled) for split, chosen in sources.items()}
     classes = ("even", "odd")
     record = DatasetRecord(classes=classes, seed=0, rows_per_shard=1024, picture_rules=PICTURE_RULES, splits=splits)
     write_atomic(path / "dataset.json", encode_record(record))
     return Dataset(path)
 
 
-def _write_split(path: Path, split: str, sources: list[tuple[str, int]], unlabelled: bool) -> SplitEntry:
+def _write_split(path: Path, split: str, sources: list[tuple[str, int]], unlabeled: bool) -> SplitEntry:
     rows = len(sources)
     index = np.zeros(rows, INDEX_DTYPE)
     tar = path / split / "000000.tar"
     with tar_writer(tar) as writer:
         for row, (origin, number) in enumerate(sources):
-            label = -1 if unlabelled else row % 2
+            label = -1 if unlabeled else row % 2
             fields = {"png": encode_view(view(origin, 0, number), "png"), "cls": str(label).encode()}
             index[row] = (*writer.add(row_key(row), fields, picture="png"), label)
     data = encode_npy(index)

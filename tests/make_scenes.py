@@ -28,7 +28,7 @@ def png(array: np.ndarray) -> bytes:
 
 
 def make_ade(root: Path, train: int = 20, val: int = 6) -> Path:
-    """ADE20K's layout: 0 is unlabelled, classes count from 1."""
+    """ADE20K's layout: 0 is unlabeled, classes count from 1."""
     _make(root, {"training": train, "validation": val}, ("images/{}", "annotations/{}"), 1)  # 255 + 1 is 0
     lines = ["Idx\tRatio\tName", *(f"{k} \t0.1\t{name}" for k, name in enumerate(CLASSES, 1))]
     _write(root / "objectInfo3.txt", "\n".join(lines).encode())
@@ -36,7 +36,7 @@ def make_ade(root: Path, train: int = 20, val: int = 6) -> Path:
 
 
 def make_masks(root: Path, train: int = 20, val: int = 6) -> Path:
-    """{train,val}/{images,masks}: classes count from 0, 255 is unlabelled."""
+    """{train,val}/{images,masks}: classes count from 0, 255 is unlabeled."""
     _make(root, {"train": train, "val": val}, ("{}/images", "{}/masks"), 0)
     _write(root / "classes.txt", "\n".join(CLASSES).encode())
     return root

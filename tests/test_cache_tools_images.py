@@ -20,9 +20,9 @@ def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes
     return buffer.getvalue()
 
 
-def test_colour_modes() -> None:
-    grey16 = Image.fromarray(np.array([[0, 0x1234, 0xFFFF]], np.uint16))
-    assert decode_rgb(encoded(grey16))[0, :, 0].tolist() == [0, 0x12, 0xFF]
+def test_color_modes() -> None:
+    gray16 = Image.fromarray(np.array([[0, 0x1234, 0xFFFF]], np.uint16))
+    assert decode_rgb(encoded(gray16))[0, :, 0].tolist() == [0, 0x12, 0xFF]
     clear = Image.fromarray(np.array([[[10, 20, 30, 0], [10, 20, 30, 255]]], np.uint8), "RGBA")
     assert decode_rgb(encoded(clear)).tolist() == [[[255, 255, 255], [10, 20, 30]]]
     assert decode_rgb(encoded(Image.new("1", (2, 1), 1))).tolist() == [[[255] * 3] * 2]

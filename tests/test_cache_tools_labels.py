@@ -54,7 +54,7 @@ def test_one_bit_is_zero_and_one_and_masks_come_back_exactly():
 
 
 def four_bits() -> bytes:
-    """A grey PNG of 4 bits per pixel, whose values Pillow multiplies by 17."""
+    """A gray PNG of 4 bits per pixel, whose values Pillow multiplies by 17."""
     data = bytearray(png(VALUES, "P", bits=4))
     data[25] = 0
     return bytes(data)
@@ -69,10 +69,10 @@ def four_bits() -> bytes:
         (
             png(np.zeros((2, 3, 3), np.uint8)),
             "mask-mode",
-            "grey of 1, 8 or 16 bits, or with a palette; found colour type 2 of 8",
+            "gray of 1, 8 or 16 bits, or with a palette; found color type 2 of 8",
         ),
-        (png(np.zeros((2, 3, 4), np.uint8)), "mask-mode", "found colour type 6"),
-        (four_bits(), "mask-mode", "found colour type 0 of 4 bits"),
+        (png(np.zeros((2, 3, 4), np.uint8)), "mask-mode", "found color type 6"),
+        (four_bits(), "mask-mode", "found color type 0 of 4 bits"),
         (b"\xff\xd8\xff\xe0 a JPEG", "mask-mode", "expected a PNG"),
         (b"", "mask-mode", "expected a PNG"),
         (png(VALUES.T), "mask-size", "expected 3x2 pixels, the size of the upright picture; found 2x3"),

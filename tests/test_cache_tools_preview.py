@@ -15,7 +15,7 @@ from cache_tools import preview as module
 from cache_tools.cache import Cache
 from cache_tools.dataset import CHUNK_ROWS, Dataset
 from cache_tools.images import RGB, decode_rgb, decode_view_into
-from cache_tools.preview import ORIGINAL, pca_colours, preview
+from cache_tools.preview import ORIGINAL, pca_colors, preview
 from cache_tools.writer import publish_identity
 from pipeline.cli import app
 from pipeline.views import draw_crop
@@ -93,13 +93,13 @@ def test_views_are_shown_as_stored_and_features_in_one_basis(tmp_path: Path, dra
     assert words.endswith("p.png: 3 of 40 rows of train, views v0, v1")
     units, rows = cache.units("train"), (0, 19, 39)
     features = np.array([[u.chunk(row // 16).features()[row % 16] for u in units] for row in rows])
-    colours = pca_colours(features, features).reshape(3, 2, 4, 4, 3)
+    colors = pca_colors(features, features).reshape(3, 2, 4, 4, 3)
     for i, row in enumerate(rows):
         line = cells(drawn[0], 5)[i]
         assert line[0].get_title() == f"row {row}: {('even', 'odd')[row % 2]}" and len(line[0].patches) == 2
         for number in range(2):
             assert (shown(line[1 + 2 * number]) == stored_view(cache, "train", number, row)).all()
-            assert (shown(line[2 + 2 * number]) == colours[i, number]).all()
+            assert (shown(line[2 + 2 * number]) == colors[i, number]).all()
 
 
 def test_float16_and_more_rows_than_there_are(tmp_path: Path, drawn: list) -> None:
@@ -110,20 +110,20 @@ def test_float16_and_more_rows_than_there_are(tmp_path: Path, drawn: list) -> No
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 8), (1, 3, 2), (3, 16, 8)])
-def test_colours_lie_in_the_unit_cube_whatever_the_shape(shape: tuple[int, ...]) -> None:
+def test_colors_lie_in_the_unit_cube_whatever_the_shape(shape: tuple[int, ...]) -> None:
     for features in (np.random.default_rng(0).standard_normal(shape), np.ones(shape), np.zeros(shape)):
-        colours = pca_colours(features.astype(np.float32), features.astype(np.float32))
-        assert colours.shape == (*shape[:-1], 3) and np.isfinite(colours).all()
-        assert colours.min() >= 0 and colours.max() <= 1
+        colors = pca_colors(features.astype(np.float32), features.astype(np.float32))
+        assert colors.shape == (*shape[:-1], 3) and np.isfinite(colors).all()
+        assert colors.min() >= 0 and colors.max() <= 1
 
 
-def test_the_first_colour_is_the_widest_direction() -> None:
+def test_the_first_color_is_the_widest_direction() -> None:
     draw = np.random.default_rng(1)
     along = draw.standard_normal((4, 50))
     features = along[..., None] * draw.standard_normal(12) * 9 + 100 + draw.standard_normal((4, 50, 12)) * 0.01
-    colours = pca_colours(features.astype(np.float32), features.astype(np.float32))
-    assert abs(np.corrcoef(colours[..., 0].ravel(), along.ravel())[0, 1]) > 0.99
-    assert np.unique(colours[..., 0]).size > 150, "percentiles 1 to 99 fill the range"
+    colors = pca_colors(features.astype(np.float32), features.astype(np.float32))
+    assert abs(np.corrcoef(colors[..., 0].ravel(), along.ravel())[0, 1]) > 0.99
+    assert np.unique(colors[..., 0]).size > 150, "percentiles 1 to 99 fill the range"
 
 
 def test_the_originals_are_found_or_said_to_be_left_out(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from cache_tools.quantize import FILL_INT8, channel_stats, decode, encode
 
 
 def features(outlier_sigma: float, channels: int = 128) -> np.ndarray:
-    """Channels of unlike spread, one `outlier_sigma` wide and off centre, one constant; a massive token a picture."""
+    """Channels of unlike spread, one `outlier_sigma` wide and off center, one constant; a massive token a picture."""
     x = np.random.default_rng(0).standard_normal((64, 49, channels)).astype(np.float32)
     x *= np.random.default_rng(1).uniform(0.3, 3, channels).astype(np.float32)
     x[..., 5] = x[..., 5] * outlier_sigma + 2 * outlier_sigma

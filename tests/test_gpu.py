@@ -164,7 +164,7 @@ def test_arithmetic_is_that_of_numpy(device, note):
         assert note(f"{dtype} decoded", gap(decoded, decode(wanted["patch"], wanted.get("scale"), mean, std))) <= 1e-6
     z = x_BNC - x_BNC.mean(-1, keepdims=True, dtype=np.float64)
     z /= np.sqrt((z**2).mean(-1, keepdims=True) + 1e-6)
-    assert note("layer_norm", gap(Targets(Target(), 64, 64).to(device).normalise(there[0]), z)) <= 1e-6
+    assert note("layer_norm", gap(Targets(Target(), 64, 64).to(device).normalize(there[0]), z)) <= 1e-6
     pool, picks = mask_pool(0, 0, 16, 64, 0.75), draw.integers(0, 16, (32, 49))
     mask = mask_from_pool(torch.from_numpy(pool).to(device), torch.from_numpy(picks).to(device), patchwise=False)
     filled = apply_fill(there[0], mask, torch.full((64,), 5.0, device=device))

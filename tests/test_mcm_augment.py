@@ -45,7 +45,7 @@ def test_train_transform_draws_only_from_its_seed(png):
     assert first[0].shape == (3, 32, 32) and not torch.equal(first[0], first[1])
 
 
-def test_eval_transform_is_the_whole_centre_square_for_our_students(png):
+def test_eval_transform_is_the_whole_center_square_for_our_students(png):
     transform = eval_transform(SPEC)
     square = Image.open(io.BytesIO(png)).resize((32, 32), Image.Resampling.BICUBIC)
     expected = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1

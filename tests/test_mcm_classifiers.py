@@ -67,9 +67,9 @@ def test_the_fit_is_that_of_scikit_learn(classes, monkeypatch):
 
 def test_the_linear_probe_agrees_with_scikit_learn_to_a_tenth_of_a_point():
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(10, 32, generator=generator)
+    centers = torch.randn(10, 32, generator=generator)
     train, val = (
-        Features(centres[y] + 1.5 * torch.randn(rows, 32, generator=generator), y * 3)  # labels with gaps
+        Features(centers[y] + 1.5 * torch.randn(rows, 32, generator=generator), y * 3)  # labels with gaps
         for rows in (800, 2000) for y in [torch.arange(rows) % 10]
     )  # fmt: skip
     probe = linear_probe(train, seed=0)

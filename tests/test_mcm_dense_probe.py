@@ -120,7 +120,7 @@ def test_a_mask_of_ignored_pixels_adds_no_patch_and_two_pictures_need_labels():
     made = [(row, tokens, np.full_like(mask, 255) if row == 1 else mask) for row, tokens, mask in scenes(3)]
     assert collect(made, 3, GRID, K, 0).rows.unique().tolist() == [0, 2]
     for few in (made[:2], made[1:2]):
-        with pytest.raises(UsageError, match="expected two training pictures or more with labelled pixels"):
+        with pytest.raises(UsageError, match="expected two training pictures or more with labeled pixels"):
             collect(few, 3, GRID, K, 0)
 
 
@@ -162,7 +162,7 @@ def test_the_picture_is_told_apart_where_its_pixels_tell(data, tmp_path, capsys)
 def test_a_val_split_of_ignored_pixels_is_one_line(data, tmp_path, monkeypatch):
     mask = Dataset.mask
     monkeypatch.setattr(Dataset, "mask", lambda self, split, row: mask(self, split, row) | 255 * (split == "val"))
-    with pytest.raises(UsageError, match="expected labelled pixels in split 'val'"):
+    with pytest.raises(UsageError, match="expected labeled pixels in split 'val'"):
         dense_probe(str(make_run(tmp_path / "run", "none")), data, workers=0, quiet=True)
 
 
@@ -195,6 +195,7 @@ def test_a_real_vit_knows_pets_and_a_random_one_does_not(shared_data, tmp_path):
     assert trained.miou >= 0.70 and drawn.miou <= 0.30
 
 
+@pytest.mark.slow
 def test_real_ade_pictures_end_to_end(shared_data, tmp_path):
     root = shutil.copytree(shared_data / "downstream" / "ade20k-sample", tmp_path / "ade")
     for folder in ("images", "annotations"):

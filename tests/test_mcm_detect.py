@@ -212,10 +212,10 @@ def test_a_section_of_another_task_is_refused(changes, message):
         config(**changes)
 
 
-def test_labelled_pictures_are_refused(tmp_path):
-    labelled = make_dataset(tmp_path / "dataset", 20, 20)
+def test_labeled_pictures_are_refused(tmp_path):
+    labeled = make_dataset(tmp_path / "dataset", 20, 20)
     with pytest.raises(UsageError, match="expected a DATASET .*; .*classify"):
-        finetune(config(), labelled.path, "random", None, tmp_path / "run")
+        finetune(config(), labeled.path, "random", None, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

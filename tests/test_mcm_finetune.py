@@ -193,7 +193,7 @@ def test_copies_between_the_splits_are_told(tmp_path, capsys):
 
 
 def test_bad_requests_stop_before_the_first_step(data, tmp_path):
-    blind = make_dataset(tmp_path / "blind", 20, 20, unlabelled=True)
+    blind = make_dataset(tmp_path / "blind", 20, 20, unlabeled=True)
     with pytest.raises(UsageError, match="expected labels for every picture of 'train'"):
         finetune(config(), blind.path, "random", None, tmp_path / "a")
     with pytest.raises(UsageError, match="too few rows for one global batch"):

@@ -103,7 +103,7 @@ def test_positions_are_those_of_mae():
     np.testing.assert_allclose(sincos_positions(width, (rows, columns))[0], expected, atol=1e-7)
 
 
-def test_encoder_is_a_plain_timm_vit_with_the_initialisation_of_mae():
+def test_encoder_is_a_plain_timm_vit_with_the_initialization_of_mae():
     encoder = build_encoder((16, 24), PATCH, Student(width=WIDTH, depth=2, heads=4), seed=5)
     plain = VisionTransformer(
         img_size=(16, 24), patch_size=PATCH, embed_dim=WIDTH, depth=2, num_heads=4, num_classes=0, global_pool="token"
@@ -286,14 +286,14 @@ def test_pixels_of_a_patch_are_those_at_its_place():
         assert torch.equal(pixels_BNP[:, n], there.reshape(2, 12))
 
 
-def test_patch_product_of_uint8_pictures_is_the_convolution_of_normalised_ones():
+def test_patch_product_of_uint8_pictures_is_the_convolution_of_normalized_ones():
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     projection = build_encoder((16, 24), PATCH, Student(width=WIDTH, depth=1, heads=4)).patch_embed.proj
     torch.nn.init.normal_(projection.bias, generator=torch.Generator().manual_seed(1))
     pictures_BHW3 = torch.randint(0, 256, (4, 16, 24, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    normalised = ((pictures_BHW3.double() / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
+    normalized = ((pictures_BHW3.double() / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2)
     kernel = projection.weight.double(), projection.bias.double()
-    expected = torch.nn.functional.conv2d(normalised, *kernel, PATCH).flatten(2).mT
+    expected = torch.nn.functional.conv2d(normalized, *kernel, PATCH).flatten(2).mT
     for autocast, tolerance in ((False, 1e-6), (True, 4e-3)):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found = embed_pixels(projection, pictures_BHW3, mean, std)

@@ -20,7 +20,7 @@ from cache_tools.errors import TooManyRefused, UsageError
 from mcm.config import FinetuneConfig
 from mcm.dense import confusion, scores
 from mcm.detect import average_precision
-from mcm.draw import colour, draw_boxes, draw_labels
+from mcm.draw import color, draw_boxes, draw_labels
 from mcm.finetune import finetune
 from mcm.predict import predict
 from pipeline.shard import shard
@@ -76,11 +76,11 @@ def test_bad_pictures_are_named_counted_and_over_the_budget_an_error(place, tmp_
     for name in ("a.jpg", "sub/b.tiff", ".hidden.png", "._c.png", "notes.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"no picture")
-    Image.new("L", (9, 7)).save(folder / "grey.png")
+    Image.new("L", (9, 7)).save(folder / "gray.png")
     Image.new("LA", (9, 7)).save(folder / "sub" / "alpha.png")
     with pytest.raises(TooManyRefused, match=r"expected at most 0 of 4 pictures refused; found 2"):
         predict(place / "tuned", folder, tmp_path / "out", quiet=True)
-    assert [line["picture"] for line in lines(tmp_path / "out/predictions.jsonl")] == ["grey.png", "sub/alpha.png"]
+    assert [line["picture"] for line in lines(tmp_path / "out/predictions.jsonl")] == ["gray.png", "sub/alpha.png"]
     refused = lines(tmp_path / "out/quarantine.jsonl")
     assert [(line["source"], line["reason"]) for line in refused] == [("a.jpg", "format"), ("sub/b.tiff", "format")]
     said = capsys.readouterr().err.splitlines()
@@ -180,12 +180,12 @@ def test_results_of_a_detector_have_the_ap_of_the_evaluation_on_the_original_jso
 
 
 def test_drawings_keep_other_pixels_and_stay_in_the_picture():
-    grey_HW3 = np.full((60, 80, 3), 100, np.uint8)
+    gray_HW3 = np.full((60, 80, 3), 100, np.uint8)
     boxes = [[60, 2, 79, 30], [0, 0, 10, 10]]
-    drawn = draw_boxes(grey_HW3, boxes, [0, 1], ["right at the border", "left"])
-    assert (drawn[40:] == grey_HW3[40:]).all() and (drawn[30, 60:80] == colour(0)).all()
-    assert (drawn[10, :11] == colour(1)).all() and (grey_HW3 == 100).all()
+    drawn = draw_boxes(gray_HW3, boxes, [0, 1], ["right at the border", "left"])
+    assert (drawn[40:] == gray_HW3[40:]).all() and (drawn[30, 60:80] == color(0)).all()
+    assert (drawn[10, :11] == color(1)).all() and (gray_HW3 == 100).all()
     labels_HW = np.full((60, 80), 255)
     labels_HW[:5] = 1
-    mixed = draw_labels(grey_HW3, labels_HW, 2)
-    assert (mixed[5:] == 100).all() and np.abs(mixed[:5].astype(int) - (100 + np.array(colour(1))) / 2).max() <= 1
+    mixed = draw_labels(gray_HW3, labels_HW, 2)
+    assert (mixed[5:] == 100).all() and np.abs(mixed[:5].astype(int) - (100 + np.array(color(1))) / 2).max() <= 1

@@ -302,7 +302,7 @@ def test_bad_requests_stop_before_anything_is_written(cache, tmp_path):
     empty.complete_units("train")[0].manifest_file.unlink()
     with pytest.raises(UsageError, match="expected a complete unit of 'train'; found 1 begun"):
         pretrain(make_config(), empty.path, tmp_path / "run")
-    blind = make_dataset(tmp_path / "blind", 20, 20, unlabelled=True)
+    blind = make_dataset(tmp_path / "blind", 20, 20, unlabeled=True)
     with pytest.raises(UsageError, match="expected labels for every picture of 'train'"):
         pretrain(make_config(), cache.path, tmp_path / "run", blind.path)
     with pytest.raises(UsageError, match="expected a teacher with a projection"):

@@ -161,12 +161,12 @@ def test_a_caches_teacher_is_probed_on_its_own_features(tmp_path):
 def test_a_cache_of_pictures_without_labels_is_one_line(tmp_path, monkeypatch):
     cache, index = make_cache(tmp_path / "cache"), Unit.index
 
-    def unlabelled(unit, shard):
+    def unlabeled(unit, shard):
         records = index(unit, shard).copy()
         records["label"] = -1
         return records
 
-    monkeypatch.setattr(Unit, "index", unlabelled)
+    monkeypatch.setattr(Unit, "index", unlabeled)
     with pytest.raises(UsageError, match="expected a label for every picture of 'train'; found pictures without"):
         probe(str(cache.path), None, quiet=True)
 
@@ -271,8 +271,8 @@ def test_what_has_no_class_token_has_no_features_of_it(data, tmp_path, monkeypat
         probe("timm:x", data, features=["both"])
 
 
-def test_unlabelled_pictures_are_refused(tmp_path):
-    blind = make_dataset(tmp_path / "blind", 20, 20, unlabelled=True)
+def test_unlabeled_pictures_are_refused(tmp_path):
+    blind = make_dataset(tmp_path / "blind", 20, 20, unlabeled=True)
     with pytest.raises(UsageError, match="'train'.*; found 2 classes, 20 of 20 without a label"):
         probe(str(make_run(tmp_path / "run")), blind.path)
 

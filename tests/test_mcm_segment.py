@@ -118,8 +118,8 @@ def test_the_encoder_keeps_its_features_at_another_size(data):
     assert all(torch.equal(x, model.encoder.state_dict()[name]) for name, x in vit.state_dict().items())
     pixels = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
     model.head = nn.Identity()
-    normalised = (pixels.permute(0, 3, 1, 2) - model.mean) / model.std
-    expected = encode_tokens(vit.eval(), normalised)[:, 1:].transpose(1, 2).reshape(1, 32, 2, 2)
+    normalized = (pixels.permute(0, 3, 1, 2) - model.mean) / model.std
+    expected = encode_tokens(vit.eval(), normalized)[:, 1:].transpose(1, 2).reshape(1, 32, 2, 2)
     with torch.inference_mode():
         assert torch.allclose(model.eval()(pixels)[0], expected, atol=1e-6)
     assert task(data).model.encoder.patch_embed.img_size == (32, 32)
@@ -227,7 +227,7 @@ def test_the_tasks_of_the_dataset_and_the_configuration_agree(data, tmp_path):
 
 def test_held_out_masks_without_labels_are_an_error(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Dataset, "mask", lambda *_: np.full((40, 32), 255, np.uint8))
-    with pytest.raises(UsageError, match="expected labelled pixels in split 'val'"):
+    with pytest.raises(UsageError, match="expected labeled pixels in split 'val'"):
         finetune(config(schedule={"epochs": 1, "warmup_steps": 0}), data.path, "random", None, tmp_path / "run")
 
 

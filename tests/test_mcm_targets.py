@@ -37,7 +37,7 @@ def test_codes_decode_with_the_statistics_of_their_own_chunk():
     assert np.abs(got - x_BNC).max() < 0.03 * np.abs(x_BNC).max()
 
 
-def test_normalisations():
+def test_normalizations():
     x_BNC = features()
     codes = torch.from_numpy(x_BNC)
     assert torch.equal(targets()(codes.half()), codes.half().float())  # float16 codes are the features

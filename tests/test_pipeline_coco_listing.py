@@ -89,7 +89,7 @@ def test_every_annotation_comes_back_as_it_was(place):
     with pytest.raises(UsageError, match="expected a DATASET with masks; its task is detect"):
         dataset.mask("train", 0)
     with pytest.raises(UsageError, match="it has boxes, and no labels"):
-        dataset.labelled()
+        dataset.labeled()
 
 
 @pytest.mark.filterwarnings("ignore")

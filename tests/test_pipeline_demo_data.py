@@ -56,7 +56,7 @@ def test_open_clip_loads_the_folder(made):
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{made[0] / 'clip'}")
     picture = transform(Image.new("RGB", (32, 32)))[None]
     assert picture.shape == (1, 3, 32, 32)
-    assert torch.allclose(picture, module._normalised(torch.zeros(1, 32, 32)))
+    assert torch.allclose(picture, module._normalized(torch.zeros(1, 32, 32)))
     tokens = open_clip.get_tokenizer(f"local-dir:{made[0] / 'clip'}")(["a photo of the digit seven"])
     assert model(picture, tokens)[0].shape == (1, 64)
     out = model.visual.forward_intermediates(picture, indices=[-1], output_fmt="NLC", intermediates_only=True)

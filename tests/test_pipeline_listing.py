@@ -20,7 +20,7 @@ CLASSES = ["a/1.png", "b/2.png"]
 
 
 def fill(root: Path, *names: str) -> Path:
-    """Files, each holding its own name; a name that ends in .tar becomes a tar of one labelled picture."""
+    """Files, each holding its own name; a name that ends in .tar becomes a tar of one labeled picture."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".tar"):

@@ -1,4 +1,4 @@
-"""Views: crops inside the picture, drawn by counters alone; mirrored exactly; whole when centred."""
+"""Views: crops inside the picture, drawn by counters alone; mirrored exactly; whole when centered."""
 
 import numpy as np
 
@@ -26,10 +26,10 @@ def test_draws_depend_on_row_view_seed_and_nothing_else() -> None:
     assert first not in others and len(set(others)) == 3
 
 
-def test_held_out_splits_and_center_are_the_whole_centre() -> None:
-    centre = Geometry(0, 50, 300, 300, 0, 300, 400)
-    assert draw_crop(RRC, 0, "val", 5, 0, 300, 400) == centre
-    assert draw_crop(CropPolicy(kind="center"), 0, "train", 5, 0, 300, 400) == centre
+def test_held_out_splits_and_center_are_the_whole_center() -> None:
+    center = Geometry(0, 50, 300, 300, 0, 300, 400)
+    assert draw_crop(RRC, 0, "val", 5, 0, 300, 400) == center
+    assert draw_crop(CropPolicy(kind="center"), 0, "train", 5, 0, 300, 400) == center
 
 
 def test_a_very_long_picture_has_a_crop() -> None:

@@ -16,7 +16,7 @@ def read(name: str) -> str:
     return (ROOT / name).read_text()
 
 
-def test_one_version_and_one_licence() -> None:
+def test_one_version_and_one_license() -> None:
     version = PROJECT["project"]["version"]
     citation = yaml.safe_load(read("CITATION.cff"))
     assert (citation["version"], citation["license"]) == (version, PROJECT["project"]["license"])

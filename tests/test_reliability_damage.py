@@ -291,7 +291,7 @@ def test_swapped_pictures_labels_and_chunks(place: Path, kind: str, tar: str, ex
         before = file.read_bytes()
         with restored(file):
             swap_members(file, extension, row, row + 1)
-            if file.read_bytes() != before:  # neighbours of one class
+            if file.read_bytes() != before:  # neighbors of one class
                 judge(path, [file], good, f"{extension} of rows {row} and {row + 1}")
                 done += 1
     arrays = [array for array in files_of(path) if array.name.startswith("c.0.") and "channel" not in str(array)]

@@ -204,10 +204,10 @@ def test_a_command_may_leave_out_the_data_of_the_probe(trained, tmp_path) -> Non
     pretrain(make_config(**ONE_EPOCH), trained / "cache", tmp_path / "plain", trained / "data")
 
 
-def wrong_layer(teacher: Teacher, index: int, normalised: bool) -> None:
+def wrong_layer(teacher: Teacher, index: int, normalized: bool) -> None:
     def forward(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         out = teacher.tower.forward_intermediates(
-            x, indices=[index], normalize_intermediates=normalised, output_fmt="NLC", output_extra_tokens=True,
+            x, indices=[index], normalize_intermediates=normalized, output_fmt="NLC", output_extra_tokens=True,
             intermediates_only=True,
         )  # fmt: skip
         return out["image_intermediates"][0], out["image_intermediates_prefix"][0][:, 0]

@@ -27,7 +27,7 @@ from pipeline import shard as module
 from pipeline.shard import shard
 
 PNG = picture(0)
-# Height, width and mean colour of what is accepted in odd-images/ of the test data (see test_pipeline_shard.py).
+# Height, width and mean color of what is accepted in odd-images/ of the test data (see test_pipeline_shard.py).
 GOLDEN = {f"exif/Landscape_{i}.jpg": (1200, 1800, 98, 116, 134) for i in range(9)} | {
     "made/jpeg_named.png": (263, 376, 70, 76, 52),
     "made/n00000002_cmyk.JPEG": (375, 500, 106, 111, 95),
@@ -59,7 +59,7 @@ GOLDEN = {f"exif/Landscape_{i}.jpg": (1200, 1800, 98, 116, 134) for i in range(9
 }
 
 
-def test_every_odd_picture_decodes_to_its_golden_size_and_colour(shared_data, tally):
+def test_every_odd_picture_decodes_to_its_golden_size_and_color(shared_data, tally):
     root = shared_data / "odd-images"
     names = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     assert names == GOLDEN.keys() | REFUSED.keys()
