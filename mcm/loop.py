@@ -1,7 +1,7 @@
 """The training loop of pre-training and fine-tuning: step, log, evaluate, save, stop, resume.
 
 On the same machine with the same number of ranks, a resumed run is identical to the bit. For a GPU,
-this is a measurement: see README.md.
+this is a measurement: see docs/performance.md.
 """
 
 import math

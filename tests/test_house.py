@@ -75,8 +75,8 @@ def test_first_line_tells_the_purpose(path: Path) -> None:
     assert first.startswith('"""') and len(first) > 20
 
 
-def test_the_tree_in_the_readme_is_the_tree_on_disk() -> None:
-    tree = re.search(r"## The tree\n+```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert tree, "README.md has no tree"
+def test_the_tree_in_the_documentation_is_the_tree_on_disk() -> None:
+    tree = re.search(r"## The tree\n+```\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.S)
+    assert tree, "docs/architecture.md has no tree"
     named = set(re.findall(r"^  (\w+\.py) ", tree.group(1), re.M))
     assert named == {path.name for path in FILES if path.name != "__init__.py"}

@@ -15,7 +15,7 @@ from disk import Disk, Op
 from cache_tools.cache import Cache
 from cache_tools.console import guarded
 from cache_tools.records import read_record
-from cache_tools.storage import file_sha256
+from cache_tools.storage import HOST, file_sha256
 from cache_tools.verify import verify
 from pipeline.shard_writer import ShardProgress
 
@@ -120,8 +120,9 @@ def crash_states(ops: list[Op]) -> dict[str, State]:
 
 
 def restore(folder: Path, state: State) -> None:
-    """Make `folder` what the state says."""
-    for path, data in sorted(state.items()):
+    """Make `folder` what the state says; a temporary name is one of this host again."""
+    for name, data in sorted(state.items()):
+        path = name.replace(".partial", f".{HOST}00000000.partial")
         if data is None:
             (folder / path).mkdir(parents=True, exist_ok=True)
         else:
