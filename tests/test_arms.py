@@ -24,6 +24,7 @@ def python(blocked: set[str], code: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_extract_without_mcm(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "dataset", rows=32, val_rows=16).path
     teacher, weights = make_teacher(tmp_path / "clip")
@@ -32,6 +33,7 @@ def test_extract_without_mcm(tmp_path: Path) -> None:
     assert (tmp_path / "cache" / "train" / "v0" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_pretrain_without_pipeline_and_open_clip(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", rows=64, val_rows=16, views=1).path
     sets = ["schedule.epochs=1", "schedule.warmup_epochs=0", "student.width=32", "student.heads=2", "student.depth=1"]
