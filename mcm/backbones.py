@@ -1,6 +1,6 @@
 """Loading of encoders: a RUN, an exported folder, a timm model, or random weights of a config.
 
-Letters: B batch, N patches, D width, H W pixels.
+B batch, N patches, D width, H W pixels.
 """
 
 from collections.abc import Iterator

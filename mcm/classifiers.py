@@ -1,6 +1,6 @@
 """Classifiers on frozen features: weighted k-NN and softmax regression.
 
-Letters: B batch, D width, R training rows, K neighbors of k-NN, or classes.
+B batch, D width, R training rows, K neighbors of k-NN, or classes.
 """
 
 from collections.abc import Sequence

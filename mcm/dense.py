@@ -1,6 +1,6 @@
 """Dense prediction: the class of each pixel, and scores.
 
-Letters: K classes, h w the grid, H W pixels.
+K classes, h w the grid, H W pixels.
 """
 
 import math

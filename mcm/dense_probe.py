@@ -1,6 +1,6 @@
 """The dense probe: softmax regression from frozen patch tokens to masks, scored on every pixel.
 
-Letters: B batch, N patches, D width, K classes, R training patches, h w the grid, H W pixels.
+B batch, N patches, D width, K classes, R training patches, h w the grid, H W pixels.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -56,7 +56,7 @@ class ObjectSource(RowSource):
         self.detect, self.mean, self.training = detect, mean, rows is not None
 
     def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
-        """Return the batch of the rows; the memory of `used` is not needed."""
+        """Return the batch of the rows; `used` is ignored."""
         rows, size = self.rows[chunks].tolist(), self.detect.size
         canvases_BSS3 = np.empty((len(rows), size, size, 3), np.uint8)
         places, objects = list[Placement](), list[dict[str, Array]]()

@@ -31,9 +31,9 @@ Predictor = Callable[[Sequence[RGB]], list[Prediction]]
 class Downstream(Protocol):
     """A task of fine-tuning on a DATASET.
 
-    `model` is not wrapped; its encoder is itself or `model.encoder`, for the layer decay. `group`
-    is the number of rows that a micro-batch may not divide. `headline` is the name of the metric
-    that the command prints. `shown` holds pictures of the last evaluation for the report.
+    `model` is not wrapped. Layer decay applies to `model.encoder`, or to `model` if it has none. A
+    micro-batch is a multiple of `group` rows. `headline` is the name of the metric that the command
+    prints. `shown` holds pictures of the last evaluation for the report.
     """
 
     group: int

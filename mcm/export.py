@@ -1,6 +1,6 @@
 """Export of a RUN's encoder as a folder that other libraries load, with a model card.
 
-Letters: B batch, N patches, D width, K classes, H W pixels.
+B batch, N patches, D width, K classes, H W pixels.
 """
 
 import io

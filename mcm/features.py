@@ -1,6 +1,6 @@
 """Extraction of the features that probes classify: from full, folded or masked inputs.
 
-Letters: B batch, N patches, D width, H W pixels.
+B batch, N patches, D width, H W pixels.
 """
 
 import copy
@@ -62,10 +62,10 @@ class Featurizer:
         self, split: str, encodes: Sequence[Encode], rows: Rows | None = None,
         corruptions: Sequence[Corruption | None] = (None,),
     ) -> list[Features]:  # fmt: skip
-        """Return the features of a split's center crops, or of the crops of `rows`, in order.
+        """Return the features of the center crops of a split, or of its `rows`, in order.
 
-        The result has the features by every encode function for each corruption in turn. Every
-        picture is decoded once.
+        For each corruption in turn, the list has one entry per encode function. Every picture is
+        decoded once.
         """
         transform = eval_transform(self.backbone, normalize=False)
         source = DatasetSource(self.data, split, transform, self.seed, rows)
@@ -102,7 +102,7 @@ class Featurizer:
     def inputs(
         self, kinds: Sequence[str], wanted: Iterable[str], corruptions: Sequence[Corruption] = ()
     ) -> Iterator[tuple[str, str, float | None, Features, list[Features]]]:
-        """Yield (features, input, s, train, vals) of every pair of features and input.
+        """Yield (tokens, kind, s, train, vals) for each pair of features and input.
 
         `vals` are the features of "val" as it is and with each corruption. s is None unless the
         input is "folded". All pairs share one decode of the pictures. If s is chosen by a part of

@@ -1,6 +1,6 @@
 """The figures of the report: each function takes arrays and returns an <img> with an embedded PNG.
 
-Letters: S samples, N patches, C channels, H W pixels.
+S samples, N patches, C channels, H W pixels.
 """
 
 import base64

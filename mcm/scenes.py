@@ -48,7 +48,7 @@ class SceneSource(RowSource):
         self.finish = v2.Compose([v2.RandomHorizontalFlip(segment.flip), *distort])
 
     def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
-        """Return the batch of the rows; the memory of `used` is not needed."""
+        """Return the batch of the rows; `used` is ignored."""
         rows, scenes = self.rows[chunks], list[tuple[Any, ...]]()
         for row in rows.tolist():
             rgb_HW3 = decoded(self.dataset.picture(self.split, row)[0])

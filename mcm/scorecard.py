@@ -1,6 +1,6 @@
 """Statistics of the teacher in a CACHE: odd channels, effective rank and quantization error.
 
-Letters: B batch, N patches, C channels, R rows.
+B batch, N patches, C channels, R rows.
 """
 
 from statistics import mean

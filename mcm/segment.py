@@ -1,6 +1,6 @@
 """Semantic segmentation: UPerNet or a linear head on a ViT, its loss, and sliding windows.
 
-Letters: B batch, D width, C channels, K classes, h w the grid, S pixels of the crop, H W pixels.
+B batch, D width, C channels, K classes, h w the grid, S pixels of the crop, H W pixels.
 """
 
 from collections.abc import Iterable, Sequence

@@ -9,7 +9,7 @@ The tower pools by the mean of its patch tokens, because a student learns from t
 (batch 96, 400 steps), pooling by CLS as in ViT-B/16 gave 98.3 % zero-shot accuracy, but 81.7 % for
 k-NN on patch means. Pooling by the mean gave 97.5 % and 99.2 %.
 
-Letters: B batch, N pictures, E embedding; H W pixels.
+B batch, N pictures, E embedding; H W pixels.
 """
 
 import io
