@@ -103,7 +103,8 @@ class PictureModel(nn.Module):
 
 def freeze(module: nn.Module) -> None:
     """Freeze a module in eval mode: the loop calls `train()`, which would enable its drop paths."""
-    module.requires_grad_(False).eval().train = lambda mode=True: module  # type: ignore[method-assign]
+    frozen = module.requires_grad_(False).eval()
+    frozen.train = lambda mode=True: module  # type: ignore[method-assign]
 
 
 def load_encoder(

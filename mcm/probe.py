@@ -93,15 +93,7 @@ def probe(
     Raises: UsageError before any picture is read.
     """
     chosen = tuple(methods) or METHODS
-    options = (("--method", chosen, METHODS), ("--features", features, FEATURES))
-    for option, names, allowed in options:
-        for name in names:
-            if name not in allowed:
-                found = f"found {name!r}{nearest(name, allowed)}"
-                raise UsageError(f"{option}: expected {' or '.join(allowed)}; {found}")
-    if 0 < shots < LEAST_SHOTS and "linear" in chosen:
-        expected = f"expected {LEAST_SHOTS} or more for the linear probe"
-        raise UsageError(f"--shots: {expected}; found {shots}; use more, or --method knn")
+    _check_options(chosen, features, shots)
     corrupted = list(map(Corruption.parse, dict.fromkeys(corruptions)))
     if (Path(spec) / "cache.json").is_file():
         given: dict[str, Any] = {"--data": data, "--input": inputs, "--weights": weights}
@@ -138,6 +130,18 @@ def probe(
             name = record_name(result.label, dataset.sha256, seed, untrained)
             results.append(_store(run / "probe" / name, result) if is_run else result)
     return results
+
+
+def _check_options(methods: Sequence[str], features: Sequence[str], shots: int) -> None:
+    options = (("--method", methods, METHODS), ("--features", features, FEATURES))
+    for option, names, allowed in options:
+        for name in names:
+            if name not in allowed:
+                found = f"found {name!r}{nearest(name, allowed)}"
+                raise UsageError(f"{option}: expected {' or '.join(allowed)}; {found}")
+    if 0 < shots < LEAST_SHOTS and "linear" in methods:
+        expected = f"expected {LEAST_SHOTS} or more for the linear probe"
+        raise UsageError(f"--shots: {expected}; found {shots}; use more, or --method knn")
 
 
 def _probe_teacher(

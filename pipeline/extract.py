@@ -317,6 +317,6 @@ def missing_shards(
     shards = [(split, k) for split, group in units.items() for k in range(group[0].num_shards)]
     own = shards[info.worker :: info.workers]
     if info.workers > 1 and locks_work(work_dir(cache)):
-        # From the end, so a worker on a host whose locks are not visible here is met once.
+        # In reverse order: workers that do not see each other's locks meet at most once.
         own += [one for n, one in enumerate(shards) if n % info.workers != info.worker][::-1]
     return ((split, k) for split, k in own if k not in done[split])
