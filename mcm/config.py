@@ -193,14 +193,14 @@ class Train(Record):
 
     A checkpoint is saved every `checkpoint_minutes`. With `checkpoint_steps`, it is saved every so
     many steps instead, and with `checkpoint_steps` = 0 at the end of each epoch.
-    `residual` is the dtype of the residual stream if `precision` is bf16; norms, loss and weights
-    stay float32.
+    `precision` is the dtype of matrix products; fp16 scales the loss. `residual` is the dtype of
+    the residual stream if `precision` is bf16; norms, loss and weights stay float32.
     """
 
     seed: NonNegativeInt = 0
     global_batch: Count
     micro_batch: Count
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     residual: Literal["bf16", "fp32"] = "fp32"
     compile: bool = False
     workers: NonNegativeInt = Field(default_factory=default_workers)

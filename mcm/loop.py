@@ -75,19 +75,15 @@ def engine(precision: str) -> Iterator[Accelerator]:
 
     The process group ends with the block.
 
-    Raises: UsageError for a launcher mode other than one process or DDP, and for bf16 on a GPU
-    without bfloat16.
+    Raises: UsageError for a launcher mode other than one process or DDP, and for a precision that
+    the device does not have.
     """
     _check_launcher()
     # timm.optim raises the limit to 1,000,000. With torch's 8, a recompile loop is reported.
     torch._dynamo.config.recompile_limit = 8
     cuda = device().type == "cuda"
-    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(False):
-        raise UsageError(
-            'train.precision = "bf16": expected a GPU with bfloat16; this GPU has none;'
-            " use --set train.precision=fp32"
-        )
-    mixed = "bf16" if precision == "bf16" else "no"
+    _check_precision(precision, cuda)
+    mixed = "no" if precision == "fp32" else precision
     # The gradients are views of DDP's buckets, which saves a copy of each gradient.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     handlers = [InitProcessGroupKwargs(timeout=TIMEOUT), ddp]
@@ -98,6 +94,20 @@ def engine(precision: str) -> Iterator[Accelerator]:
         yield accelerator
     finally:
         accelerator.end_training()
+
+
+def _check_precision(precision: str, cuda: bool) -> None:
+    """Raises: UsageError that names a precision that the device has."""
+    if precision == "fp16" and not cuda:
+        other, found = "bf16", "the CPU"
+    elif precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(False):
+        other, found = "fp16", torch.cuda.get_device_name()
+    else:
+        return
+    raise UsageError(
+        f'train.precision = "{precision}": expected a GPU that computes in {precision};'
+        f" found {found}; use --set train.precision={other}"
+    )
 
 
 def _check_launcher() -> None:
@@ -159,8 +169,8 @@ def train(job: Job, accelerator: Accelerator, stop: StopFlag) -> dict[str, float
     """
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     if cuda and accelerator.is_main_process:
-        order, bf16 = job.stream.order, job.config.train.precision == "bf16"
-        activations = activation_bytes(job.model, order.batch, 2 if bf16 else 4)
+        order, fp32 = job.stream.order, job.config.train.precision == "fp32"
+        activations = activation_bytes(job.model, order.batch, 4 if fp32 else 2)
         say_estimate(state_bytes(job.model, job.config.optim), activations)
     with torch.random.fork_rng(cuda):  # each step seeds the generators
         return Loop(job, accelerator).run(stop)
@@ -173,6 +183,7 @@ class Loop:
         assert isinstance(job.stream.order, Order)
         self.job, self.order = job, job.stream.order
         self.accelerator, self.main = accelerator, accelerator.is_main_process
+        self.scaler = accelerator.scaler  # of the losses in fp16; None otherwise
         schedule = job.config.schedule
         self.total_steps = schedule.epochs * self.order.steps_per_epoch
         self.warmup_steps = schedule.warmup_epochs * self.order.steps_per_epoch
@@ -252,6 +263,8 @@ class Loop:
 
     def _restore(self, found: checkpoint.Checkpoint, evaluated: bool) -> None:
         checkpoint.restore(found, self.job.model, self.optimizer.optimizer)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(found.meta["scaler"])
         swap_ema(self.optimizer.optimizer)
         self.window = list(found.meta["window"])
         self.logged_step = self.saved_step = found.step
@@ -276,9 +289,9 @@ class Loop:
             asked = GO_ON if left else self._agree(stop)
             with self.accelerator.no_sync(self.model) if left else nullcontext():
                 loss = job.loss(self.model, batch) / micro_steps
-                # accelerator.backward would divide by gradient_accumulation_steps again; bf16
-                # needs no GradScaler.
-                loss.backward()  # type: ignore[no-untyped-call]
+                # accelerator.backward would divide by gradient_accumulation_steps again.
+                scaled = loss if self.scaler is None else self.scaler.scale(loss)
+                scaled.backward()
             total += loss.detach()
         clip_norm = job.config.optim.clip_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), clip_norm)
@@ -305,7 +318,8 @@ class Loop:
     def _drain(self, step: int) -> None:
         """Copy the losses of the steps before `step` to the host, averaged over the ranks.
 
-        No checkpoint is saved before its losses are checked here.
+        No checkpoint is saved before its losses are checked here. In fp16, a step whose gradients
+        overflow is skipped and the scale is halved; a scale below 1 does not help any more.
 
         Raises: Diverged that names the step and its rows when a value is not finite.
         """
@@ -313,11 +327,12 @@ class Loop:
             return
         values = self.accelerator.reduce(torch.stack(self.pending), "mean").tolist()
         first, self.pending = step - len(values), []
-        for position, numbers in enumerate(values):
-            if not all(map(math.isfinite, numbers)):
-                raise self._diverged(first + position, *numbers)
+        skips = self.scaler is not None and self.scaler.get_scale() >= 1
+        for position, (loss, norm) in enumerate(values):
+            if not math.isfinite(loss) or not (skips or math.isfinite(norm)):
+                raise self._diverged(first + position, loss, norm)
+            self.grad_norm = norm if math.isfinite(norm) else self.grad_norm
         self.window += [loss for loss, _ in values]
-        self.grad_norm = values[-1][1]
 
     def _diverged(self, step: int, loss: float, norm: float) -> Diverged:
         rows = self.job.stream.source.rows_of(self.order.step_chunks(step)[1])
@@ -342,6 +357,7 @@ class Loop:
             "grad_norm": self.grad_norm,
             "images_per_s": steps * self.order.global_batch / elapsed_s,
             "wait_share": self.waited_s / elapsed_s,
+            **({"loss_scale": self.scaler.get_scale()} if self.scaler else {}),
         })  # fmt: skip
         self.logged_at, self.logged_step, self.waited_s, self.window = now, step, 0.0, []
 
@@ -373,6 +389,8 @@ class Loop:
             optimizer = checkpoint.on_host(tensors)
             swap_ema(self.optimizer.optimizer)
             meta = {"window": list(self.window), "evaluated": evaluated}
+            if self.scaler is not None:
+                meta["scaler"] = self.scaler.state_dict()
             self.writing = step, self.writer.submit(self._write, step, model, optimizer, meta)
         if must:
             self._join_save(must)

@@ -116,11 +116,14 @@ def run_blocks(encoder: VisionTransformer, x_BND: Tensor, bf16_residual: bool = 
 
 
 def residual_stream(x: Tensor, bf16: bool) -> Tensor:
-    """Return `x` in bfloat16 if `bf16` is set and autocast is enabled, and unchanged otherwise.
+    """Return `x` in bfloat16 if `bf16` is set and autocast uses it, and unchanged otherwise.
 
     The positions are float32. Without the cast, every norm and addition moves twice the bytes.
     """
-    return x.to(torch.bfloat16) if bf16 and torch.is_autocast_enabled(x.device.type) else x
+    if not (bf16 and torch.is_autocast_enabled(x.device.type)):
+        return x
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype) if dtype is torch.bfloat16 else x
 
 
 class Decoder(nn.Module):

@@ -218,7 +218,7 @@ def exact_losses(cache):
 
 @both
 def test_steps_have_the_losses_of_the_cpu(device, cache, exact_losses, note):
-    for precision, limit in (("fp32", 1e-4), ("bf16", 1e-2)):
+    for precision, limit in (("fp32", 1e-4), ("bf16", 1e-2), *[("fp16", 1e-2)] * (device == "cuda")):
         config = make_config(**STEADY, train={"micro_batch": 32, "precision": precision})
         assert note(precision, largest(first_losses(config, cache, device), exact_losses)) <= limit
 
@@ -244,10 +244,12 @@ def test_a_step_never_waits_for_the_gpu(compiled, cache, exact_losses, note):
 
 
 @needs_gpu
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True, None], ids=["eager", "compiled", "fp16"])
 def test_a_stopped_run_resumes(compiled, cache, tmp_path, note):
     """Whether it is equal to the bit is reported. A compiled run compiles nothing twice."""
-    config, real = make_config(schedule=EPOCHS, train={"precision": "bf16", "compile": compiled}), Loop.step
+    precision = "fp16" if compiled is None else "bf16"
+    config = make_config(schedule=EPOCHS, train={"precision": precision, "compile": bool(compiled)})
+    real = Loop.step
 
     def step(loop, number, *rest):
         if number == 5 and loop.job.run_dir.name == "stopped":

@@ -87,9 +87,17 @@ def test_without_a_cache_the_machine_is_checked_alone_and_the_exit_code_is_2(
 def test_a_card_without_bf16(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     found = find(cache, "train.precision=bf16")["processes"]
-    assert found == ("fail", 'train.precision = "bf16": expected a GPU with bfloat16; this GPU has none;'
-                     " use --set train.precision=fp32")  # fmt: skip
+    assert found == ("fail", 'train.precision = "bf16": expected a GPU that computes in bf16; found Tesla T4;'
+                     " use --set train.precision=fp16")  # fmt: skip
+
+
+def test_fp16_on_a_cpu(cache: Path) -> None:
+    assert find(cache, "train.precision=fp16")["processes"] == (
+        "fail", 'train.precision = "fp16": expected a GPU that computes in fp16; found the CPU;'
+        " use --set train.precision=bf16",
+    )  # fmt: skip
 
 
 @pytest.mark.slow

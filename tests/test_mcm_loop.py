@@ -11,7 +11,7 @@ from conftest import tree_digest
 from torch import nn
 
 from cache_tools.console import StopFlag
-from cache_tools.errors import CorruptionError, Interrupted, McmError, ResourceError, UsageError
+from cache_tools.errors import CorruptionError, Diverged, Interrupted, McmError, ResourceError, UsageError
 from cache_tools.records import read_record
 from mcm import checkpoint
 from mcm.cli import _prepare
@@ -75,9 +75,14 @@ def make_job(run, micro_batch=32, source=None, dropout=0.3, hook=lambda step: No
     )  # fmt: skip
 
 
-def run_job(job):
+def run_job(job, loss_scale=None):
+    """With `loss_scale`, in float16: `engine` offers it on GPUs only, as there Accelerate makes the scaler."""
     state = torch.get_rng_state()
-    with engine("fp32") as accelerator, StopFlag() as stop:
+    with engine("fp32") as accelerator, StopFlag() as stop, pytest.MonkeyPatch.context() as patch:
+        if loss_scale:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale, growth_interval=4)
+            accelerator.native_amp = True
+            patch.setattr(accelerator.state, "_mixed_precision", "fp16")
         train(job, accelerator, stop)
     assert torch.equal(torch.get_rng_state(), state)  # of the host process
     return metrics(job.run_dir)
@@ -112,6 +117,22 @@ def test_accumulation_equals_one_batch(tmp_path):
     parts = run_job(make_job(tmp_path / "parts", micro_batch=16, dropout=0.0))
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (whole, parts)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_fp16_skips_a_step_that_overflows_and_resumes_to_the_bit(tmp_path):
+    exact = run_job(make_job(tmp_path / "float32", dropout=0.0))
+    straight = run_job(make_job(tmp_path / "straight"), loss_scale=2.0**18)
+    plain = run_job(make_job(tmp_path / "plain", dropout=0.0), loss_scale=2.0**8)
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in (exact, plain)]
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+    scales = [line["loss_scale"] for line in straight if "loss" in line]
+    assert scales[0] == 2.0**17 and min(scales) < scales[0] and max(scales[4:]) > min(scales)  # halved, doubled
+    assert all(np.isfinite(line["grad_norm"]) for line in straight if "loss" in line)
+    with pytest.raises(Interrupted):
+        run_job(make_job(tmp_path / "stopped", hook=stop_at(5)), loss_scale=2.0**18)
+    assert run_job(make_job(tmp_path / "stopped"), loss_scale=2.0**18) == straight
+    with pytest.raises(Diverged, match="expected a finite loss and gradient norm; found nan"):
+        run_job(make_job(tmp_path / "poisoned", source=Source(poison=40)), loss_scale=2.0**8)
 
 
 def test_groups_scale_the_learning_rate(tmp_path):
