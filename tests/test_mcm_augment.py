@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn import functional
 
 from cache_tools.errors import CorruptionError
+from mcm import augment
 from mcm.augment import Mixer, eval_transform, normalized, train_transform
 from mcm.config import Augment
 
@@ -43,6 +44,21 @@ def test_train_transform_draws_only_from_its_seed(png):
     again = [transform(seed, png) for seed in reversed(range(8))][::-1]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert first[0].shape == (3, 32, 32) and not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("recipe", ["rand-m10-n12-inc1", "rand-m15-mmax20-n12-inc1", "v0-mstd9", "augmix-m10-w9"])
+def test_strong_recipes_also_posterize_to_no_bits(png, recipe, monkeypatch):
+    asked, real = set(), augment._posterize
+    monkeypatch.setattr(augment, "_posterize", lambda image, bits, **_: asked.add(bits) or real(image, bits))
+    transform = train_transform(Augment(recipe=recipe), SPEC)
+    assert all(torch.isfinite(transform(seed, png)).all() for seed in range(60))
+    assert min(asked) < 2  # AugMix draws its strength
+
+
+def test_posterize_keeps_the_highest_bits():
+    white = Image.new("RGB", (2, 2), (255, 255, 255))
+    values = [augment._posterize(white, bits).getpixel((0, 0))[0] for bits in (-1, 0, 1, 4, 8)]
+    assert values == [0, 0, 0x80, 0xF0, 0xFF]
 
 
 def test_eval_transform_is_the_whole_center_square_for_our_students(png):
