@@ -37,25 +37,25 @@ class Features:
 
 
 def knn_accuracy(train: Features, val: Features, device: torch.device | str = "cpu") -> float:
-    """Return the fraction of val rows that `knn_hits` counts."""
-    return knn_hits(train, val, device) / len(val.y)
+    """Return the fraction of True in `knn_hits`."""
+    return float(knn_hits(train, val, device).double().mean())
 
 
-def knn_hits(train: Features, val: Features, device: torch.device | str = "cpu") -> int:
-    """Return the number of val rows whose label the nearest training rows predict.
+def knn_hits(train: Features, val: Features, device: torch.device | str = "cpu") -> Tensor:
+    """Return, for each val row, whether the nearest training rows predict its label [R] bool.
 
     Neighbors are found by cosine similarity and vote with weight exp(similarity / T), as in DINO.
     """
     bank_RD, labels_R = functional.normalize(train.x.to(device), dim=1), train.y.to(device)
-    num_classes, correct = int(labels_R.max()) + 1, 0
+    num_classes, hits = int(labels_R.max()) + 1, []
     batches = (torch.split(part.to(device), KNN_ROWS) for part in (val.x, val.y))
     for x_BD, y_B in zip(*batches, strict=True):
         similarity_BR = functional.normalize(x_BD, dim=1) @ bank_RD.T
         top_BK, rows_BK = similarity_BR.topk(min(NEIGHBORS, len(bank_RD)), dim=1)
         votes = torch.zeros(len(x_BD), num_classes, device=device)
         votes.scatter_add_(1, labels_R[rows_BK], (top_BK / TEMPERATURE).exp())
-        correct += int((votes.argmax(1) == y_B).sum())
-    return correct
+        hits.append((votes.argmax(1) == y_B).cpu())
+    return torch.cat(hits)
 
 
 class LinearProbe(NamedTuple):
@@ -67,11 +67,15 @@ class LinearProbe(NamedTuple):
     fit: "Fit"
     c: float
 
-    def accuracy(self, val: Features) -> float:
-        """Return the fraction of rows whose label is predicted."""
+    def hits(self, val: Features) -> Tensor:
+        """Return, for each row, whether its label is predicted [R] bool."""
         x_RD = ((val.x - self.mean) / self.std).to(self.classes.device)
-        right = self.classes[_predicted(x_RD, self.fit)] == val.y.to(self.classes.device)
-        return float(right.double().mean())
+        hits = self.classes[_predicted(x_RD, self.fit)] == val.y.to(self.classes.device)
+        return hits.cpu()
+
+    def accuracy(self, val: Features) -> float:
+        """Return the fraction of True in `hits`."""
+        return float(self.hits(val).double().mean())
 
 
 def linear_probe(

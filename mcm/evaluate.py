@@ -116,7 +116,7 @@ class Evaluation:
         splits = ("train", "val")
         (bank,), (val,) = (featurizer.features(split, [featurizer.full()]) for split in splits)
         hits = knn_hits(self.gathered(bank), val, self.accelerator.device)
-        share = torch.tensor([hits, len(val.y)], device=self.accelerator.device)
+        share = torch.tensor([int(hits.sum()), len(hits)], device=self.accelerator.device)
         correct, rows = cast(Tensor, self.accelerator.reduce(share, "sum")).tolist()
         return float(correct / rows)
 

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from cache_tools.cache import Cache
 from cache_tools.console import warn_if_not_saved
 from cache_tools.dataset import Dataset
@@ -14,7 +17,7 @@ from cache_tools.records import Absent, Record, Text, encode_record, nearest, re
 from cache_tools.schema import installed_versions
 from cache_tools.storage import file_sha256, work_dir, write_atomic
 from mcm.backbones import Backbone, load_encoder
-from mcm.classifiers import Features, LinearProbe, knn_accuracy, linear_probe, training_rows
+from mcm.classifiers import Features, LinearProbe, knn_hits, linear_probe, training_rows
 from mcm.corruptions import Corruption
 from mcm.features import BATCH_ROWS, Featurizer, columns
 from mcm.loop import device
@@ -32,7 +35,8 @@ class ProbeResult(Record):
     """The accuracies of one input as fractions of 1, and the conditions of the measurement.
 
     `val_in_train` is the number of pictures of "val" that are also in "train". For a RUN,
-    `run_sha256` is the sha256 of its run.json and `cache_sha256` that of its cache.
+    `run_sha256` is the sha256 of its run.json and `cache_sha256` that of its cache. `knn_hits` and
+    `linear_hits` tell which pictures of "val" are classified correctly, as `packed` writes them.
     """
 
     subject: Text
@@ -43,6 +47,8 @@ class ProbeResult(Record):
     linear: float | None = None
     linear_c: float | None = None
     linear_converged: bool | None = None
+    knn_hits: Absent[str] = None
+    linear_hits: Absent[str] = None
     train_rows: int
     val_rows: int
     seed: int
@@ -63,6 +69,16 @@ class ProbeResult(Record):
         features = "" if self.features in (None, "mean") else f"-{self.features}"
         shots = f"-shots-{self.shots}" if self.shots else ""
         return f"{self.input}{features}{shots}" + (f"-{self.corruption}" if self.corruption else "")
+
+
+def packed(hits_R: npt.NDArray[np.bool_]) -> str:
+    """Return the values as bits, in hexadecimal digits."""
+    return np.packbits(hits_R).tobytes().hex()
+
+
+def unpacked(text: str, rows: int) -> npt.NDArray[np.uint8]:
+    """Return the `rows` values that `packed` wrote, 0 or 1."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=rows)
 
 
 def record_name(label: str, data_sha256: str, seed: int, untrained: bool = False) -> str:
@@ -189,9 +205,12 @@ def _fitted(train: Features, methods: Sequence[str], seed: int) -> LinearProbe |
 def _score(
     train: Features, val: Features, methods: Sequence[str], linear: LinearProbe | None, **facts: Any
 ) -> ProbeResult:
+    is_knn = linear is None or "knn" in methods
+    hits = {"knn": knn_hits(train, val, device())} if is_knn else {}
+    hits |= {} if linear is None else {"linear": linear.hits(val)}
+    facts |= {method: float(hits_R.double().mean()) for method, hits_R in hits.items()}
+    facts |= {f"{method}_hits": packed(hits_R.numpy()) for method, hits_R in hits.items()}
     return ProbeResult(
-        knn=knn_accuracy(train, val, device()) if linear is None or "knn" in methods else None,
-        linear=linear and linear.accuracy(val),
         linear_c=linear and linear.c,
         linear_converged=linear and linear.fit.converged,
         train_rows=len(train.y),
@@ -207,7 +226,8 @@ def _store(path: Path, result: ProbeResult) -> ProbeResult:
 
     A file of the same measurement keeps its value of the method that was not run this time.
     """
-    empty: dict[str, Any] = dict.fromkeys(("knn", "linear", "linear_c", "linear_converged"))
+    scores = ("knn", "linear", "linear_c", "linear_converged", "knn_hits", "linear_hits")
+    empty: dict[str, Any] = dict.fromkeys(scores)
     with warn_if_not_saved():
         if path.is_file():
             old = read_record(ProbeResult, path)

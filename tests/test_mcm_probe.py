@@ -25,7 +25,7 @@ from mcm.cli import app
 from mcm.export import export
 from mcm.features import FOLDS, Featurizer
 from mcm.masking import mask_picks, mask_pool
-from mcm.probe import ProbeResult, _fitted, _score, probe, record_name
+from mcm.probe import ProbeResult, _fitted, _score, packed, probe, record_name, unpacked
 from mcm.scorecard import odd_channels
 
 
@@ -48,6 +48,14 @@ def test_a_run_names_its_inputs_and_stores_them(data, tmp_path):
         40,
     )
     assert read_record(ProbeResult, run / "probe" / name(results[1])) == results[1]
+    for one in results:
+        for accuracy, hits in ((one.knn, one.knn_hits), (one.linear, one.linear_hits)):
+            assert unpacked(hits, one.val_rows).mean() == pytest.approx(accuracy)
+
+
+def test_hits_are_bits_of_rows_in_order():
+    hits = np.arange(11) % 3 == 0
+    assert packed(hits) == "9240" and unpacked("9240", 11).tolist() == hits.tolist()
 
 
 def test_methods_asked_for_one_by_one_end_in_one_file(data, tmp_path):
