@@ -5,8 +5,8 @@ The next run removes each temporary file without a live writer. If the file syst
 temporary files stay. Some file systems hide the locks of other hosts, so their files stay for an
 hour.
 
-Every write calls `os.*` or `open` through the globals of this module. tests/disk.py replaces them
-to record any operation, to make it fail or to kill the process before it.
+Every write calls `os.*` or `open` through the globals of this module. tests/helpers/disk.py
+replaces them to record any operation, to make it fail or to kill the process before it.
 """
 
 import errno

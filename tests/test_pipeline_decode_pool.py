@@ -67,7 +67,7 @@ def test_a_pool_stops_in_the_middle_of_large_results() -> None:
 
 def start(source: Path, out: Path, *more: object, mode: str = "crash", verb: str = "shard") -> subprocess.Popen[str]:
     (out.parent / "sitecustomize.py").write_text(DECODER)
-    places = os.pathsep.join(map(str, (out.parent, ROOT / "tests", ROOT)))
+    places = os.pathsep.join(map(str, (out.parent, ROOT / "tests" / "helpers", ROOT)))
     environment = os.environ | {"PYTHONPATH": places, "MISBEHAVE": mode}
     line = command("mcm-cache", verb, source, out, *(more if verb == "extract" else ("--rows-per-shard", 16, *more)))
     pipe = subprocess.PIPE

@@ -402,9 +402,9 @@ def test_nothing_hostile_runs_writes_or_grows(tmp_path, tally):
     todo = {"sound": [(kind, kind, str(path)) for kind, path in good], "hostile": inputs}
     (tmp_path / "todo.json").write_text(json.dumps(todo))
     (tmp_path / "out").mkdir()
-    script = ROOT / "tests" / "open_hostile.py"
+    script = ROOT / "tests" / "helpers" / "open_hostile.py"
     command = [sys.executable, str(script), str(tmp_path / "todo.json"), str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     ended = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(ended) == len(inputs) >= 200, done.stderr[-3000:]

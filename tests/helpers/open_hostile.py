@@ -39,7 +39,7 @@ WRITES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.symlink", "os.li
 LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")})
 # What the decode pool does to start its processes and to read their results.
 POOL = ("concurrent.futures.process", "cache_tools.images", socket.AF_UNIX)
-ROOT = str(Path(__file__).parents[1])
+ROOT = str(Path(__file__).parents[2])
 
 
 def read_dataset(path: Path) -> None:

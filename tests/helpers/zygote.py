@@ -60,7 +60,8 @@ def _server() -> None:
     forkserver._forkserver._stop()
     SERVER.set_forkserver_preload(["zygote"])
     with pytest.MonkeyPatch.context() as patch:  # the server looks for this file when it starts
-        patch.setenv("PYTHONPATH", f"{ROOT / 'tests'}{os.pathsep}{ROOT}")
+        places = (ROOT / "tests" / "helpers", ROOT / "tests", ROOT)
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, places)))
         forkserver.ensure_running()
 
 
