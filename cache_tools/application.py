@@ -33,7 +33,6 @@ def application(name: str, purpose: str) -> typer.Typer:
     app = typer.Typer(
         cls=_Group,
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )

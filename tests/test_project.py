@@ -5,7 +5,6 @@ import re
 import tomllib
 from pathlib import Path
 
-import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -49,14 +48,6 @@ def test_the_dockerfile_copies_what_the_wheel_is_built_from() -> None:
     build = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
     packages = {*build["packages"], *build["force-include"]}
     assert copied == packages | {"pyproject.toml", "README.md", "LICENSE"}
-
-
-@pytest.mark.parametrize(
-    "page", sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-)
-def test_relative_links_lead_somewhere(page: str) -> None:
-    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", read(page)):
-        assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
 
 
 def test_the_architecture_names_files_and_functions_that_exist() -> None:
