@@ -10,7 +10,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE masked_channel_modeling.py ./
 COPY cache_tools ./cache_tools
 COPY pipeline ./pipeline
 COPY mcm ./mcm

@@ -39,7 +39,11 @@ def application(name: str, purpose: str) -> typer.Typer:
 
     def show(asked: bool) -> None:
         if asked:
-            typer.echo(f"{name} {version('masked-channel-modeling')}")
+            from .schema import CacheIdentity
+
+            format_version = CacheIdentity.model_fields["version"].default
+            number = version("masked-channel-modeling")
+            typer.echo(f"{name} {number} (cache format {format_version})")
             raise typer.Exit
 
     option = typer.Option("--version", callback=show, is_eager=True, help="Print the version.")

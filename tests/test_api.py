@@ -1,7 +1,10 @@
 """The public API: exact names, a dataset for other trainers, masks of any tensor, and the examples."""
 
 import importlib
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +13,14 @@ import torch
 from make_cache import features, make_cache
 from torch.utils.data import DataLoader
 
+import masked_channel_modeling
 import mcm
 import pipeline
 from cache_tools.errors import CorruptionError, UsageError
 from mcm.sampler import Order
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 API = {
     "cache_tools": ["Cache", "Dataset"],
     "mcm": ["CacheDataset", "MaskedChannelModel", "PretrainConfig", "mask_channels"],
@@ -35,6 +40,24 @@ def test_all_is_exact_and_each_name_has_a_docstring(name: str) -> None:
         assert getattr(package, public).__name__ == public and getattr(package, public).__doc__
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         package.Nothing  # noqa: B018
+    assert all(getattr(masked_channel_modeling, each) is getattr(package, each) for each in API[name])
+
+
+@pytest.mark.parametrize(("hidden", "by"), [("pipeline", "pipeline/__init__.py"), ("mcm", "mcm.py")])
+def test_a_package_of_the_user_that_hides_ours_is_named_in_one_line(tmp_path: Path, hidden: str, by: str) -> None:
+    (tmp_path / by).parent.mkdir(exist_ok=True)
+    (tmp_path / by).write_text("raise SystemExit('the code of the user ran')")
+    code = "import sys; from masked_channel_modeling import {0} as program; sys.argv[0] = '{0}'; program()"
+    for program, place, paths in (("mcm_cache", tmp_path, [ROOT]), ("mcm_train", Path("/"), [tmp_path, ROOT])):
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+        line = [sys.executable, "-c", code.format(program), "--help"]
+        done = subprocess.run(line, cwd=place, env=environment, capture_output=True, text=True)
+        found = f"package {hidden}: expected {ROOT / hidden}; found {tmp_path / by}; "
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {found}"), done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    (tmp_path / by).rename(tmp_path / "renamed.py")  # a folder without __init__.py hides nothing
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Usage: mcm_train" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

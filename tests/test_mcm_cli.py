@@ -37,7 +37,7 @@ def test_help_of_every_command_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--version"], 0, f"mcm-train {version('masked-channel-modeling')}\n"),
+        (["--version"], 0, f"mcm-train {version('masked-channel-modeling')} (cache format 1)\n"),
         ([], 2, "Commands:\n  pretrain "),
         (["pretrain"], 2, "Made by `mcm-cache extract`."),
         (["report"], 2, "Example: mcm-train report "),

@@ -46,8 +46,8 @@ def test_the_hooks_are_the_checks() -> None:
 def test_the_dockerfile_copies_what_the_wheel_is_built_from() -> None:
     copied = {name for line in re.findall(r"^COPY (.*) \./", read("Dockerfile"), re.M) for name in line.split()}
     build = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
-    packages = {*build["packages"], *build["force-include"]}
-    assert copied == packages | {"pyproject.toml", "README.md", "LICENSE"}
+    built = {*build["only-include"], *build["force-include"]}
+    assert copied == built | {"pyproject.toml", "README.md", "LICENSE"}
 
 
 def test_the_architecture_names_files_and_functions_that_exist() -> None:
