@@ -23,7 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Handler = Callable[[int, FrameType | None], Any]
 PLAIN_EVERY_S = 10.0
-_PRINTERS = ("cache_tools", "pipeline", "mcm", "_click", "click")  # folders of code that prints
+_PRINTERS = ("cache_tools", "pipeline", "mcm", "_click", "click")  # packages that print
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FILES = (errno.EMFILE, errno.ENFILE)
 # Torch raises a RuntimeError that contains the text of one of these error numbers.
@@ -76,9 +76,9 @@ def error_line(error: BaseException) -> str:
 
 
 def _resource(error: OSError) -> str:
-    """Return the resource that an OSError is about.
+    """Return the name of the resource that an OSError is about.
 
-    Errors of print, pipes and shared memory name no file, so the resource comes from the traceback.
+    Errors of print, pipes and shared memory name no file; the traceback shows what they are about.
     """
     if error.filename:
         return os.fsdecode(error.filename)
@@ -97,9 +97,9 @@ def _resource(error: OSError) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return `text` with its control characters escaped.
+    """Return `text` with escaped control characters.
 
-    A file name can contain any of them, and a terminal would act on some.
+    File names can contain control characters, which a terminal interprets.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -112,14 +112,14 @@ def handling(handler: Handler) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
 
 def say(text: str, stream: TextIO) -> None:
     """Print `text` and flush the stream.
 
-    A full or closed stream becomes /dev/null, because a later error would change the exit code.
+    If the stream is full or closed, it becomes /dev/null: another error would change the exit code.
     """
     try:
         print(text, end="\n" if text else "", file=stream, flush=True)
@@ -140,7 +140,7 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
     """Wrap a command: an error of the user prints one line on stderr and sets the exit code.
 
     Other errors are bugs and keep their traceback. Outside a StopFlag, SIGTERM and Ctrl-C raise
-    KeyboardInterrupt, and the command cleans up.
+    KeyboardInterrupt, so that the command cleans up.
     """
 
     @functools.wraps(command)
@@ -168,7 +168,7 @@ def print_json(payload: Any) -> None:
 
 
 class Progress:
-    """The progress of a long command: a bar on a terminal, otherwise one line per ten seconds."""
+    """The progress of a long command: a bar on a terminal, otherwise a line every ten seconds."""
 
     def __init__(
         self, total: int, label: str, unit: str, done: int, show: Callable[..., Any] | None
@@ -199,7 +199,7 @@ class Progress:
 def progress(
     total: int, label: str, unit: str, done: int = 0, quiet: bool = False
 ) -> Iterator[Progress]:
-    """Show the progress of a long command; `quiet`, which ranks other than 0 set, shows nothing."""
+    """Show the progress of a long command, or nothing if `quiet`, as on ranks other than 0."""
     if not quiet and sys.stdout.isatty():
         from rich import progress as rich
 
@@ -223,13 +223,13 @@ class StopFlag:
     """
 
     def __init__(self, then: str = "") -> None:
-        self.requested, self.then, self._handling = False, then, handling(self._ask)
+        self.requested, self.then, self._handling = False, then, handling(self._on_signal)
 
     def __enter__(self) -> "StopFlag":
         self._handling.__enter__()
         return self
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             os._exit(Interrupted.exit_code)
         if self.then and not self.requested:

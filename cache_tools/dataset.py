@@ -17,7 +17,7 @@ from .tars import INDEX_DTYPE, TARGETS_DTYPE, read_npy, read_picture
 CHUNK_ROWS = 16
 ROWS_PER_SHARD = 1024
 RowsPerShard = Annotated[Count, pydantic.Field(multiple_of=CHUNK_ROWS)]
-# The extension in the tar of what targets.npy locates.
+# The extension of the masks or boxes in a tar.
 TARGETS = {"segment": "mask.png", "detect": "json"}
 Task = Absent[Literal["segment", "detect"]]
 Ignore = Absent[tuple[int, ...]]
@@ -26,8 +26,8 @@ Ignore = Absent[tuple[int, ...]]
 class ShardEntry(Record):
     """One tar of a split and its index.
 
-    `first_candidate` is the position in the split's order at which reading starts to rebuild the
-    shard. Early datasets do not record it.
+    To rebuild the shard, reading starts at position `first_candidate` of the split's order. Early
+    datasets do not record it.
     """
 
     rows: Count
@@ -40,7 +40,7 @@ class ShardEntry(Record):
 
 
 class CocoEntry(Record):
-    """The COCO category id of each class, and how many annotations of the source were changed."""
+    """The COCO category id of each class, and the number of changed annotations of the source."""
 
     category_ids: tuple[int, ...]
     boxes_dropped: Amount
@@ -213,13 +213,13 @@ class Dataset:
         Raises: UsageError unless every picture of "train" and "val" has a label.
         """
         for split in ("train", "val"):
-            bare = int((self.labels(split) < 0).sum())
-            if not self.rows(split) or bare or len(self.classes) < 2:
+            rows, unlabeled = self.rows(split), int((self.labels(split) < 0).sum())
+            if not rows or unlabeled or len(self.classes) < 2:
                 expected = f"expected labels for every picture of {split!r}, of two classes or more"
-                found = f"{len(self.classes)} classes, {bare} of {self.rows(split)} without a label"
-                task = self.record.task
-                hint = "; it has masks: use `mcm-train probe`" if task == "segment" else ""
-                hint = "; it has boxes, and no labels" if task == "detect" else hint
+                found = f"{len(self.classes)} classes, {unlabeled} of {rows} without a label"
+                hints = {"segment": "; it has masks: use `mcm-train probe`"}
+                hints["detect"] = "; it has boxes, and no labels"
+                hint = hints.get(self.record.task or "", "")
                 raise UsageError(f"{self.path}: {expected}; found {found}{hint}")
         return self
 
@@ -232,14 +232,13 @@ class Dataset:
         order = np.argsort(keys_of)
         first = np.searchsorted(keys_of[order], keys, "left")
         last = np.searchsorted(keys_of[order], keys, "right")
-        rows = np.flatnonzero(first < last).tolist()
-        alike = ((row, order[first[row] : last[row]].tolist()) for row in rows)
-        same = (
-            row
-            for row, rows_of in alike
-            if self.picture(split, row)[0] in (self.picture(of, i)[0] for i in rows_of)
-        )
-        return np.fromiter(same, np.int64)
+        copies = []
+        for row in np.flatnonzero(first < last).tolist():
+            picture = self.picture(split, row)[0]
+            rows_of = order[first[row] : last[row]].tolist()  # those with the same key
+            if any(self.picture(of, row_of)[0] == picture for row_of in rows_of):
+                copies.append(row)
+        return np.array(copies, np.int64)
 
     def _keys(self, split: str) -> npt.NDArray[np.uint64]:
         """Return the size and crc32c of every picture, as one number per picture."""
@@ -250,11 +249,11 @@ class Dataset:
     def picture(self, split: str, row: int) -> tuple[bytes, int]:
         """Return the source bytes of a row, after a crc32c check, and its label."""
         shard, position = divmod(row, self.record.rows_per_shard)
-        place: Any = self.index(split, shard)[position]
-        return read_picture(self.tar(split, shard), place, row), int(place["label"])
+        entry: Any = self.index(split, shard)[position]
+        return read_picture(self.tar(split, shard), entry, row), int(entry["label"])
 
     def mask(self, split: str, row: int) -> Mask:
-        """Return the pixel labels [H, W] of a row. Unlabeled pixels are IGNORED.
+        """Return the class of each pixel [H, W] of a row; an unlabeled pixel is IGNORED.
 
         Raises: UsageError if rows have no masks; CorruptionError if the crc32c differs.
         """
@@ -270,11 +269,11 @@ class Dataset:
         assert self.record.coco is not None
         return decode_boxes(data, self.record.coco.category_ids, where)
 
-    def _target(self, split: str, row: int, task: str, what: str) -> tuple[bytes, str]:
+    def _target(self, split: str, row: int, task: str, kind: str) -> tuple[bytes, str]:
         """Return the checked bytes of a row's mask or boxes, and their place for an error."""
         if self.record.task != task:
             found = f"its task is {self.record.task or 'classify'}"
-            raise UsageError(f"{self.path}: expected a DATASET with {what}; {found}")
+            raise UsageError(f"{self.path}: expected a DATASET with {kind}; {found}")
         shard, position = divmod(row, self.record.rows_per_shard)
         tar = self.tar(split, shard)
         data = read_picture(tar, self.targets(split, shard)[position], row)

@@ -3,7 +3,7 @@
 The rule, of version PICTURE_RULES:
 
 - The content decides the format, which is JPEG, PNG or WebP; the name does not.
-- A picture has at most MAX_PIXELS. Of several frames, the first counts.
+- A picture has at most MAX_PIXELS. Of several frames, the first is decoded.
 - The EXIF orientation is applied. An ICC profile is ignored, as in timm and torchvision.
 - 16-bit gray keeps the high byte of each value. Its transparent color is ignored.
 - Any other picture with transparency is composited over white.
@@ -27,8 +27,7 @@ from .rng import uniform
 PICTURE_RULES = 1
 MAX_PIXELS = 64_000_000
 FORMATS = ("JPEG", "PNG", "WEBP")
-# File names of pictures. gif, bmp and tiff are listed so that each one is refused by name instead
-# of left out.
+# Extensions of candidates. gif, bmp and tiff files are refused and recorded, not left out silently.
 PICTURES = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
 RGB = npt.NDArray[np.uint8]
 
@@ -45,9 +44,9 @@ class PictureRefused(Exception):
 
 
 def picture_extension(data: bytes) -> str:
-    """Return `jpg`, `png` or `webp`, which the first bytes decide.
+    """Return `jpg`, `png` or `webp` by the first bytes of a picture.
 
-    Raises: PictureRefused if the format is another one.
+    Raises: PictureRefused for another format.
     """
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
@@ -70,7 +69,7 @@ def decode_rgb(data: bytes) -> RGB:
             if picture.width * picture.height > MAX_PIXELS:
                 detail = f"{picture.width}x{picture.height} is over {MAX_PIXELS} pixels"
                 raise PictureRefused("too-large", detail)
-            if (rgb_HW3 := _plain_jpeg(picture, data)) is not None:
+            if (rgb_HW3 := _upright_jpeg(picture, data)) is not None:
                 return rgb_HW3
             picture.load()
             return np.asarray(_to_rgb(ImageOps.exif_transpose(picture)))
@@ -87,11 +86,11 @@ def error_detail(error: Exception) -> str:
     return re.sub(r" ?<[^>]* at 0x[0-9a-f]+>", "", str(error))
 
 
-def _plain_jpeg(picture: Image.Image, data: bytes) -> RGB | None:
+def _upright_jpeg(picture: Image.Image, data: bytes) -> RGB | None:
     """Return the pixels of an upright RGB JPEG, or None if Pillow has to decode or refuse it.
 
-    simplejpeg gives the pixels of Pillow in two thirds of the time: both use libjpeg-turbo. It
-    raises ValueError for any damage, of which Pillow accepts some.
+    simplejpeg takes two thirds of Pillow's time and returns the same pixels, because both use
+    libjpeg-turbo. It raises ValueError for any damage; Pillow accepts some damage.
     """
     if picture.format not in ("JPEG", "MPO") or picture.mode != "RGB":
         return None
@@ -123,15 +122,15 @@ def resize_rgb(rgb_HW3: RGB, height: int, width: int) -> RGB:
 def check_encoding(encoding: str) -> tuple[int, str] | None:
     """Return (quality, subsampling) of "jpeg:QUALITY:444|422|420", or None for "png".
 
-    Raises: UsageError if the encoding is another one.
+    Raises: UsageError for another encoding.
     """
     if encoding == "png":
         return None
-    known = re.fullmatch("jpeg:0{0,2}([1-9][0-9]?|100):(444|422|420)", encoding)
-    if not known:
+    match = re.fullmatch("jpeg:0{0,2}([1-9][0-9]?|100):(444|422|420)", encoding)
+    if not match:
         expected = "expected png or jpeg:QUALITY:444|422|420"
         raise UsageError(f"view encoding: {expected}; found {encoding!r}")
-    return int(known[1]), known[2]
+    return int(match[1]), match[2]
 
 
 def encode_view(rgb_HW3: RGB, encoding: str) -> bytes:
@@ -172,10 +171,10 @@ def decode_view_into(data: bytes | memoryview, out_HW3: RGB) -> None:
 
 
 def pixels_sha256(encoding: str) -> str:
-    """Return the digest of a fixed picture that passes from a JPEG to a teacher's input.
+    """Return the digest of a fixed view and teacher input, which are computed from a JPEG.
 
-    It changes when another version of the decoder, encoder or resize changes a pixel, and when
-    another processor does.
+    It changes if another version of the decoder, encoder or resize, or another processor, changes a
+    pixel.
     """
     noise = uniform(0, "pixels", np.arange(64 * 96 * 3)).reshape(64, 96, 3)
     source = encode_view(resize_rgb((noise * 255).astype(np.uint8), 160, 240), "jpeg:90:420")

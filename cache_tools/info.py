@@ -30,16 +30,16 @@ def guessed(path: Path) -> str:
 
     Early versions guessed them for weights from a file, and did not record them in extract.toml.
     """
-    request = path / "extract.toml"
+    file = path / "extract.toml"
     try:
-        text = read_capped(request, error=UsageError).decode() if request.is_file() else ""
-        asked = tomllib.loads(text)
+        text = read_capped(file, error=UsageError).decode() if file.is_file() else ""
+        request = tomllib.loads(text)
     except (ValueError, UsageError) as error:  # a warning only: the features do not depend on it
-        return f"{request}: expected TOML; found {error}"
-    teacher, weights = str(asked.get("teacher")), str(asked.get("weights"))
+        return f"{file}: expected TOML; found {error}"
+    teacher, weights = str(request.get("teacher")), str(request.get("weights"))
     # A local folder and a tag of timm state the mean and std.
     stated = "/" in teacher or teacher.startswith("timm:") and "." in teacher
-    if "teacher_mean" in asked or stated or not {"/", "."} & set(weights):
+    if "teacher_mean" in request or stated or not {"/", "."} & set(weights):
         return ""
     found = f"the teacher's mean and std were guessed, because {weights} states none"
     return f"{path}: {found}; compare them with the source of the weights"
@@ -78,39 +78,39 @@ def _cache_info(cache: Cache) -> dict[str, Any]:
 
 def _unit_info(unit: Unit) -> dict[str, Any]:
     shards = unit.committed()
-    known: dict[str, Any] = {"complete": unit.complete, "shards": len(shards)}
-    known |= {"of": unit.num_shards, "rows": unit.rows}
+    facts: dict[str, Any] = {"complete": unit.complete, "shards": len(shards)}
+    facts |= {"of": unit.num_shards, "rows": unit.rows}
     if not shards:
-        return known
+        return facts
     times_s = sorted(unit.commit_file(shard).stat().st_mtime for shard in shards)
     if len(shards) > 1 and not unit.complete:
         shard_s = (times_s[-1] - times_s[0]) / (len(shards) - 1)
-        known["eta_s"] = round(shard_s * (unit.num_shards - len(shards)))
-    found = [(commit.fidelity, commit.files.values()) for commit in map(unit.commit, shards)]
-    known["bytes"] = sum(file.bytes for _, files in found for file in files)
-    known["cosine"] = min(fidelity.cosine for fidelity, _ in found)
-    known["relative_mse"] = max(fidelity.relative_mse for fidelity, _ in found)
-    known["precision_mse"] = max(fidelity.precision_mse for fidelity, _ in found)
-    return known
+        facts["eta_s"] = round(shard_s * (unit.num_shards - len(shards)))
+    recorded = [(commit.fidelity, commit.files.values()) for commit in map(unit.commit, shards)]
+    facts["bytes"] = sum(file.bytes for _, files in recorded for file in files)
+    facts["cosine"] = min(fidelity.cosine for fidelity, _ in recorded)
+    facts["relative_mse"] = max(fidelity.relative_mse for fidelity, _ in recorded)
+    facts["precision_mse"] = max(fidelity.precision_mse for fidelity, _ in recorded)
+    return facts
 
 
-def summary(known: dict[str, Any]) -> str:
+def summary(facts: dict[str, Any]) -> str:
     """Return the description of `info` as lines of text."""
-    if known["kind"] == "dataset":
-        size = f"{known['classes']} classes, {known['bytes'] / 1e6:.1f} MB, seed {known['seed']}"
-        lines = [f"DATASET {known['path']} ({known['task']}): {size}"]
-        for name, split in known["splits"].items():
+    if facts["kind"] == "dataset":
+        size = f"{facts['classes']} classes, {facts['bytes'] / 1e6:.1f} MB, seed {facts['seed']}"
+        lines = [f"DATASET {facts['path']} ({facts['task']}): {size}"]
+        for name, split in facts["splits"].items():
             rows = f"{split['rows']} rows in {split['shards']} shards"
             objects = f", {split['objects']} objects" if "objects" in split else ""
             lines.append(f"  {name:<8} {rows}{objects}, {split['refused']} refused")
-        if known["task"] != "classify":
-            more = "; ..." * (len(known["names"]) > SHOWN_NAMES)
-            lines.append(f"  classes  {'; '.join(known['names'][:SHOWN_NAMES])}{more}")
-        if known["ignore"]:
-            ignored = ", ".join(map(str, known["ignore"]))
+        if facts["task"] != "classify":
+            more = "; ..." * (len(facts["names"]) > SHOWN_NAMES)
+            lines.append(f"  classes  {'; '.join(facts['names'][:SHOWN_NAMES])}{more}")
+        if facts["ignore"]:
+            ignored = ", ".join(map(str, facts["ignore"]))
             lines.append(f"  ignored  value {ignored} of the source's masks")
         return "\n".join(lines)
-    identity = known["identity"]
+    identity = facts["identity"]
     teacher, grid = identity["teacher"], identity["grid"]
     teacher_px = f"{teacher['height']}x{teacher['width']} px"
     view_px = f"{identity['view_height']}x{identity['view_width']} px"
@@ -118,13 +118,13 @@ def summary(known: dict[str, Any]) -> str:
     compress = f" by {identity['compress']}" if identity.get("compress") else ""
     cls = ", CLS" if identity["has_cls"] else ""
     lines = [
-        f"CACHE {known['path']} ({known['sha256'][:12]})",
+        f"CACHE {facts['path']} ({facts['sha256'][:12]})",
         f"  teacher  {teacher['name']}, {teacher['activation']}, {teacher_px}",
         f"  pixels   mean {teacher['mean']}, std {teacher['std']}, {teacher['kernel']}",
         f"  features {shape}, {identity['dtype']}{compress}{cls}",
         f"  views    {view_px}, {identity['crop']['kind']}, {identity['view_encoding']}",
     ]
-    for name, unit in known["units"].items():
+    for name, unit in facts["units"].items():
         state = "complete" if unit["complete"] else f"{unit['shards']} of {unit['of']} shards"
         line = f"  {name:<10} {state}, {unit['rows']} rows"
         if "cosine" in unit:
@@ -133,4 +133,4 @@ def summary(known: dict[str, Any]) -> str:
         if "eta_s" in unit:
             line += f", about {unit['eta_s']} s left at the average rate"
         lines.append(line)
-    return "\n".join(lines + [f"warning: {known['warning']}"] * bool(known["warning"]))
+    return "\n".join(lines + [f"warning: {facts['warning']}"] * bool(facts["warning"]))

@@ -22,9 +22,9 @@ from .images import PictureRefused, error_detail
 IGNORED = 255
 Mask = npt.NDArray[np.uint8]
 _HEADER = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-_GREY, _PALETTE = 0, 3  # color types of PNG
+_GRAY, _PALETTE = 0, 3  # color types of PNG
 # Supported bit depths. Gray of 2 and 4 bits is missing, because Pillow scales its values to 255.
-_DEPTHS = {_GREY: (1, 8, 16), _PALETTE: (1, 2, 4, 8)}
+_DEPTHS = {_GRAY: (1, 8, 16), _PALETTE: (1, 2, 4, 8)}
 
 
 class MaskRule(NamedTuple):
@@ -64,9 +64,8 @@ def stored_mask(data: bytes, size_HW: tuple[int, int], rule: MaskRule) -> bytes:
         expected = "expected a PNG in gray of 1, 8 or 16 bits, or with a palette"
         raise PictureRefused("mask-mode", f"{expected}; found {found}")
     if found_HW != size_HW:
-        found, expected = (f"{width}x{height}" for height, width in (found_HW, size_HW))
-        expected = f"expected {expected} pixels, the size of the upright picture"
-        raise PictureRefused("mask-size", f"{expected}; found {found}")
+        expected = f"expected {size_HW[1]}x{size_HW[0]} pixels, the size of the upright picture"
+        raise PictureRefused("mask-size", f"{expected}; found {found_HW[1]}x{found_HW[0]}")
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
             values_HW = np.asarray(picture).astype(np.uint16)
@@ -110,7 +109,7 @@ def decode_mask(data: bytes, num_classes: int, where: str) -> Mask:
 
 
 class Boxes(NamedTuple):
-    """The N objects of a picture, in pixels of the upright picture; x is right and y is down.
+    """The N objects of a picture, in pixels of the upright picture; x points right and y down.
 
     `boxes_N4` is x0, y0, x1, y1. A label is a position in the classes. `segmentation` holds, per
     object, COCO's list of polygons [x, y, x, y, ...], its RLE, or an empty list.
@@ -134,21 +133,20 @@ def decode_boxes(data: bytes, category_ids: Sequence[int], where: str) -> Boxes:
     """
     try:
         picture = json.loads(data)
-        found = picture["annotations"]
-        xywh_N4 = np.array([each["bbox"] for each in found], np.float64).reshape(len(found), 4)
-        areas = [each.get("area", each["bbox"][2] * each["bbox"][3]) for each in found]
+        objects = picture["annotations"]
+        xywh_N4 = np.array([each["bbox"] for each in objects], np.float64).reshape(len(objects), 4)
+        areas = [each.get("area", each["bbox"][2] * each["bbox"][3]) for each in objects]
+        labels = [category_ids.index(each["category_id"]) for each in objects]
         size_HW = (picture["height"], picture["width"])
-        ends_N2 = (xywh_N4[:, :2] + xywh_N4[:, 2:]).clip(max=size_HW[::-1])  # rounding of the sum
+        ends_N2 = (xywh_N4[:, :2] + xywh_N4[:, 2:]).clip(max=size_HW[::-1])  # the sum is rounded
         return Boxes(
             image_id=picture["image_id"],
             size_HW=size_HW,
-            labels_N=np.array(
-                [category_ids.index(each["category_id"]) for each in found], np.int64
-            ),
+            labels_N=np.array(labels, np.int64),
             boxes_N4=np.concatenate([xywh_N4[:, :2], ends_N2], 1),
             area_N=np.array(areas, np.float64),
-            iscrowd_N=np.array([each.get("iscrowd", 0) for each in found], np.bool_),
-            segmentation=[each.get("segmentation") or [] for each in found],
+            iscrowd_N=np.array([each.get("iscrowd", 0) for each in objects], np.bool_),
+            segmentation=[each.get("segmentation") or [] for each in objects],
         )
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         expected = "expected the COCO annotations of a picture"

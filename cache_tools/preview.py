@@ -31,7 +31,7 @@ ORIGINAL = 320  # maximum side of an original in px
 def preview(
     path: Path, out: Path, data: Path | None = None, rows: int = 8, split: str = "train"
 ) -> str:
-    """Write a PNG sheet of `rows` rows, evenly spaced over a split. Return a description of it.
+    """Write a PNG sheet of `rows` rows, evenly spaced over a split, and return its description.
 
     Raises: UsageError; IdentityError if `data` is not the DATASET of the cache; CorruptionError.
     """
@@ -46,28 +46,28 @@ def preview(
     for unit in units:
         unit.check_arrays()
     dataset, total = _dataset(cache, data), units[0].rows
-    picked = np.linspace(0, total - 1, min(rows, total), dtype=int).tolist()
-    write_atomic(out, png(_draw(cache, units, dataset, picked)))
+    shown = np.linspace(0, total - 1, min(rows, total), dtype=int).tolist()
+    write_atomic(out, png(_draw(cache, units, dataset, shown)))
     views = ", ".join(f"v{unit.view}" for unit in units)
     missing = f"; no originals: found no DATASET in {path}/dataset; use --data DATASET"
-    shown = f"{len(picked)} of {total} rows of {split}, views {views}"
-    return f"{out}: {shown}{'' if dataset else missing}"
+    text = f"{len(shown)} of {total} rows of {split}, views {views}"
+    return f"{out}: {text}{'' if dataset else missing}"
 
 
 def _draw(
     cache: Cache, units: Sequence[Unit], dataset: Dataset | None, rows: Sequence[int]
 ) -> Figure:
-    shown = [[_read(unit, row) for unit in units] for row in rows]
-    features_SVNC = np.array([[features_NC for _, features_NC, _ in line] for line in shown])
+    lines = [[_read(unit, row) for unit in units] for row in rows]
+    features_SVNC = np.array([[features_NC for _, features_NC, _ in line] for line in lines])
     grid = (*features_SVNC.shape[:2], *cache.identity.grid, 3)
     colors = pca_colors(features_SVNC, features_SVNC).reshape(grid)
     pictures: list[list[Any]] = []
-    for row, line, painted in zip(rows, shown, colors, strict=True):
+    for row, line, colors_VHW3 in zip(rows, lines, colors, strict=True):
         pictures.append([_original(dataset, units[0].split, row) if dataset else None])
-        for (view_HW3, _, _), colors_HW3 in zip(line, painted, strict=True):
+        for (view_HW3, _, _), colors_HW3 in zip(line, colors_VHW3, strict=True):
             pictures[-1] += [view_HW3, colors_HW3]
     figure, axes = sheet(pictures)
-    for row, line, (original, *cells) in zip(rows, shown, axes, strict=True):
+    for row, line, (original, *cells) in zip(rows, lines, axes, strict=True):
         label = int(line[0][2]["label"])
         name = one_line(cache.identity.classes[label])[:16] if label >= 0 else "no label"
         original.set_title(f"row {row}: {name}", fontsize=8, parse_math=False)
@@ -116,19 +116,19 @@ def pca_colors(
 ) -> npt.NDArray[np.float32]:
     """Return three principal components of `features` [..., C] as colors [..., 3] in [0, 1].
 
-    The components are fitted on `basis` [..., C]. Its percentiles 1 and 99 are mapped to 0 and 1.
-    If C < 3, the other colors are 0.
+    The components are fitted to `basis` [..., C]; its percentiles 1 and 99 become 0 and 1. If
+    C < 3, the other colors are 0.
     """
     flat = basis.reshape(-1, basis.shape[-1])
     mean = flat.mean(0)
     flat = flat - mean
     _, vectors = np.linalg.eigh(flat.T @ flat)  # 7 times faster than an SVD of 6,000 tokens
-    axes = vectors[:, ::-1][:, :3]
+    components = vectors[:, ::-1][:, :3]
     # LAPACK may return either sign.
-    axes = axes * np.where(axes.sum(0) < 0, -1, 1).astype(np.float32)
-    axes = np.pad(axes, ((0, 0), (0, 3 - axes.shape[1])))
-    low, high = np.percentile(flat @ axes, [1, 99], axis=0).astype(np.float32)
-    scaled = ((features - mean) @ axes - low) / np.maximum(high - low, 1e-6)
+    components = components * np.where(components.sum(0) < 0, -1, 1).astype(np.float32)
+    components = np.pad(components, ((0, 0), (0, 3 - components.shape[1])))
+    low, high = np.percentile(flat @ components, [1, 99], axis=0).astype(np.float32)
+    scaled = ((features - mean) @ components - low) / np.maximum(high - low, 1e-6)
     colors: npt.NDArray[np.float32] = np.clip(scaled, 0, 1)
     return colors
 
@@ -155,7 +155,7 @@ def _original(dataset: Dataset, split: str, row: int) -> RGB:
 
 def _read(unit: Unit, row: int) -> tuple[RGB, npt.NDArray[np.float32], Any]:
     """Return the view uint8 [H, W, 3], features float32 [N, C] and index record of a row."""
-    number, i = divmod(row, CHUNK_ROWS)
-    chunk = unit.chunk(number)
+    chunk = unit.chunk(row // CHUNK_ROWS)
+    i = row % CHUNK_ROWS
     shard, position = divmod(row, unit.identity.rows_per_shard)
     return chunk.images()[i], chunk.features()[i], unit.index(shard)[position]

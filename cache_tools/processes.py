@@ -1,4 +1,4 @@
-"""The set-up of a process: its warnings, its open files, and its end after that of its parent."""
+"""Process setup: warnings, the limit of open files, and the end together with the parent."""
 
 import multiprocessing
 import os
@@ -24,8 +24,8 @@ def ignore_metadata_warnings() -> None:
 def check_open_files(workers: int, needed: int) -> None:
     """Check that the limit of open files allows the `needed` files of `workers` processes.
 
-    Raises: ResourceError when the limit is lower. Without this check, the server of the processes
-    would also print a traceback.
+    Raises: ResourceError if the limit is lower. Without this check, the forkserver would print a
+    traceback.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if limit < needed:
@@ -36,9 +36,9 @@ def check_open_files(workers: int, needed: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Kill this `multiprocessing` child once its parent has ended.
+    """Kill this `multiprocessing` child after its parent has ended.
 
-    The kernel closes a pipe of the parent at that moment, and the child waits for this.
+    The child waits for a pipe of the parent, which the kernel closes when the parent ends.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -46,9 +46,9 @@ def end_with_parent() -> None:
 
 
 def stop_with_launcher(launcher: int) -> None:
-    """Send SIGTERM to this process once it is no child of `launcher`, so that it saves and stops.
+    """Send SIGTERM to this process after its parent `launcher` has ended, so it saves and stops.
 
-    The caller names the launcher because it can end before this function is called.
+    `launcher` is a process id that was read earlier: the launcher may have ended before this call.
     """
 
     def wait() -> None:

@@ -2,7 +2,7 @@
 
 B rows, N tokens, C channels. int8: x = (code * scale_BN) * std_C + mean_C. Channels are
 standardized first: otherwise the outlier channels of CLIP would set the scale of every token.
-The functions compute with numpy or torch, which is the argument `xp`.
+The argument `xp` is the array library: numpy or torch.
 """
 
 from typing import Any
@@ -33,14 +33,13 @@ def encode(dtype: str, x_BNC: Any, mean_C: Any, std_C: Any, xp: Any = np) -> dic
         return {"patch": xp.asarray(x_BNC, dtype=xp.float16)}
     z_BNC = (x_BNC - mean_C) / std_C
     peak_BN = xp.amax(xp.abs(z_BNC), axis=-1)
-    # A NaN stays a NaN here; the caller refuses it.
-    scale_BN = xp.where(peak_BN == 0, xp.ones_like(peak_BN), peak_BN / 127)
+    scale_BN = xp.where(peak_BN == 0, xp.ones_like(peak_BN), peak_BN / 127)  # a NaN stays NaN
     codes_BNC = xp.round(z_BNC / scale_BN[..., None])
     return {"patch": xp.asarray(xp.clip(codes_BNC, -127, 127), dtype=xp.int8), "scale": scale_BN}
 
 
 def decode(codes: Any, scale: Any = None, mean: Any = None, std: Any = None, xp: Any = np) -> Any:
-    """Return float32 features [..., N, C] of the stored arrays.
+    """Return float32 features [..., N, C] from the stored arrays.
 
     float16 needs only `codes`. int8 also needs `scale` [..., N], and `mean` and `std` as [C] or
     [B, 1, C].

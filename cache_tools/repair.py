@@ -4,7 +4,7 @@ The same `extract` or `shard` command then writes the files again. `extract` rec
 without a commit and finishes a unit without a manifest. It also writes a missing cache.json,
 projection.npy, probe.npy or probe.json.
 
-Commits are moved first. If this process dies, no commit refers to a file that was moved.
+Commits are moved first: even if this process dies, no commit refers to a file that was moved.
 """
 
 from dataclasses import dataclass, field
@@ -20,8 +20,8 @@ from .verify import Problem, Report
 class Repair:
     """The result of a repair.
 
-    `moved` holds paths relative to the CACHE or DATASET. `held` names the shards that other
-    processes hold. `next` is the command to run next.
+    `moved` lists paths relative to the CACHE or DATASET. `held` lists the shards that another
+    process has locked. `next` is the command to run next.
     """
 
     quarantine: str
@@ -39,26 +39,26 @@ class Repair:
 def repair(report: Report) -> Repair:
     """Move the damaged files of `report` and their commits and manifests to the quarantine.
 
-    A shard that a worker holds is left in place.
+    A shard that a worker has locked is left in place.
 
-    Raises: OSError if a file cannot be moved. The next repair continues.
+    Raises: OSError if a file cannot be moved; the next repair continues from there.
     """
     root = Path(report.path)
     quarantine = work_dir(root) / "quarantine"
     target = quarantine / f"{len(list(quarantine.glob('*'))):06d}"
     kinds = {problem.what for problem in report.problems}
-    done = Repair(str(target), next=_next_command(root, kinds))
+    result = Repair(str(target), next=_next_command(root, kinds))
     for (_, split, shard), group in groupby(sorted(report.problems, key=_place), key=_place):
         files = _files_to_move(root, list(group))
         if shard < 0:
-            done.moved += _move(root, target, files)
+            result.moved += _move(root, target, files)
             continue
-        with try_lock(shard_lock(root, split, shard)) as held:
-            if held:
-                done.moved += _move(root, target, files)
+        with try_lock(shard_lock(root, split, shard)) as locked:
+            if locked:
+                result.moved += _move(root, target, files)
             else:
-                done.held.append(f"{split} shard {shard}")
-    return done
+                result.held.append(f"{split} shard {shard}")
+    return result
 
 
 def _place(problem: Problem) -> tuple[str, str, int]:

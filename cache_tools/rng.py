@@ -21,8 +21,8 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 def hash_u64(seed: int, purpose: str, *counters: Counter) -> npt.NDArray[np.uint64]:
     """Return 64 hashed bits for each element of the broadcast `counters`."""
-    name = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-    state = np.array(int.from_bytes(name[:8], "little"), dtype=np.uint64)
+    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
+    state = np.array(int.from_bytes(digest[:8], "little"), dtype=np.uint64)
     with np.errstate(over="ignore"):
         for counter in counters:
             bits = np.asarray(counter).astype(np.uint64)

@@ -53,8 +53,8 @@ class CacheIdentity(Record):
 
     `grid` is (rows, columns) of patch tokens. Sizes are in pixels. `pixels_sha256` is the digest of
     a fixed picture after the decoders, resize and encoder of the first worker's machine. Early
-    caches have neither `compress` nor `pixels_sha256`. The None value is omitted, so the digests of
-    these caches hold.
+    caches have neither `compress` nor `pixels_sha256`. None is not written, so the digests of these
+    caches stay valid.
     """
 
     format: Literal["mcm-cache"] = "mcm-cache"
@@ -123,7 +123,7 @@ class ProbeRecord(Record):
 
 
 class Fingerprint(Record):
-    """What the bytes depend on besides the request and the model of the processor.
+    """What a machine adds to the identity: the stored bytes depend on it.
 
     `versions` also holds the name of the GPU, or the number of CPU threads.
     """
@@ -135,19 +135,19 @@ class Fingerprint(Record):
 
 
 def installed_versions(*packages: str) -> dict[str, str]:
-    """Return the versions of those packages that are installed.
+    """Return the version of each package that is installed.
 
-    A checkout has no metadata of its own, and a GPU machine may lack some packages.
+    A checkout of this project has no metadata, and a GPU machine may lack some packages.
     """
-    found = {}
+    versions = {}
     for name in packages:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 class Fidelity(Record):
-    """Error of the stored features.
+    """The error of the stored features.
 
     `relative_mse` and `cosine` measure the quantization of channel-standardized values.
     `precision_mse` measures the precision of the teacher's forward pass.
@@ -159,7 +159,7 @@ class Fidelity(Record):
 
 
 class FileEntry(Record):
-    """Size and hash of a committed file."""
+    """The size and hash of a committed file."""
 
     bytes: Amount
     sha256: str

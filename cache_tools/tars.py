@@ -36,20 +36,19 @@ class TarWriter(NamedTuple):
     tar: tarfile.TarFile
     file: AtomicFile
 
-    def add(self, key: str, fields: Mapping[str, bytes], picture: str) -> tuple[int, int, int]:
+    def add(self, key: str, fields: Mapping[str, bytes], indexed: str) -> tuple[int, int, int]:
         """Add one sample; `fields` maps each extension to its bytes.
 
-        Returns (offset, size, crc32c) of the field `picture`.
+        Returns (offset, size, crc32c) of the field `indexed`.
         """
         entry = (0, 0, 0)
         for extension, data in fields.items():
             member = tarfile.TarInfo(f"{key}.{extension}")
             member.size, member.mode = len(data), 0o644
-            if extension == picture:
+            if extension == indexed:
                 entry = (self.file.bytes + _HEADER_BYTES, len(data), crc32c(data))
             self.tar.addfile(member, io.BytesIO(data))
-        # Otherwise tarfile keeps every header in memory.
-        self.tar.members = []  # type: ignore[attr-defined]
+        self.tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
         return entry
 
 
@@ -76,8 +75,8 @@ def encode_npy(array: npt.NDArray[Any]) -> bytes:
 def read_npy(path: Path, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
     """Return the array of `dtype` in a .npy file of version 1.0; bytes after the array are ignored.
 
-    The array is a view of the bytes that were read, so a wrong header allocates no memory;
-    `np.load` would allocate first.
+    The array is a view of the bytes of the file, so a wrong header allocates no memory, unlike in
+    `np.load`.
 
     Raises: CorruptionError if the file is missing or is not a .npy file of `dtype`.
     """
@@ -98,7 +97,7 @@ def read_npy(path: Path, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
 
 
 def read_picture(tar: Path, entry: Any, row: int) -> bytes:
-    """Return the picture of a row, which `entry` of the index locates, after a crc32c check.
+    """Return the picture, mask or boxes that `entry` of an index locates, after a crc32c check.
 
     Raises: CorruptionError with the file and the row.
     """
@@ -112,6 +111,6 @@ def checked_picture(tar: Path, data: Data, expected_crc32c: int, row: int) -> Da
     Raises: CorruptionError with the file and the row.
     """
     if crc32c(data) != expected_crc32c:
-        found = "expected the crc32c of the index for the picture, mask or boxes; found another"
-        raise CorruptionError(f"{tar}: row {row}: {found}; run `mcm-cache verify`")
+        expected = "expected the crc32c of the index for the picture, mask or boxes; found another"
+        raise CorruptionError(f"{tar}: row {row}: {expected}; run `mcm-cache verify`")
     return data

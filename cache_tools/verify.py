@@ -38,7 +38,7 @@ _DAMAGE = (errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 class Problem:
     """A damaged file. `what` is its kind; `unit` is a name such as "train/v0".
 
-    If `shard` is set, the damage affects this shard only.
+    If `shard` is set, only this shard is damaged.
     """
 
     text: str
@@ -77,14 +77,14 @@ class Report:
         else:
             self.files += 1
 
-    def add(self, found: "Report") -> None:
+    def add(self, shard: "Report") -> None:
         """Add the report of a shard."""
-        self.files, self.rows = self.files + found.files, self.rows + found.rows
-        self.problems += found.problems
+        self.files, self.rows = self.files + shard.files, self.rows + shard.rows
+        self.problems += shard.problems
 
 
-class _Part(NamedTuple):
-    """A unit or a split. Its shards can be checked independently and in any order."""
+class _Shards(NamedTuple):
+    """The shards of a unit or a split, which are checked independently and in any order."""
 
     name: str
     shards: Sequence[int]
@@ -93,7 +93,7 @@ class _Part(NamedTuple):
     def drawn(self, share: float, seed: int) -> list[int]:
         """Return a `share` of the shards, at least one.
 
-        The shards with the smallest hashes are drawn, so a larger share contains a smaller one.
+        The shards with the smallest hashes are drawn, so a larger share contains a smaller share.
         """
         hashes = hash_u64(seed, f"verify/{self.name}", np.array(self.shards, np.int64))
         order = np.argsort(hashes, kind="stable")
@@ -113,64 +113,64 @@ def verify(
             f"--subset: expected more than 0% and at most 100%; found {100 * share:g}%"
         )
     report = Report(str(path), quick)
-    parts = list(_parts(path, report))
-    steps = [(part.check, shard) for part in parts for shard in part.drawn(share, seed)]
-    report.shards, report.of = len(steps), sum(len(part.shards) for part in parts)
+    groups = _shard_groups(path, report)
+    checks = [partial(group.check, shard) for group in groups for shard in group.drawn(share, seed)]
+    report.shards, report.of = len(checks), sum(len(group.shards) for group in groups)
     # Threads overlap reads and sha256. A quick check runs Python code only, so it uses one thread.
     threads = 1 if quick else min(8, len(os.sched_getaffinity(0)))
-    shown = progress(len(steps), f"verify {path}", "shards", quiet=quiet)
-    with shown as bar, ThreadPoolExecutor(threads) as pool:
-        for found in (pool.map if threads > 1 else map)(lambda step: step[0](step[1]), steps):
-            report.add(found)
+    total, title = len(checks), f"verify {path}"
+    with progress(total, title, "shards", quiet=quiet) as bar, ThreadPoolExecutor(threads) as pool:
+        for shard_report in (pool.map if threads > 1 else map)(lambda check: check(), checks):
+            report.add(shard_report)
             bar.update(1)
     return report
 
 
-def _parts(path: Path, report: Report) -> list[_Part]:
-    """Return the parts of `path`, after a check of the files that do not belong to a shard."""
-    for name, parts in (("cache.json", _cache_parts), ("dataset.json", _dataset_parts)):
+def _shard_groups(path: Path, report: Report) -> list[_Shards]:
+    """Check the files of `path` that do not belong to a shard, and return its shards."""
+    for name, list_groups in (("cache.json", _cache_groups), ("dataset.json", _dataset_groups)):
         record = path / name
         if record.is_file():
             try:
-                return parts(path, report)
-            except CorruptionError as error:  # the other files are described by this record
+                return list_groups(path, report)
+            except CorruptionError as error:  # this record describes the other files
                 report.problems.append(Problem(str(error), str(record), record.name))
                 return []
     expected = "expected a DATASET (dataset.json) or a CACHE (cache.json)"
     raise UsageError(f"{path}: {expected}; found {found_at(path)}")
 
 
-def _dataset_parts(path: Path, report: Report) -> list[_Part]:
-    dataset, parts = Dataset(path), []
+def _dataset_groups(path: Path, report: Report) -> list[_Shards]:
+    dataset, groups = Dataset(path), []
     for split, entry in dataset.record.splits.items():
         info = path / split / "_info.json"
         if info.is_file():  # `shard` writes a missing one
             with report.file(info, "_info.json", split):
                 check_bytes(info, info_json(split, entry))
         check = partial(_check_dataset_shard, dataset, report.quick, split)
-        parts.append(_Part(split, range(len(entry.shards)), check))
-    return parts
+        groups.append(_Shards(split, range(len(entry.shards)), check))
+    return groups
 
 
 def _check_dataset_shard(dataset: Dataset, quick: bool, split: str, shard: int) -> Report:
-    found, place = Report(""), (split, None, shard)
-    parts: Iterable[str] = ()
+    report, place = Report(""), (split, None, shard)
+    damaged: Iterable[str] = ()
     tar, entry = dataset.tar(split, shard), dataset.split(split).shards[shard]
     row0 = shard * dataset.record.rows_per_shard
-    with found.file(tar.with_suffix(".index.npy"), "index", *place):
-        parts = _damaged_rows(tar, dataset.index(split, shard), row0)
+    with report.file(tar.with_suffix(".index.npy"), "index", *place):
+        damaged = _damaged_rows(tar, dataset.index(split, shard), row0)
     if entry.targets_sha256:
-        with found.file(tar.with_suffix(".targets.npy"), "targets", *place):
+        with report.file(tar.with_suffix(".targets.npy"), "targets", *place):
             what = "mask of row" if dataset.record.task == "segment" else "boxes of row"
-            parts = chain(parts, _damaged_rows(tar, dataset.targets(split, shard), row0, what))
-    with found.file(tar, "tar", *place):
-        _check_file(tar, FileEntry(bytes=entry.tar_bytes, sha256=entry.tar_sha256), quick, parts)
-    found.rows = 0 if quick or found.problems else entry.rows
-    return found
+            damaged = chain(damaged, _damaged_rows(tar, dataset.targets(split, shard), row0, what))
+    with report.file(tar, "tar", *place):
+        _check_file(tar, FileEntry(bytes=entry.tar_bytes, sha256=entry.tar_sha256), quick, damaged)
+    report.rows = 0 if quick or report.problems else entry.rows
+    return report
 
 
-def _cache_parts(path: Path, report: Report) -> list[_Part]:
-    cache, parts = Cache(path), []
+def _cache_groups(path: Path, report: Report) -> list[_Shards]:
+    cache, groups = Cache(path), []
     if cache.identity.teacher.projection_sha256:
         with report.file(path / "projection.npy", "projection"):
             cache.projection()
@@ -187,27 +187,27 @@ def _cache_parts(path: Path, report: Report) -> list[_Part]:
                 with report.file(file, "zarr.json", unit.split, str(unit)):
                     check_bytes(file, data)
         shards = range(unit.num_shards) if bound else unit.committed()
-        parts.append(_Part(str(unit), shards, partial(_check_shard, unit, bound, report.quick)))
-    return parts
+        groups.append(_Shards(str(unit), shards, partial(_check_shard, unit, bound, report.quick)))
+    return groups
 
 
 def _check_shard(unit: Unit, bound: bool, quick: bool, shard: int) -> Report:
-    found, place = Report(""), (unit.split, str(unit), shard)
+    report, place = Report(""), (unit.split, str(unit), shard)
     arrays = {name: unit.group / spec.shard_file(shard) for name, spec in unit.specs.items()}
     paths = {"index": unit.index_file(shard), "views": unit.tar(shard)} | arrays
-    with found.file(unit.commit_file(shard), "commit", *place):
+    with report.file(unit.commit_file(shard), "commit", *place):
         commit = unit.commit(shard, bound)
         names = {path.relative_to(unit.path).as_posix() for path in paths.values()}
         if commit.files.keys() != names:
             expected = f"expected {sorted(names)}; found {sorted(commit.files)}"
             raise CorruptionError(f"{unit.commit_file(shard)}: {expected}")
-    if not found.problems:
+    if not report.problems:
         for what, path in paths.items():
-            with found.file(path, what, *place):
+            with report.file(path, what, *place):
                 entry = commit.files[path.relative_to(unit.path).as_posix()]
                 _check_file(path, entry, quick, _damaged(unit, commit, what))
-        found.rows = 0 if quick or found.problems else commit.rows
-    return found
+        report.rows = 0 if quick or report.problems else commit.rows
+    return report
 
 
 def _damaged(unit: Unit, commit: Commit, what: str) -> Iterator[str]:
@@ -220,8 +220,8 @@ def _damaged(unit: Unit, commit: Commit, what: str) -> Iterator[str]:
         return
     checksums = commit.chunk_crc32c[what]
     if what == "index":
-        found = index_crc32cs(unit.stored_index(shard))
-        differ = [one != expected for one, expected in zip(found, checksums, strict=True)]
+        stored = index_crc32cs(unit.stored_index(shard))
+        differ = [crc32c != expected for crc32c, expected in zip(stored, checksums, strict=True)]
     else:
         read = partial(read_chunk, unit.group, unit.specs[what], shard)
         differ = [_fails(read, position, crc32c) for position, crc32c in enumerate(checksums)]
@@ -232,7 +232,7 @@ def _damaged_rows(
     tar: Path, index: npt.NDArray[np.void], row0: int, what: str = "row"
 ) -> Iterator[str]:
     rows = enumerate(index, row0)
-    return (f"{what} {row}" for row, place in rows if _fails(read_picture, tar, place, row))
+    return (f"{what} {row}" for row, entry in rows if _fails(read_picture, tar, entry, row))
 
 
 def _fails(read: Callable[..., object], *arguments: object) -> bool:
@@ -246,7 +246,7 @@ def _fails(read: Callable[..., object], *arguments: object) -> bool:
 def _check_file(path: Path, entry: FileEntry, quick: bool, parts: Iterable[str]) -> None:
     """Check the size of a file and, unless `quick`, its sha256.
 
-    Raises: CorruptionError with the path and the damaged `parts` of the file.
+    Raises: CorruptionError with the path and the damaged `parts`, which are computed only then.
     """
     size = path.stat().st_size if path.is_file() else "no file"
     if size != entry.bytes:

@@ -36,8 +36,8 @@ Triple = tuple[float, float, float]
 def is_torchscript(path: Path) -> bool:
     """Return whether a file is one of OpenAI's TorchScript archives.
 
-    A TorchScript archive contains code. torch runs this code during loading, and the code can write
-    files. Only the four archives of OpenAI are accepted.
+    A TorchScript archive contains code. torch runs this code when it loads the archive, and the
+    code can write files. Only the four archives of OpenAI are accepted.
 
     Raises: UsageError for another TorchScript archive, and for a damaged zip archive.
     """
@@ -103,18 +103,18 @@ def read_weights(spec: str | Path) -> "tuple[dict[str, Tensor], str]":
         raise UsageError(f"{path}: {expected}; found {found}") from error
     # Small sets are heads and optimizer states.
     sets = {name: tensors for name, tensors in sets.items() if 2 * len(tensors) >= largest}
-    fits = [name for name in sets if name == chosen]
-    fits = fits or [name for name in sets if chosen in name.split(".")]
-    if not fits and chosen in ("ema", "model"):
-        fits = [name for name in sets if ("ema" in name) == (chosen == "ema")]
-    fits = fits if chosen else list(sets)
-    if len(fits) != 1:
+    matches = [name for name in sets if name == chosen]
+    matches = matches or [name for name in sets if chosen in name.split(".")]
+    if not matches and chosen in ("ema", "model"):
+        matches = [name for name in sets if ("ema" in name) == (chosen == "ema")]
+    matches = matches if chosen else list(sets)
+    if len(matches) != 1:
         one_ema = len(sets) == 2 and sum("ema" in name for name in sets) == 1
         names = ("model", "ema") if one_ema else sets
         advice = "use " + " or ".join(f"--weights {path}#{name}" for name in names)
         found = f"found {', '.join(sets)}"
         raise UsageError(f"--weights {spec}: expected one set of weights; {found}; {advice}")
-    return sets[fits[0]], fits[0] if len(sets) > 1 else ""
+    return sets[matches[0]], matches[0] if len(sets) > 1 else ""
 
 
 def _sets(content: Any, prefix: str = "") -> "dict[str, dict[str, Tensor]]":
@@ -130,10 +130,11 @@ def _sets(content: Any, prefix: str = "") -> "dict[str, dict[str, Tensor]]":
     if len(named) < len(keys):
         raise ValueError("names that differ only in the prefix of a wrapper")
     tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
-    found = {prefix + name: part for name, part in _networks(tensors).items()} if tensors else {}
+    networks = _networks(tensors) if tensors else {}
+    sets = {prefix + name: network for name, network in networks.items()}
     for name, value in named.items():
-        found |= _sets(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
-    return {name.rstrip("."): part for name, part in found.items()}
+        sets |= _sets(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
+    return {name.rstrip("."): network for name, network in sets.items()}
 
 
 def _networks(tensors: "dict[str, Tensor]") -> "dict[str, dict[str, Tensor]]":
@@ -150,15 +151,15 @@ def _networks(tensors: "dict[str, Tensor]") -> "dict[str, dict[str, Tensor]]":
         elif rest and not rest[0].isdigit():  # a list of layers is not a network
             groups.setdefault(first, {})[rest] = value
     groups = {first: group for first, group in groups.items() if 4 * len(group) >= len(tensors)}
-    own = {id(value) for first in groups.keys() - TOWERS for value in groups[first].values()}
-    rest_of = {name: value for name, value in tensors.items() if id(value) not in own}
-    groups = {"model": rest_of} | groups
-    found: dict[str, dict[str, Tensor]] = {}
-    for one, other in itertools.permutations(groups, 2):
-        shared = len(groups[one].keys() & groups[other].keys())
-        if not {one, other} <= TOWERS | {"model"} and 2 * shared > len(groups[one]):
-            found |= {name: groups[name] for name in (one, other)}
-    return found or {"": tensors}
+    grouped = {id(value) for first in groups.keys() - TOWERS for value in groups[first].values()}
+    ungrouped = {name: value for name, value in tensors.items() if id(value) not in grouped}
+    groups = {"model": ungrouped} | groups
+    networks: dict[str, dict[str, Tensor]] = {}
+    for first, second in itertools.permutations(groups, 2):
+        shared = len(groups[first].keys() & groups[second].keys())
+        if not {first, second} <= TOWERS | {"model"} and 2 * shared > len(groups[first]):
+            networks |= {name: groups[name] for name in (first, second)}
+    return networks or {"": tensors}
 
 
 def load_whole(
@@ -166,7 +167,7 @@ def load_whole(
 ) -> None:
     """Load `state` into a model.
 
-    A tensor that the model does not have is ignored if its name begins with one of `heads`.
+    Tensors that the model does not have are ignored if their names begin with one of `heads`.
 
     Raises: IdentityError if a tensor of the model is missing or has another shape, or if another
     tensor of `state` is unused.
@@ -284,8 +285,8 @@ def load_timm(
     try:
         options = {"img_size": size} if size else {}
         model = timm.create_model(name, pretrained=hub, num_classes=0, **options)
-        data, module = model.pretrained_cfg, sys.modules[type(model).__module__]
-        convert = getattr(module, "checkpoint_filter_fn", None)
+        data = model.pretrained_cfg
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         state = convert(state, model) if state and convert else state
     except Exception as error:
         if hub and isinstance(error, OSError | RuntimeError):
@@ -302,6 +303,6 @@ def load_timm(
     tags = {tag: config.to_dict() for tag, config in known.items() if config.has_weights}
     default = (data["mean"], data["std"]) if random else None
     family, advice = f"timm:{architecture}", f"use timm:NAME.TAG, {advice}"
-    found = preprocessing(family, given, own, source, tags, default, advice)
-    data |= {"mean": found.mean, "std": found.std, "interpolation": found.interpolation}
-    return model, found, chosen
+    stated = preprocessing(family, given, own, source, tags, default, advice)
+    data |= {"mean": stated.mean, "std": stated.std, "interpolation": stated.interpolation}
+    return model, stated, chosen

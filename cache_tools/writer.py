@@ -51,7 +51,7 @@ class UnitShardWriter:
         """
         key = row_key(self.shard * self.unit.identity.rows_per_shard + self._views)
         extension = picture_extension(data)
-        place = self._tar.add(key, {extension: data, "cls": str(label).encode()}, picture=extension)
+        place = self._tar.add(key, {extension: data, "cls": str(label).encode()}, indexed=extension)
         self._index[self._views] = (*place, label, *geometry)
         self._views += 1
 

@@ -147,9 +147,9 @@ class ShardWriter:
 
     def index(self) -> bytes:
         """Return the index of the shard, followed by its crc32c."""
-        sizes, index = self._stored_bytes, np.full((self.spec.chunks_per_shard, 2), _ABSENT, "<u8")
-        index[: len(sizes), 1] = sizes
-        index[: len(sizes), 0] = np.cumsum([0, *sizes])[:-1]
+        index = np.full((self.spec.chunks_per_shard, 2), _ABSENT, "<u8")
+        index[: len(self._stored_bytes), 0] = np.cumsum([0, *self._stored_bytes])[:-1]
+        index[: len(self._stored_bytes), 1] = self._stored_bytes
         data: bytes = index.tobytes()
         return data + crc32c(data).to_bytes(_CRC_BYTES, "little")
 
@@ -182,26 +182,24 @@ def read_chunk(
     assert out.shape == spec.chunk_shape and out.dtype == spec.dtype and out.flags.c_contiguous
     buffer = out.data.cast("B")
     if spec.compress:
-        stored: Buffer = _stored(path, spec, position)
+        stored: Buffer = _read_compressed(path, spec, position)
     else:
         read_into(path, position * (spec.chunk_bytes + _CRC_BYTES), buffer)
         stored = buffer
     if crc32c(stored) != expected_crc32c:
-        found = "expected the crc32c of the commit; found another"
-        raise CorruptionError(f"{path}: chunk {position}: {found}; run `mcm-cache verify`")
+        expected = "expected the crc32c of the commit; found another"
+        raise CorruptionError(f"{path}: chunk {position}: {expected}; run `mcm-cache verify`")
     if spec.compress:
         try:
             _zstd().decode(stored, buffer)  # the fixed size of the buffer limits the memory
         except (RuntimeError, ValueError) as error:
-            message = (
-                f"{path}: chunk {position}: expected zstd data; it does not decompress: {error}"
-            )
-            raise CorruptionError(message) from error
+            expected = "expected zstd data; it does not decompress"
+            raise CorruptionError(f"{path}: chunk {position}: {expected}: {error}") from error
     return out
 
 
-def _stored(path: Path, spec: ArraySpec, position: int) -> bytes:
-    """Return the compressed bytes of a chunk, which the index at the end of the shard locates."""
+def _read_compressed(path: Path, spec: ArraySpec, position: int) -> bytes:
+    """Return the compressed bytes of a chunk; the index at the end of the shard locates them."""
     index_bytes = 16 * spec.chunks_per_shard + _CRC_BYTES
     file_bytes = path.stat().st_size if path.is_file() else 0
     index = read_at(path, max(file_bytes - index_bytes, 0), index_bytes)
@@ -209,6 +207,6 @@ def _stored(path: Path, spec: ArraySpec, position: int) -> bytes:
     offset, stored_bytes = pairs[position].tolist()
     limit = 2 * spec.chunk_bytes
     if not _CRC_BYTES <= stored_bytes <= limit:
-        found = f"expected {_CRC_BYTES} to {limit} bytes in the index; found {stored_bytes}"
-        raise CorruptionError(f"{path}: chunk {position}: {found}; run `mcm-cache verify`")
+        expected = f"expected {_CRC_BYTES} to {limit} bytes in the index; found {stored_bytes}"
+        raise CorruptionError(f"{path}: chunk {position}: {expected}; run `mcm-cache verify`")
     return read_at(path, offset, stored_bytes - _CRC_BYTES)

@@ -84,7 +84,7 @@ def test_orientations_of_real_files_agree(shared_data: Path) -> None:
 
 def compare_with_pillow(monkeypatch: pytest.MonkeyPatch, pictures: Iterable[bytes]) -> tuple[int, int]:
     """(pictures that simplejpeg decoded, pictures refused); pixels and refusals are those of Pillow alone."""
-    plain_jpeg, used, refused = images._plain_jpeg, list[bool](), 0
+    plain_jpeg, used, refused = images._upright_jpeg, list[bool](), 0
 
     def recorded(picture: Image.Image, data: bytes) -> images.RGB | None:
         found = plain_jpeg(picture, data)
@@ -92,7 +92,7 @@ def compare_with_pillow(monkeypatch: pytest.MonkeyPatch, pictures: Iterable[byte
         return found
 
     def digest(data: bytes, decoder: object) -> str:
-        monkeypatch.setattr(images, "_plain_jpeg", decoder)
+        monkeypatch.setattr(images, "_upright_jpeg", decoder)
         try:
             return sha256_hex(decode_rgb(data).tobytes())
         except PictureRefused as error:
@@ -102,7 +102,7 @@ def compare_with_pillow(monkeypatch: pytest.MonkeyPatch, pictures: Iterable[byte
         found = digest(data, recorded)
         assert found == digest(data, lambda *_: None)
         refused += len(found) != 64
-    monkeypatch.setattr(images, "_plain_jpeg", plain_jpeg)
+    monkeypatch.setattr(images, "_upright_jpeg", plain_jpeg)
     return sum(used), refused
 
 

@@ -35,7 +35,7 @@ def _write_split(path: Path, split: str, sources: list[tuple[str, int]], unlabel
         for row, (origin, number) in enumerate(sources):
             label = -1 if unlabeled else row % 2
             fields = {"png": encode_view(view(origin, 0, number), "png"), "cls": str(label).encode()}
-            index[row] = (*writer.add(row_key(row), fields, picture="png"), label)
+            index[row] = (*writer.add(row_key(row), fields, indexed="png"), label)
     data = encode_npy(index)
     write_atomic(tar.with_suffix(".index.npy"), data)
     shas = [hashlib.sha256(blob).hexdigest() for blob in (tar.read_bytes(), data)]
