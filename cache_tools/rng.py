@@ -35,6 +35,13 @@ def uniform(seed: int, purpose: str, *counters: Counter) -> npt.NDArray[np.float
     return (hash_u64(seed, purpose, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def normal(seed: int, purpose: str, *counters: Counter) -> npt.NDArray[np.float32]:
+    """Return draws from the standard normal distribution, by the Box-Muller transform."""
+    u, v = (uniform(seed, f"{purpose}/{part}", *counters) for part in (0, 1))
+    draws: npt.NDArray[np.float64] = np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)
+    return draws.astype(np.float32)
+
+
 def permutation(n: int, seed: int, purpose: str, *counters: int) -> npt.NDArray[np.int64]:
     """Return a permutation of range(n), int64 [n]: the argsort of n hashed numbers."""
     hashes = hash_u64(seed, purpose, *counters, np.arange(n))

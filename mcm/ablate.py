@@ -154,7 +154,7 @@ class Ablation:
             trained, run = self.rows[source], self.out / "runs" / _folder(source, seed)
             paths = ("--cache", self._cache_of(trained), "--out", run)
             yield self._step(run, "pretrain", self.plan.base, *paths, *_sets(trained.set), *seeded)
-            has_masks = self.configs[source].mask.mode != "none"
+            has_masks = self.configs[source].mask.hides
             kinds = [k for k in self.plan.inputs if has_masks or not k.startswith("masked")]
             data = self.digests[str(self.data)]
             labels = [f"{kind}{corruption}" for kind in kinds for corruption in self.corruptions]

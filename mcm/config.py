@@ -63,12 +63,15 @@ class Decoder(Record):
 class Mask(Record):
     """The masks: `ratio` of the channels of every patch, or of the patches, is hidden.
 
+    Two modes are controls without a mask or a second fill. "gaussian" multiplies the embedding by
+    1 + noise with the variance of dropout, ratio / (1 - ratio). "pixels" adds noise of the standard
+    deviation `ratio`, for pixels in [0, 1], to the student's view.
     Each epoch draws `pool` masks. Options beyond the paper: the second fill uses another,
     independent mask (`second` = "untied") or is left out; the ratio moves linearly over the
     epochs to `final_ratio`; a share `unmasked_fraction` of the rows has no mask.
     """
 
-    mode: Literal["channel", "dropout", "patch", "none"] = "channel"
+    mode: Literal["channel", "dropout", "patch", "none", "gaussian", "pixels"] = "channel"
     ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75
     final_ratio: BelowOne | None = None
     unmasked_fraction: BelowOne = 0.0
@@ -83,6 +86,11 @@ class Mask(Record):
             return values
         rest = {k: v for k, v in values.items() if (k, v) != ("fill", "vector")}
         return {"second": "tied" if rest.pop("second_fill") else "none"} | rest
+
+    @property
+    def hides(self) -> bool:
+        """Whether the mode hides channels or patches."""
+        return self.mode in ("channel", "dropout", "patch")
 
     def problem(self, count: int, values: str) -> str | None:
         """Return what is wrong with the ratios for masks over `count` values, or None.

@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from cache_tools.errors import UsageError
 from cache_tools.records import nearest
-from cache_tools.rng import uniform
+from cache_tools.rng import normal, uniform
 
 # The default strength of each kind, and its unit.
 DEFAULTS = {
@@ -64,7 +64,9 @@ class Corruption(NamedTuple):
         """Return corrupted copies of uint8 pictures; the side of a `patch` is in pixels."""
         x = pictures_B3HW.float() / 255
         if self.kind == "noise":
-            x = x + self.strength * _normal(seed, rows, x.shape[1:]).to(x)
+            place = np.arange(x[0].numel())[None]
+            draws = torch.from_numpy(normal(seed, "noise", rows[:, None], place))
+            x = x + self.strength * draws.view_as(x).to(x)
         elif self.kind == "blur":
             x = gaussian_blur(x, [2 * int(3 * self.strength) + 1] * 2, [self.strength] * 2)
         elif self.kind == "contrast":
@@ -78,14 +80,6 @@ class Corruption(NamedTuple):
         else:
             x = x * ~_black(seed, rows, x.shape[2:], patch, self.strength).to(x.device)
         return (255 * x.clamp(0, 1)).round().to(torch.uint8)
-
-
-def _normal(seed: int, rows: npt.NDArray[np.int64], shape: torch.Size) -> Tensor:
-    """Return normal draws [B, *shape] by the Box-Muller transform of two uniform draws."""
-    place = np.arange(shape.numel())[None]
-    u, v = (uniform(seed, f"noise/{part}", rows[:, None], place) for part in (0, 1))
-    draws = np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)
-    return torch.from_numpy(draws.astype(np.float32)).view(-1, *shape)
 
 
 def _black(

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cache_tools.rng import hash_u64, uniform
+from cache_tools.rng import hash_u64, normal, uniform
 
 
 def mask_channels(x: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:
@@ -43,6 +43,14 @@ def mask_pool(
     # torch sorts no uint64. Half of a hash keeps its order.
     halves_KD = torch.from_numpy((hashes_KD >> np.uint64(1)).astype(np.int64))
     return _hide_smallest(halves_KD, ratio).numpy()
+
+
+def noise_pool(
+    seed: int, epoch: int, pool_rows: int, width: int, std: float
+) -> npt.NDArray[np.float32]:
+    """Return a pool_KD of normal draws, for the controls that add noise in place of a mask."""
+    rows_K1, channels_1D = np.arange(pool_rows)[:, None], np.arange(width)[None, :]
+    return np.float32(std) * normal(seed, "noise_pool", epoch, rows_K1, channels_1D)
 
 
 def mask_picks(

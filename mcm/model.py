@@ -85,16 +85,19 @@ def unfold_patches(pictures_BHW3: Tensor, patch: int) -> Tensor:
 
 
 def embed_pixels(
-    projection: nn.Conv2d, pictures_BHW3: Tensor, mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
+    projection: nn.Conv2d, pictures_BHW3: Tensor, mean: Sequence[float], std: Sequence[float],
+    noise_BNP: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return the patch embedding x_BND of uint8 pictures as one matrix product.
 
     The result equals that of `projection` on the normalized picture, up to rounding. The mean and
     the std, of pixels in [0, 1], are folded into the weight and the bias; when compiled, no float
     picture is stored. Pixels minus 128 are exact in bfloat16 and nearly centered, which keeps the
-    rounding error small.
+    rounding error small. `noise_BNP`, for pixels in [0, 1], is added to the picture.
     """
     pixels_BNP = unfold_patches(pictures_BHW3, projection.kernel_size[0]).float() - 128
+    if noise_BNP is not None:
+        pixels_BNP = pixels_BNP + 255 * noise_BNP
     # One weight [D, patch, patch] per color.
     weights = [projection.weight[:, c] / (255 * std[c]) for c in range(3)]
     assert projection.bias is not None
@@ -175,7 +178,7 @@ class MaskedChannelModel(nn.Module):
         Raises: UsageError when a ratio of patch mode does not fit the number of patches.
         """
         super().__init__()
-        self.mode, self.ratio = cfg.mask.mode, cfg.mask.ratio
+        self.mode, self.ratio, self.hides = cfg.mask.mode, cfg.mask.ratio, cfg.mask.hides
         self.mean, self.std = tuple(mean), tuple(std)
         self.bf16_residual = cfg.train.residual == "bf16"
         width, num_patches = cfg.student.width, grid[0] * grid[1]
@@ -187,7 +190,7 @@ class MaskedChannelModel(nn.Module):
         self.decoder = Decoder(width, cfg.decoder, grid, out, cfg.loss.cls, self.bf16_residual)
         first_fill = self.mode in ("channel", "patch")
         self.encoder_fill = nn.Parameter(torch.empty(width)) if first_fill else None
-        second_fill = cfg.mask.second != "none" and self.mode != "none"
+        second_fill = cfg.mask.second != "none" and self.hides
         self.decoder_fill = nn.Parameter(torch.empty(width)) if second_fill else None
         self.untied = cfg.mask.second == "untied"
         learned = cfg.target.projection == "learned"
@@ -209,7 +212,12 @@ class MaskedChannelModel(nn.Module):
         return mask_from_pool(*masks, patchwise=self.mode == "patch")
 
     def hide(self, x_BND: Tensor, mask: Tensor) -> Tensor:
-        """Replace hidden values by the fill; in dropout mode, zero them and scale the others up."""
+        """Replace hidden values by the fill; in dropout mode, zero them and scale the others up.
+
+        In gaussian mode, the mask is noise, by which the values are scaled.
+        """
+        if self.mode == "gaussian":
+            return x_BND * (1 + mask).to(x_BND.dtype)
         if self.encoder_fill is None:
             kept = 1.0 - mask.float().mean(-1, keepdim=True)
             return x_BND.masked_fill(mask, 0.0) / kept.to(x_BND.dtype)
@@ -221,10 +229,11 @@ class MaskedChannelModel(nn.Module):
         The pictures are uint8 [B, H, W, 3], as the cache stores them, or normalized [B, 3, H, W].
         """
         if pictures.dtype == torch.uint8:
-            x_BND = embed_pixels(self.encoder.patch_embed.proj, pictures, self.mean, self.std)
+            proj, noise = self.encoder.patch_embed.proj, mask if self.mode == "pixels" else None
+            x_BND = embed_pixels(proj, pictures, self.mean, self.std, noise)
         else:
             x_BND = self.encoder.patch_embed(pictures)
-        if mask is not None:  # before positions are added: every patch keeps its position
+        if mask is not None and self.mode != "pixels":  # before positions are added
             x_BND = self.hide(x_BND, mask)
         return run_blocks(self.encoder, x_BND, self.bf16_residual)
 

@@ -6,9 +6,10 @@ B batch, N patches, D student width, C channels of the target, H W pixels, K poo
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from cache_tools.cache import Cache, Unit
 from mcm.config import PretrainConfig
-from mcm.masking import mask_pool
+from mcm.masking import mask_pool, noise_pool
 from mcm.model import MaskedChannelModel, Masks, unfold_patches
 from mcm.run_dir import PretrainRun
 from mcm.sampler import EvalOrder, Order
@@ -57,7 +58,7 @@ class Objective:
         tokens = run.grid[0] * run.grid[1]
         # A mask of the pool hides channels of one patch. In patch mode, it masks the patches of one
         # picture.
-        shapes = {"patch": (1, tokens), "none": (0, 0)}
+        shapes = {"patch": (1, tokens), "none": (0, 0), "pixels": (tokens, 3 * run.patch**2)}
         self.mask_positions, self.mask_width = shapes.get(config.mask.mode, (tokens, width))
         self.epoch = 0  # of training: the newest epoch seen
         self.pools: dict[int, Future[Tensor]] = {}
@@ -91,7 +92,12 @@ class Objective:
     def _pool(self, epoch: int) -> Tensor:
         """Return the mask pool of an epoch, plus one mask that hides nothing, for unmasked rows."""
         mask, seed = self.config.mask, self.config.train.seed
-        pool = mask_pool(seed, epoch, mask.pool, self.mask_width, self.ratio(epoch))
+        shape, ratio = (mask.pool, self.mask_width), self.ratio(epoch)
+        if mask.hides:
+            pool: npt.NDArray[Any] = mask_pool(seed, epoch, *shape, ratio)
+        else:
+            std = ratio if mask.mode == "pixels" else (ratio / (1 - ratio)) ** 0.5
+            pool = noise_pool(seed, epoch, *shape, std)
         pool = np.concatenate([pool, np.zeros_like(pool[:1])])
         return torch.from_numpy(pool).to(self.accelerator.device)
 

@@ -259,7 +259,7 @@ def input_kinds(backbone: Backbone, inputs: Sequence[str], spec: str) -> list[st
         check_kind(kind)
         if kind == "folded" and masked is None:
             raise UsageError(f"--input folded: expected a pre-training RUN; found {spec}; use full")
-        if kind.startswith("masked") and (masked is None or masked.mode == "none"):
+        if kind.startswith("masked") and (masked is None or not masked.hides):
             found = f"found {spec}, which was not; use full"
             raise UsageError(f"--input {kind}: expected a RUN trained with masks; {found}")
     return list(dict.fromkeys(("full", *kinds)))

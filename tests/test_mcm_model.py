@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cache_tools.errors import UsageError
 from mcm.config import Decoder, Loss, Mask, Optim, PretrainConfig, Schedule, Student, Target, Train
-from mcm.masking import mask_picks, mask_pool
+from mcm.masking import mask_picks, mask_pool, noise_pool
 from mcm.model import (
     MaskedChannelModel,
     build_encoder,
@@ -147,6 +147,28 @@ def test_first_block_sees_the_filled_content_plus_positions_and_an_unmasked_cls(
     seen = first_block_input(model, masks)
     torch.testing.assert_close(seen[:, 1:], (x_BND + model.encoder.pos_embed[:, 1:]).detach())
     torch.testing.assert_close(seen[:, :1], model.encoder.cls_token.detach().expand(BATCH, -1, -1))
+
+
+def test_noise_controls_scale_the_embedding_or_change_the_picture():
+    draw = np.random.default_rng(0)
+    views = torch.from_numpy(draw.integers(0, 256, (BATCH, GRID[0] * PATCH, GRID[1] * PATCH, 3), np.uint8))
+    gaussian, pixels, plain = (model_of(mode=mode, ratio=0.5) for mode in ("gaussian", "pixels", "none"))
+    assert not gaussian.hides and gaussian.decoder_fill is None is pixels.encoder_fill
+    picks, noise = torch.arange(6).repeat(BATCH, 1), torch.randn(6, 3 * PATCH**2)
+    factor = noise[:, :WIDTH]
+    x_BND = embed_pixels(plain.encoder.patch_embed.proj, views, plain.mean, plain.std).detach()
+    seen = gaussian.hide(x_BND, gaussian.mask((factor, picks)))
+    torch.testing.assert_close(seen, x_BND * (1 + factor))
+    patches = unfold_patches(views, PATCH).float() / 255 + noise
+    weight = torch.stack([plain.encoder.patch_embed.proj.weight[:, c] for c in range(3)], -1).flatten(1)
+    handle = pixels.encoder._pos_embed
+    pixels.encoder._pos_embed = lambda x: found.append(x) or handle(x)
+    found = []
+    pixels.tokens(views, pixels.mask((noise, picks)))
+    torch.testing.assert_close(found[0], patches @ weight.T, atol=1e-4, rtol=1e-4)  # mean 0, std 1, no bias
+    pool = noise_pool(3, 1, 512, 64, 0.5)
+    assert pool.dtype == np.float32 and abs(pool.mean()) < 0.02 and abs(pool.std() - 0.5) < 0.02
+    assert (pool == noise_pool(3, 1, 512, 64, 0.5)).all() and (pool != noise_pool(3, 2, 512, 64, 0.5)).all()
 
 
 @pytest.mark.parametrize("second", ["tied", "untied", "none"])

@@ -312,7 +312,7 @@ def test_bad_requests_stop_before_anything_is_written(cache, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("mode", ["dropout", "patch", "none"])
+@pytest.mark.parametrize("mode", ["dropout", "patch", "none", "gaussian", "pixels"])
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
 def test_every_control_runs_from_every_cache(tmp_path, mode, dtype, capsys):
     cache = make_cache(tmp_path / "cache", val_rows=0, dtype=dtype)
