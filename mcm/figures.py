@@ -1,50 +1,106 @@
-"""The figures of the report: each function takes arrays and returns an <img> with an embedded PNG.
+"""The figures of the report: each function takes arrays and returns HTML with embedded pictures.
 
 S samples, N patches, C channels, H W pixels.
 """
 
-import base64
+import io
+import warnings
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from PIL import Image
 
+from cache_tools.images import encode_view
 from cache_tools.preview import pca_colors, png, sheet
+from mcm.page import charts, gallery, picture
 from mcm.scorecard import DEAD
 
 Array = npt.NDArray[Any]
 
-STYLE: dict[str, Any] = {"axes.spines.top": False, "axes.spines.right": False}
-STYLE |= {"axes.grid": True, "grid.alpha": 0.25, "font.size": 9}
+# The browser draws the text. The salt makes the names in the file, and so its bytes, deterministic.
+STYLE: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "mcm", "font.size": 9}
+STYLE |= {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+}
+STYLE |= {"axes.grid": True, "grid.alpha": 0.25}
+LEGEND: dict[str, Any] = {"loc": "outside lower left", "ncols": 2, "frameon": False, "fontsize": 8}
+WIDE = 3.8  # inches of a chart
 LOWEST = -1.0  # the axes clip R^2 here; far negative values would compress the rest
 R2 = f"R^2, not below {LOWEST:g}"
+THUMBNAIL, TINY = 384, 64  # pixels of an embedded picture; JPEG blurs the patches of a tiny one
 RANKED, SHOWN = 4, 3  # best and worst channels each, and pictures per channel
+# What a group of curves means, by the first word of its names.
+MEANINGS = {
+    "r2": "Share of the target's variance that is predicted on held-out pictures; 0 is the mean.",
+    "rank": "Effective number of dimensions; a fall towards 1 is a collapse.",
+    "grad": "Norm of the gradient before it is clipped; a jump precedes a divergence.",
+    "images": "Pictures per second of all processes, without the evaluations.",
+    "wait": "Share of the time in which a step waits for its batch; 0 is best.",
+    "knn": "k-NN accuracy on frozen features, as a fraction.",
+}
 
 
 def curves(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Plot series (step, value) by name; names with one prefix, such as "r2", share an axis."""
-    if not series:
-        return "<p>no metrics yet</p>"
+    """Plot series (step, value) by name; names with one prefix, such as "r2", share a chart.
+
+    A chart whose series all have one point is left out.
+    """
     groups: dict[str, list[str]] = {}
     for name in series:
         groups.setdefault(name.removeprefix("eval ").split("_")[0], []).append(name)
-    figure, axes = _panels(len(groups), 3, 2.6)
-    last = max(points[-1][0] for points in series.values())
-    together = sorted(groups.items(), key=lambda group: len(group[1]), reverse=True)
-    for axis, (group, names) in zip(axes, together, strict=True):
+    found = []
+    for group, names in sorted(groups.items(), key=lambda item: len(item[1]), reverse=True):
+        if max(len(series[name]) for name in names) == 1:
+            continue
+        title = R2 if group == "r2" else names[0] if len(names) == 1 else group
+        figure, axis = _chart(title)
         for name in names:
             steps, values = zip(*series[name], strict=True)
             marker = "." if len(steps) < 20 else None
             axis.plot(steps, values, linewidth=1, marker=marker, label=name)
-        axis.set(title=names[0] if len(names) == 1 else group, xlabel="step", xlim=(0, 1.03 * last))
+        axis.set(xlabel="step", xlim=(0, None))
         if len(names) > 1:
-            axis.legend(fontsize=8)
+            figure.legend(**LEGEND)
         if group == "r2":
-            axis.set(title=R2, ylim=(max(LOWEST, axis.get_ylim()[0]), None))
-    return _image(figure)
+            axis.set(ylim=(max(LOWEST, axis.get_ylim()[0]), None))
+        ends = (f"{name} {series[name][-1][1]:.4g} at step {series[name][-1][0]}" for name in names)
+        found.append(picture(_svg(figure), f"curves: {', '.join(ends)}", MEANINGS.get(group, "")))
+    return charts(found)
+
+
+def dots(
+    title: str, series: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str], meaning: str
+) -> str:
+    """Plot one line per row with the values of each series: a dot per seed, a bar at the mean.
+
+    R^2 is drawn as it is, but not below LOWEST; other values are drawn in percent.
+    """
+    is_r2 = title.startswith("R^2")
+    height = 0.9 + 0.26 * len(rows) + 0.17 * len(series)
+    figure, axis = _chart(title if is_r2 else f"{title}, %", height)
+    best = (-np.inf, "")
+    for i, (name, cells) in enumerate(series.items()):
+        offset = 0.6 * ((i + 0.5) / len(series) - 0.5)
+        axis.plot([], [], "o", color=f"C{i}", label=name)
+        for y, values in enumerate(cells):
+            best = max([best, *((value, rows[y]) for value in values)])
+            shown = np.maximum(values, LOWEST) if is_r2 else 100 * np.array(values)
+            axis.plot(shown, [y + offset] * len(shown), "o", color=f"C{i}", alpha=0.6)
+            if len(shown) > 1:
+                axis.plot(shown.mean(), y + offset, "|", color=f"C{i}", markersize=12)
+    labels = [fill(row, 24, break_long_words=False) for row in rows]
+    axis.set(yticks=range(len(rows)), yticklabels=labels, ylim=(len(rows) - 0.5, -0.5))
+    figure.legend(**LEGEND)
+    alt = f"{title} of {', '.join(rows)}; the best is {best[1]} with {best[0]:.3f}"
+    return picture(_svg(figure), alt, meaning)
 
 
 def channel_figures(channels: Mapping[str, Array]) -> str:
@@ -52,16 +108,19 @@ def channel_figures(channels: Mapping[str, Array]) -> str:
     varying, std_C = _varying(channels), channels["target_std"]
     kinds = [kind for kind in ("masked", "full") if f"r2_{kind}" in channels]
     r2 = {kind: channels[f"r2_{kind}"][varying].clip(LOWEST) for kind in kinds}
-    figure, (counts, against) = _panels(2, 2, 3.6)
+    (first, counts), (second, against) = _chart("channels by R^2"), _chart("R^2 by channel")
     counts.hist(list(r2.values()), 50, histtype="stepfilled", alpha=0.55, label=list(r2))
-    counts.set(title="channels by R^2", xlabel=R2, ylabel="channels")
+    counts.set(xlabel=R2, ylabel="channels")
     for kind, values in r2.items():
         against.scatter(std_C[varying], values, s=10, alpha=0.55, linewidths=0, label=kind)
-    label = f"std of the target; {len(std_C) - len(varying)} constant channels are not shown"
-    against.set(title="R^2 against std of the target", xlabel=label, ylabel=R2, xscale="log")
-    for axis in (counts, against):
-        axis.legend(fontsize=8)
-    return _image(figure)
+    against.set(xlabel="std of the target", ylabel=R2, xscale="log")
+    for figure in (first, second):
+        figure.legend(**LEGEND)
+    means = ", ".join(f"{kind} {values.mean():.3f}" for kind, values in r2.items() if len(values))
+    alt = f"mean over the channels, not below {LOWEST:g}: {means}"
+    caption = f"{len(std_C) - len(varying)} constant channels of {len(std_C)} are not shown."
+    both = ((first, "Histogram of R^2"), (second, "R^2 against the std of the target"))
+    return charts([picture(_svg(one), f"{name}, {alt}", caption) for one, name in both])
 
 
 def channel_maps(
@@ -84,9 +143,11 @@ def channel_maps(
     figure, axes = sheet(lines)
     for axis, channel in zip(axes[0, 1:], picked, strict=True):
         axis.set_title(f"channel {channel}, R^2 {r2_C[channel]:.3f}", fontsize=8)
-    title = f"best and worst channels by R^2 of {kind} input"
-    figure.suptitle(f"{title}: target above prediction, in the target's range")
-    return _image(figure)
+    caption = (
+        f"The channels with the best and the worst R^2 of {kind} input: the target above the"
+        " prediction, in the target's range."
+    )
+    return picture(png(figure), "maps of single channels over the patches", caption)
 
 
 def _varying(channels: Mapping[str, Array]) -> Array:
@@ -101,43 +162,47 @@ def samples(tensors: Mapping[str, Array], grid: Sequence[int]) -> str:
     The target gives the PCA basis of both.
     """
     target, shape = tensors["target"], (len(tensors["target"]), *grid, 3)
-    names = ("target", "prediction")
-    lines = {name: pca_colors(tensors[name], target).reshape(shape) for name in names}
-    return pictures({"view": tensors["views"]} | lines)
+    lines = {"view": tensors["views"]}
+    for name in ("target", "prediction"):
+        colors = pca_colors(tensors[name], target).reshape(shape)
+        lines[name] = (255 * colors).round().astype(np.uint8)
+    caption = (
+        "Views, their target features and the prediction from masked input."
+        " The colors are three principal components of the target."
+    )
+    return pictures(lines, caption)
 
 
-def pictures(lines: Mapping[str, Any]) -> str:
-    """Show lines of pictures [S, H, W, 3] by name, one above another."""
-    figure, axes = sheet([*lines.values()])
-    for axis, name in zip(axes[:, 0], lines, strict=True):
-        axis.set_ylabel(name)
-    return _image(figure)
+def pictures(lines: Mapping[str, Array], caption: str, names: Sequence[str] = ()) -> str:
+    """Show pictures uint8 [S, H, W, 3]; those of several lines lie one above another.
+
+    `names` has a caption for each of the S pictures.
+    """
+    columns = []
+    for i, column in enumerate(zip(*lines.values(), strict=True)):
+        cells = {f"{line} {i + 1}": _small(rgb) for line, rgb in zip(lines, column, strict=True)}
+        columns.append((cells, names[i] if names else ""))
+    return gallery(columns, caption)
 
 
-def dots(columns: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str]) -> str:
-    """Plot one axis per column, one line per row, in percent: a dot per seed, a bar at the mean."""
-    figure, axes = _panels(len(columns), 3, 0.9 + 0.24 * len(rows))
-    for i, (axis, (title, cells)) in enumerate(zip(axes, columns.items(), strict=True)):
-        for y, values in enumerate(cells):
-            percent, dot = 100 * np.array(values), {"alpha": 0.55, "markersize": 5}
-            axis.plot(percent, [y] * len(values), "o", color="C0", markeredgewidth=0, **dot)
-            if len(values):
-                axis.plot(percent.mean(), y, "|", color="C3", markersize=13, markeredgewidth=2)
-        axis.set(title=title, xlabel="%", yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5))
-        axis.set_yticklabels([] if i % 3 else rows)
-    return _image(figure)
+def _small(rgb_HW3: Array) -> bytes:
+    """Return a picture of at most THUMBNAIL pixels as a JPEG file, or a tiny one as a PNG file."""
+    image = Image.fromarray(rgb_HW3)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return encode_view(np.asarray(image), "png" if max(image.size) <= TINY else "jpeg:90:444")
 
 
-def _panels(count: int, columns: int, height: float) -> tuple[Figure, Array]:
-    """Return a figure and its `count` axes."""
-    rows = -(-count // columns)
+def _chart(title: str, height: float = 2.8) -> tuple[Figure, Any]:
+    """Return a figure and its only axis."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(12, height * rows), layout="constrained")
-        axes: Array = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[count:]:
-        axis.remove()
-    return figure, axes[:count]
+        figure = Figure(figsize=(WIDE, height), layout="constrained")
+        return figure, figure.subplots(subplot_kw={"title": title})
 
 
-def _image(figure: Figure) -> str:
-    return f'<img src="data:image/png;base64,{base64.b64encode(png(figure)).decode()}">'
+def _svg(figure: Figure) -> bytes:
+    """Return the figure as an SVG file without a background. The bytes are deterministic."""
+    buffer = io.BytesIO()
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the font lacks characters of a class name
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()

@@ -2,10 +2,10 @@
 
 import html
 import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from cache_tools.errors import CorruptionError, UsageError, found_at
-from cache_tools.records import printable, read_json, read_record
+from cache_tools.records import read_json, read_record
 from cache_tools.schema import CacheIdentity
 from cache_tools.storage import work_dir, write_atomic
 from mcm import checkpoint
 from mcm.dense_probe import DenseResult
 from mcm.draw import color
 from mcm.figures import Array, channel_figures, channel_maps, curves, dots, pictures, samples
+from mcm.page import charts, page, table
 from mcm.probe import ProbeResult
 from mcm.run_dir import last_eval, read_metrics, recorded
 
@@ -31,11 +32,18 @@ HEADLINES = {"top1": "", "miou": ", mIoU", "box_ap": ", box AP"}
 ABLATIONS = {"columns", "rows"}  # keys of a results.json
 MINUTES = "minutes"  # a column of an ablation
 RANDOM = "random init"
-STYLE = (
-    "body{font:15px sans-serif;margin:2em;max-width:70em}table{border-collapse:collapse}"
-    "td,th{padding:.3em .8em;border-bottom:1px solid #ccc;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}"
-    "pre{background:#f4f4f4;padding:1em;overflow:auto}img{max-width:100%}"
+# A metric by a word in the names of its columns: the title of its figure, and what it means.
+METRICS = {
+    "k-NN": ("k-NN accuracy", "Frozen features; the nearest training pictures vote."),
+    "R^2": ("R^2, held-out", "Share of the target's variance that is predicted; 0 is the mean."),
+    " AP": ("AP", "Average precision of COCO, over IoU thresholds from 0.5 to 0.95."),
+    "mIoU": ("mIoU", "Intersection over union of the pixels, averaged over the classes."),
+    "linear": ("linear probe, top-1", "Frozen features; a linear classifier of the labels."),
+    "fine-tuned": ("fine-tuned, top-1", "All layers are trained on the labels."),
+}
+NEGATIVE = (
+    " R^2 of full input is negative, because the encoder was trained on masked input;"
+    " `probe --input folded` measures features that correct this."
 )
 
 
@@ -104,25 +112,54 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> dict[str, Table]:
     if out.is_dir():
         advice = "name a file, such as report.html"
         raise UsageError(f"--out {out}: expected a file name; found {found_at(out)}; {advice}")
-    tables, sections, labels = defaultdict[str, Table](Table), [], _labels(runs)
+    tables, sections = defaultdict[str, Table](Table), dict[str, str]()
+    labels = _labels(runs)
     rows = _rows(labels)
     for path, label in labels.items():
         if (path / "cache.json").is_file():
-            sections.append(_add_teacher(tables, path, label))
+            sections[f"teacher {label}"] = _add_teacher(tables, path, label)
         elif (path / "run.json").is_file():
             _add_run(tables, path, label, rows)
-            sections.append(_run_section(path, label))
+            sections[label] = _run_section(path)
         elif ABLATIONS <= (results := _json(path / "results.json")).keys():
-            sections.append(ablation_html(results))
+            sections[f"ablations {label}"] = ablation_html(results)
         else:
             expected = "a RUN (run.json), a CACHE (cache.json) or an ablation (results.json)"
             raise UsageError(f"{path}: expected {expected}; found {found_at(path)}")
-    header = f"<p>{html.escape(note)}</p>" if note else ""
-    overview = "".join(_html_table(table.lines(), caption(data)) for data, table in tables.items())
-    body = f"<h1>Masked Channel Modeling</h1>{header}{overview}{''.join(sections)}"
-    head = f"<meta charset=utf-8><title>Masked Channel Modeling</title><style>{STYLE}</style>"
-    write_atomic(out, printable(f"<!doctype html>{head}{body}\n").encode())
+    links = [f'<a href="#{i}">{html.escape(name)}</a>' for i, name in enumerate(sections)]
+    body = f"<p>{html.escape(note)}</p>" if note else ""
+    body += f"<nav>{' '.join(links)}</nav>" if len(links) > 1 else ""
+    for data, cells in tables.items():
+        body += f"<h2>Results on DATASET {data[:12]}</h2>{overview(cells)}"
+        body += table(cells.lines(), f"{caption(data)}; click a column to sort")
+    for i, (name, section) in enumerate(sections.items()):
+        body += f"<h2 id={i}>{html.escape(name)}</h2>{section}"
+    write_atomic(out, page("Masked Channel Modeling", body))
     return dict(tables)
+
+
+def overview(cells: Mapping[str, Mapping[str, float]]) -> str:
+    """Return one chart per metric that compares the rows of a table."""
+    return _compared({row: {k: [x] for k, x in values.items()} for row, values in cells.items()})
+
+
+def _compared(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Return one chart per metric with at least two values; `rows` has values per column."""
+    groups = defaultdict[str, list[str]](list)
+    for column in dict.fromkeys(column for values in rows.values() for column in values):
+        if word := next((word for word in METRICS if word in column), ""):
+            groups[word].append(column)
+    found = []
+    for word, columns in groups.items():
+        title, meaning = METRICS[word]
+        shown = [row for row, values in rows.items() if values.keys() & set(columns)]
+        series = {c: [rows[row].get(c, ()) for row in shown] for c in columns}
+        if sum(len(values) for cells in series.values() for values in cells) < 2:
+            continue
+        if any(value < 0 for values in series.get(FIT["r2_full"], ()) for value in values):
+            meaning += NEGATIVE
+        found.append(dots(title, series, shown, meaning))
+    return charts(found)
 
 
 def caption(data: str) -> str:
@@ -157,7 +194,7 @@ def _add_teacher(tables: dict[str, Table], cache: Path, label: str) -> str:
         result = read_record(ProbeResult, file)
         if result.features in (None, "mean") and result.teacher:
             tables[data].put(f"teacher {label}", probed(result), label)
-            section = f"<h2>teacher {html.escape(label)}</h2><pre>{result.teacher.text()}</pre>"
+            section = f"<pre>{result.teacher.text()}</pre>"
     return section
 
 
@@ -179,7 +216,8 @@ def _add_run(tables: dict[str, Table], run: Path, label: str, rows: Mapping[str,
         tables[dense.data_sha256].put(row, cell, label)
     if facts.get("kind") == "finetune":
         init = facts["init_weights"]
-        row = rows.get(init, f"{facts['init']} ({init})")
+        digest = re.sub("(?<=sha256:.{12}).*", "", init)
+        row = rows.get(init, f"{facts['init']} ({digest})")
         tables[facts["dataset_sha256"]].put(row, fine_tuned(run), label)
     elif values := held_out(run):
         data = (facts.get("cache") or {}).get("dataset_sha256", facts["cache_sha256"])
@@ -192,21 +230,6 @@ def _percent(value: float | None) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
-
-
-def _html_table(
-    lines: Sequence[Sequence[str]], caption: str, colors: Sequence[tuple[int, int, int]] = ()
-) -> str:
-    """Return a table of a header and rows; a row has a bar in its color, if there is one."""
-
-    def row(tag: str, cells: Sequence[str], style: str = "") -> str:
-        texts = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-        return f"<tr{style}>{texts}</tr>"
-
-    styles = [f' style="border-left:1em solid rgb{color}"' for color in colors]
-    styled = zip_longest(lines[1:], styles, fillvalue="")
-    body = row("th", lines[0]) + "".join(row("td", line, style) for line, style in styled)
-    return f"<table><caption>{html.escape(caption)}</caption>{body}</table>"
 
 
 def ablation_lines(results: dict[str, Any]) -> list[list[str]]:
@@ -236,34 +259,36 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def ablation_html(results: dict[str, Any]) -> str:
-    """Return the table as HTML, with a figure of every accuracy of every seed."""
-    rows, others = results["rows"], {*FIT.values(), MINUTES}
-    columns = [column for column in results["columns"] if column not in others]
-    cells = {column: [row["values"].get(column, []) for row in rows] for column in columns}
-    figure = dots(cells, [_row_name(row) for row in rows]) if cells else ""
+    """Return charts of every value of every seed, and the table, as HTML."""
+    compared = _compared({_row_name(row): row["values"] for row in results["rows"]})
     caption = "mean ± sample std over the seeds; accuracies in percent"
-    table = _html_table(ablation_lines(results), caption)
-    return f"<h2>ablations</h2><p>{html.escape(results.get('note', ''))}</p>{table}{figure}"
+    note = html.escape(results.get("note", ""))
+    return f"<p>{note}</p>{compared}{table(ablation_lines(results), caption)}"
 
 
 def _row_name(row: dict[str, Any]) -> str:
     return f"{row['name']} ({row['mark']})" if row["mark"] else str(row["name"])
 
 
-def _run_section(run: Path, label: str) -> str:
-    parts = [f"<h2>{html.escape(label)}</h2>", curves(_series(read_metrics(run)))]
+def _run_section(run: Path) -> str:
+    parts = [curves(_series(read_metrics(run)))]
+    if newest := last_eval(run):
+        lines = [list(newest), [f"{value:.4g}" for value in newest.values()]]
+        parts.append(table(lines, "last evaluation; scores are fractions of 1"))
     shown, channels = _tensors(run / "samples.safetensors"), _tensors(run / "channels.safetensors")
     grid = _json(run / "run.json").get("grid", ())
     parts += [samples(shown, grid)] if shown else []
     parts += ["<h3>channels</h3>", channel_figures(channels)] if channels else []
     parts += [channel_maps(shown, channels, grid)] if shown and channels else []
-    if table := _json(run / "classes.json"):
-        columns = (map(_percent, values) for name, values in table.items() if name != "class")
-        lines = [list(table), *map(list, zip(table["class"], *columns, strict=True))]
+    if classes := _json(run / "classes.json"):
+        columns = (map(_percent, values) for name, values in classes.items() if name != "class")
+        lines = [list(classes), *map(list, zip(classes["class"], *columns, strict=True))]
+        bars = [f"border-left:1em solid rgb{color(k)}" for k in range(len(lines) - 1)]
         caption = "classes of the last evaluation in percent, with the colors of the drawings"
-        parts.append(_html_table(lines, caption, list(map(color, range(len(lines) - 1)))))
+        parts.append(table(lines, caption, bars))
     if drawings := _tensors(run / "shown.safetensors"):
-        parts.append(pictures({name: drawings[name] for name in ("truth", "predicted")}))
+        shown = {name: drawings[name] for name in ("truth", "predicted")}
+        parts.append(pictures(shown, "Held-out pictures: the truth above the prediction."))
     for name in ("config.toml", "env.json", "run.json"):
         if (file := run / name).is_file():
             toml = name.endswith("toml")

@@ -230,7 +230,7 @@ def test_a_run_writes_its_classes_and_scenes_and_resumes_to_the_bit(tuned, data,
     drawings = load_file(run / "shown.safetensors")
     assert sorted(drawings) == ["predicted", "truth"] and drawings["truth"].shape == (7, 48, 48, 3)
     report([run], tmp_path / "report.html")
-    assert "<th>box_ap</th><th>box_ap50</th><th>mask_ap</th>" in (tmp_path / "report.html").read_text()
+    assert "<button>box_ap50</button></th><th><button>mask_ap<" in (tmp_path / "report.html").read_text()
     end_of_both(config(), data, run, stopped, 7, monkeypatch)
 
 

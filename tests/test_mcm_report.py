@@ -72,12 +72,13 @@ ABLATION = {
 def drawn(monkeypatch):
     """The figures themselves, as they are drawn."""
     found = []
-    monkeypatch.setattr(figures, "_image", lambda figure: found.append(figure) or "<img>")
+    for name in ("_svg", "png"):
+        monkeypatch.setattr(figures, name, lambda figure: found.append(figure) or b"<svg/>")
     return found
 
 
 def titles(figure):
-    return [axis.get_title() for axis in figure.axes]
+    return [axis.get_title("left") for axis in figure.axes]
 
 
 @pytest.fixture
@@ -127,7 +128,11 @@ def test_figures_of_other_data_seeds_labels_and_weights_are_kept_apart(runs, dra
     assert [row[f"fine-tuned{name}"] for name in ("", ", seed 7", ", 10 shots")] == [0.819, 0.8, 0.3]
     assert tables[DATA]["mcm at step_000000001 sha256:0123456789ab"] == {"k-NN full": 0.1}
     page = (tmp_path / "r.html").read_text()
-    assert page.count("<table>") == 2 and f"DATASET {other[:12]}: " in page and f"DATASET {DATA[:12]}: " in page
+    assert (
+        page.count("<h2>Results on DATASET") == 2
+        and f"DATASET {other[:12]}: " in page
+        and f"DATASET {DATA[:12]}: " in page
+    )
 
 
 def test_a_fine_tuned_run_finds_the_row_of_its_weights_wherever_they_are(runs, drawn, tmp_path):
@@ -145,8 +150,12 @@ def test_the_file_stands_alone_and_holds_everything(runs, tmp_path):
     tables = report(runs, tmp_path / "r.html", note="the teacher <saw> the labels")
     page = (tmp_path / "r.html").read_text()
     assert "the teacher &lt;saw&gt; the labels" in page and FACTS.text() in page
-    assert page.count("data:image/png;base64,") == 6  # curves of three runs, three figures of one
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    # k-NN, linear, R^2 and fine-tuned; two curves of mcm (loss, lr); two charts of its channels
+    assert page.count("data:image/svg+xml;base64,") == 8
+    assert page.count("data:image/png;base64,") == 7  # two samples of three pictures, and the maps
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+    report(runs, tmp_path / "again.html", note="the teacher <saw> the labels")
+    assert (tmp_path / "again.html").read_text() == page
     assert "global_batch" in page and "cache_sha256" in page
     assert all(f"<td>{cell}</td>" in page for table in tables.values() for line in table.lines()[1:] for cell in line)
 
@@ -185,21 +194,37 @@ def test_damaged_files_of_a_run_are_named(runs, drawn, tmp_path):
         (runs[0] / name).write_bytes(good)
 
 
+def test_every_metric_has_one_chart_that_compares_the_runs(runs, drawn, tmp_path):
+    report(runs, tmp_path / "r.html")
+    charts = {titles(figure)[0]: figure for figure in drawn}
+    knn, fit = charts["k-NN accuracy, %"], charts["R^2, held-out"]
+    assert [text.get_text() for text in knn.axes[0].get_yticklabels()] == ["random init", "mcm", "teacher cache"]
+    assert [text.get_text() for text in knn.legends[0].get_texts()] == ["k-NN full", "k-NN masked:8", "k-NN folded"]
+    points = {float(x) for line in knn.axes[0].lines for x in line.get_xdata()}
+    assert points == {100 * x for x in (0.41, 0.72, 0.96, 0.76, 0.7)}
+    assert {float(x) for line in fit.axes[0].lines for x in line.get_xdata()} == {0.668, -0.25}
+    page = (tmp_path / "r.html").read_text()
+    assert page.count("R^2 of full input is negative, because") == 1
+    assert 'alt="k-NN accuracy of random init, mcm, teacher cache; the best is teacher cache with 0.960"' in page
+
+
 def test_curves_that_belong_together_share_an_axis(drawn):
     names = ["lr", "loss", "eval loss_masked", "eval r2_full", "eval r2_masked", "new_one"]
-    figures.curves({name: [(1, 0.5), (9, -7.0 if name == "eval r2_full" else 1.0)] for name in names})
-    axes = {axis.get_title(): axis for axis in drawn[0].axes}
-    assert list(axes) == ["loss", "R^2, not below -1", "lr", "new_one"]
-    loss, r2, *_ = axes.values()
-    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["loss", "eval loss_masked"]
-    assert r2.get_ylim()[0] == -1 and r2.get_ylim()[1] > 1 and axes["lr"].get_legend() is None
+    html = figures.curves({name: [(1, 0.5), (9, -7.0 if name == "eval r2_full" else 1.0)] for name in names})
+    axes = {axis.get_title("left"): axis for figure in drawn for axis in figure.axes}
+    assert list(axes) == ["loss", "R^2, not below -1", "lr", "new_one"] and "eval r2_full -7 at step 9" in html
+    loss, r2, *_ = drawn
+    assert [text.get_text() for text in loss.legends[0].get_texts()] == ["loss", "eval loss_masked"]
+    low, high = r2.axes[0].get_ylim()
+    assert low == -1 and high > 1 and not axes["lr"].figure.legends
+    assert figures.curves({"eval top1": [(9, 0.5)]}) == ""
 
 
 def test_channels_show_every_channel_that_varies(drawn):
-    figures.channel_figures(channels(30))
-    counts, against = drawn[0].axes
-    assert [text.get_text() for text in against.get_legend().get_texts()] == ["masked", "full"]
-    assert "1 constant" in against.get_xlabel() and counts.get_xlim()[0] > -1.2
+    html = figures.channel_figures(channels(30))
+    counts, against = (figure.axes[0] for figure in drawn)
+    assert [text.get_text() for text in drawn[1].legends[0].get_texts()] == ["masked", "full"]
+    assert "1 constant channels of 30" in html and counts.get_xlim()[0] > -1.2
     points = np.concatenate([part.get_offsets() for part in against.collections])
     assert len(points) == 58 and points[:, 0].min() > 0 and points[:, 1].min() == -1
 
@@ -210,10 +235,19 @@ def test_maps_are_of_the_best_and_the_worst_channels_that_vary(drawn, kind):
     known = known if kind == "masked" else {"r2_full": known["r2_masked"], "target_std": known["target_std"]}
     tokens = np.random.default_rng(0).standard_normal((2, 16, 30))
     shown = {"views": np.zeros((2, 32, 32, 3), np.uint8), "target": tokens, "prediction": -tokens}
-    figures.channel_maps(shown, known, (4, 4))
+    html = figures.channel_maps(shown, known, (4, 4))
     (figure,) = drawn
-    assert [int(title.split()[1][:-1]) for title in titles(figure) if title] == [29, 28, 27, 26, 4, 3, 2, 1]
-    assert kind in figure.get_suptitle()
+    assert [int(axis.get_title().split()[1][:-1]) for axis in figure.axes if axis.get_title()] == [
+        29,
+        28,
+        27,
+        26,
+        4,
+        3,
+        2,
+        1,
+    ]
+    assert f"R^2 of {kind} input" in html
     axes = np.array(figure.axes).reshape(4, 9)
     target, prediction = (axes[line, 1].images[0].get_array() for line in (0, 1))
     low, high = np.percentile(tokens[:, :, 29], [1, 99])
@@ -228,7 +262,7 @@ def test_few_channels_and_constant_ones_are_drawn_too(drawn):
     for known in (channels(3), constant):
         figures.channel_maps(shown, known, (4, 4))
     figures.channel_figures(constant)
-    assert [len(figure.axes) for figure in drawn] == [6, 2, 2]
+    assert [len(figure.axes) for figure in drawn] == [6, 2, 1, 1]
 
 
 def test_ablations_as_text_and_as_markdown():
@@ -250,7 +284,11 @@ def test_ablations_are_a_section_with_a_dot_a_seed(drawn, tmp_path):
     assert report([tmp_path / "a"], tmp_path / "r.html") == {}
     page = (tmp_path / "r.html").read_text()
     assert ablation_html(ABLATION) in page and "3 &lt;hours&gt;" in page and page.count("<table>") == 1
-    assert titles(drawn[0]) == ["k-NN full", "linear full"]
-    dots, mean, *_ = drawn[0].axes[0].lines
+    assert [titles(figure) for figure in drawn[:3]] == [
+        ["k-NN accuracy, %"],
+        ["linear probe, top-1, %"],
+        ["R^2, held-out"],
+    ]
+    _, dots, mean, *_ = drawn[0].axes[0].lines
     assert np.allclose(dots.get_xdata(), [41, 43]) and np.allclose(mean.get_xdata(), 42)
-    assert "<h2>ablations</h2><p></p>" in ablation_html({"columns": [], "rows": []})
+    assert ablation_html({"columns": [], "rows": []}).startswith("<p></p><figure class=table>")

@@ -178,7 +178,7 @@ def test_it_learns_and_its_run_is_reported_exported_and_resumed_with_its_classes
     html = (tmp_path / "report.html").read_text()
     assert (
         re.search(r"<tr style=\"[^\"]*rgb\([^\"]*\"><td>left</td><td>-</td></tr>", html)
-        and html.count("data:image/png") == 2
+        and html.count("data:image/png") == 14
     )
     assert export(run, tmp_path / "export")["num_classes"] == 0
     shutil.copytree(data.path, tmp_path / "data")
