@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from cache_tools.dataset import CocoEntry
 from cache_tools.images import PictureRefused, decode_rgb
 from cache_tools.labels import MaskRule, stored_mask
@@ -39,7 +42,9 @@ class Candidates:
     """The candidate pictures of a split, in columns: 50 bytes per picture plus its name."""
 
     def __init__(self) -> None:
-        self.roots: list[Path] = []  # one folder, or tars
+        self.roots: list[Path] = []  # one folder, or tars, or parquet files
+        self.column = ""  # of the pictures in parquet files, which must be unpacked
+        self.ends: list[npt.NDArray[np.uint64]] = []  # of the pictures in each unpacked file
         self.folders: tuple[str, str] | None = None  # below the root: pictures, masks
         self.boxes: list[bytes] = []  # the KEY.json of each picture
         self.labels = array("i")
@@ -51,6 +56,7 @@ class Candidates:
         """Append a picture of the last root.
 
         `name` is relative to the root. When the root is a tar, `place` is (offset, size) in it.
+        When it is a parquet file, `place` is (row, size of the file).
         """
         self._names += os.fsencode(name)
         self._ends.append(len(self._names))
@@ -63,7 +69,7 @@ class Candidates:
     def part(self, chosen: Sequence[bool]) -> "Candidates":
         """Return the candidates for which `chosen` is true, in order."""
         part = Candidates()
-        part.roots = self.roots
+        part.roots, part.column = self.roots, self.column
         for i in (i for i, wanted in enumerate(chosen) if wanted):
             part._names += self._names[self._ends[i - 1] if i else 0 : self._ends[i]]
             part._ends.append(len(part._names))
@@ -83,6 +89,9 @@ class Candidates:
         root = self.roots[self._roots[i]]
         if self._sizes:
             name, place = f"{root.name}/{name}", (self._offsets[i], self._sizes[i])
+            if self.ends:
+                start, end = self.ends[self._roots[i]][place[0] : place[0] + 2].tolist()
+                place = start, end - start
             return SourceItem(name, root, *place, self.labels[i])
         target: Path | bytes | None = self.boxes[i] if self.boxes else None
         if self.folders:

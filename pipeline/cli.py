@@ -40,9 +40,9 @@ def demo_data_command(
 
 
 _PLACES = (
-    "SOURCE: an ImageFolder (train/ and val/, or flat), tars (a folder, a file, a glob, a quoted "
-    "{a..b}), masks (ADE20K's folders, {train,val}/{images,masks}) or boxes (COCO's annotations/ "
-    "and {train,val}2017/). DATASET: a new folder, or an unfinished one."
+    "SOURCE: an ImageFolder (train/ and val/, or flat), tars or parquet files (a folder, a file, a "
+    "glob, a quoted {a..b}), masks (ADE20K's folders, {train,val}/{images,masks}) or boxes (COCO's "
+    "annotations/ and {train,val}2017/). DATASET: a new folder, or an unfinished one."
 )
 
 
@@ -67,6 +67,9 @@ def shard_command(
         Path | None,
         Option(metavar="FILE", help="Masks: class names, one per line, in the order of values."),
     ] = None,
+    column: Annotated[
+        list[str] | None, Option(help="Parquet: a column to use, if several fit; may be repeated.")
+    ] = None,
 ) -> None:
     """Check every picture and write it into WebDataset tars with an index.
 
@@ -87,9 +90,8 @@ def shard_command(
         expected = "SOURCE and DATASET, or DATASET with --train and --val"
         raise UsageError(f"expected {expected}; found {found}")
     source, ignored = by_split or rest[0], ignore or ()
-    record = shard(
-        source, dataset, rows_per_shard, seed, max_refused, workers, share, ignored, classes
-    )
+    options = rows_per_shard, seed, max_refused, workers, share, ignored, classes, column or ()
+    record = shard(source, dataset, *options)
     for name, split in record.splits.items():
         objects = f", {split.objects} objects" if record.coco else ""
         rows = f"{split.rows} rows in {len(split.shards)} shards"

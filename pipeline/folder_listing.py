@@ -132,7 +132,7 @@ def add_files(
             if (extension := file_extension(name)) in ARCHIVES:
                 raise UsageError(
                     f"{root / prefix / name}: expected a picture; found an archive (.{extension}); "
-                    "unpack or move it; WebDataset tars belong in SOURCE, its train/ or its val/"
+                    "unpack or move it; tars or parquet files belong in SOURCE, its train/ or val/"
                 )
             if extension in OTHERS:
                 left["other"] += 1

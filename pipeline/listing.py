@@ -1,12 +1,12 @@
-"""List the candidate pictures of a SOURCE, with their labels: an ImageFolder or WebDataset tars.
+"""List the labeled candidate pictures of a SOURCE: an ImageFolder, tars, or parquet files.
 
 An ImageFolder has one folder per split with class folders inside, class folders alone, or pictures
-alone (label -1). Tars are one file, a glob, a quoted brace pattern, or a folder of tars, with or
-without timm's _info.json.
+alone (label -1). Tars or parquet files are one file, a glob, a quoted brace pattern, or a folder
+of them; tars may have timm's _info.json.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cache_tools.errors import UsageError
@@ -14,15 +14,18 @@ from cache_tools.records import sha256_hex
 
 from .candidates import Sources
 from .folder_listing import add_folders
-from .source_splits import LAYOUTS, Source, locate_splits, source_name
+from .parquet_listing import add_parquet
+from .source_splits import LAYOUTS, Source, file_extension, locate_splits, source_name
 from .tar_listing import add_tars
 
 
-def list_sources(source: Source, val: float = 0.0, max_refused: float = 0.01) -> Sources:
+def list_sources(
+    source: Source, val: float = 0.0, max_refused: float = 0.01, columns: Sequence[str] = ()
+) -> Sources:
     """Return every candidate picture of `source`, or of one source per split.
 
     `val` is the share of split train that becomes split val. `max_refused` is the largest share of
-    links, which are left out.
+    links, which are left out. `columns` names the columns of parquet files to use.
 
     Raises: UsageError when the source is empty, ambiguous or of another kind, or when its labels
     contradict each other.
@@ -30,14 +33,23 @@ def list_sources(source: Source, val: float = 0.0, max_refused: float = 0.01) ->
     sources = Sources()
     locations = locate_splits(source, sources.notes)
     tars = {split: place for split, place in locations.items() if isinstance(place, list)}
+    kinds = {file_extension(path.name) == "parquet" for paths in tars.values() for path in paths}
     folders = {split: place for split, place in locations.items() if not isinstance(place, list)}
+    if columns and kinds != {True}:
+        raise UsageError(f"--column: expected parquet files; found none in {source_name(source)}")
+    if len(kinds) > 1:
+        expected = "expected tars or parquet files; found both; use one kind"
+        raise UsageError(f"{source_name(source)}: {expected}")
     if tars and folders:
         found = f"tars ({', '.join(tars)}) and folders of pictures ({', '.join(folders)})"
         where = source_name(source)
         raise UsageError(f"{where}: expected one kind of source; found {found}; use one kind")
     if tars:
         root = next(iter(source.values())) if isinstance(source, Mapping) else source
-        add_tars(Path(root), tars, sources)
+        if kinds == {True}:
+            add_parquet(Path(root), tars, sources, columns)
+        else:
+            add_tars(Path(root), tars, sources)
     else:
         add_folders(folders, sources, max_refused)
     if val:

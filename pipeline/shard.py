@@ -29,6 +29,7 @@ from .coco_listing import list_coco
 from .decode_pool import DecodePool
 from .listing import list_sources
 from .mask_listing import list_scenes
+from .parquet_listing import unpacked
 from .shard_writer import ShardPlan, SplitPlan, SplitWriter
 from .source_splits import Source, source_name
 
@@ -43,13 +44,14 @@ def shard(
     val: float = 0.0,
     ignore: Sequence[int] = (),
     classes: Path | None = None,
+    columns: Sequence[str] = (),
 ) -> DatasetRecord:
     """Shard `source` into the DATASET `out`, or resume an unfinished one, and return its record.
 
     `source` is one source, or one per split: `{"train": ..., "val": ...}`. `max_refused` is the
     largest share of refused candidates per split. `val` is the share of split train that becomes
     split val. For masks, `ignore` holds the values that mean unlabeled, and `classes` is a file
-    with one class name per line.
+    with one class name per line. `columns` names the columns of parquet files to use.
 
     Raises: UsageError, IdentityError (`out` belongs to another request), TooManyRefused,
     Interrupted.
@@ -64,7 +66,7 @@ def shard(
     if not (scenes and scenes.rule) and (ignore or classes):
         expected = "expected a source with masks"
         raise UsageError(f"--ignore, --classes: {expected}; found none in {source_name(source)}")
-    sources = scenes or list_sources(source, val, max_refused)
+    sources = scenes or list_sources(source, val, max_refused, columns)
     for note in sources.notes:
         print(one_line(note))
     plan = ShardPlan(
@@ -121,7 +123,7 @@ class _Job:
                     _check_same(self.out, self.plan, read_record(ShardPlan, begun))
                 publish(begun, encode_record(self.plan))
                 splits = {
-                    name: self._split(name, self.out, self.max_refused, pool).write(stop)
+                    name: self._split(name, self.out, self.max_refused, pool, stop).write(stop)
                     for name in self.candidates
                 }
                 plan = self.plan.model_dump(exclude={"version", "splits"})
@@ -146,7 +148,7 @@ class _Job:
                     continue
                 if stop.requested:
                     raise Interrupted(f"{self.out}: stopped; the same command resumes")
-                made = self._split(name, again, 1, pool).write_again(shard, entry)
+                made = self._split(name, again, 1, pool, stop).write_again(shard, entry)
                 made = made.model_copy(update={"first_candidate": committed.first_candidate})
                 if made != committed:
                     remove_tree(again)
@@ -159,8 +161,11 @@ class _Job:
                 publish(self.out / name / "_info.json", info_json(name, entry))
         remove_tree(again)
 
-    def _split(self, name: str, out: Path, max_refused: float, pool: DecodePool) -> SplitWriter:
-        candidates, folder, work = self.candidates[name], out / name, self.work / name
+    def _split(
+        self, name: str, out: Path, max_refused: float, pool: DecodePool, stop: StopFlag
+    ) -> SplitWriter:
+        candidates = unpacked(self.candidates[name], self.work / "unpacked", stop)
+        folder, work = out / name, self.work / name
         return SplitWriter(name, candidates, self.plan, folder, work, max_refused, pool)
 
 

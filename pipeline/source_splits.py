@@ -1,7 +1,8 @@
 """Find the splits of a SOURCE: read split names, scan folders, and locate folders and tars.
 
-The name of a folder or tar determines its split: `split_name` reads a whole folder name, and
-`_tars_by_split` looks for one word in the name of a tar. Both use the table `_SPLIT_OF_WORD`.
+The name of a folder, tar or parquet file determines its split: `split_name` reads a whole folder
+name, and `_tars_by_split` looks for one word in the name of a tar or parquet file. Both use the
+table `_SPLIT_OF_WORD`.
 A source with unclear splits is an error.
 """
 
@@ -19,7 +20,7 @@ from cache_tools.images import PICTURES
 from cache_tools.records import printable, read_capped
 
 MAX_LISTING_BYTES = 64 << 20  # of classes.txt and of timm's _info.json (20 bytes per tar)
-LAYOUTS = "an ImageFolder (train/<class>/*, val/<class>/*, or <class>/*) or WebDataset tars"
+LAYOUTS = "an ImageFolder (train/<class>/*, val/<class>/*, or <class>/*), tars, parquet files"
 UNLABELED = "pretraining needs no labels; probes and fine-tuning do"
 _PER_SPLIT = "`mcm-cache shard DATASET --train SOURCE --val SOURCE`"
 NAME_SPLITS = f"name the splits: {_PER_SPLIT}"
@@ -28,6 +29,7 @@ ARCHIVES |= {"tar", "tfrecord", "tgz", "xz", "zip", "zst"}
 OTHERS = {"cfg", "cls", "csv", "db", "htm", "html", "ini", "json", "jsonl", "log", "lst", "mat"}
 OTHERS |= {"md", "npy", "npz", "pdf", "pkl", "pt", "pth", "py", "rst", "sh", "toml", "tsv", "txt"}
 OTHERS |= {"url", "xml", "yaml", "yml"}
+_LINKED = {"tar", "parquet"}
 _HIDDEN = {"__MACOSX", "@eaDir"}  # folders that macOS and Synology add; none holds user pictures
 _SPLIT_OF_WORD = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -39,7 +41,7 @@ _PREFIX = f"[A-Z]{{2,}}(?=(?:{'|'.join(_SPLIT_OF_WORD)})(?:set)?(?![a-z]))"
 _FILLER_WORDS = {"data", "image", "images", "img", "imgs", "set", "split"}  # as in "train_images"
 _SPLITS = ("train", "val", "test")
 Source = str | Path | Mapping[str, str | Path]  # one source, or one per split
-Location = tuple[Path, str] | list[Path]  # a root and a folder below it ("" or "name/"), or tars
+Location = tuple[Path, str] | list[Path]  # a root and a folder below it ("" or "name/"), or files
 
 
 def source_name(source: Source) -> str:
@@ -110,7 +112,7 @@ def _find(source: str, notes: list[str], named: bool = False) -> dict[str, Locat
     if root.is_dir():
         return _find_in_folder(root, notes, named)
     if root.is_file():
-        if root.suffix.lower() != ".tar":
+        if root.suffix.lower() not in (".tar", ".parquet"):
             raise UsageError(f"{root}: expected {LAYOUTS}; found another file; unpack an archive")
         return _tars_by_split([root])
     if not (glob.has_magic(source) or "{" in source):
@@ -119,7 +121,7 @@ def _find(source: str, notes: list[str], named: bool = False) -> dict[str, Locat
 
 
 def _expand(pattern: str) -> list[Path]:
-    """Return the tars that a glob or brace pattern names.
+    """Return the tars or parquet files that a glob or brace pattern names.
 
     A part that exists as a file is that file, because a folder may be called "old [1]".
     """
@@ -131,10 +133,10 @@ def _expand(pattern: str) -> list[Path]:
             for part in expand_urls(pattern)
         }
     except Exception as error:
-        expected = "expected a pattern of tars such as {0000..0031}.tar"
+        expected = "expected a pattern of files such as {0000..0031}.tar"
         raise UsageError(f"{pattern}: {expected}; {error}") from error
     if missing := [part for part, found in parts.items() if not found]:
-        raise UsageError(f"{pattern}: expected tars; found no file {missing[0]}")
+        raise UsageError(f"{pattern}: expected tars or parquet files; found no {missing[0]}")
     return [Path(path) for found in parts.values() for path in found]
 
 
@@ -154,7 +156,7 @@ def _tars_by_split(tars: list[Path]) -> dict[str, Location]:
         splits.setdefault(split, []).append(tar)
     if "" in splits and len(splits) > 1:
         others = ", ".join(split for split in splits if split)
-        first = f"{splits[''][0]}: expected a split in its name, like the tars of {others}"
+        first = f"{splits[''][0]}: expected a split in its name, like the files of {others}"
         raise UsageError(f"{first}; {NAME_SPLITS}")
     if "" in splits:
         _check_word_ends(tars)
@@ -174,8 +176,8 @@ def _check_word_ends(tars: list[Path]) -> None:
 
 
 def _find_in_folder(root: Path, notes: list[str], named: bool) -> dict[str, Location]:
-    """Return the splits of a folder: its tars, its split folders, or the folder itself."""
-    if tars := _tars_in(root):
+    """Return the splits of a folder: its tars or parquet files, its split folders, or itself."""
+    if tars := _tars_in(root) or _tars_in(root := _in_snapshot(root)):
         return _tars_by_split(tars)
     here = scan_folder(root, no_links=True)
     splits = {} if named else {name: s for name in here.folders if (s := split_name(name))}
@@ -200,20 +202,33 @@ def _find_in_folder(root: Path, notes: list[str], named: bool) -> dict[str, Loca
     return found or {split_name(os.path.basename(os.path.abspath(root))) or "train": (root, "")}
 
 
+def _in_snapshot(root: Path) -> Path:
+    """Return `root`, or its only folder if that one has parquet files, as data/ on a hub has."""
+    inner = [root / name for name in scan_folder(root).folders]
+    if len(inner) == 1:
+        splits = [inner[0] / name for name in scan_folder(inner[0]).folders if split_name(name)]
+        files = (name for folder in (*inner, *splits) for name in scan_folder(folder).files)
+        if any(file_extension(name) == "parquet" for name in files):
+            return inner[0]
+    return root
+
+
 def _tars_in(folder: Path) -> list[Path]:
-    """Return the tars directly in a folder.
+    """Return the tars directly in a folder, or else its parquet files.
 
     Raises: UsageError when the folder also holds other folders, pictures or archives.
     """
     here = scan_folder(folder)
     tars = [name for name in here.files if file_extension(name) == "tar"]
-    kinds = PICTURES | ARCHIVES - {"tar", "parquet"}  # img2dataset writes tables beside the tars
+    # img2dataset writes tables beside the tars.
+    tars = tars or [name for name in here.files if file_extension(name) == "parquet"]
+    kinds = PICTURES | ARCHIVES - {"tar", "parquet"}
     others = [f"{name}/" for name in here.folders]
     others += [name for name in here.files if file_extension(name) in kinds]
     if tars and others:
         raise UsageError(
-            f"{folder}: expected tars or pictures; found both, {printable(tars[0])} and "
-            f"{printable(others[0])}; give one kind: '{folder}/*.tar', or {_PER_SPLIT}"
+            f"{folder}: expected files of one kind; found both, {printable(tars[0])} and "
+            f"{printable(others[0])}; give one kind, as '{folder}/*.tar' or {_PER_SPLIT}"
         )
     return [folder / name for name in tars]
 
@@ -266,8 +281,8 @@ def is_hidden(path: str) -> bool:
 def scan_folder(path: Path, no_links: bool = False) -> FolderNames:
     """Return the names in a folder.
 
-    Links to pictures and folders are not followed. A link to a tar counts as a file, as in a
-    Hugging Face Hub snapshot. With `no_links`, a link to a folder raises UsageError.
+    Links to pictures and folders are not followed. A link to a tar or parquet file counts as a
+    file, as in a Hugging Face Hub snapshot. With `no_links`, a link to a folder raises UsageError.
     """
     here = FolderNames([], [], [], [])
     with os.scandir(path) as entries:
@@ -276,7 +291,7 @@ def scan_folder(path: Path, no_links: bool = False) -> FolderNames:
                 here.hidden.append(entry.name)
             elif entry.is_dir(follow_symlinks=False):
                 here.folders.append(entry.name)
-            elif entry.is_file(follow_symlinks=False) or file_extension(entry.name) == "tar":
+            elif entry.is_file(follow_symlinks=False) or file_extension(entry.name) in _LINKED:
                 here.files.append(entry.name)
             elif no_links and entry.is_dir():
                 raise UsageError(

@@ -24,8 +24,7 @@ MAX_HEADER_BYTES = 64 << 10  # of a long name or extended header in a tar
 def add_tars(root: Path, tars_of: Mapping[str, list[Path]], sources: Sources) -> None:
     """Add the samples of tars, and the class names of classes.txt in `root` or beside a tar.
 
-    Raises: UsageError when only some pictures have a label, when a label has no class name, or
-    when two classes.txt differ.
+    Raises: UsageError when a tar is damaged, and as `name_classes` does.
     """
     left = Counter[str]()  # by extension; "" for hidden and irregular members, and without a key
     for split, tars in tars_of.items():
@@ -36,29 +35,51 @@ def add_tars(root: Path, tars_of: Mapping[str, list[Path]], sources: Sources) ->
     if skipped := left.pop("", 0):
         reason = "hidden, not regular files, or without an extension"
         sources.notes.append(f"{skipped} members of tars left out: {reason}")
+    others = ", ".join(f"{number} .{kind}" for kind, number in left.most_common(3)) or "none"
+    found = f'found no .cls, no "label" in a .json, and {left.total()} members of unknown kinds'
+    unlabeled = f"no labels: {found} ({others}); names of tars are not labels"
+    folders = [root, *(tar.parent for tars in tars_of.values() for tar in tars)]
+    name_classes(sources, folders, unlabeled)
+
+
+def name_classes(
+    sources: Sources, folders: Sequence[Path], unlabeled: str, names: Sequence[str] = ()
+) -> None:
+    """Set the classes: `names`, the lines of classes.txt in `folders`, or numbers.
+
+    `unlabeled` is the note about a source without labels. A split test without labels is left out
+    of a source with labels.
+
+    Raises: UsageError when only some pictures have a label, when a label has no class name, or
+    when two classes.txt differ.
+    """
     highest = max(max(part.labels, default=-1) for part in sources.splits.values())
     if highest < 0:
-        others = ", ".join(f"{number} .{kind}" for kind, number in left.most_common(3)) or "none"
-        sources.notes.append(
-            f'no labels: found no .cls, no "label" in a .json, and {left.total()} members of '
-            f"unknown kinds ({others}); names of tars are not labels; {UNLABELED}"
-        )
+        sources.notes.append(f"{unlabeled}; {UNLABELED}")
     else:
         _refuse_unlabeled(sources)
-    folders = dict.fromkeys([root, *(tar.parent for tars in tars_of.values() for tar in tars)])
+    folders = [] if names else [*dict.fromkeys(folders)]
     files = [file for folder in folders if (file := folder / "classes.txt").is_file()]
-    sources.classes = tuple(class_lines(files) if files else map(str, range(highest + 1)))
-    if highest >= 0 and not files:
+    if highest >= 0 and not names and not files:
         sources.notes.append(f"no classes.txt: the classes are named 0 to {highest}")
+    sources.classes = tuple(
+        names or (class_lines(files) if files else map(str, range(highest + 1)))
+    )
     if len(sources.classes) <= highest:
         expected = f"at least {highest + 1} lines, one per class"
         raise UsageError(f"{files[0]}: expected {expected}; found {len(sources.classes)}")
 
 
 def _refuse_unlabeled(sources: Sources) -> None:
-    """Raise UsageError when a picture has no label; it names the first one and their number."""
-    for split, candidates in sources.splits.items():
-        if bare := [i for i, label in enumerate(candidates.labels) if label < 0]:
+    """Leave out a split test without any label; raise UsageError for another picture without one.
+
+    The error names the first such picture and their number.
+    """
+    for split, candidates in [*sources.splits.items()]:
+        if split == "test" and max(candidates.labels, default=-1) < 0:
+            sources.notes.append("test left out: it has no labels")
+            del sources.splits[split]
+        elif bare := [i for i, label in enumerate(candidates.labels) if label < 0]:
             first = candidates[bare[0]]
             raise UsageError(
                 f"{first.path}: expected a label (.cls, or label in .json) for every picture or "

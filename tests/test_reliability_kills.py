@@ -22,6 +22,7 @@ VIEWS = 2
 Run = Callable[..., None]
 WORK: list[tuple[str, Run, int]] = [  # name, run, tars that one commit step may make anew
     ("shard", zygote.run_shard, 1),
+    ("shard parquet", zygote.run_parquet, 1),
     ("shard masks", zygote.run_scenes, 1),
     ("shard boxes", zygote.run_boxes, 1),
     ("extract", partial(zygote.run_extract, views=VIEWS), VIEWS),
@@ -33,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return zygote.make_place(tmp_path_factory.mktemp("kills"))
 
 
-@pytest.mark.parametrize(("name", "run", "tars"), WORK, ids=["shard", "masks", "boxes", "extract"])
+@pytest.mark.parametrize(("name", "run", "tars"), WORK, ids=["shard", "parquet", "masks", "boxes", "extract"])
 def test_killed_and_resumed_ends_with_the_same_bytes(
     name: str,
     run: Run,

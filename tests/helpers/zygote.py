@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT
 from disk import DIE, Disk
 from make_extract import request
+from make_parquet import from_folder
 from make_scenes import make_ade, make_coco
 from make_teacher import make_teacher
 from test_pipeline_shard import make_source
@@ -31,6 +32,7 @@ SERVER = multiprocessing.get_context("forkserver")
 def make_place(root: Path, train: int = 36) -> Path:
     """Pictures of two splits (shards of 16), their DATASET, a teacher; what is made from them goes beside."""
     make_source(root / "pictures", train=train, val=4)
+    from_folder(root / "pictures", root / "hub", per_file=20)
     make_ade(root / "ade", train, 4)
     make_coco(root / "coco", train, 4)
     make_teacher(root / "clip")
@@ -40,6 +42,10 @@ def make_place(root: Path, train: int = 36) -> Path:
 
 def run_shard(place: Path, out: Path) -> None:
     shard(place / "pictures", out, rows_per_shard=16, workers=2)
+
+
+def run_parquet(place: Path, out: Path) -> None:
+    shard(place / "hub", out, rows_per_shard=16, workers=2)
 
 
 def run_scenes(place: Path, out: Path) -> None:
