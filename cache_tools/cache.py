@@ -18,9 +18,10 @@ from .dataset import CHUNK_ROWS, shard_name
 from .errors import CorruptionError, IdentityError, UsageError, found_at
 from .images import RGB, decode_view_into
 from .quantize import Floats, decode
-from .records import read_record, record_sha256, sha256_hex
+from .records import decode_record, read_capped, read_record, record_sha256, sha256_hex
+from .remote import read_at
 from .schema import CacheIdentity, Commit, Manifest, ProbeRecord
-from .storage import file_sha256, read_at
+from .storage import file_sha256
 from .tars import INDEX_DTYPE, VIEW_INDEX_DTYPE, checked_picture, encode_npy, read_npy
 from .zarr_shards import array_json, group_json, read_chunk
 
@@ -58,7 +59,7 @@ class Chunk:
     @property
     def rows(self) -> int:
         """Number of rows in this chunk."""
-        return len(self.pictures)
+        return len(self.labels)
 
     def features(self) -> npt.NDArray[np.float32]:
         """Return the decoded patch features, float32 [B, N, C]."""
@@ -106,6 +107,12 @@ class Unit:
         """The path of the manifest, which exists if the unit is complete."""
         return self.path / "manifest.json"
 
+    def shard_files(self, shard: int) -> dict[str, Path]:
+        """Return the path of every file of a shard but its commit: "index", "views" and arrays."""
+        arrays = {name: self.group / spec.shard_file(shard) for name, spec in self.specs.items()}
+        views = {} if self.identity.pictures is False else {"views": self.tar(shard)}
+        return {"index": self.index_file(shard)} | views | arrays
+
     def shard_rows(self, shard: int) -> int:
         """Return the number of rows of a shard: `rows_per_shard`, or fewer in the last shard."""
         return min(self.identity.rows_per_shard, self.rows - shard * self.identity.rows_per_shard)
@@ -129,11 +136,15 @@ class Unit:
 
         Raises: CorruptionError if it is damaged; IdentityError if it belongs to another unit.
         """
-        read = read_record(Manifest, self.manifest_file)
+        return self.decode_manifest(read_capped(self.manifest_file), self.manifest_file)
+
+    def decode_manifest(self, data: bytes, where: str | Path) -> Manifest:
+        """Return the manifest in `data`; `where` names its file. The errors are as above."""
+        read = decode_record(Manifest, data, where)
         found = (read.identity_sha256, read.split, read.view, read.rows, len(read.commits))
         if found != (self.identity_sha256, self.split, self.view, self.rows, self.num_shards):
             expected = f"expected the manifest of {self} of this cache"
-            raise IdentityError(f"{self.manifest_file}: {expected}; found {found}")
+            raise IdentityError(f"{where}: {expected}; found {found}")
         return read
 
     def commit(self, shard: int, bound: bool = True) -> Commit:
@@ -146,7 +157,14 @@ class Unit:
         path = self.commit_file(shard)
         if not path.is_file():
             raise CorruptionError(f"{path}: expected the commit of a complete unit; it is missing")
-        commit = read_record(Commit, path)
+        manifest = self.manifest if bound and self.complete else None
+        return self.decode_commit(shard, read_capped(path), path, manifest)
+
+    def decode_commit(
+        self, shard: int, data: bytes, path: str | Path, manifest: Manifest | None
+    ) -> Commit:
+        """Return the commit in `data`; `path` names its file. The errors are those of `commit`."""
+        commit = decode_record(Commit, data, path)
         found = (commit.identity_sha256, commit.split, commit.view, commit.shard, commit.rows)
         if found != (self.identity_sha256, self.split, self.view, shard, self.shard_rows(shard)):
             expected = f"expected the commit of shard {shard} of {self}"
@@ -159,8 +177,13 @@ class Unit:
         if found_lengths != lengths | {"index": chunks} or statistics != (channels, channels):
             expected = f"expected {chunks} checksums per array and {channels} statistics"
             raise CorruptionError(f"{path}: {expected}; found {found_lengths} and {statistics}")
-        if bound and self.complete and record_sha256(commit) != self.manifest.commits[shard]:
-            expected = f"expected the commit that {self.manifest_file} names"
+        names = {
+            file.relative_to(self.path).as_posix() for file in self.shard_files(shard).values()
+        }
+        if commit.files.keys() != names:
+            raise CorruptionError(f"{path}: expected {sorted(names)}; found {sorted(commit.files)}")
+        if manifest and record_sha256(commit) != manifest.commits[shard]:
+            expected = f"expected the commit that the manifest of {self} names"
             raise CorruptionError(f"{path}: {expected}; found another")
         return commit
 
@@ -224,17 +247,7 @@ class Unit:
         rows = min(CHUNK_ROWS, self.rows - row0)
         records, mean, std = self._constants(shard)
         index: Any = records[position * CHUNK_ROWS :][:rows]
-        # The 16 pictures are adjacent in the tar, so one read gets all of them.
-        start = int(index["offset"][0])
-        tar = self.tar(shard)
-        end = int(index["offset"][-1]) + int(index["size"][-1])
-        data = memoryview(read_at(tar, start, end - start))
-        columns = (index["offset"] - start, index["size"], index["crc32c"])
-        spans = zip(*(column.tolist() for column in columns), strict=True)
-        pictures = [
-            checked_picture(tar, data[offset : offset + size], checksum, row0 + i)
-            for i, (offset, size, checksum) in enumerate(spans)
-        ]
+        pictures = [] if self.identity.pictures is False else self._pictures(shard, row0, index)
         whole = into if into and rows == CHUNK_ROWS else {}
         codes = self._array("patch", shard, position, rows, whole.get("patch"))
         scale = self._array("scale", shard, position, rows, whole.get("scale"))
@@ -244,6 +257,18 @@ class Unit:
         labels = index["label"].astype(np.int32)
         size_HW = self.identity.view_height, self.identity.view_width
         return Chunk(row0, size_HW, pictures, labels, codes, scale, mean, std, cls)
+
+    def _pictures(self, shard: int, row0: int, index: Any) -> list[memoryview]:
+        """Return the checked pictures of a chunk, which are adjacent in the tar, by one read."""
+        start, tar = int(index["offset"][0]), self.tar(shard)
+        end = int(index["offset"][-1]) + int(index["size"][-1])
+        data = memoryview(read_at(tar, start, end - start))
+        columns = (index["offset"] - start, index["size"], index["crc32c"])
+        spans = zip(*(column.tolist() for column in columns), strict=True)
+        return [
+            checked_picture(tar, data[offset : offset + size], checksum, row0 + i)
+            for i, (offset, size, checksum) in enumerate(spans)
+        ]
 
     def __iter__(self) -> Iterator[Chunk]:
         """Yield every chunk in the order of its rows."""
@@ -306,6 +331,12 @@ class Cache:
         if not canonical or sha256_hex(matrix.tobytes()) != expected:
             raise CorruptionError(f"{path}: expected the sha256 in cache.json; found another")
         return np.array(matrix, np.float32)
+
+    def check_pictures(self) -> None:
+        """Raise UsageError if this CACHE was pulled without its pictures."""
+        if self.identity.pictures is False:
+            serves = "`mcm-train probe` and Cache.zarr() read it; pull without --features-only"
+            raise UsageError(f"{self.path}: expected views; found features only; {serves} to train")
 
     def complete_units(self, split: str) -> list[Unit]:
         """Return the units of a split that have a manifest: training uses only these."""

@@ -39,6 +39,7 @@ def preview(
         found = found_at(out) if out.is_dir() else repr(out.suffix)
         raise UsageError(f"--out {out}: expected a file name that ends in .png; found {found}")
     cache = Cache(path)
+    cache.check_pictures()
     units = [unit for unit in cache.all_units() if unit.split == split and unit.complete]
     if not units:
         advice = "run the same `mcm-cache extract` again"

@@ -62,6 +62,13 @@ def check_utf8(path: str | Path) -> None:
         raise UsageError(f"{shown}: expected a path in UTF-8; found other bytes; {remedy}")
 
 
+class FileEntry(Record):
+    """Size and hash of a committed file."""
+
+    bytes: Amount
+    sha256: str
+
+
 # A name from the file system or the command line.
 Text = Annotated[str, pydantic.BeforeValidator(printable)]
 

@@ -7,7 +7,7 @@ from typing import Literal, Self
 import pydantic
 
 from .dataset import CHUNK_ROWS, RowsPerShard
-from .records import Absent, Amount, Checksum, Count, Record, SplitName
+from .records import Absent, Checksum, Count, FileEntry, Record, SplitName
 from .zarr_shards import ArraySpec
 
 MAX_ROW = 1 << 24  # features, or pixels, per row; CLIP L/14 at 336 px has 2^19.2
@@ -54,7 +54,7 @@ class CacheIdentity(Record):
     `grid` is (rows, columns) of patch tokens. Sizes are in pixels. `pixels_sha256` is the digest of
     a fixed picture after the decoders, resize and encoder of the first worker's machine. Early
     caches have neither `compress` nor `pixels_sha256`. None is not written, so the digests of these
-    caches stay valid.
+    caches stay valid. `pictures` is False if only the features were pulled.
     """
 
     format: Literal["mcm-cache"] = "mcm-cache"
@@ -69,6 +69,7 @@ class CacheIdentity(Record):
     dtype: Literal["int8", "float16"]
     compress: Absent[Literal["zstd"]] = None
     pixels_sha256: Absent[str] = None
+    pictures: Absent[Literal[False]] = None
     grid: tuple[Count, Count]
     channels: Count
     has_cls: bool
@@ -156,13 +157,6 @@ class Fidelity(Record):
     relative_mse: float
     cosine: float
     precision_mse: float
-
-
-class FileEntry(Record):
-    """The size and hash of a committed file."""
-
-    bytes: Amount
-    sha256: str
 
 
 class Commit(Record):

@@ -12,8 +12,8 @@ from .cache import Unit, index_crc32cs
 from .dataset import row_key
 from .errors import IdentityError
 from .images import picture_extension
-from .records import differences, encode_record, read_record, record_sha256, sha256_hex
-from .schema import CacheIdentity, Commit, Fidelity, FileEntry, Fingerprint, Manifest
+from .records import FileEntry, differences, encode_record, read_record, record_sha256, sha256_hex
+from .schema import CacheIdentity, Commit, Fidelity, Fingerprint, Manifest
 from .storage import publish, remove, write_atomic
 from .tars import VIEW_INDEX_DTYPE, encode_npy, tar_writer
 from .zarr_shards import shard_writer

@@ -29,7 +29,8 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from .errors import CorruptionError
 from .quantize import FILL_INT8
-from .storage import AtomicFile, Buffer, atomic_file, read_at, read_into
+from .remote import file_size, read_at, read_into
+from .storage import AtomicFile, Buffer, atomic_file
 
 _ABSENT = 2**64 - 1
 _CRC_BYTES = 4
@@ -201,12 +202,11 @@ def read_chunk(
 def _read_compressed(path: Path, spec: ArraySpec, position: int) -> bytes:
     """Return the compressed bytes of a chunk; the index at the end of the shard locates them."""
     index_bytes = 16 * spec.chunks_per_shard + _CRC_BYTES
-    file_bytes = path.stat().st_size if path.is_file() else 0
-    index = read_at(path, max(file_bytes - index_bytes, 0), index_bytes)
+    index = read_at(path, max(file_size(path) - index_bytes, 0), index_bytes)
     pairs = np.frombuffer(index[:-_CRC_BYTES], "<u8").reshape(-1, 2)
     offset, stored_bytes = pairs[position].tolist()
     limit = 2 * spec.chunk_bytes
     if not _CRC_BYTES <= stored_bytes <= limit:
         expected = f"expected {_CRC_BYTES} to {limit} bytes in the index; found {stored_bytes}"
         raise CorruptionError(f"{path}: chunk {position}: {expected}; run `mcm-cache verify`")
-    return read_at(path, offset, stored_bytes - _CRC_BYTES)
+    return bytes(read_at(path, offset, stored_bytes - _CRC_BYTES))

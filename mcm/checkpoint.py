@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cache_tools.errors import CorruptionError, IdentityError
-from cache_tools.records import Record, encode_record, read_record, sha256_hex
-from cache_tools.schema import FileEntry
+from cache_tools.records import FileEntry, Record, encode_record, read_record, sha256_hex
 from cache_tools.storage import atomic_folder, read_at, remove, remove_tree, write_atomic
 
 _NAME = re.compile(r"step_\d{9}")

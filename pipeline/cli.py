@@ -226,6 +226,62 @@ def preview_command(
     print(preview(cache, out, data, rows, split))
 
 
+_REMOTE = (
+    "A folder, s3://BUCKET/PREFIX, gs:// or az:// (extra s3), or hf://datasets/OWNER/NAME or "
+    "hf://buckets/OWNER/NAME (extra hf). docs/share.md says where credentials come from."
+)
+_Remote = Annotated[str, Argument(metavar="REMOTE", help=_REMOTE)]
+
+
+@app.command("push", no_args_is_help=True)
+def push_command(
+    path: Annotated[Path, Argument(metavar="CACHE|DATASET|EXPORT")], remote: _Remote
+) -> None:
+    """Copy a folder to a remote, shard by shard; what is there already is compared and left.
+
+    Run the same command again to resume.
+
+    Example: mcm-cache push cache s3://bucket/cache
+    """
+    from cache_tools.transfer import push
+
+    print(push(path, remote))
+
+
+@app.command("pull", no_args_is_help=True)
+def pull_command(
+    remote: _Remote,
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="New, or one to continue.")],
+    first: Annotated[
+        str, Option(metavar="SHARE", help="Of a CACHE: the first shards of each split, as 10%.")
+    ] = "100%",
+    split: Annotated[
+        list[str] | None, Option(help="Of a CACHE: a split; may be repeated. By default all.")
+    ] = None,
+    views: Annotated[int, Option(min=0, help="Of a CACHE: the first views; 0 takes all.")] = 0,
+    features_only: Annotated[
+        bool, Option("--features-only", help="Of a CACHE: no pictures, so it does not train.")
+    ] = False,
+) -> None:
+    """Copy a CACHE, DATASET or EXPORT from a remote to a folder, and check every digest.
+
+    Run the same command again to resume.
+
+    Example: mcm-cache pull s3://bucket/cache tenth --first 10%
+    """
+    from cache_tools.transfer import Part, pull
+
+    print(pull(remote, folder, Part(_share("--first", first), split or (), views, features_only)))
+
+
+def _share(option: str, text: str) -> float:
+    """Return a share such as "5%" as a number in (0, 1]."""
+    found = re.fullmatch(r"([0-9]+\.?[0-9]*)%", text)
+    if not found or not 0 < float(found[1]) <= 100:
+        raise UsageError(f"{option}: expected a share such as 5%, at most 100%; found {text!r}")
+    return float(found[1]) / 100
+
+
 _AS_IN_EXTRACT = "As in `mcm-cache extract`; for --recompute."
 
 
@@ -259,15 +315,13 @@ def verify_command(
     from cache_tools.info import guessed
     from cache_tools.verify import verify
 
-    share = re.fullmatch(r"([0-9]+\.?[0-9]*)%", subset)
-    if not share:
-        raise UsageError(f"--subset {subset!r}: expected a share such as 5%")
+    share = _share("--subset", subset)
     if recompute and not (teacher and weights and (path / "cache.json").is_file()):
         expected = "a CACHE, and --teacher and --weights as in its `mcm-cache extract`"
         raise UsageError(f"--recompute: expected {expected}")
     if warning := guessed(path):
         print(f"warning: {warning}", file=sys.stderr)
-    report = verify(path, quick, float(share[1]) / 100, seed, quiet=json)
+    report = verify(path, quick, share, seed, quiet=json)
     again = None
     if recompute and report.problems:
         print("--recompute: skipped until the damaged files below are made again", file=sys.stderr)

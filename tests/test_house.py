@@ -18,7 +18,7 @@ FORBIDDEN = {
 }
 WRITES = re.compile(
     r"\bopen\([^)]*[\"'](?:[wax]b?\+?|r\+b?)[\"']|\.write_(?:text|bytes)\(|os\.(?:replace|rename|link|unlink|remove|mkdir|makedirs)\("
-    r"|shutil\.(?:rmtree|copy|move)|np\.save\((?!buffer)|\bsave_file\(|torch\.save\((?!\w+, buffer\))"
+    r"|shutil\.(?:rmtree|copy(?!fileobj)|move)|np\.save\((?!buffer)|\bsave_file\(|torch\.save\((?!\w+, buffer\))"
     r"|\.(?:unlink|rmdir|touch|mkdir|rename)\("
 )
 

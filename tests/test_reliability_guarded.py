@@ -119,7 +119,7 @@ def test_the_manifest_knows_which_commits(tmp_path: Path) -> None:
     commit = unit.commit(0)
     fingerprint = commit.fingerprint.model_copy(update={"batch": 999})
     unit.commit_file(0).write_bytes(encode_record(commit.model_copy(update={"fingerprint": fingerprint})))
-    with pytest.raises(CorruptionError, match="expected the commit that .*manifest.json names"):
+    with pytest.raises(CorruptionError, match="expected the commit that the manifest of .* names"):
         Cache(cache.path).units("train")[0].chunk(0)
 
 
