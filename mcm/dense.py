@@ -38,6 +38,12 @@ def confusion(mask_HW: Mask, predicted_HW: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def confused(counts_KK: Tensor) -> Tensor:
+    """Return the counts above 0 as lines (true class, predicted class, count), int64 [R, 3]."""
+    sparse = counts_KK.to_sparse().coalesce()
+    return torch.cat([sparse.indices(), sparse.values()[None]]).T.cpu().contiguous()
+
+
 def scores(confusion_KK: Tensor) -> dict[str, Any]:
     """Return miou, mean_accuracy, pixel_accuracy and iou.
 

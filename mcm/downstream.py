@@ -33,7 +33,7 @@ class Downstream(Protocol):
 
     `model` is not wrapped. Layer decay applies to `model.encoder`, or to `model` if it has none. A
     micro-batch is a multiple of `group` rows. `headline` is the name of the metric that the command
-    prints. `shown` holds pictures of the last evaluation for the report.
+    prints. `shown` holds pictures and counts of the last evaluation for the report.
     """
 
     group: int

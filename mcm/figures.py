@@ -103,6 +103,25 @@ def dots(
     return picture(_svg(figure), alt, meaning)
 
 
+def confusion(percent_KK: Array, classes: Sequence[str]) -> str:
+    """Plot the percent of each true class (line) that is predicted as each class (column)."""
+    side = 1.2 + 0.36 * len(classes)
+    figure, axis = _chart("confusion, % of the true class", max(2.8, side), max(WIDE, side + 1))
+    axis.pcolormesh(percent_KK, cmap="Blues", vmax=150)  # dark text is readable on every color
+    for (k, j), value in np.ndenumerate(percent_KK):
+        if value >= 0.5:
+            axis.text(j + 0.5, k + 0.5, f"{value:.0f}", ha="center", va="center", fontsize=8)
+    places = np.arange(len(classes)) + 0.5
+    axis.set(xticks=places, yticks=places, yticklabels=classes, xlabel="predicted", ylabel="true")
+    axis.set_xticklabels(classes, rotation=90)
+    axis.grid(False)
+    axis.invert_yaxis()
+    worst = np.where(np.eye(len(classes), dtype=bool), -1, percent_KK)
+    k, j = divmod(int(worst.argmax()), len(classes))
+    alt = f"confusion matrix; most confused: {worst[k, j]:.0f} % of {classes[k]} as {classes[j]}"
+    return picture(_svg(figure), alt, "The diagonal is right; shares below 0.5 % are left out.")
+
+
 def channel_figures(channels: Mapping[str, Array]) -> str:
     """Plot the R^2 [C] of channels that vary: a histogram, and R^2 against the target's std."""
     varying, std_C = _varying(channels), channels["target_std"]
@@ -192,10 +211,10 @@ def _small(rgb_HW3: Array) -> bytes:
     return encode_view(np.asarray(image), "png" if max(image.size) <= TINY else "jpeg:90:444")
 
 
-def _chart(title: str, height: float = 2.8) -> tuple[Figure, Any]:
+def _chart(title: str, height: float = 2.8, width: float = WIDE) -> tuple[Figure, Any]:
     """Return a figure and its only axis."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDE, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(subplot_kw={"title": title})
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +37,7 @@ from mcm.backbones import (
 )
 from mcm.classifiers import training_rows
 from mcm.config import FinetuneConfig
+from mcm.dense import confused
 from mcm.detect import Detection
 from mcm.downstream import Classes, Downstream, Metrics, Prediction, Predictor
 from mcm.loop import Job, device, engine, evaluation_due, to_device, train
@@ -48,7 +50,7 @@ from mcm.stream import Batch, DatasetSource, Stream, batches
 
 # The std of a new head, as in MAE: fine-tuning starts from uniform predictions, a probe does not.
 HEAD_STD, PROBE_STD = 2e-5, 0.01
-TOP = 5  # classes per predicted picture
+TOP, SHOWN = 5, 8  # classes per predicted picture; right and wrong pictures in the report, each
 
 
 def finetune(
@@ -120,6 +122,7 @@ class Classification:
         transform = train_transform(config.augment, backbone)
         self.train = DatasetSource(dataset, "train", transform, seed, rows)
         self.held = DatasetSource(dataset, "val", eval_transform(backbone), seed)
+        self.views = DatasetSource(dataset, "val", eval_transform(backbone, normalize=False), seed)
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy of mixed pictures."""
@@ -128,8 +131,24 @@ class Classification:
         return functional.cross_entropy(wrapped(pictures_B3HW).float(), targets_BK)
 
     def evaluate(self, items: Iterable[Batch], accelerator: Accelerator) -> tuple[Metrics, Classes]:
-        """Return top-1, top-5 (fractions) and cross-entropy."""
-        return accuracy(self.model, items, accelerator), {}
+        """Return top-1, top-5 (fractions) and cross-entropy.
+
+        The confusion and the most probable wrong and right predictions are kept in `shown`.
+        """
+        found = judged(self.model, items, accelerator)
+        labels_R, predicted_R = pairs_2R = found[:, 1:3].long().T
+        ones_R, right_R = torch.ones_like(labels_R), labels_R == predicted_R
+        pairs = torch.sparse_coo_tensor(pairs_2R, ones_R, check_invariants=True)
+        self.shown = {"confusion": confused(pairs)}
+        order = found[:, 3].argsort(descending=True, stable=True)
+        for name, kept_R in (("wrong", ~right_R), ("right", right_R)):
+            if len(chosen := found[order][kept_R[order]][:SHOWN]):
+                views = self.views(0, chosen[:, 0].long().numpy(), len(chosen))["pictures"]
+                self.shown[name] = views.permute(0, 2, 3, 1).contiguous()
+                self.shown[f"{name}_facts"] = chosen[:, 1:4].contiguous()
+        names = ("top1", "top5", "loss")
+        values = (right_R.double(), found[:, 4], found[:, 5])
+        return {name: float(x.mean()) for name, x in zip(names, values, strict=True)}, {}
 
     @staticmethod
     def predictor(run: Path) -> Predictor:
@@ -232,19 +251,22 @@ def make_classifier(
 
 
 @torch.inference_mode()
-def accuracy(
-    model: nn.Module, items: Iterable[Batch], accelerator: Accelerator
-) -> dict[str, float]:
-    """Return top-1, top-5 (fractions) and cross-entropy over all ranks, without padded rows."""
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+def judged(model: nn.Module, items: Iterable[Batch], accelerator: Accelerator) -> Tensor:
+    """Return a line per row of all ranks, in order, without padded rows, float64 [R, 6].
+
+    Its columns: row, label, predicted class, probability, whether the top 5 have the label, loss.
+    """
+    parts = []
     for batch in items:
         batch = to_device(batch, accelerator.device)
         logits_BK = model(batch["pictures"]).float()
-        labels_B, weight_B = batch["labels"], batch["weight"].double()
+        labels_B, rows_B = batch["labels"], batch["rows"].to(accelerator.device)
+        probability_B, predicted_B = logits_BK.softmax(1).max(1)
         top_B5 = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices
-        hits_B5 = top_B5 == labels_B[:, None]
+        hits_B = (top_B5 == labels_B[:, None]).any(1)
         losses_B = functional.cross_entropy(logits_BK, labels_B, reduction="none")
-        terms = (hits_B5[:, 0], hits_B5.any(1), losses_B, torch.ones_like(losses_B))
-        sums += torch.stack([(term.double() * weight_B).sum() for term in terms])
-    top1, top5, loss, count = accelerator.reduce(sums, "sum").tolist()
-    return {"top1": top1 / count, "top5": top5 / count, "loss": loss / count}
+        columns = (rows_B, labels_B, predicted_B, probability_B, hits_B, losses_B, batch["weight"])
+        parts.append(torch.stack([column.double() for column in columns], 1))
+    found = cast(Tensor, accelerator.gather(torch.cat(parts))).cpu()
+    found = found[found[:, -1] > 0, :-1]
+    return found[found[:, 0].argsort()]

@@ -20,7 +20,16 @@ from cache_tools.storage import work_dir, write_atomic
 from mcm import checkpoint
 from mcm.dense_probe import DenseResult
 from mcm.draw import color
-from mcm.figures import Array, channel_figures, channel_maps, curves, dots, pictures, samples
+from mcm.figures import (
+    Array,
+    channel_figures,
+    channel_maps,
+    confusion,
+    curves,
+    dots,
+    pictures,
+    samples,
+)
 from mcm.page import charts, page, table
 from mcm.probe import ProbeResult
 from mcm.run_dir import last_eval, read_metrics, recorded
@@ -29,6 +38,7 @@ from mcm.run_dir import last_eval, read_metrics, recorded
 FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full", "r2_filled": "R^2 full, filled"}
 # The metric of each task of fine-tuning, and what a column says of it.
 HEADLINES = {"top1": "", "miou": ", mIoU", "box_ap": ", box AP"}
+FEW = 20  # classes of a confusion matrix; a table has as many confused pairs
 ABLATIONS = {"columns", "rows"}  # keys of a results.json
 MINUTES = "minutes"  # a column of an ablation
 RANDOM = "random init"
@@ -287,8 +297,7 @@ def _run_section(run: Path) -> str:
         caption = "classes of the last evaluation in percent, with the colors of the drawings"
         parts.append(table(lines, caption, bars))
     if drawings := _tensors(run / "shown.safetensors"):
-        shown = {name: drawings[name] for name in ("truth", "predicted")}
-        parts.append(pictures(shown, "Held-out pictures: the truth above the prediction."))
+        parts.append(_drawn(drawings, recorded(run)["classes"]))
     for name in ("config.toml", "env.json", "run.json"):
         if (file := run / name).is_file():
             toml = name.endswith("toml")
@@ -296,6 +305,58 @@ def _run_section(run: Path) -> str:
             summary = f"<summary>{name}</summary>"
             parts.append(f"<details>{summary}<pre>{html.escape(text)}</pre></details>")
     return "".join(parts)
+
+
+def _drawn(drawings: Mapping[str, Array], classes: Sequence[str]) -> str:
+    """Return pictures of the last evaluation, and which classes were taken for which."""
+    found = ""
+    if "truth" in drawings:
+        shown = {name: drawings[name] for name in ("truth", "predicted")}
+        found = pictures(shown, "Held-out pictures: the truth above the prediction.")
+    for name in ("wrong", "right"):
+        if name in drawings:
+            facts = drawings[f"{name}_facts"].tolist()
+            texts = [
+                f"{classes[int(k)]}, predicted {classes[int(j)]}, {p:.0%}" for k, j, p in facts
+            ]
+            caption = f"The most probable {name} predictions on held-out pictures."
+            found += pictures({name: drawings[name]}, caption, texts)
+    if "confusion" in drawings:
+        found += confusion_tables(drawings["confusion"], classes, "truth" not in drawings)
+    return found
+
+
+def confusion_tables(counts_R3: Array, classes: Sequence[str], accuracy: bool) -> str:
+    """Return the confusion from lines (true, predicted, count): a chart, or the FEW worst pairs.
+
+    With `accuracy`, add a table of the accuracy of each class.
+    """
+    true, predicted, count = counts_R3.T
+    totals = np.bincount(true, count, len(classes))
+    share = 100 * count / totals[true]
+    order = [row for row in np.argsort(-count, kind="stable") if true[row] != predicted[row]]
+    pairs = [
+        [classes[k] for k in counts_R3[row, :2]] + [f"{share[row]:.1f}"] for row in order[:FEW]
+    ]
+    found = ""
+    if len(classes) <= FEW:
+        matrix = np.zeros((len(classes),) * 2)
+        matrix[true, predicted] = share
+        found = confusion(matrix, classes)
+    elif pairs:
+        caption = "most confused classes, in percent of the true class"
+        found = table([["true class", "predicted class", "share"], *pairs], caption)
+    if accuracy:
+        right = np.bincount(true, share * (true == predicted), len(classes))
+        cells = zip(
+            classes, totals.astype(int).astype(str), map("{:.1f}".format, right), strict=True
+        )
+        cells = zip(classes, totals.tolist(), right.tolist(), strict=True)
+        lines = [["class", "pictures", "accuracy"]]
+        for name, total, percent in cells:
+            lines.append([name, f"{total:.0f}", f"{percent:.1f}" if total else "-"])
+        found += table(lines, "held-out accuracy of each class, in percent")
+    return found
 
 
 def _series(metrics: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

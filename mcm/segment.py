@@ -22,7 +22,7 @@ from cache_tools.images import RGB, encode_view
 from cache_tools.labels import IGNORED, encode_mask
 from mcm.backbones import Backbone, PictureModel, freeze, pooled, recorded_backbone, set_drop_path
 from mcm.config import FinetuneConfig, Segment
-from mcm.dense import confusion, most_probable, scores
+from mcm.dense import confused, confusion, most_probable, scores
 from mcm.downstream import Classes, Metrics, Prediction, Predictor
 from mcm.draw import draw_labels
 from mcm.loop import device
@@ -223,7 +223,7 @@ class Segmentation:
     def evaluate(self, items: Iterable[Batch], accelerator: Accelerator) -> tuple[Metrics, Classes]:
         """Return mIoU, mean accuracy and pixel accuracy, and the IoU of each class.
 
-        The first pictures of this rank are kept in `shown`.
+        The confusion and the first pictures of this rank are kept in `shown`.
         """
         total = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
         total, shown = total.to(accelerator.device), list[list[Tensor]]()
@@ -240,7 +240,9 @@ class Segmentation:
         names = ("truth", "predicted")
         columns = zip(*shown, strict=True)
         self.shown = dict(zip(names, map(torch.stack, columns), strict=bool(shown)))
-        found = scores(cast(Tensor, accelerator.reduce(total, "sum")))
+        total = cast(Tensor, accelerator.reduce(total, "sum"))
+        self.shown["confusion"] = confused(total)
+        found = scores(total)
         return found, {"iou": list(found.pop("iou"))}
 
     @staticmethod

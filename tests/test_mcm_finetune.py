@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from make_dataset import make_dataset
+from safetensors.numpy import load_file
 from timm.layers import DropPath
 from torch import nn
 
@@ -17,7 +18,7 @@ from mcm.backbones import load_encoder
 from mcm.classifiers import training_rows
 from mcm.config import FinetuneConfig
 from mcm.export import export
-from mcm.finetune import accuracy, finetune, make_classifier
+from mcm.finetune import finetune, judged, make_classifier
 from mcm.loop import STOP, Loop, engine
 from mcm.run_dir import last_eval
 from mcm.sampler import EvalOrder, Order
@@ -78,6 +79,22 @@ def test_it_learns_and_says_what_it_is(tuned):
     assert json.loads((run / "exit.json").read_bytes())["code"] == 0
 
 
+def test_the_last_evaluation_is_kept_for_the_report(tuned, data):
+    run, top1 = tuned
+    shown = load_file(run / "shown.safetensors")
+    true, predicted, count = shown["confusion"].T
+    assert count.sum() == data.rows("val") and count[true == predicted].sum() / count.sum() == pytest.approx(top1)
+    assert np.bincount(true, count).tolist() == np.bincount(data.labels("val")).tolist()
+    views = DatasetSource(data, "val", eval_transform(load_encoder(str(run)), normalize=False), 0)
+    pictures = views(0, views.rows, len(views.rows))["pictures"].permute(0, 2, 3, 1).numpy()
+    for name in ("right", "wrong"):
+        facts = shown[f"{name}_facts"]
+        assert ((facts[:, 0] == facts[:, 1]) == (name == "right")).all() and (np.diff(facts[:, 2]) <= 0).all()
+        for picture, (label, _, _) in zip(shown[name], facts, strict=True):
+            (row,) = np.flatnonzero((pictures == picture).all((1, 2, 3)))
+            assert data.labels("val")[row] == label
+
+
 def test_a_complete_run_that_lost_the_tail_of_its_log_is_evaluated_again(tuned, data, tmp_path):
     (run, top1), wanted = tuned, losses(tuned[0])
     shutil.copytree(run, tmp_path / "run")
@@ -120,8 +137,10 @@ def test_a_stopped_run_goes_on_to_the_bit_and_what_is_saved_is_what_was_evaluate
     held = DatasetSource(data, "val", eval_transform(tuned), 0)
     stream = Stream(EvalOrder(len(held.rows), 1, 16), held)
     with engine("fp32") as accelerator, batches(stream, 0, len(stream.order), 0) as items:
-        found = accuracy(tuned.model.eval(), items, accelerator)
-    assert found == pytest.approx(last_eval(straight), rel=1e-5)
+        rows, labels, predicted, _, top5, loss = judged(tuned.model.eval(), items, accelerator).T
+    assert rows.tolist() == held.rows.tolist()
+    found = {"top1": (labels == predicted).double().mean(), "top5": top5.mean(), "loss": loss.mean()}
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(last_eval(straight), rel=1e-5)
 
 
 def test_the_average_leaves_training_alone(data, tmp_path):

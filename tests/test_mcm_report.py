@@ -15,7 +15,7 @@ from cache_tools.records import encode_record
 from cache_tools.storage import write_atomic
 from mcm import checkpoint, figures
 from mcm.probe import ProbeResult
-from mcm.report import ablation_html, ablation_lines, markdown, report
+from mcm.report import ablation_html, ablation_lines, confusion_tables, markdown, report
 from mcm.scorecard import TeacherScores
 
 DATA = make_identity({}).dataset_sha256
@@ -169,6 +169,33 @@ def test_runs_of_one_name_keep_their_own_rows(drawn, tmp_path):
     assert [table[str(run)]["k-NN full"] for run in runs] == [0.5, 0.6, 0.7]
     assert [cells["fine-tuned"] for cells in table.values() if "fine-tuned" in cells] == [0.7, 0.8, 0.9]
     assert list(table)[-1] == f"{runs[0]} ({tuned[2]})"
+
+
+def test_a_classification_shows_its_confusion_and_its_examples(drawn, tmp_path):
+    run, data = tuned_run(tmp_path / "run", "random", 0.8), np.random.default_rng(0)
+    facts = json.loads((run / "run.json").read_bytes()) | {"classes": ["cat", "dog", "<owl>"]}
+    write_atomic(run / "run.json", json.dumps(facts).encode())
+    shown = {"confusion": np.array([[0, 0, 6], [0, 1, 2], [1, 1, 4], [1, 2, 1]])}
+    shown |= {
+        "wrong": data.integers(0, 255, (2, 80, 80, 3), np.uint8),
+        "wrong_facts": np.array([[0, 1, 0.9], [1, 2, 0.4]]),
+    }
+    save_file(shown, run / "shown.safetensors")
+    report([run], tmp_path / "r.html")
+    page = (tmp_path / "r.html").read_text()
+    assert "cat, predicted dog, 90%</figcaption>" in page and "dog, predicted &lt;owl&gt;, 40%</figcaption>" in page
+    assert page.count("data:image/jpeg;base64") == 2 and "most confused: 25 % of cat as dog" in page
+    assert {text.get_text() for text in drawn[-1].axes[0].texts} == {"75", "25", "80", "20"}
+    rows = (("cat", "8", "75.0"), ("dog", "5", "80.0"), ("&lt;owl&gt;", "0", "-"))
+    assert all("".join(f"<td>{cell}</td>" for cell in row) in page for row in rows)
+
+
+def test_of_many_classes_the_most_confused_pairs_are_listed(drawn):
+    counts = np.array([[k, k, 90] for k in range(30)] + [[k, (k + 1) % 30, k + 1] for k in range(30)])
+    page = confusion_tables(counts, [f"class {k}" for k in range(30)], accuracy=False)
+    assert not drawn and page.count("<tr>") == 21 and "<td>class 29</td><td>class 0</td><td>25.0</td>" in page
+    assert page.index("<td>class 29</td>") < page.index("<td>class 28</td><td>class 29</td><td>24.4</td>")
+    assert "class 9<" not in page and confusion_tables(counts[:30], ["x"] * 30, accuracy=False) == ""
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
