@@ -27,10 +27,9 @@ from one_step import OneStep, load_config
 from record import write_results
 from synthetic import Shape, make_cache, make_dataset, pictures, tiny_clip
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from mcm.loop import engine
+from mcm.memory import forward_macs
 from mcm.objective import loss_fn
 from mcm.stream import Batch
 from pipeline.teachers import Teacher, load_teacher
@@ -351,12 +350,7 @@ def forward_flops(step: OneStep) -> int:
 
     Attention counts as matrix products.
     """
-    batch = {name: x[:1] if isinstance(x, Tensor) else x for name, x in step.resident.items()}
-    # Below autocast and torch.compile, which would hide the operations.
-    plain = type(step.objective.model).forward
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        plain(step.objective.model, batch["pictures"], step.objective.masks(batch))
-    return counter.get_total_flops()
+    return 2 * forward_macs(step.objective.model, step.resident["pictures"][:1])
 
 
 def one_online(

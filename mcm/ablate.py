@@ -16,21 +16,39 @@ from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from cache_tools.cache import Cache
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError, check_output
 from cache_tools.records import Record, config_file, load_toml, read_record, sha256_hex
-from cache_tools.storage import file_sha256, try_lock, work_dir, write_atomic
+from cache_tools.storage import file_sha256, remove_tree, try_lock, work_dir, write_atomic
 from cache_tools.weights import weights_file
+from mcm.backbones import load_encoder
+from mcm.compare import Hits, difference_lines, differences, hits
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.corruptions import Corruption
+from mcm.memory import forward_macs
 from mcm.probe import ProbeResult, check_kind, record_name
-from mcm.report import FIT, MINUTES, ablation_lines, fine_tuned, held_out, markdown, probed, report
-from mcm.run_dir import ExitRecord, read_metrics, recorded, software
+from mcm.report import (
+    FIT,
+    GMAC,
+    MINUTES,
+    TRAIN_R2,
+    ablation_lines,
+    fine_tuned,
+    held_out,
+    markdown,
+    probed,
+    report,
+)  # fmt: skip
+from mcm.run_dir import ExitRecord, last_eval, read_metrics, recorded, software
 
 UNDERFITTED = 0.2  # held-out R^2 below which an accuracy says little about the target
+OVERFITTED = 0.1  # R^2 of training rows minus held-out R^2
+RATE = ", lr "  # in the name of a row, before its learning rate
+HELD_OUT_TRAIN = "k-NN folded, held-out train"  # a column
 WAIT_S = 2.0  # seconds between two checks of the runs of other processes
 # Runs `mcm-train` as a process that saves and stops when the ablation ends for any reason.
 COMMAND = """
@@ -80,7 +98,7 @@ class Plan(Record):
                 rate = () if lr is None else (f"optim.lr={lr}",)
                 changes = row.set if row.init else (*self.set, *row.set, *rate)
                 update = {"set": changes, "finetune": row.finetune or self.finetune}
-                rows[name + (f", lr {lr:g}" if rate else "")] = row.model_copy(update=update)
+                rows[name + (f"{RATE}{lr:g}" if rate else "")] = row.model_copy(update=update)
         return rows
 
 
@@ -163,7 +181,12 @@ class Ablation:
             options += [f"--corrupt={text}" for text in self.plan.corrupt]
             files = tuple(run / "probe" / name for name in names)
             yield self._step(run, "probe", run, "--data", self.data, *options, files=files)
-            self.digests[str(run)] = run.name
+            folded = run / "folded"
+            self.digests |= {str(run): run.name, str(folded): f"{run.name}/folded"}
+            if row.finetune and not init and "folded" in kinds:
+                args = ("export", run, folded, "--folded", "probed")
+                yield self._step(run, *args, files=(folded / "config.json",))
+                init = str(folded)
             init = init or str(run)
         if row.finetune:
             changes = row.set if row.init else ()
@@ -203,6 +226,8 @@ class Ablation:
     def _run(self, step: Step) -> None:
         """Run a step, and record that it finished or failed."""
         print(f"{step.run}: {step.args[0]}", flush=True)
+        if step.args[0] == "export":
+            remove_tree(Path(step.args[2]))  # of a killed ablation
         workers = ["--workers", str(self.workers)] if step.args[0] == "probe" else []
         command = [sys.executable, "-c", COMMAND.format(os.getpid()), *step.args, *workers]
         with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
@@ -229,9 +254,29 @@ class Ablation:
             own = [step for step in steps if not row.init or step.args[0] != "pretrain"]
             rows.append(_row(name, own))
         found = dict.fromkeys(column for row in rows for column in row["values"])
-        columns = sorted(found, key=lambda column: column in {*FIT.values(), MINUTES})
+        last = {*FIT.values(), TRAIN_R2, MINUTES, GMAC}
+        columns = sorted(found, key=lambda column: column in last)
+        chosen = _chosen(rows[1:])
+        controls = [name for name in self.controls if name in chosen]
+        compared = differences({name: self._hits(name) for name in chosen}, controls)
         facts = {"config": self.plan.model_dump(mode="json"), "software": software()}
-        return {"note": self.plan.note, "columns": columns, "rows": rows, **facts}
+        tables = {"columns": columns, "rows": rows, "differences": compared}
+        return {"note": self.plan.note, **tables, **facts}
+
+    @property
+    def controls(self) -> list[str]:
+        """Return the pre-trained rows that are not masked channel modeling."""
+        return [name for name, config in self.configs.items() if config.mask.mode != "channel"]
+
+    def _hits(self, name: str) -> dict[int, Hits]:
+        """Return the hits of a row's finished probes by seed."""
+        steps = {seed: self.steps[name, seed] for seed in self.plan.seeds}
+        return {
+            seed: hits(map(_probe_result, step.files))
+            for seed, own in steps.items()
+            for step in own
+            if step.args[0] == "probe" and step.mark == ""
+        }
 
 
 def ablate(
@@ -248,7 +293,9 @@ def ablate(
     finally:  # an interrupted ablation writes a table too
         results = ablation.results()
         write_atomic(out / "results.json", json.dumps(results, indent=1).encode())
-        write_atomic(out / "table.md", markdown(ablation_lines(results)).encode())
+        tables = [ablation_lines(results)]
+        tables += [difference_lines(compared)] if (compared := results["differences"]) else []
+        write_atomic(out / "table.md", "\n".join(map(markdown, tables)).encode())
         report([out], out / "report.html")
     return ablation.failed
 
@@ -277,20 +324,66 @@ def _row(name: str, steps: Sequence[Step]) -> dict[str, Any]:
     for step in steps:
         for column, value in _measurements(step).items() if step.mark == "" else ():
             values.setdefault(column, []).append(value)
+    values |= {GMAC: values[GMAC][:1]} if GMAC in values else {}
     fit = [mean(values[column]) for column in FIT.values() if column in values]
     mark = next((step.mark for step in steps if step.mark), "")
-    underfitted = "underfitted" if fit and max(fit) < UNDERFITTED else ""
-    return {"name": name, "values": values, "mark": mark or underfitted}
+    if not mark and fit and max(fit) < UNDERFITTED:
+        mark = "underfitted"
+    if not mark and TRAIN_R2 in values and mean(values[TRAIN_R2]) - fit[0] > OVERFITTED:
+        mark = "overfitted"
+    return {"name": name, "values": values, "mark": mark}
+
+
+def _chosen(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names of the rows, and of a sweep the row with the best learning rate; mark it.
+
+    The best rate has the highest k-NN accuracy of folded inputs on held-out rows of "train".
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["name"].rpartition(RATE)[0] or row["name"], []).append(row)
+    best = [
+        max(group, key=lambda row: mean(row["values"].get(HELD_OUT_TRAIN) or [0.0]))
+        for group in groups.values()
+    ]
+    for row in best if len(best) < len(rows) else ():
+        row["mark"] = ", ".join(filter(None, (row["mark"], "chosen lr" * (RATE in row["name"]))))
+    return [row["name"] for row in best]
 
 
 def _measurements(step: Step) -> dict[str, float]:
     """Return the measurements of a finished step by column."""
     if step.args[0] == "probe":
-        results = [read_record(ProbeResult, file) for file in step.files]
-        return {column: value for result in results for column, value in probed(result).items()}
+        results = list(map(_probe_result, step.files))
+        found = {column: value for result in results for column, value in probed(result).items()}
+        trained = [x for one in results if (x := one.knn_train) is not None]
+        found |= {HELD_OUT_TRAIN: trained[0]} if trained else {}
+        return found | {column: float(x.mean()) for column, x in hits(results).items()}
     if step.args[0] == "finetune":
         return fine_tuned(step.run, seeded=False)
-    return held_out(step.run) | {MINUTES: _minutes(step.run)}
+    return held_out(step.run) | _training_fit(step.run) | {MINUTES: _minutes(step.run)}
+
+
+def _probe_result(file: Path) -> ProbeResult:
+    return read_record(ProbeResult, file)
+
+
+def _training_fit(run: Path) -> dict[str, float]:
+    """Return R^2 of the last training rows, against the held-out variance, and the cost.
+
+    The inputs are the run's own: R^2 compares with "R^2 masked", or "R^2 full" without masks.
+    """
+    newest, losses = last_eval(run), [line["loss"] for line in read_metrics(run) if "loss" in line]
+    model: Any = load_encoder(str(run)).masked
+    grid, patch = model.encoder.patch_embed.grid_size, model.encoder.patch_embed.patch_size
+    height, width = (count * side for count, side in zip(grid, patch, strict=True))
+    view = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    found = {GMAC: forward_macs(model, view) / 1e9}
+    kind = "masked" if "r2_masked" in newest else "full"
+    if f"r2_{kind}" in newest and not recorded(run)["config"]["loss"]["cls"]:
+        share = losses[-1] / newest[f"loss_{kind}"]
+        found[TRAIN_R2] = 1 - share * (1 - newest[f"r2_{kind}"])
+    return found
 
 
 def _minutes(run: Path) -> float:

@@ -3,6 +3,7 @@
 B batch, N patches, D width, H W pixels.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -99,6 +100,13 @@ class PictureModel(nn.Module):
         found = newest(run)
         load_whole(self, found.model, str(found.path))
         return self.eval()
+
+
+def advise_fold(backbone: Backbone, spec: object) -> None:
+    """Advise a fold of the encoder of a RUN that was trained with masks and is used without one."""
+    if backbone.masked is not None and backbone.masked.hides:
+        remedy = f"`mcm-train export {spec} FOLDER --folded probed` folds its fill"
+        print(f"advice: {spec} was trained with masks; {remedy}", file=sys.stderr, flush=True)
 
 
 def freeze(module: nn.Module) -> None:

@@ -27,7 +27,7 @@ INPUT_HELP = "Inputs to probe in addition to full; may be repeated."
 FEATURES_HELP = "Mean patch token, class token or both; default: mean, or all for a CACHE."
 FORMAT_HELP = "The library that loads OUT; onnx needs the extra [onnx], hf needs transformers."
 CORRUPT_HELP = "Corrupt val: noise, blur, contrast, jpeg or patches; may be repeated."
-FOLDED_HELP = "Fold x~ = e + S (x - e) into the weights."
+FOLDED_HELP = "Fold x~ = e + S (x - e) into the weights; probed: the S that `probe` chose."
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG|NAME", help=f"{TOML_HELP} pretrain/demo.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)]
@@ -260,7 +260,7 @@ def predict(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN")],
     out: Annotated[Path, typer.Argument(metavar="OUT")],
-    folded: Annotated[float | None, typer.Option(metavar="S", help=FOLDED_HELP)] = None,
+    folded: Annotated[str | None, typer.Option(metavar="S|probed", help=FOLDED_HELP)] = None,
     format_: Annotated[
         str, typer.Option("--format", metavar="timm|hf|mae|onnx", help=FORMAT_HELP)
     ] = "timm",
@@ -276,8 +276,9 @@ def export(
     """
     from mcm.export import FORMATS
     from mcm.export import export as write
+    from mcm.probe import fold_scale
 
-    config = write(run, out, folded, format_)
+    config = write(run, out, fold_scale(folded, run) if folded else None, format_)
     if json:
         return print_json(config)
     usage, part = FORMATS[format_].usage.replace("FOLDER", str(out)), config["mcm"].get("part")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cache_tools.errors import McmError, UsageError, found_at
 from cache_tools.records import nearest, read_json
 from cache_tools.storage import atomic_folder, write_atomic
-from mcm.backbones import Backbone, load_encoder, model_args
+from mcm.backbones import Backbone, advise_fold, load_encoder, model_args
 from mcm.model import folded_state
 from mcm.run_dir import last_eval, recorded
 
@@ -83,7 +83,9 @@ def export(
         advice = "remove it or choose another name"
         raise UsageError(f"{out}: expected a new name; found {found_at(out)}; {advice}")
     backbone = load_encoder(str(run), head=True)
-    if fold_scale is not None:
+    if fold_scale is None:
+        advise_fold(backbone, run)
+    else:
         masked = backbone.masked
         if masked is None or not 0 < fold_scale <= 1:
             expected = "expected 0 < S <= 1 and a pre-training RUN"

@@ -29,6 +29,7 @@ from mcm.backbones import (
     BATCHNORM_EPS,
     Backbone,
     FinetuneRun,
+    advise_fold,
     freeze,
     load_encoder,
     model_args,
@@ -67,6 +68,8 @@ def finetune(
     with engine(settings.precision) as accelerator:
         world, rank = accelerator.num_processes, accelerator.process_index
         backbone = starting_point(out, config, init, weights)
+        if accelerator.is_main_process:
+            advise_fold(backbone, init)
         task = TASKS[config.task](config, dataset, backbone)
         rows, split = len(task.train.rows), (settings.global_batch, settings.micro_batch)
         order = Order(rows, 1, *split, world, rank, settings.seed, task.group)

@@ -1,10 +1,12 @@
-"""An estimate of the GPU memory that training and probing need."""
+"""What a model costs: its multiply-adds, and an estimate of the GPU memory that it needs."""
 
 from typing import Any
 
 import torch
 from timm.layers import Mlp
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from mcm.config import Optim
 
@@ -36,6 +38,14 @@ def activation_bytes(model: nn.Module, rows: int, bytes_each: int, train: bool =
     trained = [block.fc1.weight.requires_grad and train for block in blocks]
     kept = sum(value for value, is_trained in zip(values, trained, strict=True) if is_trained)
     return rows * tokens * bytes_each * (kept or max(values, default=0))
+
+
+def forward_macs(model: nn.Module, *inputs: Tensor) -> int:
+    """Return the multiply-adds of the matrix products of a forward, with those of attention."""
+    # Below autocast and torch.compile, which would hide the operations.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        type(model).forward(model, *inputs)
+    return int(counter.get_total_flops()) // 2
 
 
 def say_estimate(state: int, activations: int, other: int = 0) -> None:

@@ -3,7 +3,7 @@
 `pretrain` lists the parts of a run: data order, objective, evaluation, stream, optimizer, loop.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from safetensors.torch import save as safetensors_bytes
@@ -11,14 +11,15 @@ from safetensors.torch import save as safetensors_bytes
 from cache_tools.cache import Cache, Unit
 from cache_tools.dataset import CHUNK_ROWS, Dataset
 from cache_tools.errors import UsageError
-from cache_tools.records import record_sha256
+from cache_tools.records import read_record, record_sha256
 from cache_tools.schema import CacheIdentity
-from cache_tools.storage import write_atomic
+from cache_tools.storage import work_dir, write_atomic
 from mcm.config import PretrainConfig
 from mcm.evaluate import Evaluation
 from mcm.loop import Job, engine, train
 from mcm.objective import Objective
 from mcm.optim import build_adamw
+from mcm.probe import ProbeResult
 from mcm.run_dir import (
     PretrainRun,
     claim,
@@ -28,6 +29,10 @@ from mcm.run_dir import (
     write_environment,
 )
 from mcm.sampler import Order
+
+PAPER_WIDTH, PAPER_RATIO = 768, 0.75
+# Digits overfit with 64 pictures x 1 view in 220 epochs, not with 320 x 4 in 88 (LOG.md).
+FEW_VIEWS, MANY_REPEATS = 1280, 50
 
 
 def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | None = None) -> None:
@@ -54,6 +59,8 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
                 write_environment(out, config, **facts)
                 no_knn = bool(config.train.knn_epochs and dataset is None)
                 announce(cache, units, val, order, no_knn)
+                for line in advice(config, cache, order.rows, len(units)):
+                    print(f"advice: {line}", flush=True)
             evaluation = Evaluation(out, objective, units, val, order, dataset)
             stream = objective.stream(order, units, config.mask.unmasked_fraction)
             model = objective.model
@@ -146,6 +153,24 @@ def run_record(
         cache=identity,
         data_sha256=dataset.sha256 if dataset else None,
     )
+
+
+def advice(config: PretrainConfig, cache: Cache, rows: int, views: int) -> Iterator[str]:
+    """Yield what is known to go wrong with such a run at a small scale; see docs/results.md."""
+    mask, width, epochs = config.mask, config.student.width, config.schedule.epochs
+    if mask.mode in ("channel", "dropout"):
+        visible = width - round(mask.ratio * width)
+        leaves = f"mask.ratio = {mask.ratio} leaves {visible} of {width} channels of a patch"
+        scores = work_dir(cache.path) / "probe.json"  # of `mcm-train probe CACHE`
+        teacher = read_record(ProbeResult, scores).teacher if scores.is_file() else None
+        if teacher and visible < teacher.effective_rank:
+            rank = f"the effective rank of the teacher's features is {teacher.effective_rank:.0f}"
+            yield f"{leaves}, and {rank}; hide fewer, or use a wider student"
+        if width < PAPER_WIDTH and mask.ratio >= PAPER_RATIO:
+            yield f"{leaves}; the paper's student has {PAPER_WIDTH}; mask.ratio = 0.25 hides less"
+    if rows * views < FEW_VIEWS and epochs >= MANY_REPEATS * views:
+        stored = f"{rows} pictures x {views} views"
+        yield f"{stored} for {epochs} epochs may overfit; extract more views, or train for less"
 
 
 def announce(

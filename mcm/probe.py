@@ -16,8 +16,17 @@ from cache_tools.errors import UsageError
 from cache_tools.records import Absent, Record, Text, encode_record, nearest, read_record
 from cache_tools.schema import installed_versions
 from cache_tools.storage import file_sha256, work_dir, write_atomic
+from mcm import checkpoint
 from mcm.backbones import Backbone, load_encoder
-from mcm.classifiers import Features, LinearProbe, knn_hits, linear_probe, training_rows
+from mcm.classifiers import (
+    Features,
+    LinearProbe,
+    choice_rows,
+    knn_accuracy,
+    knn_hits,
+    linear_probe,
+    training_rows,
+)
 from mcm.corruptions import Corruption
 from mcm.features import BATCH_ROWS, Featurizer, columns
 from mcm.loop import device
@@ -37,6 +46,7 @@ class ProbeResult(Record):
     `val_in_train` is the number of pictures of "val" that are also in "train". For a RUN,
     `run_sha256` is the sha256 of its run.json and `cache_sha256` that of its cache. `knn_hits` and
     `linear_hits` tell which pictures of "val" are classified correctly, as `packed` writes them.
+    `knn_train` is the accuracy on held-out rows of "train", which may choose a learning rate.
     """
 
     subject: Text
@@ -62,6 +72,7 @@ class ProbeResult(Record):
     cache_sha256: Absent[str] = None
     teacher: Absent[TeacherScores] = None
     corruption: Absent[str] = None
+    knn_train: Absent[float] = None
 
     @property
     def label(self) -> str:
@@ -140,6 +151,7 @@ def probe(
     for chosen_tokens, kind, s, train, vals in featurizer.inputs(kinds, wanted, corrupted):
         named = {"subject": spec, "weights": backbone.weights, "input": kind, "fold_scale": s}
         facts |= named | {"features": chosen_tokens, "shots": shots}
+        facts["knn_train"] = _held_out_training(train, seed) if kind == "folded" else None
         linear = _fitted(train, chosen, seed)
         for corruption, val in zip((None, *map(str, corrupted)), vals, strict=True):
             result = _score(train, val, chosen, linear, corruption=corruption, **facts)
@@ -192,6 +204,11 @@ def _probe_teacher(
     return results
 
 
+def _held_out_training(train: Features, seed: int) -> float | None:
+    bank, held = map(train.rows, choice_rows(train.y.numpy(), seed))
+    return knn_accuracy(bank, held, device()) if len(held.y) else None
+
+
 def _fitted(train: Features, methods: Sequence[str], seed: int) -> LinearProbe | None:
     """Return the linear probe, or None with a warning if the training rows do not allow one."""
     if "linear" not in methods:
@@ -236,6 +253,26 @@ def _store(path: Path, result: ProbeResult) -> ProbeResult:
                 result = old.model_copy(update=measured)
         write_atomic(path, encode_record(result))
     return result
+
+
+def fold_scale(text: str, run: Path) -> float:
+    """Return the S of `--folded S`; "probed" is the S that the probe of the newest weights chose.
+
+    Raises: UsageError for another text, or unless the probes of the RUN agree on one S.
+    """
+    if text != "probed":
+        try:
+            return float(text)
+        except ValueError:
+            raise UsageError(f"--folded: expected a number or probed; found {text!r}") from None
+    newest = checkpoint.weights(checkpoint.complete(run)[-1]) if checkpoint.complete(run) else ""
+    results = (read_record(ProbeResult, file) for file in run.glob("probe/folded*.json"))
+    known = (one for one in results if one.weights == newest and one.features == "mean")
+    found = {one.fold_scale for one in known if one.fold_scale and not one.shots}
+    if len(found) == 1:
+        return found.pop()
+    advice = "run `mcm-train probe RUN --data DATASET`, or give S"
+    raise UsageError(f"{run}: expected one S, chosen by its probe; found {sorted(found)}; {advice}")
 
 
 def warn_of_copies(dataset: Dataset, quiet: bool) -> int:

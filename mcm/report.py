@@ -40,7 +40,9 @@ FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full", "r2_filled": "R^2 full,
 HEADLINES = {"top1": "", "miou": ", mIoU", "box_ap": ", box AP"}
 FEW = 20  # classes of a confusion matrix; a table has as many confused pairs
 ABLATIONS = {"columns", "rows"}  # keys of a results.json
-MINUTES = "minutes"  # a column of an ablation
+TRAIN_R2 = "R^2 train"  # a column of an ablation, as are the next ones
+MINUTES = "minutes"
+GMAC = "GMAC"  # 1e9 multiply-adds of the forward of one picture
 RANDOM = "random init"
 # A metric by a word in the names of its columns: the title of its figure, and what it means.
 METRICS = {
@@ -76,8 +78,10 @@ class Table(dict[str, dict[str, float]]):
 def _shown(column: str, value: float | None) -> str:
     if value is None:
         return "-"
-    if column in FIT.values():
+    if column in FIT.values() or column == TRAIN_R2:
         return f"{value:.3f}"
+    if column == GMAC:
+        return f"{value:.3g}"
     return f"{value:.1f}" if column == MINUTES else _percent(value)
 
 

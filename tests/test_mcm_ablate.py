@@ -16,7 +16,7 @@ from test_mcm_pretrain import environment, make_config, start
 from cache_tools.errors import UsageError
 from cache_tools.records import load_toml, read_record, write_toml
 from cache_tools.storage import try_lock, work_dir
-from mcm.ablate import Ablation, Plan, _is_idle
+from mcm.ablate import HELD_OUT_TRAIN, Ablation, Plan, _chosen, _is_idle
 from mcm.run_dir import ExitRecord
 
 FINETUNE = """
@@ -40,7 +40,7 @@ PLAN = """
 base = "{folder}/base.toml"
 set = ["schedule.epochs=2"]
 seeds = {seeds}
-inputs = ["full", "masked:2"]
+inputs = ["full", "folded", "masked:2"]
 [rows]
 """
 ROWS = """
@@ -51,6 +51,7 @@ ODD_ROWS = """
 "too many views" = { set = ["data.views=9"] }
 "diverges" = { set = ["optim.lr=1e30", "optim.clip_norm=0.0"] }
 "none" = { cache = "float16", set = ["mask.mode=none", "data.views=1"] }
+"channel .75" = {}
 """
 
 FALLBACK = """
@@ -126,10 +127,13 @@ def test_two_processes_share_a_plan_and_each_command_runs_once(shared):
 @pytest.mark.slow
 def test_the_table_holds_every_row_seed_and_column(shared):
     rows = {row["name"]: row for row in results(shared[0])["rows"]}
-    probed = {"k-NN full", "linear full", "k-NN masked:2", "linear masked:2"}
+    kinds, both = ("full", "folded", "masked:2"), ("k-NN", "linear")
+    probed = {f"{name} {kind}" for name in both for kind in kinds} | {"k-NN folded, held-out train"}
+    tuned = json.loads((shared[0] / "finetune/channel-.75-s0/run.json").read_text())["init"]
+    assert tuned == str(shared[0] / "runs/channel-.75-s0/folded")
     columns = [
         {"k-NN full", "linear full"},
-        probed | {"fine-tuned", "R^2 masked", "R^2 full", "R^2 full, filled", "minutes"},
+        probed | {"fine-tuned", "R^2 masked", "R^2 full", "R^2 full, filled", "R^2 train", "GMAC", "minutes"},
         probed,
     ]
     assert [row["values"].keys() for row in rows.values()] == columns
@@ -155,9 +159,13 @@ def test_a_failed_row_is_shown_and_the_others_go_on(shared, place, tmp_path):
     assert f"error: {place}/cache: expected data.views = 9" in done.stderr
     assert f"{run}: pretrain failed with exit code 2\n" in done.stderr
     assert done.stderr.endswith(f"error: 1 commands failed: pretrain of {run}\n")
-    _, failed, diverges, none = results(tmp_path / "out")["rows"]
+    _, failed, diverges, none, _ = results(tmp_path / "out")["rows"]
     assert failed["values"] == diverges["values"] == {} and diverges["mark"] == "diverged"
-    assert none["values"].keys() == {"k-NN full", "linear full", "R^2 full", "minutes"}
+    fit = {"R^2 full", "R^2 train", "GMAC", "minutes", "k-NN folded, held-out train"}
+    assert none["values"].keys() == fit | {"k-NN full", "linear full", "k-NN folded", "linear folded"}
+    (found,) = [e for e in results(tmp_path / "out")["differences"] if e["column"] == "k-NN full"]
+    assert "| points above the best control |" in (tmp_path / "out/table.md").read_text()
+    assert (found["row"], found["control"]) == ("channel .75", "none") and found["low"] <= found["difference"]
     units = json.loads((tmp_path / "out/runs/none-s0/run.json").read_text())["units"]
     assert sorted(units) == ["train/v0", "val/v0"]
 
@@ -203,6 +211,9 @@ def test_a_sweep_of_learning_rates_is_more_rows(place):
     rows = plan.all_rows()
     assert list(rows) == ["channel .75, lr 0.001", "channel .75, lr 0.004", "random init"]
     assert rows["channel .75, lr 0.004"].set == ("schedule.epochs=2", "optim.lr=0.004")
+    names, scores = ("a, lr 0.1", "a, lr 0.2", "b"), (0.5, 0.6, 0.1)
+    table = [{"name": name, "mark": "", "values": {HELD_OUT_TRAIN: [x]}} for name, x in zip(names, scores, strict=True)]
+    assert _chosen(table) == ["a, lr 0.2", "b"] and [row["mark"] for row in table] == ["", "chosen lr", ""]
 
 
 @pytest.mark.slow

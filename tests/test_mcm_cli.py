@@ -53,10 +53,17 @@ def test_probe_export_and_report_from_the_command_line(tmp_path):
     answer = mcm_train("probe", run, "--data", data, "--method", "knn", "--json")
     assert answer.exit_code == 0, answer.stderr
     assert [entry["input"] for entry in json.loads(answer.stdout)] == ["full", "folded"]
+    scale = json.loads(answer.stdout)[1]["fold_scale"]
     cache = make_cache(tmp_path / "cache", 32, 16, 1).path
     answer = mcm_train("probe", cache, "--method", "knn")
     assert answer.exit_code == 0, answer.stderr
     assert ": full-both:" in answer.stdout and "outliers  0 of 16 channels" in answer.stdout
+    answer = mcm_train("export", run, tmp_path / "probed", "--folded", "probed")
+    assert f"| fold_scale | {scale} |" in (tmp_path / "probed" / "README.md").read_text()
+    assert "advice: " not in answer.stderr and mcm_train("export", run, "no", "--folded", "half").exit_code == 2
+    other = mcm_train("export", make_run(tmp_path / "other"), tmp_path / "no", "--folded", "probed")
+    assert other.exit_code == 2 and "expected one S, chosen by its probe; found []" in other.stderr
+    assert "advice: " in mcm_train("export", run, tmp_path / "unfolded").stderr
     answer = mcm_train("export", run, tmp_path / "out", "--folded", "0.5")
     assert answer.exit_code == 0 and "local-dir:" in answer.stdout
     answer = mcm_train("report", run, "--out", tmp_path / "r.html", "--note", "one run")

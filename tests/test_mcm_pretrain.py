@@ -20,7 +20,8 @@ from mcm import checkpoint
 from mcm.backbones import load_encoder
 from mcm.config import PretrainConfig
 from mcm.objective import Objective, channel_stats
-from mcm.pretrain import pretrain
+from mcm.pretrain import advice, pretrain
+from mcm.probe import ProbeResult, probe
 from mcm.run_dir import ExitRecord, PretrainRun
 
 FIGURES = {
@@ -310,6 +311,25 @@ def test_bad_requests_stop_before_anything_is_written(cache, tmp_path):
     with pytest.raises(UsageError, match="expected data.views = 3 complete units of 'train'; found 2"):
         pretrain(make_config(data={"views": 3}), cache.path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_advice_names_what_goes_wrong_at_a_small_scale(tmp_path):
+    cache = make_cache(tmp_path / "cache")
+    probe(str(cache.path), None, ["knn"], quiet=True, features=["mean"])
+    rank = read_record(ProbeResult, tmp_path / "cache/.run/probe.json").teacher.effective_rank
+    assert 3 < rank < 8
+
+    def said(mode, ratio, epochs=1):
+        config = make_config(mask={"mode": mode, "ratio": ratio}, schedule={"epochs": epochs, "warmup_epochs": 0})
+        return list(advice(config, cache, 64, 1))
+
+    narrow, few = "leaves 3 of 32 channels of a patch", "64 pictures x 1 views for 99 epochs may overfit"
+    assert [line.partition(";")[0] for line in said("channel", 0.9, 99)] == [
+        f"mask.ratio = 0.9 {narrow}, and the effective rank of the teacher's features is {rank:.0f}",
+        f"mask.ratio = 0.9 {narrow}",
+        few,
+    ]
+    assert not said("channel", 0.25) and not said("patch", 0.75) and len(said("none", 0.75, 99)) == 1
 
 
 @pytest.mark.parametrize("mode", ["dropout", "patch", "none", "gaussian", "pixels"])
