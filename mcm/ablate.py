@@ -361,6 +361,8 @@ def _measurements(step: Step) -> dict[str, float]:
         return found | {column: float(x.mean()) for column, x in hits(results).items()}
     if step.args[0] == "finetune":
         return fine_tuned(step.run, seeded=False)
+    if step.args[0] == "export":
+        return {}
     return held_out(step.run) | _training_fit(step.run) | {MINUTES: _minutes(step.run)}
 
 

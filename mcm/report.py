@@ -32,6 +32,7 @@ from mcm.figures import (
 )
 from mcm.page import charts, page, table
 from mcm.probe import ProbeResult
+from mcm.report_robustness import robustness
 from mcm.run_dir import last_eval, read_metrics, recorded
 
 # Held-out R^2 of masked input at the run's ratio, and of full input without and with second fill.
@@ -173,7 +174,7 @@ def _compared(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         if any(value < 0 for values in series.get(FIT["r2_full"], ()) for value in values):
             meaning += NEGATIVE
         found.append(dots(title, series, shown, meaning))
-    return charts(found)
+    return charts(found) + robustness(rows)
 
 
 def caption(data: str) -> str:

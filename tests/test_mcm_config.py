@@ -72,7 +72,7 @@ def test_header_says_how_to_run_it_and_the_resolved_config_reads_back(path, tmp_
         ("student.heads=3", "student.heads = 3 must divide student.width = 128"),
         ("mask.ratio=1.0", "mask.ratio"),
         ("mask.ratio=0.001", "mask.ratio = 0.001 hides 0 of 128 channels"),
-        ("mask.mode=channels", "'channel', 'dropout', 'patch' or 'none'"),
+        ("mask.mode=channels", "'channel', 'dropout', 'patch', 'none', 'gaussian' or 'pixels'"),
         ("schedule.warmup_epochs=45", "schedule.warmup_epochs = 45"),
         ("train.workers=-1", "train.workers"),
         ("mask.final_ratio=1.0", "mask.final_ratio"),
