@@ -1,12 +1,10 @@
 """The robustness card of the report: accuracy against the strength of each corruption."""
 
-import html
-import io
 import re
 from collections.abc import Mapping, Sequence
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+from mcm.figures import LEGEND, _chart, _svg
+from mcm.page import charts, picture
 
 WEAKER = ("contrast", "jpeg")  # kinds whose larger strength changes a picture less
 # "k-NN folded-noise:0.25": method and input, kind, strength; probes of few labels are left out.
@@ -24,36 +22,30 @@ def robustness(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     for column in {column for cells in rows.values() for column in cells}:
         if match := COLUMN.fullmatch(column):
             found.setdefault((match[1], match[2]), set()).add(float(match[3]))
-    figures = "".join(
-        _chart(rows, base, kind, sorted(strengths, reverse=kind in WEAKER))
+    figures = [
+        _figure(rows, base, kind, sorted(strengths, reverse=kind in WEAKER))
         for (base, kind), strengths in sorted(found.items())
-    )
+    ]
     about = "Mean over the seeds; a band reaches from the lowest to the highest seed."
-    return f"<h3>robustness</h3><p>{about}</p>{figures}" if figures else ""
+    return f"<h3>Robustness</h3><p>{about}</p>{charts(figures)}" if figures else ""
 
 
-def _chart(
+def _figure(
     rows: Mapping[str, Mapping[str, Sequence[float]]], base: str, kind: str,
     strengths: Sequence[float],
 ) -> str:  # fmt: skip
     columns = [base, *(f"{base}-{kind}:{strength:g}" for strength in strengths)]
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mcm", "font.size": 9}):
-        figure = Figure(figsize=(3.8, 3.4), layout="constrained")
-        axis, ends = figure.subplots(), []
-        for name, cells in rows.items():
-            known = [(i, cells[column]) for i, column in enumerate(columns) if cells.get(column)]
-            if len(known) > 1:
-                x, seeds = zip(*known, strict=True)
-                y = [100 * sum(values) / len(values) for values in seeds]
-                low, high = ([100 * pick(values) for values in seeds] for pick in (min, max))
-                axis.plot(x, y, marker=".", linewidth=1, label=name)
-                axis.fill_between(x, low, high, alpha=0.15, linewidth=0)
-                ends.append(f"{name} {y[0]:.1f} to {y[-1]:.1f}")
-        labels = ["clean", *(f"{strength:g}" for strength in strengths)]
-        axis.set(title=f"{base}, {kind}, %", xticks=range(len(labels)), xticklabels=labels)
-        figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=7)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()[text.getvalue().index("<svg") :]
-    alt = html.escape(f"{base}, {kind}: {'; '.join(ends)}", quote=True)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
+    (figure, axis), ends = _chart(f"{base}, {kind}, %", 3.4), []
+    for name, cells in rows.items():
+        known = [(i, cells[column]) for i, column in enumerate(columns) if cells.get(column)]
+        if len(known) > 1:
+            x, seeds = zip(*known, strict=True)
+            y = [100 * sum(values) / len(values) for values in seeds]
+            low, high = ([100 * pick(values) for values in seeds] for pick in (min, max))
+            axis.plot(x, y, marker=".", linewidth=1, label=name)
+            axis.fill_between(x, low, high, alpha=0.15, linewidth=0)
+            ends.append(f"{name} {y[0]:.1f} to {y[-1]:.1f}")
+    labels = ["clean", *(f"{strength:g}" for strength in strengths)]
+    axis.set(xlabel="strength", xticks=range(len(labels)), xticklabels=labels)
+    figure.legend(**LEGEND)
+    return picture(_svg(figure), f"{base}, {kind}: {'; '.join(ends)}")
