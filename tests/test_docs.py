@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,6 +176,24 @@ def test_every_relative_link_and_anchor_leads_somewhere(page: str) -> None:
         target = (ROOT / page).parent / path if path else ROOT / page
         assert target.exists(), f"{page}: {link}"
         assert not anchor or anchor in anchors(target), f"{page}: {link}"
+
+
+def test_the_site_has_every_page() -> None:
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    places = {place for entry in nav for part in entry.values() for place in ([part] if part == "index.md" else
+              [name for each in part for name in each.values()])}  # fmt: skip
+    pages = {page.removeprefix("docs/") if "/" in page else f"project/{page.lower()}" for page in PAGES}
+    assert places == pages - {"project/readme.md"} | {"index.md"}
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_broken_link_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="the extra [docs] is not installed")
+    line = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for page in (tmp_path / "site").rglob("*.html"):
+        assert not re.search(r"<(script|link|img|iframe)[^>]*(src|href)=\"?(https?:)?//", page.read_text()), page
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def test_one_version_and_one_license() -> None:
 def test_the_workflow_runs_scripts_of_this_checkout_on_the_supported_versions() -> None:
     jobs = yaml.safe_load(read(".github/workflows/test.yml"))["jobs"]
     runs = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
-    assert runs == ["./scripts/test", "./scripts/lowest"]
+    assert runs == ["./scripts/test", "./scripts/lowest", "./scripts/docs"]
     assert all(os.access(ROOT / run, os.X_OK) for run in runs)
     lowest = PROJECT["project"]["requires-python"].removeprefix(">=")
     assert jobs["test"]["strategy"]["matrix"]["python"][0] == lowest
