@@ -160,6 +160,14 @@ def extract_command(
     ] = None,
     worker: Annotated[int | None, Option(help="This worker; default: the launcher's rank.")] = None,
     workers: Annotated[int | None, Option(help="Number of workers; given with --worker.")] = None,
+    ray: Annotated[
+        int | None,
+        Option(min=1, metavar="N", help="Run on N actors of a Ray cluster; on GPUs, one per GPU."),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        Option(help="auto, HOST:PORT or local; by default as RAY_ADDRESS, else a local cluster."),
+    ] = None,
     dry_run: Annotated[
         bool, Option("--dry-run", help="Print bytes, shards and hours; write nothing.")
     ] = False,
@@ -179,7 +187,16 @@ def extract_command(
     flags |= dict(teacher_mean=teacher_mean, teacher_std=teacher_std)
     request = load_config(config, flags, set_ or ())
     info = worker_info(worker, workers, device, threads, processes)
-    extract(Request(source, cache, request, info, dry_run))
+    if ray is None or dry_run:
+        extract(Request(source, cache, request, info, dry_run))
+        return
+    from .ray_pool import extract_on_ray
+
+    if worker is not None or processes or info.workers > 1:
+        alternatives = "--processes, --worker or a launcher such as torchrun"
+        raise UsageError(f"--ray {ray}: expected no {alternatives}; Ray starts the workers")
+    info = info._replace(device=device, threads=threads or 0)
+    extract_on_ray(Request(source, cache, request, info), ray, ray_address)
 
 
 _Json = Annotated[bool, Option("--json", help="Print JSON.")]

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,56 +85,82 @@ def extract(request: Request) -> None:
 
 def _make_units(request: Request) -> tuple[int, int]:
     """Make the missing shards as one worker; return (complete units, units)."""
-    config, worker = request.config, request.worker
-    size, precision = config.teacher_size, config.precision
-    teacher = load_teacher(
-        config.teacher, config.weights, size, worker.device, precision, config.normalization
-    )
-    if worker.worker % worker.processes == 0:
-        print("\n".join(teacher.notes), flush=True)
-    check_grid(config, teacher)
-    dataset = open_source(request)
-    identity = cache_identity(request, dataset, teacher)
-    units = {}
-    for split in config.splits or dataset.record.splits:
-        views = range(config.views if split == TRAIN else 1)
-        units[split] = [Unit(request.cache, identity, split, view) for view in views]
+    session = Session(request)
     if request.dry_run:
-        print_plan(units, dataset, teacher, config.batch, request.cache)
+        teacher, batch = session.teacher, request.config.batch
+        print_plan(session.units, session.dataset, teacher, batch, request.cache)
         return 0, 0
-    settle(request.cache)
-    publish_identity(request.cache, identity)
-    resolved = {"teacher_mean": teacher.identity.mean, "teacher_std": teacher.identity.std}
-    toml = write_toml(config.model_copy(update=resolved))
-    publish(request.cache / "extract.toml", toml.encode(), compare=False)
-    precision_mse = publish_teacher(request.cache, teacher)
-    every_unit = [unit for group in units.values() for unit in group]
-    total = sum(unit.rows for unit in every_unit)
-    done = sum(unit.shard_rows(k) for unit in every_unit for k in unit.committed())
+    session.publish()
+    total = sum(unit.rows for unit in session.every_unit)
+    done = sum(unit.shard_rows(k) for unit in session.every_unit for k in unit.committed())
     label, then = f"extract {request.cache}", "the current shard is finished and committed"
     with (
         reporting(total, label, done, then) as (stop, report),
-        ThreadPoolExecutor(worker.threads) as render_pool,
-        ThreadPoolExecutor(1) as write_pool,
+        session.extractor() as extractor,
     ):
+        _make_shards(request, session.units, extractor, stop, report)
+    return session.finish()
+
+
+class Session:
+    """The teacher, the DATASET and the units of a request, in one process.
+
+    Raises: UsageError or IdentityError, before anything is written.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request, config, worker = request, request.config, request.worker
+        size, precision = config.teacher_size, config.precision
+        self.teacher = load_teacher(
+            config.teacher, config.weights, size, worker.device, precision, config.normalization
+        )
+        if worker.worker % worker.processes == 0:
+            print("\n".join(self.teacher.notes), flush=True)
+        check_grid(config, self.teacher)
+        self.dataset = open_source(request)
+        self.identity = cache_identity(request, self.dataset, self.teacher)
+        self.units: dict[str, list[Unit]] = {}
+        for split in config.splits or self.dataset.record.splits:
+            views = range(config.views if split == TRAIN else 1)
+            self.units[split] = [Unit(request.cache, self.identity, split, v) for v in views]
+        self.every_unit = [unit for group in self.units.values() for unit in group]
+
+    def publish(self) -> None:
+        """Write the files that all shards share, or compare with the existing ones."""
+        cache, identity = self.request.cache, self.teacher.identity
+        settle(cache)
+        publish_identity(cache, self.identity)
+        resolved = {"teacher_mean": identity.mean, "teacher_std": identity.std}
+        toml = write_toml(self.request.config.model_copy(update=resolved))
+        publish(cache / "extract.toml", toml.encode(), compare=False)
+        self.precision_mse = publish_teacher(cache, self.teacher)
+
+    @contextmanager
+    def extractor(self) -> Iterator[Extractor]:
+        """Yield the maker of shards; call `publish` first."""
+        config, teacher = self.request.config, self.teacher
         fingerprint = Fingerprint(
             device=teacher.device.type,
             precision=teacher.precision,
             batch=config.batch,
             versions=versions(teacher),
         )
-        extractor = Extractor(
-            dataset=dataset,
-            identity=identity,
-            teacher=teacher,
-            fingerprint=fingerprint,
-            precision_mse=precision_mse,
-            max_error=config.max_error or math.inf,
-            render_pool=render_pool,
-            write_pool=write_pool,
-        )
-        _make_shards(request, units, extractor, stop, report)
-    return sum(finish_unit(unit) for unit in every_unit), len(every_unit)
+        threads = self.request.worker.threads
+        with ThreadPoolExecutor(threads) as render_pool, ThreadPoolExecutor(1) as write_pool:
+            yield Extractor(
+                dataset=self.dataset,
+                identity=self.identity,
+                teacher=teacher,
+                fingerprint=fingerprint,
+                precision_mse=self.precision_mse,
+                max_error=config.max_error or math.inf,
+                render_pool=render_pool,
+                write_pool=write_pool,
+            )
+
+    def finish(self) -> tuple[int, int]:
+        """Write the manifest of each complete unit; return (complete units, units)."""
+        return sum(map(finish_unit, self.every_unit)), len(self.every_unit)
 
 
 def _make_shards(

@@ -16,6 +16,8 @@ from pipeline.extract import extract
 
 pytestmark = pytest.mark.slow
 
+TWO = ("--processes", 2)
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -24,16 +26,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def words(place: Path, cache: Path, processes: int, source: str = "dataset") -> list[object]:
+def words(place: Path, cache: Path, *how: object, source: str = "dataset") -> list[object]:
     weights = place / "clip" / "open_clip_model.safetensors"
     teacher = ["--teacher", f"open_clip:{place / 'clip'}", "--weights", weights, "--device", "cpu", "--threads", 1]
-    sizes = ["--views", 2, "--size", 32, "--batch", 16, "--processes", processes]
-    return ["mcm-cache", "extract", place / source, cache, *teacher, *sizes]
+    sizes = ["--views", 2, "--size", 32, "--batch", 16]
+    return ["mcm-cache", "extract", place / source, cache, *teacher, *sizes, *how]
 
 
-def start(place: Path, cache: Path) -> subprocess.Popen[str]:
+def start(place: Path, cache: Path, *how: object) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
-    line = command(*words(place, cache, 2))
+    line = command(*words(place, cache, *how))
     process = subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     while process.poll() is None and not list(cache.rglob("*.tar.*.partial")):
         time.sleep(0.002)
@@ -42,7 +44,8 @@ def start(place: Path, cache: Path) -> subprocess.Popen[str]:
 
 def ended(process: subprocess.Popen[str], code: int) -> str:
     output = "".join(process.communicate(timeout=300))  # every worker holds the other end of these pipes
-    assert process.returncode == code and output.count("error: ") == (code > 0) and "Traceback" not in output, output
+    errors = output.count("\nerror: ")
+    assert process.returncode == code and errors == (code > 0) and "Traceback" not in output, output
     return output
 
 
@@ -55,7 +58,7 @@ def worker(process: subprocess.Popen[str]) -> int:
 
 @pytest.mark.parametrize(("processes", "source"), [(2, "pictures"), (4, "dataset")])
 def test_the_bytes_are_those_of_one_process(processes: int, source: str, place: Path, tmp_path: Path) -> None:
-    said = run(*words(place, tmp_path / "cache", processes, source))
+    said = run(*words(place, tmp_path / "cache", "--processes", processes, source=source))
     assert said.count("teacher open_clip:clip") == 1 and "3 of 3 units complete\n" in said
     assert re.search(r"extract .*: 440/440 views", said) and "other workers" not in said
     if source == "pictures":  # in shards of another size
@@ -66,7 +69,7 @@ def test_the_bytes_are_those_of_one_process(processes: int, source: str, place: 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_ends_each_worker_at_a_shard(number: signal.Signals, place: Path, tmp_path: Path) -> None:
-    process = start(place, tmp_path / "cache")
+    process = start(place, tmp_path / "cache", *TWO)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does
     else:
@@ -75,7 +78,7 @@ def test_a_stop_ends_each_worker_at_a_shard(number: signal.Signals, place: Path,
     assert said.count("stopping: each worker finishes") == 1 and "stopped; the same command resumes" in said
     assert not list(tmp_path.rglob("*.partial"))  # the shards in work were finished
     if number == signal.SIGTERM:
-        run(*words(place, tmp_path / "cache", 2))
+        run(*words(place, tmp_path / "cache", *TWO))
         assert tree_digest(tmp_path / "cache") == tree_digest(place / "cache")
 
 
@@ -83,15 +86,15 @@ def test_the_first_error_stops_all_and_is_the_error_of_the_command(place: Path, 
     shutil.copytree(place, tmp_path / "place")
     tar = tmp_path / "place" / "dataset" / "train" / "000003.tar"
     tar.write_bytes(tar.read_bytes().replace(b"\xff\xda", b"\xff\xdb"))
-    said = run(*words(tmp_path / "place", tmp_path / "cache", 2), expect=4)
+    said = run(*words(tmp_path / "place", tmp_path / "cache", *TWO), expect=4)
     assert f"{tar}: row 96: expected the crc32c" in said and said.count("error: ") == 1
 
 
 def test_a_killed_worker_is_an_error_and_a_killed_parent_leaves_none(place: Path, tmp_path: Path) -> None:
-    process = start(place, tmp_path / "cache")
+    process = start(place, tmp_path / "cache", *TWO)
     os.kill(worker(process), signal.SIGKILL)
     assert "a worker process was killed" in ended(process, 7)
-    process = start(place, tmp_path / "another")
+    process = start(place, tmp_path / "another", *TWO)
     worker(process)
     process.kill()
     ended(process, -9)
