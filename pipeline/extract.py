@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,11 +93,8 @@ def _make_units(request: Request) -> tuple[int, int]:
     total = sum(unit.rows for unit in session.every_unit)
     done = sum(unit.shard_rows(k) for unit in session.every_unit for k in unit.committed())
     label, then = f"extract {request.cache}", "the current shard is finished and committed"
-    with (
-        reporting(total, label, done, then) as (stop, report),
-        session.extractor() as extractor,
-    ):
-        _make_shards(request, session.units, extractor, stop, report)
+    with reporting(total, label, done, then) as (stop, report):
+        _make_shards(request, session.units, session.extractor(), stop, report)
     return session.finish()
 
 
@@ -135,9 +131,8 @@ class Session:
         publish(cache / "extract.toml", toml.encode(), compare=False)
         self.precision_mse = publish_teacher(cache, self.teacher)
 
-    @contextmanager
-    def extractor(self) -> Iterator[Extractor]:
-        """Yield the maker of shards; call `publish` first."""
+    def extractor(self) -> Extractor:
+        """Return the maker of shards, with its own threads; call `publish` first."""
         config, teacher = self.request.config, self.teacher
         fingerprint = Fingerprint(
             device=teacher.device.type,
@@ -145,18 +140,16 @@ class Session:
             batch=config.batch,
             versions=versions(teacher),
         )
-        threads = self.request.worker.threads
-        with ThreadPoolExecutor(threads) as render_pool, ThreadPoolExecutor(1) as write_pool:
-            yield Extractor(
-                dataset=self.dataset,
-                identity=self.identity,
-                teacher=teacher,
-                fingerprint=fingerprint,
-                precision_mse=self.precision_mse,
-                max_error=config.max_error or math.inf,
-                render_pool=render_pool,
-                write_pool=write_pool,
-            )
+        return Extractor(
+            dataset=self.dataset,
+            identity=self.identity,
+            teacher=teacher,
+            fingerprint=fingerprint,
+            precision_mse=self.precision_mse,
+            max_error=config.max_error or math.inf,
+            render_pool=ThreadPoolExecutor(self.request.worker.threads),
+            write_pool=ThreadPoolExecutor(1),
+        )
 
     def finish(self) -> tuple[int, int]:
         """Write the manifest of each complete unit; return (complete units, units)."""

@@ -5,8 +5,6 @@ alone say which shards are done.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,41 +13,38 @@ from cache_tools.errors import Interrupted, ResourceError, UsageError, check_out
 from cache_tools.storage import try_lock, work_dir
 
 from .extract import STOPPED, Request, Session, missing_shards
-from .extractor import Extractor
 from .worker import WorkerInfo
 from .worker_pool import POLL_S
 
 GPU_THREADS = 8  # rendering threads of an actor with a GPU
-Shard = tuple[str, int]  # the split and the number
 
 
 class ShardActor:
-    """One worker. The first call of `shard` opens the session, so its errors reach the driver."""
+    """One worker. Its first shard opens the session, because Ray hides errors of `__init__`."""
 
     def __init__(self, request: Request, folder: str) -> None:
-        self.request, self.stack = request, ExitStack()
-        self.opened: tuple[Session, Extractor] | None = None
+        self.request = request
+        self.session: Session | None = None
         if os.path.isdir(folder):  # the relative paths of the request begin here
             os.chdir(folder)
 
     def shard(self, split: str, shard: int) -> int:
         """Make one shard of each unit that lacks it; return its rows in all units."""
-        if self.opened is None:
-            session = Session(self.request)
-            session.publish()
-            self.opened = session, self.stack.enter_context(session.extractor())
-        session, extractor = self.opened
-        units = session.units[split]
+        if self.session is None:
+            self.session = Session(self.request)
+            self.session.publish()
+            self.extractor = self.session.extractor()
+        units = self.session.units[split]
         if missing := [unit for unit in units if not unit.commit_file(shard).is_file()]:
-            extractor.shard(missing, shard, lambda n, note: None)
+            self.extractor.shard(missing, shard, lambda n, note: None)
         return len(units) * units[0].shard_rows(shard)
 
 
-def extract_on_ray(request: Request, actors: int, address: str | None) -> None:
-    """Make every missing shard of the request's units on `actors` actors of a Ray cluster.
+def extract_on_ray(request: Request, count: int, address: str | None) -> None:
+    """Make every missing shard of the request's units on `count` actors of a Ray cluster.
 
-    `address` is that of `ray.init`. The driver computes on the CPU. A worker without a device has a
-    GPU if the cluster has one; 0 threads mean GPU_THREADS with a GPU, and 1 without.
+    `address` is that of `ray.init`. The driver computes on the CPU. Without a device, the actors
+    have GPUs if the cluster has any. 0 threads mean GPU_THREADS with a GPU, and 1 without.
 
     Raises: UsageError or IdentityError, before any shard; the first error of an actor; Interrupted
     when the user stops the run, which then ends after the shards in work.
@@ -61,49 +56,42 @@ def extract_on_ray(request: Request, actors: int, address: str | None) -> None:
         if not held:
             raise UsageError(f"{request.cache}: expected no other Ray driver; found one at work")
         if missing := list(missing_shards(session.units, request.cache, WorkerInfo())):
-            with _ray(address) as ray:
+            with _connect(address):
                 request = replace(request, source=str(session.dataset.path))
-                _make_shards(session, missing, _start(ray, request, actors))
-        complete, count = session.finish()
-    print(f"{request.cache}: {complete} of {count} units complete", flush=True)
+                _make_shards(session, missing, _start_actors(request, count))
+        complete, units = session.finish()
+    print(f"{request.cache}: {complete} of {units} units complete", flush=True)
 
 
-@contextmanager
-def _ray(address: str | None) -> Iterator[Any]:
-    """Yield the module `ray`, connected to the cluster; its actors end with the block."""
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        install = "pip install 'masked-channel-modeling[ray]'"
-        raise UsageError(f"--ray: expected the package ray; {install}") from error
+def _connect(address: str | None) -> Any:
+    """Connect to the cluster, and return the context that ends the connection and the actors."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR")
+        import ray
+
+        return ray.init(address, log_to_driver=False, logging_level="ERROR")
+    except ModuleNotFoundError as error:
+        install = "pip install 'masked-channel-modeling[ray]'"
+        raise UsageError(f"--ray: expected the package {error.name}; {install}") from error
     except (ConnectionError, ValueError) as error:
         raise UsageError(f"--ray-address {address}: expected a running cluster; {error}") from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
 
 
-def _start(ray: Any, request: Request, actors: int) -> list[Any]:
-    """Start the actors; Ray queues those that find no free node."""
+def _start_actors(request: Request, count: int) -> list[Any]:
+    """Return the actors; those that find no free node wait for one."""
+    import ray
+
     info = request.worker
     on_gpu = (info.device or "cuda").startswith("cuda") and ray.cluster_resources().get("GPU", 0)
     threads = info.threads or (GPU_THREADS if on_gpu else 1)
     worker = WorkerInfo(device="cuda" if on_gpu else "cpu", threads=threads)
-    actor = ray.remote(
-        num_gpus=int(on_gpu),
-        num_cpus=1 if on_gpu else threads,
-        max_restarts=-1,
-        max_task_retries=-1,
-    )(ShardActor)
-    return [actor.remote(replace(request, worker=worker), os.getcwd()) for _ in range(actors)]
+    needs = dict(num_gpus=1) if on_gpu else dict(num_cpus=threads)
+    actor = ray.remote(max_restarts=-1, max_task_retries=-1, **needs)(ShardActor)
+    return [actor.remote(replace(request, worker=worker), os.getcwd()) for _ in range(count)]
 
 
-def _make_shards(session: Session, missing: list[Shard], actors: list[Any]) -> None:
-    """Give each free actor the next missing shard, until a stop or an error; wait for the rest."""
+def _make_shards(session: Session, missing: list[tuple[str, int]], actors: list[Any]) -> None:
+    """Give each free actor the next missing shard, until a stop or an error; await the others."""
     from ray.exceptions import RayError
     from ray.util import ActorPool
 

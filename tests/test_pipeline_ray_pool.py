@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import another_process, run, tree_digest
+from conftest import run, tree_digest
 from make_extract import request
 from test_pipeline_worker_pool import ended, place, start, words
 
 from cache_tools.errors import UsageError
+from cache_tools.storage import try_lock, work_dir
+from pipeline.cli import extract_command
 from pipeline.ray_pool import extract_on_ray
 
 pytestmark = pytest.mark.slow
@@ -74,7 +76,7 @@ def test_the_bytes_are_those_of_one_process(
 
 
 def test_a_stop_ends_each_actor_at_a_shard_and_a_finished_cache_needs_no_cluster(
-    cluster: Any, place: Path, tmp_path: Path
+    cluster: Any, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = tmp_path / "cache"
     process = start(place, cache, *on(cluster))
@@ -84,7 +86,8 @@ def test_a_stop_ends_each_actor_at_a_shard_and_a_finished_cache_needs_no_cluster
     assert not list(tmp_path.rglob("*.partial"))  # the shards in work were finished
     run(*words(place, cache, *on(cluster, 1)))
     assert tree_digest(cache) == tree_digest(place / "cache")
-    said = run(*words(place, cache, "--ray", 2, "--ray-address", "127.0.0.1:1"))
+    extract_on_ray(request(place, cache), 2, "127.0.0.1:1")
+    said = capsys.readouterr().out
     assert "3 of 3 units complete" in said and "views/s" not in said
 
 
@@ -97,29 +100,32 @@ def test_the_first_error_stops_all_and_is_the_error_of_the_command(cluster: Any,
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("changes", "address", "said"),
     [
-        (("--weights", "missing.pt"), "missing.pt"),
-        (("--ray-address", "here"), "--ray-address here: expected a running cluster"),
-        (("--processes", 2), "--ray 2: expected no --processes, --worker or a launcher"),
-        (("--worker", 0, "--workers", 2), "--ray 2: expected no --processes, --worker or a launcher"),
+        ({"weights": "missing.pt"}, None, "missing.pt"),
+        ({}, "here", "--ray-address here: expected a running cluster"),
     ],
 )
-def test_errors_of_the_user_are_one_line(more: tuple[object, ...], said: str, place: Path, tmp_path: Path) -> None:
-    printed = run(*words(place, tmp_path / "cache", "--ray", 2, *more), expect=2)
-    assert said in printed and printed.count("error: ") == 1 and not list(tmp_path.rglob("*.tar"))
+def test_errors_of_the_user_come_before_any_shard(
+    changes: dict[str, object], address: str | None, said: str, place: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        extract_on_ray(request(place, tmp_path / "cache", **changes), 1, address)
+    assert not list(tmp_path.rglob("*.tar"))
 
 
-def test_a_second_driver_is_refused(place: Path, tmp_path: Path) -> None:
-    mark = tmp_path / "cache" / ".run" / "driver"
-    with another_process(f"held = try_lock(Path({str(mark)!r}))\nassert held.__enter__()"):
-        printed = run(*words(place, tmp_path / "cache", "--ray", 1), expect=2)
-    assert "expected no other Ray driver; found one at work" in printed
+@pytest.mark.parametrize("flags", [{"processes": 2}, {"worker": 0, "workers": 2}])
+def test_other_launchers_are_refused(flags: dict[str, int], place: Path) -> None:
+    with pytest.raises(UsageError, match="--ray 2: expected no --processes, --worker or a launcher"):
+        extract_command(str(place), place / "cache", teacher="timm:vit", weights="random", ray=2, **flags)
 
 
-def test_without_the_package_the_error_names_the_extra(
+def test_a_second_driver_and_a_missing_package_are_errors(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wanted = request(place, tmp_path / "cache")
+    with try_lock(work_dir(wanted.cache) / "driver"), pytest.raises(UsageError, match="found one at work"):
+        extract_on_ray(wanted, 1, None)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install 'masked-channel-modeling\[ray\]'"):
-        extract_on_ray(request(place, tmp_path / "cache"), 1, None)
+        extract_on_ray(wanted, 1, None)
