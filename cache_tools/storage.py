@@ -11,16 +11,17 @@ replaces them to record any operation, to make it fail or to kill the process be
 
 import errno
 import fcntl
+import filecmp
 import glob
 import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from .errors import CorruptionError, IdentityError
 
@@ -129,16 +130,17 @@ def _remove(path: Path) -> None:
 def _remove_abandoned(temp: Path) -> None:
     """Remove a temporary file or folder if this process can lock it: its writer has ended."""
     kind = os.O_RDONLY | os.O_DIRECTORY if temp.is_dir() else os.O_WRONLY
-    with suppress(FileNotFoundError):  # its writer has just renamed it
+    with suppress(FileNotFoundError), ExitStack() as stack:  # its writer has just renamed it
         foreign = f".{HOST}" not in temp.name
         if foreign and time.time() - temp.stat().st_mtime < FOREIGN_S:
             return
-        descriptor = os.open(temp, kind | os.O_NOFOLLOW)
-        try:
-            if _flock(descriptor):
-                _remove(temp)
-        finally:
-            os.close(descriptor)
+        locked = []
+        for _ in range(2):  # if both get the lock, flock excludes no one
+            descriptor = os.open(temp, kind | os.O_NOFOLLOW)
+            stack.callback(os.close, descriptor)
+            locked.append(_flock(descriptor))
+        if locked == [True, False]:
+            _remove(temp)
 
 
 class AtomicFile:
@@ -167,25 +169,52 @@ class AtomicFile:
 
 
 @contextmanager
-def atomic_file(path: Path, replace: bool = True) -> Iterator[AtomicFile]:
+def atomic_file(
+    path: Path, replace: Literal["any", "older", "none"] = "any"
+) -> Iterator[AtomicFile]:
     """Yield a file that appears at `path` complete, hashed and fsynced, or not at all.
 
-    Raises: FileExistsError at the end if `path` exists and `replace` is False.
+    `replace` says which existing file is replaced: any, none, or only one that is older than this
+    block, because another process may write the same file at the same time.
+
+    Raises: IdentityError at the end if the existing file stays and holds other bytes.
     """
+    older = _version(path) if replace == "older" else None
     with _temporary(path) as (temp, descriptor), open(descriptor, "wb", closefd=False) as file:
         yield AtomicFile(file, path)
         file.flush()
         os.fsync(descriptor)
-        if replace:
+        if replace == "any" or (older and older == _version(path)):
             os.replace(temp, path)
-            return
-        try:
-            os.link(temp, path)
+        elif not _link(temp, path):
+            if not filecmp.cmp(temp, path, shallow=False):
+                found = "another process wrote others, which stay; run workers of one kind"
+                raise IdentityError(f"{path}: expected the bytes of this process; {found}")
             os.unlink(temp)
-        except OSError as error:
-            if error.errno not in _NO_LINKS or path.exists():
-                raise
-            os.rename(temp, path)
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is replaced, or None if there is no file."""
+    with suppress(FileNotFoundError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
+
+
+def _link(temp: Path, path: Path) -> bool:
+    """Rename `temp` to `path`; return False if the name is taken."""
+    try:
+        os.link(temp, path)
+        os.unlink(temp)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            return False
+        os.rename(temp, path)
+    return True
 
 
 def write_atomic(path: Path, data: Buffer) -> None:
@@ -200,7 +229,7 @@ def publish(path: Path, data: bytes, compare: bool = True) -> None:
     Raises: IdentityError if the file holds other bytes.
     """
     if not path.exists():
-        with suppress(FileExistsError), atomic_file(path, replace=False) as file:
+        with suppress(IdentityError), atomic_file(path, replace="none") as file:
             file.write(data)
     if compare and path.read_bytes() != data:
         message = f"{path}: expected the bytes of this request; found other bytes; use a new folder"
@@ -334,10 +363,10 @@ def try_lock(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _flock(descriptor: int, how: int = fcntl.LOCK_EX) -> bool | None:
+def _flock(descriptor: int) -> bool | None:
     """Return True if locked, False if another process holds it, None if flock is not supported."""
     try:
-        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -356,7 +385,6 @@ def free_bytes(path: Path) -> int:
 
 
 def locks_work(folder: Path) -> bool:
-    """Return whether the file system of `folder` has flock; some network file systems do not."""
-    make_dir(folder)
-    with open(os.open(folder / "probe", os.O_RDWR | os.O_CREAT, 0o666), "rb") as file:
-        return _flock(file.fileno(), fcntl.LOCK_SH) is not None
+    """Return whether flock excludes others in `folder`; some network file systems have no flock."""
+    with try_lock(folder / "probe") as first, try_lock(folder / "probe") as second:
+        return not (first and second)

@@ -59,7 +59,7 @@ def tar_writer(path: Path) -> Iterator[TarWriter]:
     The same members in the same order give the same bytes: the tar holds no time, user or host.
     """
     with (
-        atomic_file(path) as file,
+        atomic_file(path, "older") as file,
         tarfile.open(fileobj=cast(IO[bytes], file), mode="w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         yield TarWriter(tar, file)

@@ -21,13 +21,11 @@ from .zarr_shards import shard_writer
 
 @contextmanager
 def unit_writer(unit: Unit, shard: int) -> Iterator["UnitShardWriter"]:
-    """Open the files of one shard of one unit for writing.
+    """Open the files of one shard of one unit, which has no commit, for writing.
 
-    The old commit and the manifest are removed first. The shard is absent until
-    `UnitShardWriter.commit` returns.
+    The manifest is removed first. The shard is absent until `UnitShardWriter.commit` returns.
     """
     remove(unit.manifest_file)
-    remove(unit.commit_file(shard))
     _publish_arrays(unit)
     with ExitStack() as stack:
         yield UnitShardWriter(unit, shard, stack)
@@ -67,7 +65,12 @@ class UnitShardWriter:
         fidelity: Fidelity,
         fingerprint: Fingerprint,
     ) -> None:
-        """Close and fsync every file, then write the commit with their sizes and digests."""
+        """Close and fsync every file, then write the commit with their sizes and digests.
+
+        If another worker has committed the shard meanwhile, its commit stays.
+
+        Raises: IdentityError if the other worker has written other bytes.
+        """
         unit = self.unit
         assert self._views == len(self._index), f"{self._views} views of {len(self._index)}"
         self._stack.close()
@@ -94,7 +97,11 @@ class UnitShardWriter:
             fidelity=fidelity,
             fingerprint=fingerprint,
         )
-        write_atomic(unit.commit_file(self.shard), encode_record(record))
+        publish(unit.commit_file(self.shard), encode_record(record), compare=False)
+        if unit.commit(self.shard, bound=False).files != record.files:
+            expected = f"{unit.commit_file(self.shard)}: expected the digests of this worker"
+            found = "another worker committed others, which stay; run workers of one kind"
+            raise IdentityError(f"{expected}; {found}")
 
 
 def publish_identity(cache: Path, identity: CacheIdentity) -> None:

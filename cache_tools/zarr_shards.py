@@ -157,8 +157,8 @@ class ShardWriter:
 
 @contextmanager
 def shard_writer(group: Path, spec: ArraySpec, shard: int) -> Iterator[ShardWriter]:
-    """Yield a writer of one shard; the file appears complete or not at all."""
-    with atomic_file(group / spec.shard_file(shard)) as file:
+    """Yield a writer of one shard, which appears as a file of `atomic_file` for several writers."""
+    with atomic_file(group / spec.shard_file(shard), "older") as file:
         writer = ShardWriter(file, spec)
         yield writer
         file.write(writer.index())

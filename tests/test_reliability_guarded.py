@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
+import make_cache as make_cache_module
 import numpy as np
 import pytest
 import torch
-from conftest import another_process
+from conftest import another_process, tree_digest
 from disk import Disk, Op
 from make_cache import add_unit, make_cache, make_identity, write_shard
 from make_extract import make_place, request
@@ -19,7 +21,7 @@ from cache_tools.errors import CorruptionError, IdentityError
 from cache_tools.images import decode_view_into, encode_view
 from cache_tools.records import decode_record, encode_record
 from cache_tools.storage import publish, shard_lock, try_lock, write_atomic
-from cache_tools.writer import finish_unit, publish_identity, unit_writer
+from cache_tools.writer import UnitShardWriter, finish_unit, publish_identity, unit_writer
 from pipeline.extract import extract
 from pipeline.teachers import Teacher, load_teacher
 
@@ -33,10 +35,11 @@ def position(ops: list[Op], kind: str, path: str, first: bool = True) -> int:
 def assert_durable(ops: list[Op]) -> None:
     """Every file is synced between its last write and its name; every name is in a folder that is synced later."""
     for i, op in enumerate(ops):
-        if op.kind == "rename" and any(before.path == op.source and before.kind == "write" for before in ops[:i]):
+        names = op.kind in ("rename", "link")
+        if names and any(before.path == op.source and before.kind == "write" for before in ops[:i]):
             before = [other.kind for other in ops[:i] if other.path == op.source]
             assert before[-1] == "sync", f"{op.path}: {before}"
-        if op.kind in ("rename", "mkdir"):
+        if names or op.kind == "mkdir":
             assert ("syncdir", str(Path(op.path).parent)) in [(o.kind, o.path) for o in ops[i:]], op.path
 
 
@@ -45,20 +48,21 @@ def test_a_shard_stops_counting_before_it_is_redone_and_counts_last(tmp_path: Pa
     publish_identity(tmp_path / "cache", identity)
     unit = Unit(tmp_path / "cache", identity, "train", 0)
     for again in (False, True):
+        unit.commit_file(0).unlink(missing_ok=True)
         with Disk(tmp_path).installed() as disk:
             write_shard(unit, 0)
             finish_unit(unit)
         ops, here = disk.ops, "cache/train/v0"
         assert_durable(ops)
-        commit, parts = f"{here}/commits/000000.json", (f"{here}/views", f"{here}/features.zarr")
-        data = [op.path.startswith(parts) and op.kind in ("create", "write", "sync", "rename") for op in ops]
+        parts = (f"{here}/views", f"{here}/features.zarr")
+        kinds = ("create", "write", "sync", "rename", "link")
+        data = [op.path.startswith(parts) and op.kind in kinds for op in ops]
         # Every zarr.json is a pure function of cache.json, published at any time.
         mine = [i for i, op in enumerate(ops) if data[i] and "zarr.json" not in op.path]
         if again:
-            for gone in (f"{here}/manifest.json", commit):
-                removed = position(ops, "unlink", gone)
-                assert removed < ops.index(next(op for op in ops[removed:] if op.kind == "syncdir")) < mine[0], gone
-        begun = [i for i, op in enumerate(ops) if "commits/" in op.path and op.kind in ("create", "write", "rename")]
+            removed = position(ops, "unlink", f"{here}/manifest.json")
+            assert removed < ops.index(next(op for op in ops[removed:] if op.kind == "syncdir")) < mine[0]
+        begun = [i for i, op in enumerate(ops) if "commits/" in op.path and op.kind in kinds]
         assert mine[-1] < begun[0]
         assert position(ops, "syncdir", f"{here}/commits", first=False) < position(
             ops, "create", f"{here}/.manifest.json.partial"
@@ -125,9 +129,35 @@ def test_the_manifest_knows_which_commits(tmp_path: Path) -> None:
 
 def test_a_failed_redo_leaves_no_commit(tmp_path: Path) -> None:
     unit = add_unit(tmp_path / "cache", make_identity({"train": 20}), "train", 0)
+    unit.commit_file(0).unlink()
     with pytest.raises(RuntimeError), unit_writer(unit, 0):
         raise RuntimeError
     assert not unit.complete and unit.committed() == []
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_of_two_writers_of_one_shard_the_first_stays(tmp_path: Path, monkeypatch, same: bool) -> None:
+    """As where locks do not exclude: the other one ends while the unit is complete, and compares its bytes."""
+    unit = Unit(tmp_path / "cache", make_identity({"train": 20}), "train", 0)
+    publish_identity(tmp_path / "cache", unit.identity)
+    write_shard(unit, 0)
+    unit.commit_file(0).unlink()  # as left by a killed worker; the first one replaces it
+    left, commit, features = unit.tar(0).stat().st_ino, UnitShardWriter.commit, make_cache_module.features
+    first: dict[str, str] = {}
+
+    def overtaken(writer: UnitShardWriter, mean: np.ndarray, *more: object) -> None:
+        monkeypatch.undo()
+        write_shard(unit, 0)
+        assert finish_unit(unit)
+        first.update({name: sha for name, sha in tree_digest(tmp_path).items() if ".partial" not in name})
+        commit(writer, mean + 1, *more)  # another commit of the same files
+
+    monkeypatch.setattr(UnitShardWriter, "commit", overtaken)
+    monkeypatch.setattr(make_cache_module, "features", lambda *given: features(*given) + (0 if same else 1))
+    with nullcontext() if same else pytest.raises(IdentityError, match="another process wrote others, which stay"):
+        write_shard(unit, 0)
+    assert tree_digest(tmp_path) == first and unit.tar(0).stat().st_ino != left
+    assert Unit(unit.path.parents[1], unit.identity, "train", 0).chunk(0).rows == 16
 
 
 def test_a_record_has_one_form_and_its_own_digest() -> None:

@@ -46,7 +46,7 @@ def disturb(processes: list[BaseProcess], victim: BaseProcess | None, draw: rand
 def commits_written(log: Path) -> Counter[str]:
     """How often each commit got its name, by all processes together."""
     lines = (line.rsplit(" ", 1)[0].replace(" link/", " out/") for line in log.read_text().splitlines())
-    return Counter(line for line in lines if line.startswith("rename") and "/commits/" in line)
+    return Counter(line for line in lines if line.startswith("link ") and "/commits/" in line)
 
 
 def test_extractors_share_one_cache(
@@ -83,6 +83,32 @@ def test_extractors_share_one_cache(
         assert not verify(folder / "out", quiet=True).problems, where
         kills += killed
     tally("races: extract", races=races, kills=kills, failures=0)
+
+
+def test_extractors_that_do_not_see_each_others_locks(
+    place: Path, tmp_path: Path, how_many: Callable[..., int], tally: Callable[..., None]
+) -> None:
+    """Each process makes every shard that has no commit yet, while the other one makes it too."""
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    zygote.start(zygote.run_extract, place, straight / "out", straight / "log", views=VIEWS).join()
+    expected, races, doubled = tree_digest(straight / "out"), how_many(3, 40), 0
+    for race in range(races):
+        folder, draw, hosts = tmp_path / f"race{race}", random.Random(race), ("a" * 8, "b" * 8 if race % 2 else "a" * 8)
+        folder.mkdir()
+        run = (zygote.run_unlocked, place, folder / "out", folder / "log")
+        processes = [zygote.start(*run, views=VIEWS, host=host) for host in hosts]
+        disturb(processes, None, draw)
+        where = (f"race of seed {race}", (folder / "log.out").read_text())
+        assert [process.exitcode for process in processes] == [0, 0], where
+        assert tree_digest(folder / "out") == expected, where
+        assert not verify(folder / "out", quiet=True).problems, where
+        tars = [
+            line for line in (folder / "log").read_text().splitlines() if line.startswith("create") and ".tar" in line
+        ]
+        doubled += len(tars) > len(list((folder / "out").rglob("*.tar")))
+    assert doubled
+    tally("races: extract without locks", races=races, doubled=doubled, failures=0)
 
 
 def test_two_that_shard_into_one_folder(

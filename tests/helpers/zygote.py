@@ -12,6 +12,7 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from conftest import ROOT
@@ -22,6 +23,7 @@ from make_scenes import make_ade, make_coco
 from make_teacher import make_teacher
 from test_pipeline_shard import make_source
 
+from cache_tools import storage
 from cache_tools.console import guarded
 from pipeline import extract as extract_module
 from pipeline.shard import shard
@@ -58,6 +60,12 @@ def run_boxes(place: Path, out: Path) -> None:
 
 def run_extract(place: Path, cache: Path, views: int = 1, worker: int = 0, workers: int = 1) -> None:
     extract_module.extract(request(place, cache, worker=(worker, workers), views=views))
+
+
+def run_unlocked(place: Path, cache: Path, host: str, views: int) -> None:
+    """As on a host that sees no lock of another one, or whose flock does nothing."""
+    with patch.object(storage, "HOST", host), patch("fcntl.flock", lambda *_: None):
+        run_extract(place, cache, views)
 
 
 @cache
