@@ -30,6 +30,7 @@ def cluster() -> Iterator[Any]:
     Cluster = pytest.importorskip("ray.cluster_utils").Cluster
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # as a token of this user would enable it in drivers alone
         cluster = Cluster(initialize_head=True, head_node_args=CPUS | {"num_cpus": 0})
         cluster.add_node(**CPUS)
