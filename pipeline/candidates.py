@@ -8,6 +8,7 @@ import stat
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +21,9 @@ from cache_tools.labels import MaskRule, stored_mask
 from cache_tools.records import printable
 
 MAX_PICTURE_BYTES = 1 << 28
-LOST = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP}
-LOST |= {errno.ENXIO, errno.ENOTDIR, errno.EISDIR}
+# Errors of one file; every other error, such as too many open files, ends the command.
+UNREADABLE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP}
+UNREADABLE |= {errno.ENXIO, errno.ENOTDIR, errno.EISDIR}
 
 
 class SourceItem(NamedTuple):
@@ -45,7 +47,7 @@ class Candidates:
         self.roots: list[Path] = []  # one folder, or tars, or parquet files
         self.column = ""  # of the pictures in parquet files, which must be unpacked
         self.ends: list[npt.NDArray[np.uint64]] = []  # of the pictures in each unpacked file
-        self.folders: tuple[str, str] | None = None  # below the root: pictures, masks
+        self.folders: tuple[str, str] | None = None  # of pictures and of masks, below the root
         self.boxes: list[bytes] = []  # the KEY.json of each picture
         self.labels = array("i")
         self._names = bytearray()
@@ -70,12 +72,12 @@ class Candidates:
         """Return the candidates for which `chosen` is true, in order."""
         part = Candidates()
         part.roots, part.column = self.roots, self.column
-        for i in (i for i, wanted in enumerate(chosen) if wanted):
+        for i in compress(range(len(self)), chosen):
             part._names += self._names[self._ends[i - 1] if i else 0 : self._ends[i]]
             part._ends.append(len(part._names))
-            for mine, theirs in zip(part._columns(), self._columns(), strict=True):
-                if theirs:
-                    mine.append(theirs[i])
+            for new, column in zip(part._columns(), self._columns(), strict=True):
+                if column:
+                    new.append(column[i])
         return part
 
     def _columns(self) -> tuple["array[int]", ...]:
@@ -115,8 +117,7 @@ class Candidates:
 class Sources:
     """All splits of a source; a label is a position in `classes`.
 
-    `notes` lists what was left out. `rule` reads the masks, if any. `coco` describes the boxes, if
-    any.
+    `notes` lists what is left out. `rule` describes the masks and `coco` the boxes, if any.
     """
 
     classes: tuple[str, ...] = ()
@@ -129,7 +130,7 @@ class Sources:
 def read_source(item: SourceItem) -> bytes:
     """Return the bytes of a candidate.
 
-    Raises: PictureRefused when the file is missing, unreadable, changed or over MAX_PICTURE_BYTES.
+    Raises: PictureRefused if the file is missing, unreadable, changed or over MAX_PICTURE_BYTES.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK
     if item.size is None:  # only a tar may be a link, as in a snapshot of a hub
@@ -137,7 +138,7 @@ def read_source(item: SourceItem) -> bytes:
     try:
         descriptor = os.open(item.path, flags)
     except OSError as error:
-        if error.errno not in LOST:  # such as too many open files, or a failing disk
+        if error.errno not in UNREADABLE:
             raise
         raise PictureRefused("unreadable", error.strerror or "cannot be opened") from error
     try:
@@ -161,8 +162,8 @@ def read_source(item: SourceItem) -> bytes:
 def read_picture(item: SourceItem, rule: MaskRule | None = None) -> tuple[bytes, bytes | None]:
     """Return the bytes of a candidate that decodes, and the mask or boxes to store, if any.
 
-    Raises: PictureRefused, with the reason no-mask when the mask cannot be read, and box-size when
-    the boxes belong to a picture of another size.
+    Raises: PictureRefused; its reason is no-mask if the mask cannot be read, and box-size if the
+    boxes belong to a picture of another size.
     """
     data = read_source(item)
     size = decode_rgb(data).shape[:2]

@@ -21,7 +21,7 @@ from cache_tools.records import canonical_json, printable
 from .candidates import Candidates, Sources
 from .source_splits import split_name
 
-_BESIDE = "_annotations.coco.json"
+_ROBOFLOW = "_annotations.coco.json"
 _Pixels = Annotated[int, pydantic.Field(ge=1, le=1 << 16)]
 
 
@@ -66,7 +66,7 @@ class _File(NamedTuple):
     content: dict[str, Any]
 
     def items(self, key: str, model: type[Item]) -> Iterator[tuple[Item, dict[str, Any]]]:
-        """Yield each record of a list, checked and as it is.
+        """Yield each record of a list, validated and as it is in the file.
 
         Raises: UsageError for a record with a wrong or missing key, or an id that occurs twice.
         """
@@ -92,13 +92,13 @@ class _File(NamedTuple):
 def list_coco(root: Path) -> Sources | None:
     """Return every picture of a COCO source, or None for another source.
 
-    Raises: UsageError when a file is not in COCO's format, or when its records contradict each
-    other or another file.
+    Raises: UsageError if a file is not in COCO's format, or if its records contradict each other or
+    another file.
     """
     paths: dict[str, Path] = {}
     sources, changed = Sources(), Counter[str]()
-    for path in [*sorted(root.glob("annotations/*.json")), *sorted(root.glob(f"*/{_BESIDE}"))]:
-        name = path.parent.name if path.name == _BESIDE else path.stem.removeprefix("instances_")
+    for path in [*sorted(root.glob("annotations/*.json")), *sorted(root.glob(f"*/{_ROBOFLOW}"))]:
+        name = path.parent.name if path.name == _ROBOFLOW else path.stem.removeprefix("instances_")
         if (split := split_name(name)) is None:
             sources.notes.append(f"{path} left out: its name is not instances_SPLIT.json")
         elif split in paths:
@@ -117,7 +117,7 @@ def list_coco(root: Path) -> Sources | None:
         file.check(unique, "categories with unique names", f"{list(names.values())}"[:200])
         categories = categories or names
         file.check(names == categories, "the same categories in every split", "other categories")
-        folder = path.parent if path.name == _BESIDE else _folder(root, split)
+        folder = path.parent if path.name == _ROBOFLOW else _folder(root, split)
         sources.splits[split] = _listed(file, root, folder, categories, changed, sources.notes)
     sources.classes = tuple(map(printable, categories.values()))
     sources.coco = CocoEntry(
@@ -145,16 +145,16 @@ def _load(path: Path) -> _File:
 
 def _folder(root: Path, split: str) -> Path:
     """Return the folder with the pictures of a split."""
-    places = [place for place in (root, root / "images") if place.is_dir()]
-    found = [path for place in places for path in sorted(place.iterdir()) if path.is_dir()]
-    found = [path for path in found if split_name(path.name) == split]
-    if not found and (root / "images").is_dir():
-        found = [root / "images"]
-    if len(found) != 1:
+    parents = [parent for parent in (root, root / "images") if parent.is_dir()]
+    paths = [path for parent in parents for path in sorted(parent.iterdir()) if path.is_dir()]
+    folders = [path for path in paths if split_name(path.name) == split]
+    if not folders and (root / "images").is_dir():
+        folders = [root / "images"]
+    if len(folders) != 1:
         expected = f"expected one folder of pictures of split {split}, such as {split}2017"
-        there = ", ".join(map(str, found)) or "none"
-        raise UsageError(f"{root}: {expected}; found {there}; move a JSON without pictures away")
-    return found[0]
+        found = ", ".join(map(str, folders)) or "none"
+        raise UsageError(f"{root}: {expected}; found {found}; move a JSON without pictures away")
+    return folders[0]
 
 
 def _listed(
@@ -169,31 +169,29 @@ def _listed(
     images = {item.id: item for item, _ in file.items("images", _Image)}
     objects: dict[int, list[dict[str, Any]]] = {number: [] for number in images}
     for item, record in file.items("annotations", _Annotation):
-        of = f"annotation {item.id} of"
-        file.check(
-            item.image_id in images, "an image for each image_id", f"{of} image {item.image_id}"
-        )
-        known = item.category_id in categories
-        file.check(known, "a category for each category_id", f"{of} category {item.category_id}")
-        if kept := _kept(file, item, record, images[item.image_id], changed):
-            objects[item.image_id].append(kept)
-    there = {path.relative_to(root).as_posix() for path in folder.rglob("*") if path.is_file()}
-    named: dict[str, _Image] = {}
+        image_id, category_id = item.image_id, item.category_id
+        found = f"annotation {item.id} of image {image_id} and category {category_id}"
+        file.check(image_id in images, "an image for each image_id", found)
+        file.check(category_id in categories, "a category for each category_id", found)
+        if clipped := _clipped(file, item, record, images[image_id], changed):
+            objects[image_id].append(clipped)
+    files = {path.relative_to(root).as_posix() for path in folder.rglob("*") if path.is_file()}
+    by_name: dict[str, _Image] = {}  # relative to the root
     for image in images.values():
         path, shown = PurePosixPath(image.file_name), repr(image.file_name)
         outside = path.is_absolute() or ".." in path.parts or "\0" in image.file_name
         file.check(not outside, "names of pictures below its folder", shown)
-        below = (folder.relative_to(root) / path).as_posix()
-        place = str(path) if below not in there and str(path) in there else below
-        file.check(place not in named, "one image per picture", f"{shown} twice")
-        file.check(not (root / place).is_symlink(), "files (copy with `cp -rL`)", f"a link {shown}")
-        named[place] = image
-    file.check(bool(there & named.keys()), f"pictures in {folder}", f"none of its {len(named)}")
-    if beside := len(there - named.keys() - {file.path.relative_to(root).as_posix()}):
-        notes.append(f"{beside} files of {folder} left out: {file.path.name} does not name them")
+        name = (folder.relative_to(root) / path).as_posix()
+        name = str(path) if name not in files and str(path) in files else name
+        file.check(name not in by_name, "one image per picture", f"{shown} twice")
+        file.check(not (root / name).is_symlink(), "files (copy with `cp -rL`)", f"a link {shown}")
+        by_name[name] = image
+    file.check(bool(files & by_name.keys()), f"pictures in {folder}", f"none of its {len(by_name)}")
+    if unnamed := len(files - by_name.keys() - {file.path.relative_to(root).as_posix()}):
+        notes.append(f"{unnamed} files of {folder} left out: {file.path.name} does not name them")
     candidates = Candidates()
     candidates.roots = [root]
-    for name, image in sorted(named.items()):
+    for name, image in sorted(by_name.items()):
         candidates.add(name, -1)
         size = {"width": image.width, "height": image.height}
         stored = {"source": printable(name), "image_id": image.id, "annotations": objects[image.id]}
@@ -204,10 +202,10 @@ def _listed(
     return candidates
 
 
-def _kept(
+def _clipped(
     file: _File, item: _Annotation, record: dict[str, Any], image: _Image, changed: Counter[str]
 ) -> dict[str, Any] | None:
-    """Return a record with its box clipped to the picture and without polygons of 2 points or less.
+    """Return a record with its box clipped to the picture and without invalid polygons.
 
     Returns None if the box has no area. `changed` counts the changes.
     """
@@ -221,25 +219,25 @@ def _kept(
         changed["clipped"] += 1
         record = record | {"bbox": [left, top, right - left, bottom - top]}
     if isinstance(item.segmentation, _Rle):
-        runs = _runs(item.segmentation.counts)
+        runs = _run_lengths(item.segmentation.counts)
         size, area = item.segmentation.size, image.height * image.width
-        right_size = size == (image.height, image.width) and sum(runs) == area
+        fits = size == (image.height, image.width) and sum(runs) == area
         expected = f"an RLE of {image.height} x {image.width} pixels in annotation {item.id}"
         found = f"size {size} and {sum(runs)} pixels"
-        file.check(right_size and min(runs, default=0) >= 0, expected, found)
+        file.check(fits and min(runs, default=0) >= 0, expected, found)
     elif polygons := record.get("segmentation"):
-        whole = [xy for xy in polygons if len(xy) > 5 and len(xy) % 2 == 0]
-        finite = [xy for xy in whole if all(map(math.isfinite, xy))]
-        changed["polygons"] += len(polygons) - len(finite)
-        record = record | {"segmentation": finite}
+        pairs = [xy for xy in polygons if len(xy) > 5 and len(xy) % 2 == 0]
+        valid = [xy for xy in pairs if all(map(math.isfinite, xy))]
+        changed["polygons"] += len(polygons) - len(valid)
+        record = record | {"segmentation": valid}
     return record
 
 
-def _runs(counts: list[int] | str) -> list[int]:
+def _run_lengths(counts: list[int] | str) -> list[int]:
     """Return the lengths of the runs of an RLE.
 
-    Its compressed form has 5 bits per character, lowest first. From the fourth run on, it holds the
-    difference to the run two before. Returns [-1] for other characters.
+    Its compressed form has 5 bits per character, lowest first. From the fourth run on, it stores
+    the difference from the run two positions earlier. Returns [-1] for other characters.
     """
     if isinstance(counts, list):
         return counts

@@ -1,8 +1,8 @@
 """A pool of processes that decode pictures and refuse a picture that crashes or hangs its decoder.
 
 Decoders are C code, and one crafted picture could end a run of hours. A process that dies breaks
-its whole executor, which does not name the task. The pool therefore retries the tasks in flight one
-by one, in a separate process.
+its whole executor, which does not report the task. The pool therefore retries the tasks in flight
+one by one, in a separate process.
 """
 
 import signal
@@ -54,7 +54,7 @@ class DecodePool(AbstractContextManager["DecodePool"]):
         A task that crashes its process is refused as "decoder-crash", and one that takes more than
         LIMIT_S seconds as "timeout".
 
-        Raises: ResourceError when the system kills a process; other errors of `function`.
+        Raises: ResourceError if the system kills a process; the other errors of `function`.
         """
         todo, pending = iter(tasks), deque[tuple[Task, Future[Result]]]()
         while True:
@@ -82,21 +82,21 @@ class DecodePool(AbstractContextManager["DecodePool"]):
         self, function: Callable[[Task], Result], task: Task, future: Future[Result]
     ) -> Result:
         try:
-            if _ends(future):
+            if _finishes(future):
                 return future.result()
             _stop(self._executor)
             self._executor = None
         except BrokenProcessPool:
             pass  # `_submit` replaces the executor
-        return self._alone(function, task)
+        return self._run_alone(function, task)
 
-    def _alone(self, function: Callable[[Task], Result], task: Task) -> Result:
+    def _run_alone(self, function: Callable[[Task], Result], task: Task) -> Result:
         """Return the result of a task that runs alone, so that a crash has one possible cause."""
         self._single = self._single or _start(1)
         refusal = PictureRefused("timeout", "its decoder did not finish")
         try:
             future = self._single.submit(function, task)
-            if _ends(future):
+            if _finishes(future):
                 return future.result()
         except BrokenProcessPool:
             refusal = PictureRefused("decoder-crash", "its decoder crashed")
@@ -135,20 +135,20 @@ def _start(workers: int) -> ProcessPoolExecutor:
     check_open_files(workers, 32 + 2 * workers)
     context = _Context()
     context.set_forkserver_preload(["pipeline.candidates"])
-    return ProcessPoolExecutor(workers, context, _begin)
+    return ProcessPoolExecutor(workers, context, _init_process)
 
 
-def _begin() -> None:
-    """Prepare a process: it ignores Ctrl-C, which the parent handles, and ends with the parent."""
+def _init_process() -> None:
+    """Set up a process: it ignores Ctrl-C, which the parent handles, and ends with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ignore_metadata_warnings()
     end_with_parent()
 
 
-def _ends(future: Future[Result]) -> bool:
-    """Return whether a task ends within LIMIT_S polls of one second.
+def _finishes(future: Future[Result]) -> bool:
+    """Return whether a task finishes within LIMIT_S polls of one second.
 
-    A clock would also count the hours in which the machine sleeps.
+    A clock would also count the hours in which the machine is suspended.
     """
     return any(wait([future], timeout=1).done for _ in range(LIMIT_S))
 

@@ -67,9 +67,9 @@ PREPROCESS_CFG: dict[str, Any] = {
 def demo_data(out: str | Path) -> dict[str, Any]:
     """Make OUT/pictures (an ImageFolder) and OUT/clip (open_clip `local-dir:`), and return results.
 
-    Each folder is written whole or not at all. The results are those of OUT/clip/training.json.
+    Each folder appears complete or not at all. The results are those of OUT/clip/training.json.
 
-    Raises: UsageError when OUT is a file; Interrupted on Ctrl-C.
+    Raises: UsageError if OUT is a file; Interrupted on Ctrl-C.
     """
     out = Path(out)
     check_output(out, "pictures")
@@ -171,7 +171,7 @@ def _train(
 ) -> None:
     import torch
 
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05, fused=True
     )
@@ -180,17 +180,17 @@ def _train(
     stopping = "the training of the CLIP is discarded"
     with StopFlag(stopping) as stop, progress(STEPS, "CLIP", "steps") as bar:
         for step in range(STEPS):
-            epoch, at = divmod(step, epoch_steps)
+            epoch, batch = divmod(step, epoch_steps)
             order = permutation(rows, SEED, "demo/order", epoch)
-            ids = torch.from_numpy(order[at * BATCH : (at + 1) * BATCH])
-            rate = min((step + 1) / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / STEPS)))
+            rows_B = torch.from_numpy(order[batch * BATCH : (batch + 1) * BATCH])
+            scale = min((step + 1) / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * step / STEPS)))
             for group in optimizer.param_groups:
-                group["lr"] = PEAK_LR * rate
-            images_B3HW = _normalized(_augmented(pictures_NHW[ids]))
-            image_BE = model.encode_image(images_B3HW, normalize=True)
-            text_BE = model.encode_text(tokens[step % len(tokens)], normalize=True)[labels_N[ids]]
+                group["lr"] = PEAK_LR * scale
+            pictures_BHW, labels_B = _augmented(pictures_NHW[rows_B]), labels_N[rows_B]
+            image_BE = model.encode_image(_normalized(pictures_BHW), normalize=True)
+            text_BE = model.encode_text(tokens[step % len(tokens)], normalize=True)[labels_B]
             logit_scale = model.logit_scale.exp().clamp(max=100)
-            loss = _contrastive_loss(logit_scale * image_BE @ text_BE.T, labels_N[ids])
+            loss = _contrastive_loss(logit_scale * image_BE @ text_BE.T, labels_B)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

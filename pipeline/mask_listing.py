@@ -17,7 +17,7 @@ from .folder_listing import add_files
 from .source_splits import Source, source_name, split_name
 from .tar_listing import class_lines
 
-# A split, or None for a folder with another name; a root, and folders of pictures and masks in it.
+# A split (None: the folder has another name), a root, and the folders of pictures and masks in it.
 _Place = tuple[str | None, Path, str, str]
 
 
@@ -26,11 +26,11 @@ def list_scenes(
 ) -> Sources | None:
     """Return every candidate picture of a source with masks, or None for another source.
 
-    Each part of a source per split holds images/ and masks/ (255 is unlabeled), or annotations/
-    (0 is unlabeled). `ignore` holds the values that mean unlabeled. `classes` is a file of class
-    names, one per line.
+    If each split has its own source, this holds images/ and masks/ (255 is unlabeled) or
+    annotations/ (0 is unlabeled). `ignore` lists the values that mean unlabeled. `classes` is a
+    file of class names, one per line.
 
-    Raises: UsageError when folders, values and classes do not fit together.
+    Raises: UsageError if folders, values and classes do not fit together.
     """
     named = isinstance(source, Mapping)
     places = _named_places(source) if isinstance(source, Mapping) else _places(Path(source))
@@ -39,8 +39,8 @@ def list_scenes(
     roots = list(dict.fromkeys(root for _, root, _, _ in places))
     unlabeled = 0 if any(masks.startswith("annotations") for *_, masks in places) else 255
     folders = [*roots, *(root.absolute().parent for root in roots if named)]
-    found, rule = _classes(folders, classes, tuple(sorted({*(ignore or (unlabeled,))})))
-    sources = Sources(found, rule=rule)
+    names, rule = _classes(folders, classes, tuple(sorted({*(ignore or (unlabeled,))})))
+    sources = Sources(names, rule=rule)
     for split, root, pictures, masks in places:
         if split is None or not (root / masks).is_dir():
             reason = f"there is no {masks}" if split else "no split"
@@ -58,12 +58,12 @@ def _places(root: Path) -> list[_Place]:
     is_ade = (root / "images").is_dir() and any(
         (root / name).is_dir() for name in ("annotations", "masks")
     )
-    forms, parent = ("{}/images", "{}/masks"), root
+    pictures, masks, parent = "{}/images", "{}/masks", root
     if is_ade:
-        forms, parent = ("images/{}", "annotations/{}"), root / "images"
+        pictures, masks, parent = "images/{}", "annotations/{}", root / "images"
     names = sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
     places: list[_Place] = [
-        (split_name(name), root, forms[0].format(name), forms[1].format(name)) for name in names
+        (split_name(name), root, pictures.format(name), masks.format(name)) for name in names
     ]
     places = [place for place in places if (root / place[2]).is_dir()]
     if any(split and (root / masks).is_dir() for split, _, _, masks in places):
@@ -75,7 +75,7 @@ def _places(root: Path) -> list[_Place]:
 
 
 def _named_places(source: Mapping[str, str | Path]) -> list[_Place]:
-    """Return the folders of pictures of one source per split, or [] if no part has masks."""
+    """Return the folders of pictures of one source per split, or [] if no source has masks."""
     places: list[_Place] = []
     for split, part in source.items():
         root = Path(part)
@@ -87,8 +87,8 @@ def _named_places(source: Mapping[str, str | Path]) -> list[_Place]:
         expected = "expected images/ and masks/ in a folder of its own per split"
         raise UsageError(f"{source_name(source)}: {expected}; found other folders")
     for _, root, pictures, _ in places:
-        inside = [path for path in (root / pictures).iterdir() if split_name(path.name)]
-        if splits := sorted(path.name for path in inside if path.is_dir()):
+        folders = [path for path in (root / pictures).iterdir() if path.is_dir()]
+        if splits := sorted(path.name for path in folders if split_name(path.name)):
             found = f"found {pictures}/{splits[0]}; give {root} as SOURCE, without --train"
             raise UsageError(f"{root}: expected the pictures of one split; {found}")
     return places
@@ -100,13 +100,13 @@ def _classes(
     """Return the class names and the rule that reads the masks."""
     if not all(0 <= value <= 255 for value in ignore):
         raise UsageError(f"--ignore: expected values from 0 to 255; found {list(ignore)}")
-    forms = ("objectInfo*.txt", "classes.txt")
-    found = [name for form in forms for root in folders for name in sorted(root.glob(form))]
-    found = [file] if file else found
-    if not found or not found[0].is_file():
+    patterns = ("objectInfo*.txt", "classes.txt")
+    files = [path for p in patterns for root in folders for path in sorted(root.glob(p))]
+    files = [file] if file else files
+    if not files or not files[0].is_file():
         expected = "expected a file of class names, one per line"
         raise UsageError(f"{folders[0]}: {expected}; found none; give one with --classes")
-    lines = class_lines([path for path in found if path.name == found[0].name])
+    lines = class_lines([path for path in files if path.name == files[0].name])
     rows = [[cell.strip() for cell in line.split("\t")] for line in lines if line]
     head = rows.pop(0) if rows and rows[0][0] == "Idx" else ["Name"]
     table = [dict(zip(head, row, strict=False)) for row in rows if len(row) == len(head)]
@@ -114,27 +114,27 @@ def _classes(
     values, names = list(map(str, rule.values())), tuple(row.get("Name", "") for row in table)
     stated = [row.get("Idx", value) for row, value in zip(table, values, strict=True)]
     if "" in names or len(table) < len(rows) or stated != values:
-        left = f"{values[0]} to {values[-1]}, as --ignore {list(ignore)} leaves them"
-        raise UsageError(f"{found[0]}: expected names of the values {left}; found others")
+        expected = f"{values[0]} to {values[-1]}, as --ignore {list(ignore)} leaves them"
+        raise UsageError(f"{files[0]}: expected names of the values {expected}; found others")
     return names, rule
 
 
 def _listed(root: Path, pictures: str, masks: str, notes: list[str]) -> Candidates:
     """Return the pictures of a split; add what is left out and what the masks are to `notes`."""
-    candidates, left = Candidates(), Counter[str]()
+    candidates, left_out = Candidates(), Counter[str]()
     candidates.roots, candidates.folders = [root], (pictures, masks)
-    add_files(root, f"{pictures}/", -1, candidates, left)
-    if left["links"]:
-        found = f"found {left['links']} links"
+    add_files(root, f"{pictures}/", -1, candidates, left_out)
+    if left_out["links"]:
+        found = f"found {left_out['links']} links"
         raise UsageError(f"{root / pictures}: expected files; {found}; copy them with `cp -rL`")
-    wanted = {candidates[i].target for i in range(len(candidates))}
-    there = {path for path in (root / masks).rglob("*.png") if path.is_file()}
+    targets = {candidates[i].target for i in range(len(candidates))}
+    paths = {path for path in (root / masks).rglob("*.png") if path.is_file()}
     palettes = 0
-    for path in there & wanted:
+    for path in paths & targets:
         with open(path, "rb") as file:
             palettes += has_palette(file.read(26))
-    counts = {f"{kind} files of {pictures} left out": number for kind, number in left.items()}
-    counts[f"masks of {masks} left out: they have no picture"] = len(there - wanted)
+    counts = {f"{kind} files of {pictures} left out": count for kind, count in left_out.items()}
+    counts[f"masks of {masks} left out: they have no picture"] = len(paths - targets)
     counts[f"masks of {masks} have a palette: their indices are the values"] = palettes
-    notes += [f"{root}: {number} {what}" for what, number in counts.items() if number]
+    notes += [f"{root}: {count} {what}" for what, count in counts.items() if count]
     return candidates

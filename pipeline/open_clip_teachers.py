@@ -100,23 +100,24 @@ def _open_clip_config(
 ) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
     """Return (configuration of the model, configuration of the tag or {}, notes).
 
-    Raises: UsageError for an unknown name or tag; IdentityError when the model and open_clip's
-    table of the tag differ in QuickGELU.
+    Raises: UsageError for an unknown name or tag; IdentityError if the configurations of the model
+    and of the tag differ in QuickGELU.
     """
     import open_clip
 
-    folder = Path(name) / "open_clip_config.json"
-    if folder.is_file():
-        whole = read_json(folder, UsageError)
-        model = whole.get("model_cfg", whole)
+    file = Path(name) / "open_clip_config.json"
+    if file.is_file():
+        content = read_json(file, UsageError)
+        model = content.get("model_cfg", content)
         vision = model.get("vision_cfg") if isinstance(model, dict) else None
         if not isinstance(vision, dict) or "embed_dim" not in model:
-            raise UsageError(f"{folder}: expected model_cfg with vision_cfg and embed_dim")
+            raise UsageError(f"{file}: expected model_cfg with vision_cfg and embed_dim")
         if ":" in str(vision.get("timm_model_name", "")):
-            raise UsageError(f"{folder}: expected a model name of timm; found a place to fetch one")
+            raise UsageError(f"{file}: expected a model name of timm; found a place to fetch one")
         if vision.get("timm_model_pretrained"):
             vision["timm_model_pretrained"] = False  # every tensor comes from --weights
-        config: dict[str, Any] | None = model | {"preprocess_cfg": whole.get("preprocess_cfg", {})}
+        preprocess_cfg = content.get("preprocess_cfg", {})
+        config: dict[str, Any] | None = model | {"preprocess_cfg": preprocess_cfg}
     else:
         config = open_clip.get_model_config(name)
     if config is None:
@@ -137,9 +138,8 @@ def _open_clip_config(
         needed = f"OpenAI's, DFN's and MetaCLIP's need open_clip:{twin}"
         gelu = f"{weights}: taken as weights of GELU; {needed}"
         return config, {}, (gelu,) if twin in open_clip.list_models() else ()
-    if bool(tag.get("quick_gelu", False)) != bool(config.get("quick_gelu", False)):
-        quick = config.get("quick_gelu")
-        other = name.removesuffix("-quickgelu") if quick else f"{name}-quickgelu"
+    if bool(tag.get("quick_gelu")) != (quick_gelu := bool(config.get("quick_gelu"))):
+        other = name.removesuffix("-quickgelu") if quick_gelu else f"{name}-quickgelu"
         found = f"its table and {name} differ in QuickGELU"
         raise IdentityError(f"--weights {weights}: {found}; use open_clip:{other}")
     return config, tag, ()
@@ -164,6 +164,6 @@ def _open_clip_preprocessing(
             own = beside.get("preprocess_cfg", {})
             source = "the open_clip_config.json beside the weights"
     names = open_clip.list_pretrained_tags_by_model(name)
-    tags = {one: clip | open_clip.get_pretrained_cfg(name, one) for one in names}
+    tags = {each: clip | open_clip.get_pretrained_cfg(name, each) for each in names}
     default, advice = CLIP if weights == RANDOM else None, f"use {ADVICE} open_clip_config.json"
     return preprocessing(f"open_clip:{name}", given, own, source, tags, default, advice)

@@ -1,7 +1,7 @@
-"""`mcm-cache verify --recompute`: compute the features of chosen rows again and compare them.
+"""`mcm-cache verify --recompute`: compute the features of random rows again and compare them.
 
 B rows, N patch tokens, C channels. Checksums show that the bytes are those of the commit. This
-check shows that the committed features were right, for example that none belongs to another row.
+check shows that the committed features are right, for example that none belongs to another row.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ MIN_COSINE = 0.999
 
 @dataclass
 class Recomputed:
-    """The number of rows computed again, the lowest cosine, and the rows below `MIN_COSINE`."""
+    """The number of recomputed rows, the lowest cosine, and the rows at or below `MIN_COSINE`."""
 
     rows: int = 0
     lowest_cosine: float = 1.0
@@ -42,68 +42,67 @@ class Recomputed:
 def recompute(
     path: Path, rows: int, name: str, weights: str, device: str | None = None, seed: int = 0
 ) -> Recomputed:
-    """Compute `rows` rows of the committed shards again; `seed` draws the rows.
+    """Recompute `rows` rows of the committed shards, which `seed` draws.
 
-    Raises: UsageError without a committed shard; IdentityError when the record or the probe
-    features of the teacher differ from those of the cache; CorruptionError when a stored row cannot
+    Raises: UsageError without a committed shard; IdentityError if the identity or the probe
+    features of the teacher differ from those of the cache; CorruptionError if a stored row cannot
     be read.
     """
-    cache, found = Cache(path), Recomputed()
+    cache, result = Cache(path), Recomputed()
     teacher = _load(cache, name, weights, device)
-    for unit, shard, chosen in _chosen(cache, rows, seed):
-        cosines = _cosines(unit, shard, chosen, teacher)
-        found.rows += len(chosen)
-        found.lowest_cosine = min(found.lowest_cosine, *cosines)
+    for unit, shard, chunk_rows in _drawn(cache, rows, seed):
+        cosines = _cosines(unit, shard, chunk_rows, teacher)
+        result.rows += len(chunk_rows)
+        result.lowest_cosine = min(result.lowest_cosine, *cosines)
         file = str(unit.group / unit.specs["patch"].shard_file(shard))
-        for row, cosine in zip(chosen, cosines, strict=True):
+        for row, cosine in zip(chunk_rows, cosines, strict=True):
             if not cosine > MIN_COSINE:
                 text = f"{file}: row {row}: expected a cosine above {MIN_COSINE} to the features"
                 text += f" computed again; found {cosine:.6f}"
-                found.problems.append(Problem(text, file, "features", unit.split, str(unit), shard))
-    return found
+                problem = Problem(text, file, "features", unit.split, str(unit), shard)
+                result.problems.append(problem)
+    return result
 
 
 def _load(cache: Cache, name: str, weights: str, device: str | None) -> Teacher:
-    theirs = cache.identity.teacher
-    teacher = load_teacher(name, weights, None, device, None, (theirs.mean, theirs.std))
-    if (teacher.identity.height, teacher.identity.width) != (theirs.height, theirs.width):
-        teacher = load_teacher(
-            name, weights, theirs.height, device, None, (theirs.mean, theirs.std)
-        )
-    if found := differences(teacher.identity, theirs):
+    """Load the teacher at the size of the cache, and compare it with the teacher of the cache."""
+    cached = cache.identity.teacher
+    size, normalization = (cached.height, cached.width), (cached.mean, cached.std)
+    teacher = load_teacher(name, weights, None, device, None, normalization)
+    if (teacher.identity.height, teacher.identity.width) != size:
+        teacher = load_teacher(name, weights, cached.height, device, None, normalization)
+    if different := differences(teacher.identity, cached):
         other = f"{cache.path}: this is not the teacher of the cache (asked != found)"
-        raise IdentityError(f"{other}: {'; '.join(found)}")
+        raise IdentityError(f"{other}: {'; '.join(different)}")
     if (cache.path / "probe.json").is_file():
-        pictures = torch.from_numpy(probe_pictures(theirs.height, theirs.width))
+        pictures = torch.from_numpy(probe_pictures(*size))
         compare_probe(cache.path, teacher.features(pictures, "fp32")[0].cpu().numpy())
     return teacher
 
 
-def _chosen(cache: Cache, rows: int, seed: int) -> Iterator[tuple[Unit, int, list[int]]]:
+def _drawn(cache: Cache, rows: int, seed: int) -> Iterator[tuple[Unit, int, list[int]]]:
     """Yield (unit, shard, rows of one chunk), in order, for the rows with the smallest hashes."""
-    places = [(unit, shard) for unit in cache.all_units() for shard in unit.committed()]
-    if not places:
-        raise UsageError(
-            f"--recompute {rows}: {cache.path}: expected a committed shard; found none"
-        )
-    numbers, hashes = [], []  # of every committed row: (place, row), and its hash
-    for place, (unit, shard) in enumerate(places):
+    shards = [(unit, shard) for unit in cache.all_units() for shard in unit.committed()]
+    if not shards:
+        expected = "expected a committed shard; found none"
+        raise UsageError(f"--recompute {rows}: {cache.path}: {expected}")
+    pairs, hashes = [], []  # of every committed row: (position in `shards`, row), and its hash
+    for position, (unit, shard) in enumerate(shards):
         own = shard * cache.identity.rows_per_shard + np.arange(unit.shard_rows(shard))
-        numbers.append(np.stack([np.full_like(own, place), own], axis=1))
+        pairs.append(np.stack([np.full_like(own, position), own], axis=1))
         hashes.append(hash_u64(seed, f"recompute/{unit}", own))
     smallest = np.sort(np.argsort(np.concatenate(hashes), kind="stable")[:rows])
-    chosen = np.concatenate(numbers)[smallest].tolist()
-    for (place, _), group in groupby(chosen, key=lambda pair: (pair[0], pair[1] // CHUNK_ROWS)):
-        yield *places[place], [row for _, row in group]
+    drawn = np.concatenate(pairs)[smallest].tolist()
+    for (position, _), group in groupby(drawn, key=lambda pair: (pair[0], pair[1] // CHUNK_ROWS)):
+        yield *shards[position], [row for _, row in group]
 
 
 def _cosines(unit: Unit, shard: int, rows: list[int], teacher: Teacher) -> list[float]:
-    """Return the cosine of each row: of standardized patch tokens, or of CLS if lower."""
+    """Return the cosine of each row: of the standardized patch tokens, or of CLS if it is lower."""
     chunk, commit = unit.chunk(rows[0] // CHUNK_ROWS), unit.commit(shard)
-    chosen, identity = [row - chunk.row0 for row in rows], unit.identity
-    inputs = np.zeros((len(rows), identity.teacher.height, identity.teacher.width, 3), np.uint8)
-    for place, view in zip(inputs, chunk.images()[chosen], strict=True):
-        place[:] = resize_rgb(view, *place.shape[:2])
+    chosen, identity = [row - chunk.row0 for row in rows], unit.identity.teacher
+    views = chunk.images()[chosen]
+    inputs = np.stack([resize_rgb(view, identity.height, identity.width) for view in views])
     patch_BNC, cls_BC = teacher.features(torch.from_numpy(inputs), commit.fingerprint.precision)
     mean_C, var_C = torch.tensor(commit.channel_mean), torch.tensor(commit.channel_var)
     std_C = torch.where(var_C > 0, var_C, 1.0).sqrt()

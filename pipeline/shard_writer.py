@@ -1,4 +1,4 @@
-"""Write one split into tars: decode every picture, write whole shards, quarantine the refused.
+"""Write one split to tars: decode every picture, write shards, quarantine refused pictures.
 
 The quarantine of a split is quarantine.jsonl, with one line per refused picture.
 """
@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -72,7 +72,7 @@ class Refusal(Record):
 
 
 class ShardProgress(Record):
-    """A committed shard; `entry` is None when all remaining candidates were refused."""
+    """A committed shard; `entry` is None if all remaining candidates were refused."""
 
     version: Literal[1] = 1
     next_candidate: int
@@ -134,15 +134,14 @@ class SplitWriter:
     def _next_candidate(self) -> int:
         return self.done[-1].next_candidate if self.done else 0
 
-    def _path(self) -> Path:
+    def _progress_file(self) -> Path:
         return self.work / f"{shard_name(len(self.done))}.json"
 
     def _resume(self) -> None:
-        while (path := self._path()).is_file():
+        while (path := self._progress_file()).is_file():
             record, tar = read_record(ShardProgress, path), self.folder / f"{path.stem}.tar"
-            if record.entry and not (
-                tar.is_file() and tar.stat().st_size == record.entry.tar_bytes
-            ):
+            tar_bytes = tar.stat().st_size if tar.is_file() else None
+            if record.entry and tar_bytes != record.entry.tar_bytes:
                 expected = f"expected {record.entry.tar_bytes} bytes"
                 raise CorruptionError(f"{tar}: {expected}; to start again, delete {path.parent}")
             self.done.append(record)
@@ -154,27 +153,27 @@ class SplitWriter:
 
         Refused pictures are appended to `refused`.
         """
-        items, tasks = ((self.candidates[int(i)] for i in self.order[first:]) for _ in range(2))
+        items, tasks = tee(self.candidates[int(i)] for i in self.order[first:])
         read = partial(read_picture, rule=self.plan.rule)
-        for item, found in zip(items, self.pool.map(read, tasks), strict=True):
+        for item, result in zip(items, self.pool.map(read, tasks), strict=True):
             bar.update(1, f"{len(self.refused)} refused" if self.refused else "")
-            if isinstance(found, PictureRefused):
-                source, detail = printable(item.name), printable(found.detail)
-                self.refused.append(Refusal(source=source, reason=found.reason, detail=detail))
+            if isinstance(result, PictureRefused):
+                source, detail = printable(item.name), printable(result.detail)
+                self.refused.append(Refusal(source=source, reason=result.reason, detail=detail))
                 self._check_budget(slack=self.plan.rows_per_shard)
             else:
-                yield Picture(item, *found)
+                yield Picture(item, *result)
 
     def _write_shard(self, accepted: Iterator[Picture]) -> None:
-        """Write and commit one shard; there is no tar when all remaining candidates are refused."""
-        record, refused, first = self._path(), len(self.refused), self._next_candidate()
+        """Write and commit one shard; there is no tar if all remaining candidates are refused."""
+        path, num_refused, first = self._progress_file(), len(self.refused), self._next_candidate()
         head = next(accepted, None)
         pictures = islice(chain([head], accepted), self.plan.rows_per_shard) if head else None
         entry = self._write_tar(len(self.done), first, pictures) if pictures else None
-        new = tuple(self.refused[refused:])
-        position = first + len(new) + (entry.rows if entry else 0)
-        self.done.append(ShardProgress(next_candidate=position, refused=new, entry=entry))
-        publish(record, encode_record(self.done[-1]))
+        refused = tuple(self.refused[num_refused:])
+        position = first + len(refused) + (entry.rows if entry else 0)
+        self.done.append(ShardProgress(next_candidate=position, refused=refused, entry=entry))
+        publish(path, encode_record(self.done[-1]))
 
     def _write_tar(self, shard: int, first: int, pictures: Iterator[Picture]) -> ShardEntry:
         index, rows = np.zeros(self.plan.rows_per_shard, INDEX_DTYPE), 0
@@ -208,9 +207,9 @@ class SplitWriter:
         )
 
     def _check_budget(self, slack: int) -> None:
-        """Raise TooManyRefused when more pictures are refused than the budget plus `slack`.
+        """Raise TooManyRefused if more pictures are refused than the budget plus `slack`.
 
-        The slack lets a shard end first, so the user sees more than one refusal.
+        With the slack, a shard is finished first, so the user sees more than one refusal.
         """
         budget = int(self.max_refused * len(self.candidates))
         if len(self.refused) > budget + slack:

@@ -33,7 +33,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 @dataclass
 class Teacher:
-    """A frozen tower and what is known of it.
+    """A frozen tower with its identity, device and precision.
 
     `forward` maps normalized pictures [B, 3, H, W] to (patch [B, N, C], CLS [B, C] or None).
     """
@@ -64,11 +64,10 @@ class Teacher:
 
         The pictures are uint8 and have the teacher's size.
         """
-        half = PRECISIONS[precision or self.precision]
+        dtype = PRECISIONS[precision or self.precision]
         x_BHW3 = (pictures_BHW3.to(self.device, non_blocking=True) - self._mean) / self._std
-        x_B3HW = x_BHW3.permute(0, 3, 1, 2)
-        with torch.autocast(self.device.type, half, enabled=half is not None):
-            patch_BNC, cls_BC = self.forward(x_B3HW)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            patch_BNC, cls_BC = self.forward(x_BHW3.permute(0, 3, 1, 2))
         return patch_BNC.float(), None if cls_BC is None else cls_BC.float()
 
 
@@ -83,11 +82,11 @@ def load_teacher(
     """Load the teacher `open_clip:ARCH`, `open_clip:FOLDER` (open_clip_config.json) or `timm:NAME`.
 
     `weights` is a tag ("openai", or "pretrained" for timm), FILE, FILE#SET, or "random". `size` in
-    pixels overrides the teacher's own size. `normalization` is the mean and std of pixels in
-    [0, 1], for weights that do not state them.
+    pixels replaces the teacher's own size. `normalization` is the mean and std of pixels in [0, 1],
+    for weights that do not state them.
 
-    Raises: UsageError (unknown name, tag, size or normalization), IdentityError (missing or extra
-    tensors, QuickGELU mismatch), ResourceError (a tag that cannot be fetched).
+    Raises: UsageError for an unknown name, tag, size or normalization; IdentityError for missing or
+    extra tensors or the wrong GELU; ResourceError if a tag cannot be fetched.
     """
     kind, _, architecture = name.partition(":")
     if kind not in ("open_clip", "timm") or not architecture:
@@ -98,9 +97,9 @@ def load_teacher(
         raise UsageError(f"--precision {precision!r}: expected {', '.join(PRECISIONS)}")
     if size is not None and size < 1:
         raise UsageError(f"--teacher-size {size}: expected a side in pixels, above 0")
-    where = _device(device)
+    torch_device = _device(device)
     # bf16 is never the default, because bf16 autocast loses more precision than int8 codes do.
-    precision = precision or ("fp32" if where.type == "cpu" else "fp16")
+    precision = precision or ("fp32" if torch_device.type == "cpu" else "fp16")
     # By default, cuDNN convolutions in fp32 use TF32.
     torch.backends.cudnn.allow_tf32 = False
     load = load_open_clip_tower if kind == "open_clip" else load_timm_tower
@@ -108,12 +107,12 @@ def load_teacher(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # the weights of "random"
             tower = load(architecture, weights, size, normalization)
-        teacher = _teacher(tower, weights, where, cast(Precision, precision))
+        teacher = _teacher(tower, weights, torch_device, cast(Precision, precision))
     except (McmError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # open_clip and timm raise many kinds of errors on other models
         raise UsageError(f"--teacher {name}: expected a vision transformer; {error!r}") from error
-    teacher.tower.to(where)
+    teacher.tower.to(torch_device)
     return teacher
 
 
@@ -172,7 +171,7 @@ def _teacher(tower: Tower, weights: str, device: torch.device, precision: Precis
 
 
 def state_sha256(state: dict[str, Tensor]) -> str:
-    """Return the digest of names, types, shapes and values, independent of the file format."""
+    """Return the digest of the names, dtypes, shapes and values; no file format affects it."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

@@ -20,11 +20,11 @@ Forward = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Tower:
-    """A model with weights and what its library states about it.
+    """A model with weights, and what its library states about it.
 
     `forward` maps normalized pictures [B, 3, H, W] to (patch [B, N, C], CLS [B, C] or None).
-    `architecture` determines the model up to its weights. `projection` maps a token to the space of
-    the text. `facts` are fields of TeacherIdentity.
+    `architecture` determines the model except for its weights. `projection` maps a token to the
+    joint space with text. `facts` are fields of TeacherIdentity.
     """
 
     name: str
@@ -62,30 +62,30 @@ def token_features(name: str, model: Any) -> tuple[Forward, int, dict[str, Any]]
     its norm.
     """
     model = getattr(model, "encoder", model)  # of a classifier of Gemma, Qwen or DeepSeek
-    found, method = type(model).__name__, getattr(model, "forward_intermediates", None)
-    options = signature(method).parameters.keys() if method else set[str]()
-    prefixed = {"return_prefix_tokens": True} if getattr(model, "num_prefix_tokens", 1) else {}
-    if not {"norm", "output_fmt", *prefixed} <= options or not hasattr(model, "blocks"):
+    kind, method = type(model).__name__, getattr(model, "forward_intermediates", None)
+    arguments = signature(method).parameters.keys() if method else set[str]()
+    prefix = {"return_prefix_tokens": True} if getattr(model, "num_prefix_tokens", 1) else {}
+    if not {"norm", "output_fmt", *prefix} <= arguments or not hasattr(model, "blocks"):
         expected = "expected a plain vision transformer, with every token in every block"
-        raise UsageError(f"--teacher {name}: {expected}; found {found}; {CHOICE}")
+        raise UsageError(f"--teacher {name}: {expected}; found {kind}; {CHOICE}")
     if not isinstance(getattr(model, "fc_norm", None), nn.Identity | None):
         expected = "expected a vision transformer with a final norm of its tokens"
-        found = f"{found}, which pools before its norm"
+        found = f"{kind}, which pools before its norm"
         raise UsageError(f"--teacher {name}: {expected}; found {found}; {CHOICE}")
-    # Registers follow the class token, or stand alone.
+    # Prefix tokens are the class token, registers, or the class token and then registers.
     class_token = any(key.endswith("cls_token") for key, _ in model.named_parameters())
 
     def forward(x_B3HW: Tensor) -> tuple[Tensor, Tensor | None]:
         (out,) = model.forward_intermediates(
-            x_B3HW, indices=1, norm=True, output_fmt="NLC", intermediates_only=True, **prefixed
+            x_B3HW, indices=1, norm=True, output_fmt="NLC", intermediates_only=True, **prefix
         )
-        patch_BNC, *prefix_BPC = out if prefixed else (out,)
+        patch_BNC, *prefix_BPC = out if prefix else (out,)
         return patch_BNC, prefix_BPC[0][:, 0] if class_token else None
 
-    parts = model.blocks.named_modules()
-    activations = [type(part).__name__.lower() for key, part in parts if key.endswith("act")]
-    normless = isinstance(getattr(model, "norm", None), nn.Identity | None)
-    facts = {"activation": activations[-1], "norm": "none" if normless else "final"}
+    modules = model.blocks.named_modules()
+    activations = [type(module).__name__.lower() for key, module in modules if key.endswith("act")]
+    no_norm = isinstance(getattr(model, "norm", None), nn.Identity | None)
+    facts = {"activation": activations[-1], "norm": "none" if no_norm else "final"}
     return forward, int(model.feature_info[-1]["reduction"]), facts
 
 
@@ -96,7 +96,7 @@ def pair(size: Any) -> tuple[int, int]:
 
 
 def check_multiple(option: str, size: int, patch: int) -> None:
-    """Raise UsageError unless the patch divides the size in pixels; else some reach no token."""
+    """Raise UsageError unless `size` is a multiple of `patch`: other pixels would have no token."""
     if size <= 0 or size % patch:
         below = size // patch * patch
         fitting = f"{below} or {below + patch}" if below > 0 else f"{patch}"

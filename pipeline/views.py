@@ -12,7 +12,7 @@ from cache_tools.images import RGB, resize_rgb
 from cache_tools.rng import uniform
 from cache_tools.schema import CropPolicy
 
-TRAIN = "train"  # the split that the crop policy applies to; other splits get center crops
+TRAIN = "train"  # the crop policy applies to this split; other splits get center crops
 
 
 class Geometry(NamedTuple):
@@ -48,7 +48,7 @@ def draw_crop(
         if 0 < crop_width <= width and 0 < crop_height <= height:
             top, left = int(y * (height - crop_height + 1)), int(x * (width - crop_width + 1))
             return Geometry(top, left, crop_height, crop_width, flip, height, width)
-    # No such crop fits a very long picture: take the largest centered crop of an allowed shape.
+    # No such crop fits a very long picture; use the largest center crop of an allowed aspect ratio.
     crop_width = min(width, max(1, int(height * wide)))
     crop_height = min(height, max(1, int(width / narrow)))
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
@@ -56,10 +56,7 @@ def draw_crop(
 
 
 def render(rgb_HW3: RGB, geometry: Geometry, height: int, width: int) -> RGB:
-    """Return the crop, resized to height x width (antialiased bicubic) and mirrored if asked.
-
-    The result is uint8 [height, width, 3].
-    """
+    """Return the crop uint8 [height, width, 3], resized (antialiased bicubic) and flipped."""
     rows = slice(geometry.top, geometry.top + geometry.height)
     columns = slice(geometry.left, geometry.left + geometry.width)
     view = resize_rgb(rgb_HW3[rows, columns], height, width)

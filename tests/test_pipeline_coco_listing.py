@@ -16,7 +16,7 @@ from cache_tools.info import info, summary
 from cache_tools.labels import decode_boxes
 from cache_tools.repair import repair
 from cache_tools.verify import verify
-from pipeline.coco_listing import _runs
+from pipeline.coco_listing import _run_lengths
 from pipeline.shard import shard
 
 TRAIN = "annotations/instances_train2017.json"
@@ -202,13 +202,13 @@ def first(key: str, **changes):
             lambda known: known.pop("annotations") and None,
             "expected the lists images, annotations, categories; found no",
         ),
-        (first("annotations", category_id=99), "annotation 100 of category 99"),
+        (first("annotations", category_id=99), "annotation 100 of image 0 and category 99"),
         (first("annotations", image_id=99), "annotation 100 of image 99"),
         (first("annotations", id=101), "expected unique ids in annotations; found id 101 twice"),
         (first("images", id=10), "expected unique ids in images; found id 10 twice"),
         (first("categories", id=3), "unique ids in categories"),
         (first("categories", name="left"), "expected categories with unique names"),
-        (first("categories", id=8), "annotation 101 of category 7"),
+        (first("categories", id=8), "annotation 101 of image 10 and category 7"),
         (
             lambda known: known["categories"].append({"id": 8, "name": "more"}),
             "expected the same categories in every split",
@@ -288,4 +288,4 @@ def test_compressed_runs_are_those_of_pycocotools():
     for seed, share in ((0, 0.5), (1, 0.01), (2, 0.0)):
         bits_HW = np.random.default_rng(seed).random((70, 90)) < share
         runs = np.diff([0, *(np.flatnonzero(np.diff(bits_HW.T.ravel(), prepend=False))).tolist(), bits_HW.size])
-        assert _runs(mask.encode(np.asfortranarray(bits_HW, np.uint8))["counts"].decode()) == runs.tolist()
+        assert _run_lengths(mask.encode(np.asfortranarray(bits_HW, np.uint8))["counts"].decode()) == runs.tolist()
