@@ -65,16 +65,14 @@ def on_host(tensors: Mapping[str, Tensor]) -> Tensors:
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load a checkpoint into the unwrapped model and its optimizer, on each parameter's device.
 
-    Raises: IdentityError when the tensor names differ from the names in the model.
+    Raises: IdentityError if the tensor names differ from the names in the model.
     """
     parameters, state = dict(model.named_parameters()), model.state_dict()
     slots = {name.rpartition("/")[0] for name in checkpoint.optimizer}
-    odd = sorted(state.keys() ^ checkpoint.model.keys()) + sorted(slots - parameters.keys())
-    if odd:
-        raise IdentityError(
-            f"{checkpoint.path}: expected the tensors of this model;"
-            f" {odd[0]} differs; use another RUN"
-        )
+    differ = sorted(state.keys() ^ checkpoint.model.keys()) + sorted(slots - parameters.keys())
+    if differ:
+        expected = f"expected the tensors of this model; {differ[0]} differs"
+        raise IdentityError(f"{checkpoint.path}: {expected}; use another RUN")
     model.load_state_dict(checkpoint.model)
     optimizer.state.clear()
     for name, value in checkpoint.optimizer.items():
@@ -95,7 +93,7 @@ def save(
 
     The folder is renamed into place: if the process dies, it is complete or absent.
 
-    Raises: OSError. For a full disk, safetensors gives the error number only in its message.
+    Raises: OSError, also for an error of safetensors that states an error number.
     """
     final, files = folder(run_dir, step), {}
     with atomic_folder(final) as temp:
@@ -125,16 +123,16 @@ def complete(run_dir: Path) -> list[Path]:
 
     A folder without state.json is left over from rotation.
     """
-    found = (run_dir / "checkpoints").glob("step_*")
-    named = (path for path in found if _NAME.fullmatch(path.name))
+    paths = (run_dir / "checkpoints").glob("step_*")
+    named = (path for path in paths if _NAME.fullmatch(path.name))
     return sorted(path for path in named if (path / "state.json").is_file())
 
 
 def rotate(run_dir: Path, previous: int, step: int, keep_last: int) -> None:
     """Remove old checkpoints after `save` of `step`.
 
-    It keeps `step` and the newest ones up to `previous`, `keep_last` in all. Other checkpoints are
-    old, damaged, or left over from killed processes. Files, links and other folders stay.
+    It keeps `step` and the newest ones up to `previous`, `keep_last` in total. Other checkpoints
+    are old, damaged, or left over from killed processes. Files, links and other folders stay.
     """
     older = [path for path in complete(run_dir) if int(path.name.removeprefix("step_")) <= previous]
     keep = [*older[max(0, len(older) + 1 - keep_last) :], folder(run_dir, step)]
@@ -150,30 +148,27 @@ def load(path: Path, optimizer: bool = True) -> Checkpoint:
 
     Raises: CorruptionError that names the damaged file.
     """
-    state = read_record(State, path / "state.json")
+    file = path / "state.json"
+    state = read_record(State, file)
     if folder(path.parent.parent, state.step).name != path.name:
-        raise CorruptionError(
-            f"{path}/state.json: expected the step of its folder; found {state.step}; restore it"
-        )
+        found = f"found {state.step}; restore it"
+        raise CorruptionError(f"{file}: expected the step of its folder; {found}")
     names = ["model.safetensors", "optimizer.safetensors"][: 1 + optimizer]
     if missing := [name for name in names if name not in state.files]:
-        raise CorruptionError(
-            f"{path}/state.json: expected the file {missing[0]}; found {sorted(state.files)}"
-        )
+        found = f"found {sorted(state.files)}"
+        raise CorruptionError(f"{file}: expected the file {missing[0]}; {found}")
     tensors = [_read_tensors(path / name, state.files[name]) for name in names]
     digest = state.files["model.safetensors"].sha256
     model, slots = tensors[0], tensors[1] if optimizer else {}
     return Checkpoint(path, state.step, digest, model, slots, state.meta)
 
 
-def _read_tensors(path: Path, digest: FileEntry) -> Tensors:
+def _read_tensors(path: Path, entry: FileEntry) -> Tensors:
     size = path.stat().st_size if path.is_file() else 0
-    data = read_at(path, 0, digest.bytes) if size == digest.bytes else b""
-    if sha256_hex(data) != digest.sha256:
-        raise CorruptionError(
-            f"{path}: expected {digest.bytes} bytes of sha256 {digest.sha256[:12]};"
-            f" found {size} other bytes"
-        )
+    data = read_at(path, 0, entry.bytes) if size == entry.bytes else b""
+    if sha256_hex(data) != entry.sha256:
+        expected = f"expected {entry.bytes} bytes of sha256 {entry.sha256[:12]}"
+        raise CorruptionError(f"{path}: {expected}; found {size} other bytes")
     try:
         return parse_safetensors(data)
     except (SafetensorError, ValueError, LookupError) as error:
@@ -183,7 +178,7 @@ def _read_tensors(path: Path, digest: FileEntry) -> Tensors:
 def weights(path: Path) -> str:
     """Return the name of a checkpoint's weights for other records: its step and model sha256.
 
-    Raises: CorruptionError when state.json is damaged.
+    Raises: CorruptionError if state.json is damaged.
     """
     entry = read_record(State, path / "state.json").files.get("model.safetensors")
     return f"{path.name} sha256:{entry.sha256[:12] if entry else 'none'}"
@@ -192,7 +187,7 @@ def weights(path: Path) -> str:
 def latest(run_dir: Path, optimizer: bool = True) -> Checkpoint | None:
     """Return the newest valid checkpoint, or None if there is none; warn about damaged ones.
 
-    Raises: CorruptionError when every checkpoint is damaged.
+    Raises: CorruptionError if every checkpoint is damaged.
     """
     problem = None
     for path in reversed(complete(run_dir)):
@@ -202,29 +197,29 @@ def latest(run_dir: Path, optimizer: bool = True) -> Checkpoint | None:
             problem = error
             print(f"warning: {error}; trying the previous checkpoint", flush=True)
     if problem is not None:
-        raise CorruptionError(
-            f"{problem}; no other checkpoint is valid; restore it or remove {run_dir}/checkpoints"
-        )
+        advice = f"restore it or remove {run_dir}/checkpoints"
+        raise CorruptionError(f"{problem}; no other checkpoint is valid; {advice}")
     return None
 
 
-def shared(found: Checkpoint | None, group: Any) -> Checkpoint | None:
+def shared(checkpoint: Checkpoint | None, group: Any) -> Checkpoint | None:
     """Broadcast the checkpoint of rank 0 to every rank of a gloo group; other ranks pass None.
 
     One rank reads and verifies the files. Otherwise each rank would read and hash 3.8 GB (ViT-L).
     """
-    heads: list[Any] = [None]
-    if found is not None:
-        parts = [found.model, found.optimizer]
-        tensors = [{n: (x.shape, x.dtype) for n, x in part.items()} for part in parts]
-        heads = [(found.path, found.step, found.model_sha256, found.meta, tensors)]
-    torch.distributed.broadcast_object_list(heads, src=0, group=group)
-    if heads[0] is None:
+    header: list[Any] = [None]
+    if checkpoint is not None:
+        states = [checkpoint.model, checkpoint.optimizer]
+        shapes = [{name: (x.shape, x.dtype) for name, x in state.items()} for state in states]
+        record = (checkpoint.path, checkpoint.step, checkpoint.model_sha256, checkpoint.meta)
+        header = [(*record, shapes)]
+    torch.distributed.broadcast_object_list(header, src=0, group=group)
+    if header[0] is None:
         return None
-    path, step, digest, meta, tensors = heads[0]
-    if found is None:
-        parts = [{n: torch.empty(s, dtype=d) for n, (s, d) in part.items()} for part in tensors]
-    for part, names in zip(parts, tensors, strict=True):
+    path, step, digest, meta, shapes = header[0]
+    if checkpoint is None:
+        states = [{n: torch.empty(s, dtype=d) for n, (s, d) in each.items()} for each in shapes]
+    for state, names in zip(states, shapes, strict=True):
         for name in names:
-            torch.distributed.broadcast(part[name], src=0, group=group)
-    return Checkpoint(path, step, digest, parts[0], parts[1], meta)
+            torch.distributed.broadcast(state[name], src=0, group=group)
+    return Checkpoint(path, step, digest, states[0], states[1], meta)

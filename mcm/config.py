@@ -29,10 +29,8 @@ class Student(Record):
                 f"student.heads = {self.heads} must divide student.width = {self.width}"
             )
         if self.width % 4:
-            raise ValueError(
-                f"student.width = {self.width} must be a multiple of 4"
-                " for the 2-D sin-cos positions"
-            )
+            rule = "must be a multiple of 4 for the 2-D sin-cos positions"
+            raise ValueError(f"student.width = {self.width} {rule}")
         return self
 
 
@@ -52,8 +50,8 @@ class SizedStudent(Student):
 class Decoder(Record):
     """The blocks between the second fill and the linear layer; depth 0 is only the linear layer.
 
-    `width` is the width of the blocks, by default the student's but at most 768. The paper's
-    decoder has a width of 768 for every student.
+    `width` is the width of the blocks. The default is the student's width, but at most 768. The
+    paper's decoder has a width of 768 for every student.
     """
 
     depth: NonNegativeInt = 2
@@ -67,8 +65,8 @@ class Mask(Record):
     1 + noise with the variance of dropout, ratio / (1 - ratio). "pixels" adds noise of the standard
     deviation `ratio`, for pixels in [0, 1], to the student's view.
     Each epoch draws `pool` masks. Options beyond the paper: the second fill uses another,
-    independent mask (`second` = "untied") or is left out; the ratio moves linearly over the
-    epochs to `final_ratio`; a share `unmasked_fraction` of the rows has no mask.
+    independent mask (`second` = "untied") or is left out ("none"); the ratio changes linearly over
+    the epochs to `final_ratio`; a share `unmasked_fraction` of the rows has no mask.
     """
 
     mode: Literal["channel", "dropout", "patch", "none", "gaussian", "pixels"] = "channel"
@@ -93,25 +91,24 @@ class Mask(Record):
         return self.mode in ("channel", "dropout", "patch")
 
     def problem(self, count: int, values: str) -> str | None:
-        """Return what is wrong with the ratios for masks over `count` values, or None.
+        """Return an error message if a ratio does not fit masks over `count` values, or None.
 
         A schedule may end at a mask that hides nothing; no mask may hide every value.
         """
         for name, ratio, least in ("ratio", self.ratio, 1), ("final_ratio", self.final_ratio, 0):
             hidden = round((ratio or 0.0) * count)
             if ratio is not None and not least <= hidden < count:
-                return (
-                    f"mask.{name} = {ratio} hides {hidden} of {count} {values};"
-                    f" expected {least} to {count - 1}; choose another ratio"
-                )
+                expected = f"expected {least} to {count - 1}; choose another ratio"
+                return f"mask.{name} = {ratio} hides {hidden} of {count} {values}; {expected}"
         return None
 
 
 class Target(Record):
-    """The target: its features, its normalization, and the side that has the linear layer.
+    """The target: its features, its normalization, and its projection.
 
     `features`: the teacher's patch tokens, these tokens in the joint space of picture and text, or
-    the pixels of the view.
+    the pixels of the view. `projection`: the decoder predicts the target's channels ("prediction"),
+    or the target is projected to the student's width.
     """
 
     features: Literal["patch", "joint", "pixels"] = "patch"
@@ -120,7 +117,7 @@ class Target(Record):
 
 
 class Loss(Record):
-    """The loss beyond the patches: `cls` adds the mean squared error of the teacher's CLS token."""
+    """The loss; `cls` adds the mean squared error of the teacher's CLS token to that of patches."""
 
     cls: bool = False
 
@@ -142,10 +139,8 @@ class Optim(Record):
     @model_validator(mode="after")
     def _one_rate(self) -> Self:
         if (self.lr is None) == (self.blr is None):
-            raise ValueError(
-                "give exactly one of optim.lr and optim.blr;"
-                f" found lr = {self.lr}, blr = {self.blr}"
-            )
+            found = f"found lr = {self.lr}, blr = {self.blr}"
+            raise ValueError(f"give exactly one of optim.lr and optim.blr; {found}")
         return self
 
 
@@ -157,7 +152,6 @@ class FinetuneOptim(Optim):
     """
 
     name: Literal["adamw", "lars"] = "adamw"
-
     beta2: BelowOne = 0.999
     clip_norm: NonNegativeFloat = 0.0
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -167,8 +161,8 @@ class FinetuneOptim(Optim):
 class Schedule(Record):
     """Learning rate schedule: linear warm-up from zero, then decay to `min_lr`.
 
-    The warm-up lasts `warmup_epochs` and `warmup_steps` together. `shape` is a cosine, a line, or
-    two steps by a tenth, after 8/9 and 26/27 of the run.
+    The warm-up lasts `warmup_epochs` plus `warmup_steps`. `shape` is a cosine, a line, or two steps
+    to a tenth of the rate, after 8/9 and 26/27 of the run.
     """
 
     epochs: Count
@@ -180,10 +174,8 @@ class Schedule(Record):
     @model_validator(mode="after")
     def _warms_up_first(self) -> Self:
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs = {self.warmup_epochs}"
-                f" must be below epochs = {self.epochs}"
-            )
+            warmup = f"schedule.warmup_epochs = {self.warmup_epochs}"
+            raise ValueError(f"{warmup} must be below epochs = {self.epochs}")
         return self
 
 
@@ -246,12 +238,10 @@ class PretrainConfig(Record):
             raise ValueError(problem)
         target = self.target
         if target.norm == "channel" and target.features != "patch":
-            raise ValueError(
-                'target.norm = "channel" needs target.features = "patch";'
-                f" found {target.features!r}"
-            )
-        without = ("features", "pixels"), ("projection", "learned"), ("norm", "channel")
-        for key, value in without if self.loss.cls else ():
+            needed = 'target.norm = "channel" needs target.features = "patch"'
+            raise ValueError(f"{needed}; found {target.features!r}")
+        no_cls_target = ("features", "pixels"), ("projection", "learned"), ("norm", "channel")
+        for key, value in no_cls_target if self.loss.cls else ():
             if getattr(target, key) == value:
                 raise ValueError(f'loss.cls = true has no CLS target for target.{key} = "{value}"')
         return self
@@ -260,7 +250,7 @@ class PretrainConfig(Record):
 class Augment(Record):
     """timm's training transform.
 
-    `recipe`: the RandAugment string. `mixup`, `cutmix`: alphas. `smoothing`: of the labels.
+    `recipe`: the RandAugment string. `mixup`, `cutmix`: alphas. `smoothing`: label smoothing.
     `erasing`, `flip`: probabilities. `scale_min`: the smallest share of the area in a crop.
     """
 
@@ -283,10 +273,10 @@ class Segment(Record):
     """Semantic segmentation on square crops of `crop` pixels.
 
     The head "upernet" has `channels` and reads `blocks`, counted from 1. The head "linear" reads
-    the last block. Training resizes the shorter side of a picture to a share of the crop from
-    `scale`. It then crops it, so that no class covers more than `max_share` if possible, and flips
-    it with probability `flip`. `photometric` also changes its colors. Evaluation resizes the
-    shorter side to the crop and slides windows by `stride`.
+    the last block. Training resizes the shorter side of a picture to the crop times a factor from
+    `scale`. It then crops the picture, so that no class covers more than `max_share` if possible,
+    and flips it with probability `flip`. `photometric` also changes its colors. Evaluation resizes
+    the shorter side to the crop and slides windows by `stride`.
     """
 
     head: Literal["linear", "upernet"] = "upernet"
@@ -316,9 +306,9 @@ class Detect(Record):
 
     `masks` = false leaves the mask head out. `channels` is the width of the pyramid and its heads.
     `window` is in patches, and 0 disables it; `global_blocks` count from 1 and have no windows.
-    Training resizes a picture to a share of the canvas from `scale`, crops it, and flips it with
-    probability `flip`. `anchors` are the sizes, in pixels, of the five maps. `regions` of each
-    picture train its heads. `empty` = false trains without pictures that have no objects.
+    Training resizes a picture to the canvas times a factor from `scale`, crops it, and flips it
+    with probability `flip`. `anchors` are the anchor sizes of the five maps in pixels. The heads
+    train on `regions` regions per picture. `empty` = false leaves out pictures without objects.
     """
 
     size: Count = 1024
@@ -363,13 +353,13 @@ class FinetuneConfig(Record):
 
     @model_validator(mode="after")
     def _fits_task(self) -> Self:
-        of_classify = ("pool", "augment", "data")
-        of_others = {
+        classify_only = ("pool", "augment", "data")
+        of_other_tasks = {
             "classify": ("segment", "detect"),
-            "segment": ("detect", *of_classify),
-            "detect": ("segment", "frozen", *of_classify),
+            "segment": ("detect", *classify_only),
+            "detect": ("segment", "frozen", *classify_only),
         }
-        for name in of_others[self.task]:
+        for name in of_other_tasks[self.task]:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f'{name} does not belong to task = "{self.task}"; remove it')
         if self.task != "classify" and getattr(self, self.task) is None:

@@ -1,4 +1,4 @@
-"""`mcm-train doctor`: checks of a pre-training before its first step. It writes nothing.
+"""`mcm-train doctor`: checks before the first step of a pre-training. It writes nothing.
 
 A check returns "ok" or "warn" with a text, or raises the error that `pretrain` would raise.
 """
@@ -27,9 +27,9 @@ Finding = tuple[str, str, str]  # the check; ok, warn or fail; a text that names
 def doctor(config: PretrainConfig, path: Path, processes: int = 1) -> list[Finding]:
     """Check a training on a CACHE in `processes` processes; a launcher may have started them."""
     local, train = int(os.environ.get("LOCAL_WORLD_SIZE", processes)), config.train
-    found = [
-        _find("processes", _processes, processes, train.precision),
-        _find("workers", _workers, train.workers, local),
+    findings = [
+        _run("processes", _processes, processes, train.precision),
+        _run("workers", _workers, train.workers, local),
     ]
     try:
         units, val = choose_units(cache := Cache(path), (), config.data.views)
@@ -37,13 +37,13 @@ def doctor(config: PretrainConfig, path: Path, processes: int = 1) -> list[Findi
         batch = train.global_batch, train.micro_batch
         order = Order(units[0].rows, CHUNK_ROWS, *batch, processes)
     except (McmError, OSError) as error:
-        return [*found, ("cache", "fail", f"{error_line(error)}; then check again for the rest")]
+        return [*findings, ("cache", "fail", f"{error_line(error)}; then check again for the rest")]
     text = f"{order}; the target has {run.channels} channels"
-    memory = _find("/dev/shm", _shared_memory, units, order, local * train.workers, config.loss.cls)
-    return [*found, ("cache", "ok", text), memory, _find("pixels", _pixels, units[0])]
+    memory = _run("/dev/shm", _shared_memory, units, order, local * train.workers, config.loss.cls)
+    return [*findings, ("cache", "ok", text), memory, _run("pixels", _pixels, units[0])]
 
 
-def _find(name: str, check: Callable[..., tuple[str, str]], *arguments: object) -> Finding:
+def _run(name: str, check: Callable[..., tuple[str, str]], *arguments: object) -> Finding:
     try:
         return name, *check(*arguments)
     except (McmError, OSError) as error:
@@ -55,10 +55,9 @@ def _processes(expected: int, precision: str) -> tuple[str, str]:
         world, device = accelerator.num_processes, accelerator.device
     launched = os.environ.keys() & {"WORLD_SIZE", "ACCELERATE_MIXED_PRECISION", "SLURM_PROCID"}
     if world != expected and launched:
-        raise UsageError(
-            f"expected --processes {expected} in one training; the launcher made {world}; use"
-            f" `accelerate launch --multi_gpu --num_processes {expected}`"
-        )
+        command = f"accelerate launch --multi_gpu --num_processes {expected}"
+        found = f"the launcher started {world}; use `{command}`"
+        raise UsageError(f"expected --processes {expected} in one training; {found}")
     if device.type == "cpu":
         return "warn", f"found no GPU; {expected} processes train on the CPU; check `nvidia-smi`"
     return "ok", f"{expected} on {torch.cuda.get_device_name()}, {precision}"
@@ -89,9 +88,7 @@ def _pixels(unit: Unit) -> tuple[str, str]:
     expected = unit.identity.pixels_sha256
     if expected in (None, pixels_sha256(unit.identity.view_encoding)):
         return "ok", "decoded as for the teacher" if expected else "not recorded in this cache"
-    found = unit.commit(0).fingerprint.versions
-    names = ", ".join(f"{n} {found.get(n, 'unknown')}" for n in ("pillow", "simplejpeg"))
-    return (
-        "warn",
-        f"this machine decodes pictures to other pixels than the extraction; install {names}",
-    )
+    versions = unit.commit(0).fingerprint.versions
+    names = ", ".join(f"{n} {versions.get(n, 'unknown')}" for n in ("pillow", "simplejpeg"))
+    text = "this machine decodes pictures to other pixels than the extraction"
+    return "warn", f"{text}; install {names}"

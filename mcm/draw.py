@@ -19,11 +19,11 @@ def color(label: int) -> tuple[int, int, int]:
 
 
 def draw_labels(rgb_HW3: RGB, labels_HW: npt.NDArray[np.integer], num_classes: int) -> RGB:
-    """Return the picture half covered by the colors of its classes; others stay as they are."""
+    """Return the picture blended with the colors of its classes; other pixels do not change."""
     colors = np.array([color(label) for label in range(num_classes)], np.uint8)
-    known_HW1 = (labels_HW < num_classes)[..., None]
-    mixed_HW3 = rgb_HW3 // 2 + colors[labels_HW.clip(max=num_classes - 1)] // 2
-    return np.where(known_HW1, mixed_HW3, rgb_HW3)
+    labeled_HW1 = (labels_HW < num_classes)[..., None]
+    blended_HW3 = rgb_HW3 // 2 + colors[labels_HW.clip(max=num_classes - 1)] // 2
+    return np.where(labeled_HW1, blended_HW3, rgb_HW3)
 
 
 def draw_boxes(
@@ -32,12 +32,12 @@ def draw_boxes(
     """Return the picture with boxes (x0, y0, x1, y1) in the colors of their classes, and names."""
     picture = Image.fromarray(rgb_HW3)
     draw, side = ImageDraw.Draw(picture), min(picture.size)
-    font, width = ImageFont.load_default(max(10, side // 32)), max(1, side // 240)
+    font, line_width = ImageFont.load_default(max(10, side // 32)), max(1, side // 240)
     for box, label, name in zip(np.asarray(boxes_N4).tolist(), labels_N, names_N, strict=True):
-        draw.rectangle(box, outline=color(label), width=width)
-        _, _, wide, high = draw.textbbox((0, 0), name, font=font)
-        # Above the box and in the picture, if it fits there.
-        x, y = max(0, min(box[0], picture.width - wide)), max(0, box[1] - high)
-        draw.rectangle((x, y, x + wide, y + high), fill=color(label))
+        draw.rectangle(box, outline=color(label), width=line_width)
+        _, _, width, height = draw.textbbox((0, 0), name, font=font)
+        # Above the box and inside the picture, if the name fits there.
+        x, y = max(0, min(box[0], picture.width - width)), max(0, box[1] - height)
+        draw.rectangle((x, y, x + width, y + height), fill=color(label))
         draw.text((x, y), name, fill="black", font=font)
     return np.asarray(picture)

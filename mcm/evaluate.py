@@ -34,14 +34,15 @@ class Evaluation:
         self, run_dir: Path, objective: Objective, units: Sequence[Unit], val: Sequence[Unit],
         order: Order, dataset: Dataset | None,
     ) -> None:  # fmt: skip
-        """Use the batch size and the ranks of `order`; without "val", samples come from "train"."""
+        """Evaluate "val" in batches of `order`; without "val", samples come from "train"."""
         self.run_dir, self.objective, self.dataset = run_dir, objective, dataset
         self.model, self.config = objective.model, objective.config
         self.accelerator, self.has_val = objective.accelerator, bool(val)
-        held = val or units[:1]
-        self.order = EvalOrder(held[0].rows, CHUNK_ROWS, order.batch, order.world, order.rank)
-        self.held = objective.stream(self.order, held)
-        self.shown = objective.stream(EvalOrder(held[0].rows, CHUNK_ROWS, CHUNK_ROWS), held)
+        held_out = val or units[:1]
+        rows = held_out[0].rows
+        self.order = EvalOrder(rows, CHUNK_ROWS, order.batch, order.world, order.rank)
+        self.stream = objective.stream(self.order, held_out)
+        self.first_rows = objective.stream(EvalOrder(rows, CHUNK_ROWS, CHUNK_ROWS), held_out)
         learned, device = self.model.target_projection, self.accelerator.device
         self.first_DC = None if learned is None else learned.weight.detach().clone().to(device)
 
@@ -69,8 +70,8 @@ class Evaluation:
         kinds += ["filled"] if model.decoder_fill is not None else []
         channels = model.decoder.linear.out_features
         held = HeldOut(kinds, channels, self.config.student.width, self.accelerator.device)
-        loaded = batches(self.held, 0, len(self.order), workers)
-        with loaded as items, self.accelerator.autocast():
+        val_batches = batches(self.stream, 0, len(self.order), workers)
+        with val_batches as items, self.accelerator.autocast():
             for batch in items:
                 batch = to_device(batch, self.accelerator.device)
                 target = model.project(self.objective.target(batch))
@@ -87,11 +88,11 @@ class Evaluation:
 
     @torch.inference_mode()
     def check_collapse(self, first_DC: Tensor) -> dict[str, float]:
-        """Return the relative std and effective rank of a learned target on sixteen fixed rows.
+        """Return the relative std and effective rank of a learned target on 16 fixed rows.
 
-        Raises: Collapsed when one of them is below COLLAPSED.
+        Raises: Collapsed if one of them is below COLLAPSED.
         """
-        with batches(self.shown, 0, 1, workers=0) as items:
+        with batches(self.first_rows, 0, 1, workers=0) as items:
             target = self.objective.target(to_device(next(items), self.accelerator.device))
         std, rank = collapse(self.model.project(target), target @ first_DC.T)
         if min(std, rank) < COLLAPSED:
@@ -107,8 +108,8 @@ class Evaluation:
 
         Each rank encodes and classifies its own rows.
         """
-        run, enc = self.objective.run, self.model.encoder
-        backbone = Backbone(enc, "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
+        run, vit = self.objective.run, self.model.encoder
+        backbone = Backbone(vit, "", run.size, run.mean, run.std, run.interpolation, CROP_PCT)
         featurizer = Featurizer(
             backbone, dataset, self.config.train.seed, self.config.train.workers, quiet=True,
             world=self.accelerator.num_processes, rank=self.accelerator.process_index,
@@ -116,14 +117,14 @@ class Evaluation:
         splits = ("train", "val")
         (bank,), (val,) = (featurizer.features(split, [featurizer.full()]) for split in splits)
         hits = knn_hits(self.gathered(bank), val, self.accelerator.device)
-        share = torch.tensor([int(hits.sum()), len(hits)], device=self.accelerator.device)
-        correct, rows = cast(Tensor, self.accelerator.reduce(share, "sum")).tolist()
+        counts = torch.tensor([int(hits.sum()), len(hits)], device=self.accelerator.device)
+        correct, rows = cast(Tensor, self.accelerator.reduce(counts, "sum")).tolist()
         return float(correct / rows)
 
-    def gathered(self, part: Features) -> Features:
+    def gathered(self, features: Features) -> Features:
         """Return the features of all ranks on the device; label -1 marks a rank's padding."""
         device, pad = self.accelerator.device, self.accelerator.pad_across_processes
-        padded = (pad(x.to(device), pad_index=-1) for x in (part.x, part.y))
+        padded = (pad(x.to(device), pad_index=-1) for x in (features.x, features.y))
         x, y = map(self.accelerator.gather, padded)
         return Features(x[y >= 0], y[y >= 0])
 
@@ -133,14 +134,14 @@ class Evaluation:
 
         views uint8 [S, H, W, 3]; target and prediction (from masked inputs) float16 [S, N, C].
         """
-        with batches(self.shown, 0, 1, workers=0) as items:
+        with batches(self.first_rows, 0, 1, workers=0) as items:
             batch = to_device(next(items), self.accelerator.device)
         self.model.eval()
         target = self.model.project(self.objective.target(batch))
         mask = self.model.mask(self.objective.masks(batch))
         with self.accelerator.autocast():
             y = self.model.decode(self.model.tokens(batch["pictures"], mask), mask)
-        y = y[:, -target.shape[1] :]
-        shown = {"views": batch["pictures"], "target": target.half(), "prediction": y.half()}
+        prediction = y[:, -target.shape[1] :].half()
+        tensors = {"views": batch["pictures"], "target": target.half(), "prediction": prediction}
         count = min(SAMPLES, int(batch["weight"].sum()))
-        return {name: tensor[:count].cpu().contiguous() for name, tensor in shown.items()}
+        return {name: tensor[:count].cpu().contiguous() for name, tensor in tensors.items()}

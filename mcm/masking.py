@@ -40,7 +40,7 @@ def mask_pool(
     """Return the pool_KD of an epoch; each row has round(ratio * width) True values."""
     rows_K1, channels_1D = np.arange(pool_rows)[:, None], np.arange(width)[None, :]
     hashes_KD = hash_u64(seed, "mask_pool", epoch, rows_K1, channels_1D)
-    # torch sorts no uint64. Half of a hash keeps its order.
+    # torch cannot sort uint64. Half of each hash is an int64 and has the same order.
     halves_KD = torch.from_numpy((hashes_KD >> np.uint64(1)).astype(np.int64))
     return _hide_smallest(halves_KD, ratio).numpy()
 
@@ -57,7 +57,7 @@ def mask_picks(
     seed: int, epoch: int, rows_B: npt.NDArray[np.int64], positions: int, pool_rows: int,
     unmasked_fraction: float = 0.0,
 ) -> npt.NDArray[np.int32]:  # fmt: skip
-    """Return picks [B, positions] in [0, pool_rows), which depend on row number and position only.
+    """Return picks [B, positions] in [0, pool_rows): hashes of seed, epoch, row and position.
 
     A row therefore gets the same picks in every batch, rank and worker. `positions` is N, or 1 in
     patch mode. An unmasked row picks `pool_rows`: the mask after the pool, which hides nothing.

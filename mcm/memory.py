@@ -1,5 +1,6 @@
 """What a model costs: its multiply-adds, and an estimate of the GPU memory that it needs."""
 
+from itertools import compress
 from typing import Any
 
 import torch
@@ -14,18 +15,18 @@ STATES = {"adamw": 2, "lars": 1}  # float32 values of optimizer state per traine
 
 
 def state_bytes(model: nn.Module, optim: Optim | None = None) -> int:
-    """Return the bytes of parameters and buffers and, with `optim`, of what their training adds.
+    """Return the bytes of the parameters and buffers and, with `optim`, of the training state.
 
     Training adds a gradient, the optimizer state and the EMA for each trained parameter.
     """
-    held = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
     copies = 1 + STATES[getattr(optim, "name", "adamw")] + bool(getattr(optim, "ema", 0))
     trained = sum(x.nbytes for x in model.parameters() if x.requires_grad)
-    return held + copies * trained * (optim is not None)
+    return weights + copies * trained * (optim is not None)
 
 
 def activation_bytes(model: nn.Module, rows: int, bytes_each: int, train: bool = True) -> int:
-    """Return an estimate for the activations of the ViTs in `model` and `rows` pictures.
+    """Return an estimate of the bytes of the activations of the ViTs in `model`, for `rows` rows.
 
     A block of width D with M hidden units keeps 8 D + 2 M values per token for the backward pass:
     the inputs of its norms and linear layers, queries, keys, values and hidden units. Blocks that
@@ -36,8 +37,7 @@ def activation_bytes(model: nn.Module, rows: int, bytes_each: int, train: bool =
     blocks = [module for module in model.modules() if isinstance(module, Mlp)]
     values = [8 * block.fc1.in_features + 2 * block.fc1.out_features for block in blocks]
     trained = [block.fc1.weight.requires_grad and train for block in blocks]
-    kept = sum(value for value, is_trained in zip(values, trained, strict=True) if is_trained)
-    return rows * tokens * bytes_each * (kept or max(values, default=0))
+    return rows * tokens * bytes_each * (sum(compress(values, trained)) or max(values, default=0))
 
 
 def forward_macs(model: nn.Module, *inputs: Tensor) -> int:
@@ -51,9 +51,9 @@ def forward_macs(model: nn.Module, *inputs: Tensor) -> int:
 def say_estimate(state: int, activations: int, other: int = 0) -> None:
     """Print the estimate if there is a GPU; parts are in bytes."""
     if torch.cuda.is_available():
-        there = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         parts = f"weights and optimizer {state / 1e9:.1f}"
         parts += f", activations of the ViT {activations / 1e9:.1f}"
         parts += f", patch tokens {other / 1e9:.1f}" * bool(other)
-        total = f"{(state + activations + other) / 1e9:.1f} of {there / 1e9:.1f} GB"
+        total = f"{(state + activations + other) / 1e9:.1f} of {memory / 1e9:.1f} GB"
         print(f"GPU memory: about {total} (an estimate: {parts})", flush=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cache_tools.errors import Diverged
 
-# A learned projection has its optimum at 0; below this share of its first value it has collapsed.
+# A constant target has no loss. Below this share of its first std or rank, it has collapsed.
 COLLAPSED = 0.1
 
 
@@ -76,7 +76,7 @@ class Gram:
         """Add a batch; weight 0 leaves a padded row out."""
         x_BND = x_BND.to(self.sums.device, torch.float32)
         flat = (x_BND if weight_B is None else x_BND * weight_B[:, None, None]).flatten(0, 1)
-        with torch.autocast(flat.device.type, enabled=False):  # in bf16, rank 9 was computed as 22
+        with torch.autocast(flat.device.type, enabled=False):  # bf16 gave rank 22 instead of 9
             self.sums += (flat.T @ flat).double()
 
     def rank(self) -> float:
@@ -96,7 +96,7 @@ class HeldOut:
     """
 
     def __init__(self, kinds: list[str], channels: int, width: int, device: torch.device) -> None:
-        """Zero the sums; `kinds` of predictions: "full", and with masks "masked" and "filled"."""
+        """Start from zero; `kinds` of predictions: "full", and with masks "masked" and "filled"."""
         self.fits = {kind: Fit(channels, device) for kind in kinds}
         self.features, self.target = Gram(width, device), Gram(channels, device)
 
@@ -111,30 +111,30 @@ class HeldOut:
             self.target.update(target_BNC, weight_B)
 
     def reduce(self, add: Callable[[Tensor], Tensor]) -> None:
-        """Sum over the ranks by `add`."""
+        """Sum over the ranks with `add`."""
         for fit in self.fits.values():
             fit.sums = add(fit.sums)
         self.features.sums, self.target.sums = add(self.features.sums), add(self.target.sums)
 
     def metrics(self) -> dict[str, float]:
         """Return loss and R^2 per kind, and the effective ranks."""
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for kind, fit in self.fits.items():
-            found |= {f"loss_{kind}": fit.loss(), f"r2_{kind}": fit.r2()}
-        return found | {"rank_features": self.features.rank(), "rank_target": self.target.rank()}
+            metrics |= {f"loss_{kind}": fit.loss(), f"r2_{kind}": fit.r2()}
+        return metrics | {"rank_features": self.features.rank(), "rank_target": self.target.rank()}
 
     def channels(self) -> dict[str, Tensor]:
         """Return the R^2 of every channel per kind, and the target's std, all float32 [C]."""
-        found = {f"r2_{kind}": fit.r2_channels() for kind, fit in self.fits.items()}
-        found |= {"target_std": self.fits["full"].std()}
-        return {name: x_C.float().cpu() for name, x_C in found.items()}
+        channels = {f"r2_{kind}": fit.r2_channels() for kind, fit in self.fits.items()}
+        channels["target_std"] = self.fits["full"].std()
+        return {name: x_C.float().cpu() for name, x_C in channels.items()}
 
 
 def collapse(z_BND: Tensor, first_BND: Tensor) -> tuple[float, float]:
     """Return (std, effective rank) of a learned target, each divided by its value before step 0.
 
-    `first_BND` is the target of the same rows by the initial projection. std is the median over the
-    channels of the std over the rows.
+    `first_BND` is the target of the same rows with the initial projection. The std is the median
+    over the channels of the std over the rows.
     """
     stds, ranks = [], []
     for x_BND in (z_BND, first_BND):

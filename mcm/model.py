@@ -31,11 +31,11 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
     The first half of the channels encodes the column, the second half the row. Each half holds
     sines, then cosines.
     """
-    height, columns = grid
+    rows, columns = grid
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row = torch.arange(height, dtype=torch.float64).repeat_interleave(columns)
-    column = torch.arange(columns, dtype=torch.float64).repeat(height)
-    angles = [axis[:, None] * omega for axis in (column, row)]
+    row_N = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
+    column_N = torch.arange(columns, dtype=torch.float64).repeat(rows)
+    angles = [axis_N[:, None] * omega for axis_N in (column_N, row_N)]
     patches = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), patches]).float()[None]
 
@@ -54,7 +54,7 @@ def init_mae(module: nn.Module) -> None:
 def build_encoder(
     size_hw: tuple[int, int], patch: int, student: Student, seed: int = 0
 ) -> VisionTransformer:
-    """Return the student's encoder, with weights that depend on the seed; timm can load them."""
+    """Return the student's encoder, a ViT of timm, with weights drawn from the seed."""
     encoder = VisionTransformer(
         img_size=size_hw,
         patch_size=patch,
@@ -91,9 +91,9 @@ def embed_pixels(
     """Return the patch embedding x_BND of uint8 pictures as one matrix product.
 
     The result equals that of `projection` on the normalized picture, up to rounding. The mean and
-    the std, of pixels in [0, 1], are folded into the weight and the bias; when compiled, no float
-    picture is stored. Pixels minus 128 are exact in bfloat16 and nearly centered, which keeps the
-    rounding error small. `noise_BNP`, for pixels in [0, 1], is added to the picture.
+    the std of pixels in [0, 1] are folded into the weight and the bias; compiled code therefore
+    stores no float picture. Pixels minus 128 are exact in bfloat16 and nearly centered, which keeps
+    the rounding error small. `noise_BNP`, for pixels in [0, 1], is added to the picture.
     """
     pixels_BNP = unfold_patches(pictures_BHW3, projection.kernel_size[0]).float() - 128
     if noise_BNP is not None:
@@ -143,8 +143,8 @@ class Decoder(nn.Module):
         self.depth, self.bf16_residual = depth, bf16_residual
         self.adapter = nn.Linear(width, inner) if inner != width else nn.Identity()
         if depth:
-            most_heads = max(1, inner // DECODER_HEAD_WIDTH)
-            heads = next(count for count in range(most_heads, 0, -1) if inner % count == 0)
+            counts = range(max(1, inner // DECODER_HEAD_WIDTH), 0, -1)
+            heads = next(count for count in counts if inner % count == 0)
             self.pos_embed = nn.Parameter(sincos_positions(inner, grid), requires_grad=False)
             self.blocks = nn.Sequential(*(Block(inner, heads, qkv_bias=True) for _ in range(depth)))
             self.norm = nn.LayerNorm(inner, eps=1e-6)
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
 
 
 class MaskedChannelModel(nn.Module):
-    """Predicts the teacher features of every patch from masked pictures."""
+    """A student and a decoder that predict the target of every patch from masked pictures."""
 
     def __init__(
         self, cfg: PretrainConfig, grid: tuple[int, int], patch: int, channels: int,
@@ -172,10 +172,10 @@ class MaskedChannelModel(nn.Module):
     ) -> None:  # fmt: skip
         """Build the model for pictures of grid * patch pixels and a target of C channels.
 
-        `mean` and `std`, of pixels in [0, 1], normalize uint8 pictures. The model has only the
+        `mean` and `std` of pixels in [0, 1] normalize uint8 pictures. The model has only the
         parameters that the mask mode uses: DDP raises an error for a parameter without a gradient.
 
-        Raises: UsageError when a ratio of patch mode does not fit the number of patches.
+        Raises: UsageError if a ratio of patch mode does not fit the number of patches.
         """
         super().__init__()
         self.mode, self.ratio, self.hides = cfg.mask.mode, cfg.mask.ratio, cfg.mask.hides
@@ -196,8 +196,7 @@ class MaskedChannelModel(nn.Module):
         learned = cfg.target.projection == "learned"
         self.target_projection = nn.Linear(channels, width, bias=False) if learned else None
         with torch.random.fork_rng(devices=[]):
-            # The encoder uses the seed itself.
-            torch.default_generator.manual_seed(cfg.train.seed + 1)
+            torch.default_generator.manual_seed(cfg.train.seed + 1)  # the encoder uses `seed`
             self.decoder.apply(init_mae)
             for parameter in (self.encoder_fill, self.decoder_fill):
                 if parameter is not None:
@@ -233,7 +232,7 @@ class MaskedChannelModel(nn.Module):
             x_BND = embed_pixels(proj, pictures, self.mean, self.std, noise)
         else:
             x_BND = self.encoder.patch_embed(pictures)
-        if mask is not None and self.mode != "pixels":  # before positions are added
+        if mask is not None and self.mode != "pixels":  # before `run_blocks` adds positions
             x_BND = self.hide(x_BND, mask)
         return run_blocks(self.encoder, x_BND, self.bf16_residual)
 

@@ -56,15 +56,15 @@ class Objective:
         )
         self.mean, self.std = (torch.tensor(x, device=device) * 255 for x in (run.mean, run.std))
         tokens = run.grid[0] * run.grid[1]
-        # A mask of the pool hides channels of one patch. In patch mode, it masks the patches of one
-        # picture.
+        # A mask of the pool hides channels of one patch or, in patch mode, patches of one picture.
         shapes = {"patch": (1, tokens), "none": (0, 0), "pixels": (tokens, 3 * run.patch**2)}
         self.mask_positions, self.mask_width = shapes.get(config.mask.mode, (tokens, width))
-        self.epoch = 0  # of training: the newest epoch seen
+        self.epoch = 0  # the newest epoch of training in a batch
         self.pools: dict[int, Future[Tensor]] = {}
         self.pool_thread = ThreadPoolExecutor(1)
         # The fused loss never stores the decoded target: 154 MB per 256 rows of 196 x 768 float32.
-        self.compare = torch.compile(self._compare) if config.train.compile else self._compare
+        loss = self._prediction_loss
+        self.prediction_loss = torch.compile(loss) if config.train.compile else loss
 
     def stream(
         self, order: Order | EvalOrder, units: Sequence[Unit], unmasked_fraction: float = 0.0
@@ -82,9 +82,9 @@ class Objective:
             return None
         # Held-out rows use the pool of epoch 0. A thread draws the next pool, which takes 0.2 s.
         self.epoch = max(self.epoch, batch["epoch"])
-        wanted = batch["epoch"], self.epoch, self.epoch + 1
-        self.pools = {e: pool for e, pool in self.pools.items() if e == 0 or e in wanted}
-        for e in wanted:
+        needed = batch["epoch"], self.epoch, self.epoch + 1
+        self.pools = {e: pool for e, pool in self.pools.items() if e == 0 or e in needed}
+        for e in needed:
             if e not in self.pools:
                 self.pools[e] = self.pool_thread.submit(self._pool, e)
         return self.pools[batch["epoch"]].result(), batch["picks"]
@@ -122,15 +122,15 @@ class Objective:
         """
         if self.model.target_projection is not None:
             return loss_fn(*wrapped(batch["pictures"], self.masks(batch), self.target(batch)))
-        y = wrapped(batch["pictures"], self.masks(batch))
-        # Numbers are left out: torch.compile compiles again for each value. Rows are not used.
+        y_BNC = wrapped(batch["pictures"], self.masks(batch))
+        # torch.compile would compile again for each value of a number. The rows are not used.
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "rows"}
-        return self.compare(y, tensors)
+        return self.prediction_loss(y_BNC, tensors)
 
-    def _compare(self, y: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of predictions y [B, N, C] or, with loss.cls, [B, 1 + N, C]."""
-        target = self.target(batch)
-        loss = loss_fn(y[:, -target.shape[1] :], target)
+    def _prediction_loss(self, y_BNC: Tensor, batch: Batch) -> Tensor:
+        """Return the loss of predictions [B, N, C] or, with loss.cls, [B, 1 + N, C]."""
+        target_BNC = self.target(batch)
+        loss = loss_fn(y_BNC[:, -target_BNC.shape[1] :], target_BNC)
         if not self.config.loss.cls:
             return loss
-        return loss + loss_fn(y[:, 0], self.targets.normalize(batch["cls"]))
+        return loss + loss_fn(y_BNC[:, 0], self.targets.normalize(batch["cls"]))

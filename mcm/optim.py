@@ -17,7 +17,7 @@ STEM = ("cls_token", "reg_token", "pos_embed", "patch_embed", "norm_pre")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether weight decay applies: to matrices and kernels only, not to NOT_DECAYED."""
+    """Return whether weight decay applies: to matrices and kernels, except for NOT_DECAYED."""
     return parameter.ndim >= 2 and name.rpartition(".")[2] not in NOT_DECAYED
 
 
@@ -38,8 +38,8 @@ def param_groups(
     """Return the trainable parameters in groups by layer and weight decay.
 
     Each group has params (name, parameter), weight_decay, lr_scale and always_adapt. The loop sets
-    its lr to learning_rate(step) * lr_scale. LARS adapts the rate of groups with matrices (MAE's
-    rule). `layer_decay` requires a timm ViT.
+    its lr to learning_rate(step) * lr_scale. LARS adapts the rate only of groups with matrices
+    (MAE's rule). `layer_decay` requires a timm ViT.
     """
     named = [(name, x) for name, x in model.named_parameters() if x.requires_grad]
     blocks = (re.match(r"(?:encoder\.)?blocks\.(\d+)\.", name) for name, _ in named)
@@ -94,12 +94,12 @@ def _update_ema(decay: float, optimizer: torch.optim.Optimizer, *_: Any) -> None
 
 @torch.no_grad()
 def swap_ema(optimizer: torch.optim.Optimizer) -> None:
-    """Exchange the weights and their EMA, if there is one; a second call exchanges them back."""
+    """Swap the weights and their EMA, if there is one; a second call swaps them back."""
     for parameter, state in optimizer.state.items():
         if "ema" in state:
-            kept = parameter.clone()
+            weights = parameter.clone()
             parameter.copy_(state["ema"])
-            state["ema"].copy_(kept)
+            state["ema"].copy_(weights)
 
 
 def peak_lr(optim: Optim, global_batch: int) -> float:
@@ -123,6 +123,6 @@ def learning_rate(
     if step < warmup_steps:
         return base_lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    falls = (step >= total_steps * share for share in (8 / 9, 26 / 27))
+    decays_done = sum(step >= total_steps * share for share in (8 / 9, 26 / 27))
     factors = {"cosine": 0.5 * (1.0 + math.cos(math.pi * progress)), "linear": 1.0 - progress}
-    return min_lr + (base_lr - min_lr) * factors.get(shape, 0.1 ** sum(falls))
+    return min_lr + (base_lr - min_lr) * factors.get(shape, 0.1**decays_done)

@@ -57,7 +57,7 @@ ENGINE_FIELDS = {
 class PretrainRun(Record):
     """run.json of a pre-training run: its identity, and the format of the student's pictures.
 
-    `cache` shows which field differs when `cache_sha256` differs; older runs lack it. `data_sha256`
+    If `cache_sha256` differs, `cache` shows which field differs; early runs lack it. `data_sha256`
     identifies the DATASET of the k-NN evaluation; a run without a DATASET lacks it.
     """
 
@@ -79,7 +79,7 @@ class PretrainRun(Record):
 
 
 class ExitRecord(Record):
-    """exit.json: the exit code of the last command, because a launcher turns every code into 1.
+    """exit.json: the exit code of the last command, because a launcher replaces every code by 1.
 
     The code is None while the command runs, and stays None if the system kills the command.
     """
@@ -96,46 +96,44 @@ def identity_config(config: Record) -> dict[str, Any]:
 def recorded_config(cls: type[R], config: dict[str, Any]) -> R:
     """Return the config of a run.json, with the defaults of ENGINE_FIELDS.
 
-    Raises: ValueError or LookupError when `config` is not a valid `cls`.
+    Raises: ValueError or LookupError if `config` is not a valid `cls`.
     """
-    # micro_batch has no default.
-    payload = config | {"train": config["train"] | {"micro_batch": CHUNK_ROWS}}
-    return cls.model_validate_json(json.dumps(payload))
+    train = config["train"] | {"micro_batch": CHUNK_ROWS}  # which has no default
+    return cls.model_validate_json(json.dumps(config | {"train": train}))
 
 
 def claim(run_dir: Path, run: Any, cls: type[Record]) -> None:
     """Publish run.json, or check that the folder holds the same run.
 
     `init` may have moved, because the digest in `init_weights` identifies the weights. A command
-    may omit `data`. Configuration keys that an older run lacks have the defaults of `cls`.
+    may omit `data`. Configuration keys that an early run lacks have the defaults of `cls`.
 
-    Raises: IdentityError with every field that differs when the folder holds another run.
+    Raises: IdentityError with every field that differs if the folder holds another run.
     """
     path = run_dir / "run.json"
     if not path.is_file():
         return publish(path, encode_record(run))
-    kind, found = recorded(run_dir).get("kind"), []
+    kind = recorded(run_dir).get("kind")
     if kind != run.kind:
-        found = [f"kind: {run.kind!r} != {kind!r}"]
+        different = [f"kind: {run.kind!r} != {kind!r}"]
     else:
-        there = read_record(type(run), path)
-        same = {"init"} if "sha256:" in getattr(run, "init_weights", "") else set()
-        same |= {name for name, value in run if None in (value, getattr(there, name))}
+        stored = read_record(type(run), path)
+        ignored = {"init"} if "sha256:" in getattr(run, "init_weights", "") else set()
+        ignored |= {name for name, value in run if None in (value, getattr(stored, name))}
         with suppress(ValueError, LookupError, TypeError):  # an invalid config is shown unchanged
-            config = identity_config(recorded_config(cls, there.config))
-            there = there.model_copy(update={"config": config})
-        asked = run.model_copy(update={name: getattr(there, name) for name in same})
-        found = differences(asked, there)
-    if found:
-        raise IdentityError(
-            f"{run_dir} holds another run (asked != found): {'; '.join(found)}; use another --out"
-        )
+            config = identity_config(recorded_config(cls, stored.config))
+            stored = stored.model_copy(update={"config": config})
+        asked = run.model_copy(update={name: getattr(stored, name) for name in ignored})
+        different = differences(asked, stored)
+    if different:
+        fields = f"(asked != found): {'; '.join(different)}"
+        raise IdentityError(f"{run_dir} holds another run {fields}; use another --out")
 
 
 def recorded(run_dir: Path) -> dict[str, Any]:
     """Return the unchecked fields of a run.json of any kind, or {} if there is no run.
 
-    Raises: CorruptionError when run.json is not valid JSON.
+    Raises: CorruptionError if run.json is not valid JSON.
     """
     path = run_dir / "run.json"
     return read_json(path) if path.is_file() else {}
@@ -144,14 +142,14 @@ def recorded(run_dir: Path) -> dict[str, Any]:
 def software() -> str:
     """Return the version of this package and, in a git checkout, the commit."""
     name = "masked-channel-modeling"
-    found = installed_versions(name).get(name, "not installed")
+    version = installed_versions(name).get(name, "not installed")
     root = Path(__file__).parents[1]
     if not (root / ".git").exists() or not (git := shutil.which("git")):
-        return found
+        return version
     command = [git, "--no-optional-locks", "-C", str(root), "describe"]
     command += ["--always", "--dirty", "--exclude=*"]
     commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return f"{found} git {commit}" if commit else found
+    return f"{version} git {commit}" if commit else version
 
 
 def write_environment(run_dir: Path, config: Record, **facts: Any) -> None:
@@ -159,10 +157,10 @@ def write_environment(run_dir: Path, config: Record, **facts: Any) -> None:
     device = platform.processor() or platform.machine()
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-    ours = {"software": software(), "python": platform.python_version(), "device": device}
+    env = {"software": software(), "python": platform.python_version(), "device": device}
     # The loaded cuDNN: LD_LIBRARY_PATH may replace the one of the wheel.
-    ours["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
-    env = ours | installed_versions("torch", "timm", "accelerate", "numpy", "zarr") | facts
+    env["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+    env |= installed_versions("torch", "timm", "accelerate", "numpy", "zarr") | facts
     write_atomic(run_dir / "config.toml", write_toml(config).encode())
     write_atomic(run_dir / "env.json", json.dumps(env, indent=2, sort_keys=True).encode())
 
@@ -171,11 +169,11 @@ def write_environment(run_dir: Path, config: Record, **facts: Any) -> None:
 def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold the lock of the RUN; print a warning if its file system has no locks.
 
-    Raises: UsageError when another process trains in this RUN.
+    Raises: UsageError if another process trains in this RUN.
     """
     lock = work_dir(run_dir) / "lock"
-    with try_lock(lock) as ours:
-        if not ours:
+    with try_lock(lock) as locked:
+        if not locked:
             raise UsageError(f"{lock}: another process trains in {run_dir}; wait until it ends")
         if not locks_work(lock.parent):
             print(f"warning: {run_dir} has no locks; do not train twice in this folder", flush=True)
@@ -186,12 +184,12 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
     """Record in exit.json how the command ends: running, success, or the first error of any rank.
 
-    The main rank holds the lock of the RUN and removes the leftovers of killed processes. SIGTERM
-    only sets the flag until exit.json is written: a launcher sends it 0.1 s after a rank has died,
-    and the other ranks must still record their error.
+    The main rank holds the lock of the RUN and removes the files of killed processes. SIGTERM only
+    sets the flag until exit.json is written: a launcher sends it 0.1 s after a rank has died, and
+    the other ranks must still record their error.
 
-    Raises: UsageError when another process trains in this RUN; ResourceError when the connection to
-    a rank is lost.
+    Raises: UsageError if another process trains in this RUN; ResourceError if the connection to a
+    rank is lost.
     """
     check_utf8(run_dir)
     path = run_dir / "exit.json"
@@ -211,8 +209,8 @@ def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
                 yield stop
         except BaseException as error:
             with suppress(OSError):  # a full disk must not hide the error
-                first = read_record(ExitRecord, path).code is None
-                if first and (main or not isinstance(error, Interrupted)):
+                is_first = read_record(ExitRecord, path).code is None
+                if is_first and (main or not isinstance(error, Interrupted)):
                     write(exit_code(error), f"{type(error).__name__}: {error_line(error)}")
             raise
         if main:
@@ -236,8 +234,8 @@ def _lost_rank() -> Iterator[None]:
 class Log:
     """metrics.jsonl and TensorBoard, continued after `step` (-1: from the start) by the main rank.
 
-    Lines of later steps are removed and written again. `evaluated` states whether the evaluation at
-    `step` is done.
+    Lines of later steps are removed, because these steps are repeated. `evaluated` states whether
+    the evaluation at `step` is done.
     """
 
     def __init__(
@@ -296,12 +294,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """
     path = run / "metrics.jsonl"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    found = [_entry(line) for line in text.split("\n")[:-1]]
-    if None in found:
-        raise CorruptionError(
-            f"{path}: line {found.index(None) + 1}: expected a JSON object with a step; remove it"
-        )
-    return [entry for entry in found if entry is not None]
+    entries = [_entry(line) for line in text.split("\n")[:-1]]
+    if None in entries:
+        line = f"line {entries.index(None) + 1}"
+        raise CorruptionError(f"{path}: {line}: expected a JSON object with a step; remove it")
+    return [entry for entry in entries if entry is not None]
 
 
 def last_eval(run: Path) -> dict[str, float]:

@@ -22,10 +22,10 @@ def _epoch_order(chunks: int, seed: int, epoch: int) -> Indices:
 class Order:
     """The training order: each epoch permutes the whole chunks of the data.
 
-    Step s, micro-step a, rank r of W ranks take the slice [s G + (a W + r) b, + b) of the
-    permutation. Each epoch leaves out another remainder after floor(rows / G) steps.
+    In step s and micro-step a, rank r of W takes b rows from position s G + (a W + r) b of the
+    permutation. Each epoch leaves out other rows: the remainder after floor(rows / G) steps.
 
-    Raises: UsageError when rows, global batch, world size and micro-batch do not fit.
+    Raises: UsageError if rows, global batch, world size and micro-batch do not fit.
     """
 
     rows: int
@@ -39,8 +39,8 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.global_batch % (self.world * self.group) or self.micro_batch < self.group:
-            total, multiples = self.global_batch, self.global_batch // self.group
-            worlds = [w for w in range(1, multiples + 1) if total % (w * self.group) == 0]
+            groups = self.global_batch // self.group
+            worlds = [w for w in range(1, groups + 1) if self.global_batch % (w * self.group) == 0]
             raise UsageError(
                 f"train.global_batch: expected a multiple of {self.group} rows x {self.world}"
                 f" processes, and train.micro_batch >= {self.group};"
@@ -56,8 +56,8 @@ class Order:
             )
 
     def __str__(self) -> str:
-        split = f"{self.world} ranks x {self.accumulation} micro-steps x {self.batch} rows"
-        return f"{self.steps_per_epoch} steps per epoch, each of {self.global_batch} rows: {split}"
+        shares = f"{self.world} ranks x {self.accumulation} micro-steps x {self.batch} rows"
+        return f"{self.steps_per_epoch} steps per epoch, each of {self.global_batch} rows: {shares}"
 
     @property
     def chunks(self) -> int:
@@ -119,7 +119,7 @@ class EvalOrder:
         return -(-self.chunks // (self.world * self.batch // self.rows_per_chunk))
 
     def slice(self, index: int) -> tuple[int, Indices]:
-        """Return (0, chunk numbers) of this rank's batch, which may be short or empty."""
+        """Return (0, chunk numbers) of this rank's batch; the last batches are short or empty."""
         count = self.batch // self.rows_per_chunk
         start = (index * self.world + self.rank) * count
         return 0, np.arange(min(start, self.chunks), min(start + count, self.chunks))

@@ -33,8 +33,8 @@ from mcm.masking import mask_picks
 from mcm.sampler import EvalOrder, Indices, Order
 from mcm.targets import Targets
 
-PREFETCH = 2  # batches that each worker prepares ahead
-WORKERS_FROM_ROWS = 4096  # evaluating fewer rows is faster than starting workers
+PREFETCH = 2  # batches that each worker prepares in advance
+WORKERS_FROM_ROWS = 4096  # to evaluate fewer rows is faster than to start workers
 
 # Arrays of the cache with one row per picture, and their names in a batch.
 _STORED = {"patch": "codes", "scale": "scale"}
@@ -94,14 +94,15 @@ class CacheSource:
 
         Rows beyond the chunks are zero, with weight 0 and row number -1.
         """
-        out = (used or self._allocate(batch)) | _numbers(batch)
+        out = (used or self._allocate(batch)) | _row_tensors(batch)
         arrays = {name: x.numpy() for name, x in out.items() if isinstance(x, Tensor)}
-        names, filled = {k: v for k, v in self.stored.items() if v in arrays}, 0
+        names = {array: name for array, name in self.stored.items() if name in arrays}
+        filled = 0
         for position, number in enumerate(chunks.tolist()):
             span = slice(filled, filled + CHUNK_ROWS)
             into = {array: arrays[name][span] for array, name in names.items()}
             chunk = self.view(epoch, number).chunk(number, into)
-            _fill(arrays, chunk, filled, position)
+            _copy(arrays, chunk, filled, position)
             filled += chunk.rows
         _pad(out, filled)
         rows, unmasked = out["rows"].numpy(), self.unmasked_fraction
@@ -155,13 +156,14 @@ class DatasetSource(RowSource):
 
     def __call__(self, epoch: int, chunks: Indices, batch: int, used: Batch | None = None) -> Batch:
         """Return the batch of the rows, with memory and padding as in `CacheSource`."""
-        out = used and used | _numbers(batch)
-        for position, row in enumerate(self.rows[chunks].tolist() or [int(self.rows[0])]):
+        out = used and used | _row_tensors(batch)
+        rows = self.rows[chunks] if len(chunks) else self.rows[:1]  # for the shape of a picture
+        for position, row in enumerate(rows.tolist()):
             data, label = self.dataset.picture(self.split, row)
             picture = self.transform(int(hash_u64(self.seed, "augment", epoch, row)), data)
             if not out:
                 out = {"pictures": _empty((batch, *picture.shape), picture.dtype)}
-                out |= _numbers(batch)
+                out |= _row_tensors(batch)
             out["pictures"][position], out["rows"][position] = picture, row
             out["labels"][position] = label
         assert out is not None
@@ -169,14 +171,14 @@ class DatasetSource(RowSource):
         return out | {"epoch": epoch}
 
 
-def _fill(arrays: dict[str, npt.NDArray[Any]], chunk: Chunk, start: int, position: int) -> None:
-    """Copy a chunk into the batch; the codes of a whole chunk have been read into place already."""
+def _copy(arrays: dict[str, npt.NDArray[Any]], chunk: Chunk, start: int, position: int) -> None:
+    """Copy a chunk to the batch; the codes of a whole chunk have been read into it already."""
     span = slice(start, start + chunk.rows)
     if chunk.rows < CHUNK_ROWS:
         stored = {"codes": chunk.codes, "scale": chunk.scale, "cls": chunk.cls}
-        for name, found in stored.items():
-            if found is not None and name in arrays:
-                arrays[name][span] = found
+        for name, array in stored.items():
+            if array is not None and name in arrays:
+                arrays[name][span] = array
     for data, picture in zip(chunk.pictures, arrays["pictures"][span], strict=True):
         decode_view_into(data, picture)
     arrays["labels"][span] = chunk.labels
@@ -185,8 +187,8 @@ def _fill(arrays: dict[str, npt.NDArray[Any]], chunk: Chunk, start: int, positio
         arrays["mean"][position], arrays["std"][position] = chunk.mean, chunk.std
 
 
-def _numbers(batch: int) -> Batch:
-    """Return new tensors for rows and labels; an evaluation keeps them across batches."""
+def _row_tensors(batch: int) -> Batch:
+    """Return new tensors for rows and labels: their memory is not reused by the next batch."""
     return {name: _empty((batch,), torch.int64) for name in ("rows", "labels")}
 
 
@@ -201,12 +203,12 @@ def _pad(out: Batch, filled: int) -> None:
 class Stream(Dataset[Batch | McmError | OSError]):
     """A map-style dataset: stream[micro_step] is a finished batch of `source` in `order`.
 
-    An error is returned and `batches` raises it. If it were raised here, a worker would wrap it in
-    a traceback.
+    An error is returned, and `batches` raises it. A worker would wrap a raised error in a
+    traceback.
     """
 
     def __init__(self, order: Order | EvalOrder, source: Source, reuse: int = 0) -> None:
-        """Reuse the memory of the batch `reuse` batches ago, since new pages take time (LOG.md)."""
+        """Reuse the memory of the batch `reuse` batches ago: new pages take time (LOG.md)."""
         self.order, self.source = order, source
         self.used: deque[Batch] = deque(maxlen=reuse)
 
@@ -224,13 +226,13 @@ class Stream(Dataset[Batch | McmError | OSError]):
 class CacheDataset(Dataset[Batch]):
     """The steps of a training on a cache as a map-style dataset, for your own training loop.
 
-    Item s is the batch of step s, this rank's share of `batch` rows: pictures uint8 [B, H, W, 3],
-    features float32 [B, N, C], rows and labels int64 [B], and cls float16 [B, C] if the teacher has
-    CLS. Each epoch permutes the chunks, and shows their next view. Use
+    Item s is this rank's share of the `batch` rows of step s: pictures uint8 [B, H, W, 3], features
+    float32 [B, N, C], rows and labels int64 [B], and cls float16 [B, C] if the teacher has CLS.
+    Each epoch permutes the chunks and shows their next view. Use it as
     `DataLoader(dataset, batch_size=None)` without `shuffle`; `sampler=range(step, len(dataset))`
     resumes.
 
-    Raises: UsageError when no unit is complete, or `batch` does not fit rows and ranks (`world`).
+    Raises: UsageError if no unit is complete, or `batch` does not fit rows and ranks (`world`).
     """
 
     def __init__(
@@ -266,12 +268,11 @@ def _start_forkserver(workers: int) -> None:
 
     A launcher signals the whole process group, but the last step before a stop still needs batches.
 
-    Raises: ResourceError when the limit of open files is too low.
+    Raises: ResourceError if the limit of open files is too low.
     """
     check_open_files(workers, 48 + 16 * workers)
     multiprocessing.forkserver.set_forkserver_preload(["torch", "mcm.stream"])
-    # Started before the signals are blocked, because its start unblocks them.
-    multiprocessing.resource_tracker.ensure_running()
+    multiprocessing.resource_tracker.ensure_running()  # first, because its start unblocks signals
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     try:
         multiprocessing.forkserver.ensure_running()
@@ -287,14 +288,14 @@ def batches(
 
     The next batch may reuse the memory of pictures and features.
 
-    Raises: the McmError or OSError of a batch; ResourceError when a worker was killed.
+    Raises: the McmError or OSError of a batch; ResourceError if a worker was killed.
     """
     if isinstance(stream.order, EvalOrder) and stream.order.rows < WORKERS_FROM_ROWS:
         workers = 0
     if workers:
         _start_forkserver(workers)
     loader = DataLoader(
-        # Per worker, PREFETCH batches are in flight and the caller holds one more.
+        # Each worker prepares PREFETCH batches, and the caller uses one more.
         Stream(stream.order, stream.source, reuse=PREFETCH + 1 if workers else 1),
         batch_size=None,
         sampler=range(start, end),
@@ -303,17 +304,17 @@ def batches(
         # /dev/shm per rank: workers x 3 batches, such as 8 x 3 x 256 rows x 0.3 MB = 1.8 GB.
         prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_begin_worker,
+        worker_init_fn=_init_worker,
     )
     iterator = iter(loader)
     try:
         yield _raising(iterator)
     finally:
-        if workers:  # do not wait for garbage collection: the exit waits for live workers
+        if workers:  # at exit, the process would wait for workers that are alive
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def _begin_worker(number: int) -> None:
+def _init_worker(number: int) -> None:
     ignore_metadata_warnings()
     end_with_parent()
 

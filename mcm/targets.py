@@ -29,7 +29,7 @@ def orthogonal_matrix(rows: int, columns: int, seed: int) -> Tensor:
 
 
 class Targets(nn.Module):
-    """Turns the codes of the cache into the target; the module has no trainable parameter."""
+    """A module that converts codes of the cache to the target; it has no trainable parameter."""
 
     mean_C: Tensor
     std_C: Tensor
@@ -41,9 +41,9 @@ class Targets(nn.Module):
         channel_stats: tuple[Stats, Stats] | None = None, seed: int = 0,
         joint: npt.NDArray[np.float32] | None = None,
     ) -> None:  # fmt: skip
-        """Keep what the target needs.
+        """Store the constants of the target as buffers.
 
-        `channel_stats`: the dataset's (mean_C, std_C), for target.norm = "channel".
+        `channel_stats`: (mean_C, std_C) of the units, for target.norm = "channel".
         `seed`: draws the frozen matrix, for target.projection = "orthogonal".
         `joint`: the teacher's matrix from C channels to its joint space, for features = "joint".
         """

@@ -106,7 +106,7 @@ def test_a_launcher_that_runs_one_process_where_two_were_asked(cache: Path) -> N
     command += ["doctor", "pretrain/demo", "--cache", str(cache), "--processes", "2"]
     paths = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=paths)
-    words = "expected --processes 2 in one training; the launcher made 1; use `accelerate launch --multi_gpu"
+    words = "expected --processes 2 in one training; the launcher started 1; use `accelerate launch --multi_gpu"
     assert done.returncode != 0 and words in done.stdout
     command[3:4] = ["--multi_gpu"]  # two gloo ranks
     done = subprocess.run(command, capture_output=True, text=True, env=paths)
