@@ -61,23 +61,23 @@ def decoded(data: bytes) -> RGB:
         ) from error
 
 
-def train_transform(augment: Augment, spec: Backbone) -> SeededTransform:
+def train_transform(augment: Augment, backbone: Backbone) -> SeededTransform:
     """Return the training transform: random resized crop, flip, RandAugment and erasing."""
     transform = create_transform(
-        (3, *spec.size),
+        (3, *backbone.size),
         is_training=True,
         scale=(augment.scale_min, 1.0),
         hflip=augment.flip,
         color_jitter=None,
         auto_augment=augment.recipe or None,
-        interpolation=spec.interpolation,
-        mean=spec.mean,
-        std=spec.std,
+        interpolation=backbone.interpolation,
+        mean=backbone.mean,
+        std=backbone.std,
         re_prob=augment.erasing,
         re_mode="pixel",
     )
-    for step in transform.transforms:
-        for op in getattr(step, "ops", None) or sum(getattr(step, "policy", []), []):
+    for part in transform.transforms:
+        for op in getattr(part, "ops", None) or sum(getattr(part, "policy", []), []):
             if op.name.startswith("Posterize"):
                 op.aug_fn = _posterize
     return SeededTransform(transform)
@@ -94,28 +94,30 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
-def eval_transform(spec: Backbone, whole: bool = False, normalize: bool = True) -> SeededTransform:
-    """Return the evaluation transform, which ignores the seed: resize and center crop.
+def eval_transform(
+    backbone: Backbone, whole: bool = False, normalize: bool = True
+) -> SeededTransform:
+    """Return the evaluation transform, resize and center crop, which ignores the seed.
 
-    With `whole`, it squashes the whole picture to the size instead. Without `normalize`, its
-    pictures are uint8, for `normalized` on the device.
+    With `whole`, it resizes the whole picture instead, without its aspect ratio. Without
+    `normalize`, its pictures are uint8, for `normalized` on the device.
     """
     transform = create_transform(
-        (3, *spec.size),
-        interpolation=spec.interpolation,
-        mean=spec.mean,
-        std=spec.std,
+        (3, *backbone.size),
+        interpolation=backbone.interpolation,
+        mean=backbone.mean,
+        std=backbone.std,
         normalize=normalize,
-        crop_pct=1.0 if whole else spec.crop_pct,
+        crop_pct=1.0 if whole else backbone.crop_pct,
         crop_mode="squash" if whole else "center",
     )
     return SeededTransform(transform)
 
 
-def normalized(pictures_B3HW: Tensor, spec: Backbone) -> Tensor:
-    """Return uint8 pictures as normalized float32; no number is copied to the device."""
+def normalized(pictures_B3HW: Tensor, backbone: Backbone) -> Tensor:
+    """Return uint8 pictures as normalized float32, without a copy of mean and std to the device."""
     x_B3HW = pictures_B3HW.float() / 255
-    for color, (mean, std) in enumerate(zip(spec.mean, spec.std, strict=True)):
+    for color, (mean, std) in enumerate(zip(backbone.mean, backbone.std, strict=True)):
         x_B3HW[:, color].sub_(mean).div_(std)
     return x_B3HW
 

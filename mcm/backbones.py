@@ -1,4 +1,4 @@
-"""Loading of encoders: a RUN, an exported folder, a timm model, or random weights of a config.
+"""Load encoders: from a RUN, an exported folder or timm, or with random weights.
 
 B batch, N patches, D width, H W pixels.
 """
@@ -29,12 +29,12 @@ from mcm.run_dir import PretrainRun, recorded, recorded_config
 BATCHNORM_EPS = 1e-6  # in the head of a frozen run, as in MAE
 # A student trained here is evaluated on the whole center square, as the held-out views are.
 CROP_PCT = 1.0
-HEADS = ("head",)  # the modules that a model without a head skips in a weights file
-ANY_VIT = "vit_base_patch16_224"  # the timm entry point whose arguments describe any plain ViT
+HEADS = ("head",)  # tensors with these names are not loaded into a model without a head
+ANY_VIT = "vit_base_patch16_224"  # with other arguments, this timm model is any plain ViT
 
 
 class FinetuneRun(Record):
-    """The run.json of a fine-tuning run: the inputs of its weights, its model's arguments."""
+    """run.json of a fine-tuning run: what its weights depend on, and the arguments of its model."""
 
     kind: Literal["finetune"] = "finetune"
     version: Literal[1] = 1
@@ -75,7 +75,7 @@ class Backbone:
 
 
 class PictureModel(nn.Module):
-    """A model with an `encoder` on uint8 pictures, which it normalizes as `backbone` says."""
+    """A model with an `encoder` that normalizes uint8 pictures like `backbone`."""
 
     encoder: Any
     mean: Tensor
@@ -97,8 +97,8 @@ class PictureModel(nn.Module):
 
     def load_newest(self, run: Path) -> Self:
         """Load the newest weights of a RUN, for evaluation."""
-        found = newest(run)
-        load_whole(self, found.model, str(found.path))
+        saved = newest(run)
+        load_whole(self, saved.model, str(saved.path))
         return self.eval()
 
 
@@ -110,7 +110,7 @@ def advise_fold(backbone: Backbone, spec: object) -> None:
 
 
 def freeze(module: nn.Module) -> None:
-    """Freeze a module in eval mode: the loop calls `train()`, which would enable its drop paths."""
+    """Freeze a module in eval mode, and disable `train()`, which would enable its drop paths."""
     frozen = module.requires_grad_(False).eval()
     frozen.train = lambda mode=True: module  # type: ignore[method-assign]
 
@@ -128,8 +128,7 @@ def load_encoder(
     `untrained` loads the initial weights of a pre-training RUN.
     `head` keeps the classifier of a fine-tuned RUN.
 
-    Raises: UsageError for a spec that names nothing; IdentityError when the weights would not fill
-    the whole encoder.
+    Raises: UsageError for an unknown spec; IdentityError if a tensor of the encoder is missing.
     """
     if weights is not None and not spec.startswith("timm:"):
         expected = "expected timm:NAME with --weights"
@@ -185,30 +184,30 @@ def _from_config(student: SizedStudent | None, seed: int) -> Backbone:
 def _from_timm(spec: str, weights: Path | None) -> Backbone:
     advice = "or put the model's config.json beside the file"
     model, _, chosen = load_timm(spec.removeprefix("timm:"), weights or PRETRAINED, HEADS, advice)
-    # probe, finetune and export rebuild the model from its arguments; this checks that timm can.
-    with _arguments_of(spec), torch.device("meta"):
+    # probe, finetune and export rebuild the model from its arguments; check that timm can.
+    with _model_errors(spec), torch.device("meta"):
         if not isinstance(model, VisionTransformer):
             raise TypeError(f"a {type(model).__name__}")
         architecture, arguments = model_args(model)
-        twin = timm.create_model(architecture, **arguments)
-        pooled(twin, encode_tokens(twin, torch.empty(1, 3, *model.patch_embed.img_size)))
-        twin.reset_classifier(2, "avg")
-        if twin.state_dict().keys() - model.state_dict().keys() != {"head.weight", "head.bias"}:
+        rebuilt = timm.create_model(architecture, **arguments)
+        pooled(rebuilt, encode_tokens(rebuilt, torch.empty(1, 3, *model.patch_embed.img_size)))
+        rebuilt.reset_classifier(2, "avg")
+        if rebuilt.state_dict().keys() - model.state_dict().keys() != {"head.weight", "head.bias"}:
             raise TypeError(f"a {type(model).__name__} that its arguments do not rebuild")
     digest = weights and f"sha256:{file_sha256(weights_file(weights)[0])}{chosen and f'#{chosen}'}"
-    return _described(model, digest or PRETRAINED)
+    return _with_data_config(model, digest or PRETRAINED)
 
 
 def _from_pretraining(folder: Path, untrained: bool) -> Backbone:
     run = read_record(PretrainRun, folder / "run.json")
-    with _arguments_of(folder / "run.json"):
+    with _model_errors(folder / "run.json"):
         config = recorded_config(PretrainConfig, run.config)
         masked = MaskedChannelModel(config, run.grid, run.patch, run.channels, run.mean, run.std)
     weights = "untrained"
     if not untrained:
-        found = newest(folder)
-        load_whole(masked, found.model, str(found.path), HEADS)
-        weights = checkpoint.weights(found.path)
+        saved = newest(folder)
+        load_whole(masked, saved.model, str(saved.path), HEADS)
+        weights = checkpoint.weights(saved.path)
     data = (run.size, run.mean, run.std, run.interpolation, CROP_PCT)
     return Backbone(masked.encoder, weights, *data, masked)
 
@@ -216,7 +215,7 @@ def _from_pretraining(folder: Path, untrained: bool) -> Backbone:
 def recorded_backbone(folder: Path) -> tuple[FinetuneRun, Backbone]:
     """Return the record of a fine-tuned RUN, and its ViT without trained weights."""
     run = read_record(FinetuneRun, folder / "run.json")
-    with _arguments_of(folder / "run.json"):
+    with _model_errors(folder / "run.json"):
         if not timm.is_model(run.architecture):  # timm would download the config of "hf-hub:..."
             raise ValueError(run.architecture)
         model = timm.create_model(run.architecture, pretrained=False, **run.model_args)
@@ -227,15 +226,15 @@ def recorded_backbone(folder: Path) -> tuple[FinetuneRun, Backbone]:
 def _from_finetuning(folder: Path, head: bool) -> Backbone:
     run, backbone = recorded_backbone(folder)
     if run.config.get("task") == "detect":
-        found_here = "found a detector, whose encoder has windows and relative positions"
+        found = "found a detector, whose encoder has windows and relative positions"
         advice = f"use the weights that it began with ({run.init})"
-        raise UsageError(f"{folder}: expected a RUN with a plain ViT; {found_here}; {advice}")
-    found, prefix = newest(folder), "encoder."  # a segmentation RUN has it, beside its head
-    parts = {k.removeprefix(prefix): x for k, x in found.model.items() if k.startswith(prefix)}
-    load_whole(backbone.model, _plain_head(parts or found.model), str(found.path), HEADS)
+        raise UsageError(f"{folder}: expected a RUN with a plain ViT; {found}; {advice}")
+    saved, prefix = newest(folder), "encoder."  # of a segmentation RUN
+    encoder = {k.removeprefix(prefix): x for k, x in saved.model.items() if k.startswith(prefix)}
+    load_whole(backbone.model, _plain_head(encoder or saved.model), str(saved.path), HEADS)
     if not head:
         backbone.model.reset_classifier(0)
-    return replace(backbone, weights=checkpoint.weights(found.path))
+    return replace(backbone, weights=checkpoint.weights(saved.path))
 
 
 def newest(folder: Path) -> checkpoint.Checkpoint:
@@ -243,11 +242,11 @@ def newest(folder: Path) -> checkpoint.Checkpoint:
 
     Raises: UsageError if there is none yet.
     """
-    found = checkpoint.latest(folder, optimizer=False)
-    if found is None:
+    saved = checkpoint.latest(folder, optimizer=False)
+    if saved is None:
         advice = "continue the training until it saves one"
         raise UsageError(f"{folder}: expected a checkpoint; found none yet; {advice}")
-    return found
+    return saved
 
 
 def _plain_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -265,17 +264,17 @@ def _from_export(folder: Path) -> Backbone:
     path = folder / "model.safetensors"
     state, _ = read_weights(path)
     read_json(folder / "config.json", UsageError)  # checks its size and type before timm reads it
-    with _arguments_of(folder / "config.json"):
+    with _model_errors(folder / "config.json"):
         model = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
         if not isinstance(model, VisionTransformer):
             raise TypeError(f"a {type(model).__name__}")
-        backbone = _described(model, f"sha256:{file_sha256(path)}")
+        backbone = _with_data_config(model, f"sha256:{file_sha256(path)}")
     load_whole(model, state, str(path), HEADS)
     return backbone
 
 
 @contextmanager
-def _arguments_of(where: Path | str) -> Iterator[None]:
+def _model_errors(where: Path | str) -> Iterator[None]:
     """Raise a UsageError that names `where` if the block cannot build a model."""
     try:
         yield
@@ -286,7 +285,7 @@ def _arguments_of(where: Path | str) -> Iterator[None]:
         raise UsageError(f"{where}: {expected}; found {error!r}") from error
 
 
-def _described(model: VisionTransformer, weights: str) -> Backbone:
+def _with_data_config(model: VisionTransformer, weights: str) -> Backbone:
     data = resolve_model_data_config(model)
     size = (int(data["input_size"][1]), int(data["input_size"][2]))
     mean, std = tuple(data["mean"]), tuple(data["std"])

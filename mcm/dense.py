@@ -16,19 +16,17 @@ from cache_tools.labels import IGNORED, Mask
 PIXEL_LOGITS = 1 << 26  # the size of one computation
 
 
-def most_probable(logits_KHW: Tensor, size: tuple[int, int]) -> Tensor:
+def most_probable(logits_Khw: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the most probable class [H, W] of logits [K, h, w], resized bilinearly to `size`.
 
     The pixels are computed in strips of bounded memory.
     """
-    eyes = (torch.eye(cells, device=logits_KHW.device)[None] for cells in logits_KHW.shape[1:])
-    down, across = (
-        functional.interpolate(eye, pixels, mode="linear")[0].T
-        for eye, pixels in zip(eyes, size, strict=True)
-    )
-    wide_KhW = logits_KHW @ across.T
-    strips = torch.split(down, max(1, PIXEL_LOGITS // wide_KhW[:, 0].numel()))
-    return torch.cat([torch.einsum("Hh,KhW->KHW", strip, wide_KhW).argmax(0) for strip in strips])
+    eyes = [torch.eye(cells, device=logits_Khw.device)[None] for cells in logits_Khw.shape[1:]]
+    rows_Hh = functional.interpolate(eyes[0], size[0], mode="linear")[0].T
+    columns_Ww = functional.interpolate(eyes[1], size[1], mode="linear")[0].T
+    logits_KhW = logits_Khw @ columns_Ww.T
+    strips = torch.split(rows_Hh, max(1, PIXEL_LOGITS // logits_KhW[:, 0].numel()))
+    return torch.cat([torch.einsum("Hh,KhW->KHW", strip, logits_KhW).argmax(0) for strip in strips])
 
 
 def confusion(mask_HW: Mask, predicted_HW: Tensor, num_classes: int) -> Tensor:
@@ -45,7 +43,7 @@ def confused(counts_KK: Tensor) -> Tensor:
 
 
 def scores(confusion_KK: Tensor) -> dict[str, Any]:
-    """Return miou, mean_accuracy, pixel_accuracy and iou.
+    """Return miou, mean_accuracy, pixel_accuracy and iou (one value per class, None if undefined).
 
     mean_accuracy omits classes without a true pixel. miou omits classes that occur neither in the
     truth nor in the prediction.
@@ -55,8 +53,8 @@ def scores(confusion_KK: Tensor) -> dict[str, Any]:
     if not confusion_KK.any():
         raise UsageError("expected labeled pixels in split 'val'; found only ignored ones")
     hits, truth = confusion_KK.diagonal().double(), confusion_KK.sum(1).double()
-    found = confusion_KK.sum(0).double()
-    iou, accuracy = hits / (truth + found - hits), hits / truth
+    predicted = confusion_KK.sum(0).double()
+    iou, accuracy = hits / (truth + predicted - hits), hits / truth
     means = {"miou": iou.nanmean(), "mean_accuracy": accuracy.nanmean()}
     means["pixel_accuracy"] = hits.sum() / truth.sum()
     each = tuple(None if math.isnan(value) else value for value in iou.tolist())

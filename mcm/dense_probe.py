@@ -80,10 +80,10 @@ class DenseResult(Record):
 
 
 def label_shares(mask_HW: Mask, grid: tuple[int, int], num_classes: int) -> npt.NDArray[np.float32]:
-    """Return the share of each patch's pixels that each class labels, [N, K].
+    """Return the share of each patch's pixels that have each class, [N, K].
 
-    An ignored pixel counts for no class. Patch borders are rounded to whole pixels, so a picture of
-    any size has N patches.
+    An ignored pixel has no class. Patch borders are rounded to whole pixels, so a picture of any
+    size has N patches.
     """
     (height, width), (h, w) = mask_HW.shape, grid
     patch_HW = (np.arange(height) * h // height)[:, None] * w + np.arange(width) * w // width
@@ -114,7 +114,7 @@ def collect(
         N, D = tokens_ND.shape
         kept = patches_kept(pictures, N, D)
         if not filled:
-            x, y = (tokens_ND.new_empty(pictures * kept, wide) for wide in (D, num_classes))
+            x, y = (tokens_ND.new_empty(pictures * kept, width) for width in (D, num_classes))
             rows = torch.empty(pictures * kept, dtype=torch.int64, device=x.device)
         shares_NK = label_shares(mask_HW, grid, num_classes)
         order = np.argsort(hash_u64(seed, "dense_patches", row, np.arange(N)), kind="stable")
@@ -132,14 +132,14 @@ def collect(
 def choose_l2(patches: Patches, seed: int) -> tuple[float, float]:
     """Return (L2, mIoU on held-out training pictures); the strongest penalty wins ties.
 
-    The most probable class of each patch is compared with the labels of all its pixels.
+    The most probable class of each patch is compared with the classes of all its pixels.
     """
     rows = torch.unique(patches.rows).cpu().numpy()
     order = rows[permutation(len(rows), seed, "dense_choice")[:CHOICE_PICTURES]]
-    split = max(1, len(order) // 5)
+    num_held = max(1, len(order) // 5)
     order = torch.from_numpy(order).to(patches.rows.device)
-    picks = [torch.isin(patches.rows, drawn) for drawn in (order[:split], order[split:])]
-    held, bank = (Patches(*(part[chosen] for part in patches)) for chosen in picks)
+    chosen = [torch.isin(patches.rows, part) for part in (order[:num_held], order[num_held:])]
+    held, bank = (Patches(*(x[is_chosen] for x in patches)) for is_chosen in chosen)
 
     def held_out_miou(l2: float) -> float:
         weight_KD, bias_K, _ = fit_softmax(bank.x, bank.y, l2)
@@ -185,14 +185,14 @@ def dense_probe(
     facts |= {"software": software(), "versions": installed_versions("torch", "timm", "numpy")}
 
     def held_out_miou(s: float) -> float:
-        return _train(featurizer, featurizer.folded(s), CHOICE_PICTURES)[-1]
+        return _fit(featurizer, featurizer.folded(s), CHOICE_PICTURES)[-1]
 
     for kind in kinds:
         s = max(FOLDS, key=held_out_miou) if kind == "folded" else None
         encode = featurizer.encoder(kind, s)
-        weight_KD, bias_K, fitted, _ = _train(featurizer, encode)
-        found = scores(_confusion(featurizer, encode, weight_KD, bias_K))
-        results.append(DenseResult(**found, **fitted, input=kind, fold_scale=s, **facts))
+        weight_KD, bias_K, fit_facts, _ = _fit(featurizer, encode)
+        accuracies = scores(_confusion(featurizer, encode, weight_KD, bias_K))
+        results.append(DenseResult(**accuracies, **fit_facts, input=kind, fold_scale=s, **facts))
         if run.is_file():
             with warn_if_not_saved():
                 name = record_name(kind, dataset.sha256, seed, untrained)
@@ -211,10 +211,10 @@ def text(result: DenseResult) -> str:
     return f"{subject}: dense linear (LBFGS) {figures}\n  IoU: {each}"
 
 
-def _train(
+def _fit(
     featurizer: Featurizer, encode: Encode, pictures: int | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Any], float]:
-    """Fit all training pictures, or `pictures` of them.
+    """Fit the classifier to all training pictures, or to `pictures` of them.
 
     Returns: weight, bias, the facts of the fit, and the held-out mIoU.
     """
@@ -228,8 +228,8 @@ def _train(
     l2, miou = choose_l2(patches, seed)
     weight_KD, bias_K, converged = fit_softmax(patches.x, patches.y, l2)
     weight_KD = weight_KD / std_D  # weights for tokens that are not standardized
-    fitted = {"l2": l2, "converged": converged, "patches": len(patches.x)}
-    return weight_KD, bias_K - weight_KD @ mean_D, fitted, miou
+    facts = {"l2": l2, "converged": converged, "patches": len(patches.x)}
+    return weight_KD, bias_K - weight_KD @ mean_D, facts, miou
 
 
 def _confusion(featurizer: Featurizer, encode: Encode, weight_KD: Tensor, bias_K: Tensor) -> Tensor:

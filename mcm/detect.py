@@ -42,16 +42,16 @@ STATS |= {f"AP_{size}": f"ap_{size}" for size in ("small", "medium", "large")}
 class ObjectSource(RowSource):
     """Batches of the pictures of a DATASET with boxes on the canvas; one row is one chunk.
 
-    A batch has pictures uint8 [B, S, S, 3], their rows, and where they lie. Training adds the
-    objects of all pictures, one after another, and the number of each picture: boxes [N, 4], labels
-    [N], packed masks [N, S, S / 8], counts. A short batch is not padded.
+    A batch has pictures uint8 [B, S, S, 3], their rows and their places. Training adds the objects
+    of all pictures in order, boxes [N, 4], labels [N] and packed masks [N, S, S / 8], and the
+    counts of objects per picture. A short batch is not padded.
     """
 
     def __init__(
         self, dataset: Dataset, split: str, detect: Detect, mean: Sequence[float], seed: int,
         rows: Indices | None = None,
     ) -> None:  # fmt: skip
-        """Without `rows`, take all rows of the split, fit the pictures and read no objects."""
+        """Without `rows`, evaluate: use every row of the split, and read no objects."""
         super().__init__(dataset, split, seed, rows)
         self.detect, self.mean, self.training = detect, mean, rows is not None
 
@@ -67,8 +67,8 @@ class ObjectSource(RowSource):
             place.draw(rgb, canvas_SS3, self.mean)
             places.append(place)
             if self.training:
-                there = self.dataset.boxes(self.split, row)
-                objects.append(targets(there, place, size, self.detect.masks))
+                boxes = self.dataset.boxes(self.split, row)
+                objects.append(targets(boxes, place, size, self.detect.masks))
         out: Batch = {"pictures": torch.from_numpy(canvases_BSS3), "rows": rows, "places": places}
         if self.training:
             out |= {"epoch": epoch, "counts": [len(each["labels"]) for each in objects]}
@@ -105,26 +105,25 @@ class Detection:
 
         The main rank keeps the first pictures in `shown`.
         """
-        mine = list[Result]()
+        own = list[Result]()  # of this rank
         for batch in items:
             pictures_BSS3 = batch["pictures"].to(accelerator.device)
             found = detections(self.model, pictures_BSS3, batch["places"])
             for row, results in zip(batch["rows"], found, strict=True):
-                mine += [result | {"image_id": row} for result in results]
-        every = sorted(gather_object(mine), key=lambda result: result["image_id"])
-        scored: list[tuple[Metrics, Classes]] = [({}, {})]
+                own += [result | {"image_id": row} for result in results]
+        results = sorted(gather_object(own), key=lambda result: result["image_id"])
+        metrics, classes = Metrics(), Classes()
         if accelerator.is_main_process:
             truth = ground_truth(self.dataset, "val")
-            self.shown = {
-                "truth": self._drawn(truth["annotations"]),
-                "predicted": self._drawn(every),
-            }
+            drawn = {"truth": truth["annotations"], "predicted": results}
+            self.shown = {name: self._drawn(objects) for name, objects in drawn.items()}
             for kind in list(KINDS)[: 1 + self.model.has_masks]:
-                metrics, classes = average_precision(truth, every, kind)
-                scored[0][0].update(metrics)
-                scored[0][1].update(classes)
-        broadcast_object_list(scored)
-        return scored[0]
+                kind_metrics, kind_classes = average_precision(truth, results, kind)
+                metrics |= kind_metrics
+                classes |= kind_classes
+        scores: list[Any] = [metrics, classes]
+        broadcast_object_list(scores)
+        return scores[0], scores[1]
 
     @staticmethod
     def predictor(run: Path) -> Predictor:
@@ -152,37 +151,34 @@ class Detection:
 
         return detect_in
 
-    def _drawn(self, every: Sequence[Result]) -> Tensor:
+    def _drawn(self, results: Iterable[Result]) -> Tensor:
         """Return the first held-out pictures with their objects, uint8 [pictures, S, S, 3]."""
-        canvases = []
-        for row in range(min(SHOWN, len(self.held.rows))):
+        size = self.held.detect.size
+        results = results if self.model.has_masks else _without("segmentation", results)
+        canvases = np.empty((min(SHOWN, len(self.held.rows)), size, size, 3), np.uint8)
+        for row, canvas_SS3 in enumerate(canvases):
             rgb = decoded(self.dataset.picture("val", row)[0])
-            results = [result for result in every if result["image_id"] == row]
-            if not self.model.has_masks:
-                results = _without("segmentation", results)
-            canvases.append(np.empty((self.held.detect.size,) * 2 + (3,), np.uint8))
-            place = fitted((rgb.shape[0], rgb.shape[1]), self.held.detect.size)
-            drawn = draw_results(rgb, results, self.dataset.classes)
-            place.draw(drawn, canvases[-1], self.held.mean)
-        return torch.from_numpy(np.stack(canvases))
+            objects = [result for result in results if result["image_id"] == row]
+            drawn = draw_results(rgb, objects, self.dataset.classes)
+            fitted((rgb.shape[0], rgb.shape[1]), size).draw(drawn, canvas_SS3, self.held.mean)
+        return torch.from_numpy(canvases)
 
 
 def rows_to_train(dataset: Dataset, detect: Detect) -> Indices:
-    """Return the rows of "train" that train.
+    """Return the rows of "train" to train on: all or, without `detect.empty`, those with objects.
 
-    Raises: UsageError if a split has only crowds or nothing or, with `detect.masks`, no mask.
+    Raises: UsageError if a split has no object except for crowds or, with `detect.masks`, no mask.
     """
     for split in ("train", "val"):
-        there = (dataset.boxes(split, row) for row in range(dataset.rows(split)))
-        pairs = (pair for x in there for pair in zip(x.iscrowd_N, x.segmentation, strict=True))
+        pictures = (dataset.boxes(split, row) for row in range(dataset.rows(split)))
+        pairs = (pair for x in pictures for pair in zip(x.iscrowd_N, x.segmentation, strict=True))
         if not any(not crowd and (shape or not detect.masks) for crowd, shape in pairs):
             what, hint = ("masks", "; set detect.masks = false") if detect.masks else ("boxes", "")
-            raise UsageError(
-                f"{dataset.path}: expected {what} in split {split!r}; found none{hint}"
-            )
+            found = f"found none{hint}"
+            raise UsageError(f"{dataset.path}: expected {what} in split {split!r}; {found}")
     rows = range(dataset.rows("train"))
     kept = (detect.empty or not dataset.boxes("train", row).iscrowd_N.all() for row in rows)
-    return np.flatnonzero(np.fromiter(kept, bool))  # crowds train nothing
+    return np.flatnonzero(np.fromiter(kept, bool))  # a picture with only crowds has no target
 
 
 def objects_of(batch: Batch, masks: bool) -> list[Objects]:
@@ -201,14 +197,14 @@ def objects_of(batch: Batch, masks: bool) -> list[Objects]:
 def detections(
     model: Detector, pictures_BSS3: Tensor, places: Sequence[Placement]
 ) -> list[list[Result]]:
-    """Return what the model finds in `fitted` pictures, in their own pixels.
+    """Return the objects that the model finds in `fitted` pictures, in the pixels of the pictures.
 
     A result is COCO's: category_id (the class), bbox [x, y, width, height], score and, with masks,
     segmentation (RLE).
     """
     extents = [place.extent for place in places]
-    found = model(pictures_BSS3, extents) if extents else []
-    return [_results(*pair) for pair in zip(found, places, strict=True)]
+    objects = model(pictures_BSS3, extents) if extents else []
+    return [_results(*pair) for pair in zip(objects, places, strict=True)]
 
 
 def draw_results(rgb: RGB, results: Iterable[Result], classes: Sequence[str]) -> RGB:
@@ -231,15 +227,15 @@ def _without(key: str, results: Iterable[Result]) -> list[Result]:
     return [{k: v for k, v in result.items() if k != key} for result in results]
 
 
-def _results(found: Objects, place: Placement) -> list[Result]:
-    boxes_N4 = place.to_source(found["boxes"].double().cpu().numpy())
+def _results(objects: Objects, place: Placement) -> list[Result]:
+    boxes_N4 = place.to_source(objects["boxes"].double().cpu().numpy())
     xywh_N4 = np.concatenate([boxes_N4[:, :2], boxes_N4[:, 2:] - boxes_N4[:, :2]], axis=1)
-    labels, scores = (found[name].tolist() for name in ("labels", "scores"))
+    labels, scores = objects["labels"].tolist(), objects["scores"].tolist()
     records: list[Result] = [
         {"category_id": label - 1, "bbox": box, "score": score}
         for label, box, score in zip(labels, xywh_N4.tolist(), scores, strict=True)
     ]
-    for record, box_4, mask_1MM in zip(records, boxes_N4, found.get("masks", ()), strict=False):
+    for record, box_4, mask_1MM in zip(records, boxes_N4, objects.get("masks", ()), strict=False):
         # One by one, because the masks of a large picture would not fit into memory.
         box_14 = torch.from_numpy(box_4)[None]
         mask_HW = paste_masks_in_image(mask_1MM[None].cpu(), box_14, place.source)[0, 0] > 0.5
@@ -253,17 +249,17 @@ def ground_truth(dataset: Dataset, split: str) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for row in range(dataset.rows(split)):
-        there = dataset.boxes(split, row)
-        images.append({"id": row, "height": there.size_HW[0], "width": there.size_HW[1]})
-        for i, (x0, y0, x1, y1) in enumerate(there.boxes_N4.tolist()):
+        objects = dataset.boxes(split, row)
+        images.append({"id": row, "height": objects.size_HW[0], "width": objects.size_HW[1]})
+        for i, (x0, y0, x1, y1) in enumerate(objects.boxes_N4.tolist()):
             annotations.append({
-                "id": len(annotations) + 1,  # COCO's evaluation takes 0 for no object
+                "id": len(annotations) + 1,  # for COCO's evaluation, id 0 means no object
                 "image_id": row,
-                "category_id": int(there.labels_N[i]),
+                "category_id": int(objects.labels_N[i]),
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": float(there.area_N[i]),
-                "iscrowd": int(there.iscrowd_N[i]),
-                "segmentation": outline(there, i),
+                "area": float(objects.area_N[i]),
+                "iscrowd": int(objects.iscrowd_N[i]),
+                "segmentation": outline(objects, i),
             })  # fmt: skip
     categories = [{"id": k, "name": name} for k, name in enumerate(dataset.classes)]
     return {"images": images, "annotations": annotations, "categories": categories}
@@ -277,21 +273,18 @@ def average_precision(
     `kind` is bbox or segm. A score without any object is omitted from the metrics, and is None in
     the list of classes.
     """
-    # With a bbox, loadRes would take the area of the box as the area of the mask.
-    kept = _without("bbox" if kind == "segm" else "segmentation", results)
+    # With a bbox, loadRes would use the area of the box as the area of the mask.
+    one_kind = _without("bbox" if kind == "segm" else "segmentation", results)
     coco = COCO(truth)
-    scored = COCOeval_faster(coco, coco.loadRes(kept), kind, print_function=lambda *_: None)
-    scored.evaluate()
-    scored.accumulate()
-    scored.summarize()
-    stats, prefix = scored.stats_as_dict, KINDS[kind]
+    evaluation = COCOeval_faster(coco, coco.loadRes(one_kind), kind, print_function=lambda *_: None)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    stats, prefix = evaluation.stats_as_dict, KINDS[kind]
     metrics = {f"{prefix}_{name}": stats[key] for key, name in STATS.items()}
     # [IoU thresholds, recalls, classes] of all areas and 100 detections; the first IoU is 0.5
-    precision_TRK = scored.eval["precision"][:, :, :, 0, -1]
-    classes = {
-        f"{prefix}_{name}": [
-            float(p.mean()) if p.min() > -1 else None for p in part.transpose(2, 0, 1)
-        ]
-        for name, part in (("ap", precision_TRK), ("ap50", precision_TRK[:1]))
-    }
+    precision_TRK, classes = evaluation.eval["precision"][:, :, :, 0, -1], Classes()
+    for name, thresholds_TRK in (("ap", precision_TRK), ("ap50", precision_TRK[:1])):
+        by_class = thresholds_TRK.transpose(2, 0, 1)
+        classes[f"{prefix}_{name}"] = [float(p.mean()) if p.min() > -1 else None for p in by_class]
     return {name: value for name, value in metrics.items() if value > -1}, classes

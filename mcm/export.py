@@ -69,8 +69,8 @@ def export(
     `fold_scale` s folds x~ = e + s (x - e), where e is the encoder fill, into the patch embedding.
     `kind` is one of FORMATS.
 
-    Raises: UsageError, after which nothing is at `out`; McmError if the other library computes
-    other features.
+    Raises: UsageError for a wrong request; McmError if the other library computes other features.
+    Then `out` does not exist.
     """
     if kind not in FORMATS:
         found = f"found {kind!r}{nearest(kind, FORMATS)}"
@@ -101,12 +101,12 @@ def export(
             config["mcm"]["part"] = "the encoder alone, without the head of its task"
     with atomic_folder(out) as temp, torch.inference_mode():
         try:
-            theirs = write(temp, backbone, config)
+            compute = write(temp, backbone, config)
         except ModuleNotFoundError as error:
             missing = f"expected the package {error.name}; found none; install it with pip"
             raise UsageError(f"--format {kind}: {missing}") from error
         write_atomic(temp / "README.md", model_card(run, config, usage).encode())
-        _check(temp, Outputs(backbone.model), theirs, tolerance)
+        _check(temp, Outputs(backbone.model), compute, tolerance)
     return config
 
 
@@ -127,7 +127,7 @@ class Outputs(nn.Module):
         return tokens_BND, self.model.forward_head(tokens_BND)
 
 
-Compute = Callable[[Tensor], Iterable[Tensor]]  # the outputs of pictures by another library
+Compute = Callable[[Tensor], Iterable[Tensor]]  # another library computes the outputs of pictures
 
 
 def _write_timm(folder: Path, backbone: Backbone, config: dict[str, Any]) -> Compute:
@@ -184,12 +184,12 @@ def _write_hf(folder: Path, backbone: Backbone, config: dict[str, Any]) -> Compu
         raise UsageError(f'--format hf: expected a classifier with pool = "token"; {found}')
     prefix = "vit." if model.num_classes else ""
     for name, tensor in model.state_dict().items():
-        thirds = ("query", "key", "value") if ".attn.qkv." in name else ("qkv",)
-        for third, part in zip(thirds, tensor.chunk(len(thirds)), strict=True):
-            new = name.replace("qkv", third)
+        layers = ("query", "key", "value") if ".attn.qkv." in name else ("qkv",)
+        for layer, part in zip(layers, tensor.chunk(len(layers)), strict=True):
+            hf_name = name.replace("qkv", layer)
             for pattern, replacement in HF_NAMES.items():
-                new = re.sub(pattern, replacement, new)
-            tensors[new if name.startswith("head.") else prefix + new] = part
+                hf_name = re.sub(pattern, replacement, hf_name)
+            tensors[hf_name if name.startswith("head.") else prefix + hf_name] = part
     _write_tensors(folder, tensors, _hf_config(backbone, config))
     _write_json(folder / "preprocessor_config.json", _hf_preprocessing(backbone))
     cls = transformers.ViTForImageClassification if prefix else transformers.ViTModel
@@ -197,8 +197,8 @@ def _write_hf(folder: Path, backbone: Backbone, config: dict[str, Any]) -> Compu
     loaded, report = cls.from_pretrained(
         folder, output_loading_info=True, ignore_mismatched_sizes=True, **pooler
     )
-    if unlike := sorted(str(name) for names in report.values() for name in names):
-        found = f"found {', '.join(unlike[:3])}; use --format timm, which transformers loads"
+    if mismatched := sorted(str(name) for names in report.values() for name in names):
+        found = f"found {', '.join(mismatched[:3])}; use --format timm, which transformers loads"
         raise UsageError(f"--format hf: expected the tensors of transformers' ViT; {found}")
 
     def compute(pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,17 +297,17 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
 def model_card(run: Path, config: dict[str, Any], usage: str) -> str:
     """Return the README.md of an exported folder: its `usage`, its training and its results."""
     facts = recorded(run)
-    known = (facts.get("cache") or {}) | facts | config["mcm"]
-    known.pop("sha256", None)
-    rows = {name: value for name, value in known.items() if isinstance(value, str | float)}
+    fields = (facts.get("cache") or {}) | facts | config["mcm"]
+    fields.pop("sha256", None)
+    rows = {name: value for name, value in fields.items() if isinstance(value, str | float)}
     rows |= {f"sha256 of {unit}": digest for unit, digest in facts.get("units", {}).items()}
     rows |= {name: f"{value:.4f}" for name, value in last_eval(run).items() if name in RESULTS}
     for file in sorted([*(run / "probe").glob("*.json"), *(run / "dense").glob("*.json")]):
-        found = read_json(file)
-        if found["weights"] == config["mcm"]["weights"]:
-            of = f"{found['input']} input, DATASET {found['data_sha256'][:12]}"
-            names = [name for name in RESULTS if found.get(name) is not None]
-            rows |= {f"{name}, {of}": f"{found[name]:.4f}" for name in names}
+        result = read_json(file)
+        if result["weights"] == config["mcm"]["weights"]:
+            source = f"{result['input']} input, DATASET {result['data_sha256'][:12]}"
+            names = [name for name in RESULTS if result.get(name) is not None]
+            rows |= {f"{name}, {source}": f"{result[name]:.4f}" for name in names}
     table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
     return CARD.format(usage=usage, table=table, settings=json.dumps(facts["config"], indent=2))
 
@@ -323,13 +323,16 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomic(path, json.dumps(content, indent=2).encode())
 
 
-def _check(folder: Path, ours: Outputs, theirs: Compute, tolerance: float) -> None:
-    """Compare the outputs of another library, which loaded the folder, on fixed noise."""
+def _check(folder: Path, encoder: Outputs, compute: Compute, tolerance: float) -> None:
+    """Compare the outputs of another library, which loaded the folder, on fixed noise.
+
+    Raises: McmError if they differ by more than `tolerance`.
+    """
     generator = torch.Generator().manual_seed(0)
-    size = ours.model.patch_embed.img_size
+    size = encoder.model.patch_embed.img_size
     pictures_B3HW = torch.randn(3, 3, *size, generator=generator)
-    outputs = zip(ours(pictures_B3HW), theirs(pictures_B3HW), strict=True)
-    gap = max((found - wanted).abs().max().item() for found, wanted in outputs)
-    if not gap <= tolerance:
-        expected = f"expected the other library's features within {tolerance} of the RUN's"
-        raise McmError(f"{folder}: {expected}; found {gap:.2e}")
+    outputs = zip(encoder(pictures_B3HW), compute(pictures_B3HW), strict=True)
+    difference = max((expected - found).abs().max().item() for expected, found in outputs)
+    if not difference <= tolerance:
+        within = f"expected the other library's features within {tolerance} of the RUN's"
+        raise McmError(f"{folder}: {within}; found {difference:.2e}")

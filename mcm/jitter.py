@@ -1,6 +1,6 @@
-"""Pictures and objects on a square canvas: large-scale jitter for training, a fit for evaluation.
+"""Place pictures and objects on a square canvas: large-scale jitter, or a fit for evaluation.
 
-Objects are moved as polygons and become masks after the crop. N objects, S pixels of the canvas.
+Polygons are transformed first and become masks after the crop. N objects, S pixels of the canvas.
 """
 
 from collections.abc import Sequence
@@ -46,16 +46,16 @@ class Placement(NamedTuple):
             mask_HW = coco_mask.decode(coco_mask.segmToRle(segmentation, *self.source[::-1]))
             mask_SS[:height, :width] = self._cropped(mask_HW, Image.Resampling.NEAREST)
         else:
-            moved = [self.points(np.reshape(p, (-1, 2))).ravel().tolist() for p in segmentation]
-            mask_SS[:height, :width] = coco_mask.decode(coco_mask.segmToRle(moved, width, height))
+            placed = [self.points(np.reshape(p, (-1, 2))).ravel().tolist() for p in segmentation]
+            mask_SS[:height, :width] = coco_mask.decode(coco_mask.segmToRle(placed, width, height))
         return mask_SS
 
     def points(self, xy_N2: Array) -> Array:
         """Return points (x, y) of the picture in pixels of the canvas; they may lie outside."""
-        moved: Array = xy_N2 * self._scale() - self.corner[::-1]
+        placed_N2: Array = xy_N2 * self._scale() - self.corner[::-1]
         if self.flip:
-            moved[:, 0] = self.extent[1] - moved[:, 0]
-        return moved
+            placed_N2[:, 0] = self.extent[1] - placed_N2[:, 0]
+        return placed_N2
 
     def boxes(self, boxes_N4: Array) -> Array:
         """Return boxes (x0, y0, x1, y1) in pixels of the canvas, clipped to the extent."""
@@ -71,11 +71,11 @@ class Placement(NamedTuple):
         return np.divide(self.size[::-1], self.source[::-1])
 
     def _cropped(self, picture: Array, resampling: Image.Resampling) -> Array:
-        first, last = self.corner, np.add(self.corner, self.extent)
-        box = np.concatenate([np.divide(edge[::-1], self._scale()) for edge in (first, last)])
-        box = np.minimum(box, np.tile(self.source[::-1], 2))  # rounding may have passed the border
-        moved = Image.fromarray(picture).resize(self.extent[::-1], resampling, tuple(box.tolist()))
-        return np.asarray(moved)[:, :: -1 if self.flip else 1]
+        corners = self.corner, np.add(self.corner, self.extent)
+        box = np.concatenate([np.divide(corner[::-1], self._scale()) for corner in corners])
+        box = np.minimum(box, np.tile(self.source[::-1], 2))  # rounding may exceed the border
+        crop = Image.fromarray(picture).resize(self.extent[::-1], resampling, tuple(box.tolist()))
+        return np.asarray(crop)[:, :: -1 if self.flip else 1]
 
 
 def fitted(source: Pair, canvas: int) -> Placement:
@@ -108,18 +108,18 @@ def outline(objects: Boxes, i: int) -> Any:
 def targets(objects: Boxes, place: Placement, canvas: int, masks: bool) -> dict[str, Array]:
     """Return boxes float32 [N, 4], labels int64 [N] from 1, and packed masks [N, S, S / 8].
 
-    Crowds and objects that the crop leaves out are no targets. With masks, a box is the bounding
-    box of its mask.
+    Crowds, and objects outside the crop, are no targets. With masks, a box is the bounding box of
+    its mask.
     """
-    kept = np.flatnonzero(~objects.iscrowd_N)
-    boxes_N4, masks_NSS = place.boxes(objects.boxes_N4[kept]), np.zeros((0, canvas, canvas))
-    if masks and len(kept):
-        masks_NSS = np.stack([place.mask(outline(objects, i), canvas) for i in kept.tolist()])
+    single = np.flatnonzero(~objects.iscrowd_N)
+    boxes_N4, masks_NSS = place.boxes(objects.boxes_N4[single]), np.zeros((0, canvas, canvas))
+    if masks and len(single):
+        masks_NSS = np.stack([place.mask(outline(objects, i), canvas) for i in single.tolist()])
         boxes_N4 = np.stack([bounding_box(mask_SS) for mask_SS in masks_NSS])
     inside = (boxes_N4[:, 2:] - boxes_N4[:, :2] >= MIN_PIXELS).all(1)
-    labels_N = objects.labels_N[kept][inside] + 1
-    found: dict[str, Array] = {"boxes": boxes_N4[inside].astype(np.float32), "labels": labels_N}
-    return found | ({"masks": np.packbits(masks_NSS[inside] > 0, axis=-1)} if masks else {})
+    labels_N, boxes_N4 = objects.labels_N[single][inside] + 1, boxes_N4[inside]
+    result: dict[str, Array] = {"boxes": boxes_N4.astype(np.float32), "labels": labels_N}
+    return result | ({"masks": np.packbits(masks_NSS[inside] > 0, axis=-1)} if masks else {})
 
 
 def bounding_box(mask_SS: Array) -> Array:

@@ -35,7 +35,7 @@ from mcm.stream import Batch, Stream, batches
 
 MODES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SHOWN_SPANS = 32
-GO_ON, SAVE, STOP = 0, 1, 2  # what follows a step; the maximum over the ranks is taken
+CONTINUE, SAVE, STOP = 0, 1, 2  # requests after a step; the maximum over the ranks applies
 FAILED_SAVES = 3  # the run stops after this many failed saves in a row
 TIMEOUT = timedelta(minutes=10)  # of collectives; ranks wait this long for the main rank's save
 
@@ -76,7 +76,7 @@ def engine(precision: str) -> Iterator[Accelerator]:
     The process group ends with the block.
 
     Raises: UsageError for a launcher mode other than one process or DDP, and for a precision that
-    the device does not have.
+    the device does not support.
     """
     _check_launcher()
     # timm.optim raises the limit to 1,000,000. With torch's 8, a recompile loop is reported.
@@ -97,7 +97,7 @@ def engine(precision: str) -> Iterator[Accelerator]:
 
 
 def _check_precision(precision: str, cuda: bool) -> None:
-    """Raises: UsageError that names a precision that the device has."""
+    """Raise UsageError, with a precision that the device supports, unless it supports this one."""
     if precision == "fp16" and not cuda:
         other, found = "bf16", "the CPU"
     elif precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(False):
@@ -133,22 +133,22 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def on_device(items: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield the batches on the device; a GPU copies the next batch on a side stream meanwhile."""
+    """Yield the batches on the device; on a GPU, a side stream copies the next batch meanwhile."""
     if device.type != "cuda":
         yield from (to_device(batch, device) for batch in items)
         return
     side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    ahead = None
+    previous = None
     for batch in items:
         with torch.cuda.stream(side):
-            copied = to_device(batch, device)
-            done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(side)
-        if ahead is not None:
-            yield _ready(*ahead)
-        ahead = copied, done
-    if ahead is not None:
-        yield _ready(*ahead)
+            on_gpu = to_device(batch, device)
+            copied: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record(side)
+        if previous is not None:
+            yield _ready(*previous)
+        previous = on_gpu, copied
+    if previous is not None:
+        yield _ready(*previous)
 
 
 def _ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
@@ -164,8 +164,8 @@ def _ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
 def train(job: Job, accelerator: Accelerator, stop: StopFlag) -> dict[str, float]:
     """Train from the newest checkpoint, or from step 0, to the last step; return the last metrics.
 
-    Raises: Interrupted, after saving a checkpoint, when a stop was requested; Diverged when a loss
-    is not finite; errors from reading the data.
+    Raises: Interrupted, after a checkpoint is saved, if a stop was requested; Diverged if a loss is
+    not finite; the errors of reading the data.
     """
     cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
     if cuda and accelerator.is_main_process:
@@ -177,7 +177,7 @@ def train(job: Job, accelerator: Accelerator, stop: StopFlag) -> dict[str, float
 
 
 class Loop:
-    """A run in progress. `step` does not touch the RUN folder, so benchmarks can call it."""
+    """A run in progress. `step` does not use the RUN folder, so benchmarks can call it."""
 
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
         assert isinstance(job.stream.order, Order)
@@ -193,10 +193,10 @@ class Loop:
             job.model.compile()  # in place: the names in the state dict do not change
         self.model, self.optimizer = accelerator.prepare(job.model, job.optimizer)
         self.model.train()
-        # The ranks agree through a gloo group on the hosts, which does not wait for the GPU.
-        self.hosts: Any = None
+        # The ranks exchange requests in a gloo group, which does not wait for the GPU.
+        self.gloo: Any = None
         if accelerator.num_processes > 1:
-            self.hosts = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
+            self.gloo = torch.distributed.new_group(backend="gloo", timeout=TIMEOUT)
         self.pending: list[Tensor] = []  # (loss, gradient norm) of steps, still on the device
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.window: list[float] = []  # losses since the last log line
@@ -211,18 +211,18 @@ class Loop:
         A complete run is evaluated again, because its log may have lost the last line.
         """
         settings, order, device = self.job.config.train, self.order, self.accelerator.device
-        found = checkpoint.latest(self.job.run_dir) if self.main else None
-        if self.hosts is not None:
-            found = checkpoint.shared(found, self.hosts)
-        step = found.step if found else -1
-        evaluated = found is not None and bool(found.meta["evaluated"]) and step < self.total_steps
+        saved = checkpoint.latest(self.job.run_dir) if self.main else None
+        if self.gloo is not None:
+            saved = checkpoint.shared(saved, self.gloo)
+        step = saved.step if saved else -1
+        evaluated = saved is not None and bool(saved.meta["evaluated"]) and step < self.total_steps
         log = Log(self.job.run_dir, step, evaluated, self.main, order.steps_per_epoch)
         with closing(log) as self.log:
-            if found:
-                self._restore(found, evaluated)
-                found = None  # frees the memory of the checkpoint
+            if saved:
+                self._restore(saved, evaluated)
+                saved = None  # frees the memory of the checkpoint
             step = max(step, 0)
-            start, end = (s * order.accumulation for s in (step, self.total_steps))
+            start, end = step * order.accumulation, self.total_steps * order.accumulation
             workers, title = settings.workers if start < end else 0, f"training {self.job.run_dir}"
             with (
                 progress(self.total_steps, title, "steps", step, not self.main) as bar,
@@ -231,23 +231,23 @@ class Loop:
                 items = on_device(loaded, device)
                 try:
                     while step < self.total_steps:
-                        asked = self.step(step, items, stop)
+                        request = self.step(step, items, stop)
                         step += 1
                         if step % settings.log_steps == 0 or step == self.total_steps:
                             self._log(step)
                         bar.update(1, self.note)
-                        self._end_of_step(step, asked)
+                        self._end_of_step(step, request)
                 finally:
                     self._join_save(must=False)
         return self.metrics
 
-    def _end_of_step(self, step: int, asked: int) -> None:
+    def _end_of_step(self, step: int, request: int) -> None:
         """Evaluate at the end of an epoch, save if a checkpoint is due, and stop if requested."""
         every = self.job.config.train.checkpoint_steps
         epoch_ends, last = step % self.order.steps_per_epoch == 0, step == self.total_steps
-        stopping = asked == STOP and not last
+        stopping = request == STOP and not last
         if every is None:
-            due = asked == SAVE
+            due = request == SAVE
         elif every:
             due = step % every == 0
         else:
@@ -257,36 +257,35 @@ class Loop:
         if stopping or last or due:
             self._save(step, evaluated=epoch_ends and not stopping, must=stopping or last)
         if stopping:
-            raise Interrupted(
-                f"stopped after step {step} of {self.total_steps}, saved; the same command resumes"
-            )
+            place = f"step {step} of {self.total_steps}"
+            raise Interrupted(f"stopped after {place}, saved; the same command resumes")
 
-    def _restore(self, found: checkpoint.Checkpoint, evaluated: bool) -> None:
-        checkpoint.restore(found, self.job.model, self.optimizer.optimizer)
+    def _restore(self, saved: checkpoint.Checkpoint, evaluated: bool) -> None:
+        checkpoint.restore(saved, self.job.model, self.optimizer.optimizer)
         if self.scaler is not None:
-            self.scaler.load_state_dict(found.meta["scaler"])
+            self.scaler.load_state_dict(saved.meta["scaler"])
         swap_ema(self.optimizer.optimizer)
-        self.window = list(found.meta["window"])
-        self.logged_step = self.saved_step = found.step
+        self.window = list(saved.meta["window"])
+        self.logged_step = self.saved_step = saved.step
         if self.main:
-            where = f"step {found.step} of {self.total_steps}"
-            print(f"{self.job.run_dir}: resumes after {where}", flush=True)
-        if found.step % self.order.steps_per_epoch == 0 and not evaluated:
-            self._evaluate(found.step)
+            place = f"step {saved.step} of {self.total_steps}"
+            print(f"{self.job.run_dir}: resumes after {place}", flush=True)
+        if saved.step % self.order.steps_per_epoch == 0 and not evaluated:
+            self._evaluate(saved.step)
 
     def step(self, step: int, items: Iterator[Batch], stop: StopFlag) -> int:
-        """Take one optimizer step; return what all ranks do next: GO_ON, SAVE or STOP."""
+        """Take one optimizer step; return the request for all ranks: CONTINUE, SAVE or STOP."""
         job, micro_steps = self.job, self.order.accumulation
         schedule, steps = job.config.schedule, (step, self.total_steps, self.warmup_steps)
         self.lr = learning_rate(*steps, self.peak_lr, schedule.min_lr, schedule.shape)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * group["lr_scale"]
-        # Seeds dropout and drop path by the step, so checkpoints save no generator state.
+        # Dropout and drop path depend on the step only, so checkpoints save no generator state.
         torch.manual_seed(int(hash_u64(job.config.train.seed, "step", step, self.order.rank)) >> 1)
         total = torch.zeros((), device=self.accelerator.device)
         for left in reversed(range(micro_steps)):
             batch = self._next(items)
-            asked = GO_ON if left else self._agree(stop)
+            request = CONTINUE if left else self._agree(stop)
             with self.accelerator.no_sync(self.model) if left else nullcontext():
                 loss = job.loss(self.model, batch) / micro_steps
                 # accelerator.backward would divide by gradient_accumulation_steps again.
@@ -298,7 +297,7 @@ class Loop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.pending.append(torch.stack([total, norm.to(total)]))
-        return asked
+        return request
 
     def _next(self, items: Iterator[Batch]) -> Batch:
         start = time.perf_counter()
@@ -310,18 +309,18 @@ class Loop:
         """Return the maximum request over the ranks; the clock of the main rank requests SAVE."""
         every_s = 60 * self.job.config.train.checkpoint_minutes
         due = self.main and time.monotonic() - self.saved_at >= every_s
-        request = torch.tensor(STOP if stop.requested else SAVE if due else GO_ON)
-        if self.hosts is not None:
-            torch.distributed.all_reduce(request, torch.distributed.ReduceOp.MAX, group=self.hosts)
+        request = torch.tensor(STOP if stop.requested else SAVE if due else CONTINUE)
+        if self.gloo is not None:
+            torch.distributed.all_reduce(request, torch.distributed.ReduceOp.MAX, group=self.gloo)
         return int(request)
 
-    def _drain(self, step: int) -> None:
+    def _fetch_losses(self, step: int) -> None:
         """Copy the losses of the steps before `step` to the host, averaged over the ranks.
 
-        No checkpoint is saved before its losses are checked here. In fp16, a step whose gradients
+        Every checkpoint is saved after this check of its losses. In fp16, a step whose gradients
         overflow is skipped and the scale is halved; a scale below 1 does not help any more.
 
-        Raises: Diverged that names the step and its rows when a value is not finite.
+        Raises: Diverged with the step and its rows if a value is not finite.
         """
         if not self.pending:
             return
@@ -347,7 +346,7 @@ class Loop:
 
     def _log(self, step: int) -> None:
         """Log the mean loss and the speed since the last log line."""
-        self._drain(step)
+        self._fetch_losses(step)
         now, loss = time.perf_counter(), math.fsum(self.window) / len(self.window)
         elapsed_s, steps = now - self.logged_at, step - self.logged_step
         self.note = f"loss {loss:.4f}"
@@ -362,7 +361,7 @@ class Loop:
         self.logged_at, self.logged_step, self.waited_s, self.window = now, step, 0.0, []
 
     def _evaluate(self, step: int) -> None:
-        self._drain(step)
+        self._fetch_losses(step)
         start = time.perf_counter()
         self.model.eval()
         swap_ema(self.optimizer.optimizer)
@@ -379,7 +378,7 @@ class Loop:
         With EMA, the file `model` holds the EMA and the file `optimizer` holds the weights. With
         `must`, all ranks wait for the write, because a launcher ends all ranks when one ends.
         """
-        self._drain(step)
+        self._fetch_losses(step)
         self.saved_at = time.monotonic()
         if self.main:
             self._join_save(must=False)

@@ -27,36 +27,37 @@ def predict(
     detector also gives results.json, COCO's results with the category ids of its source. The image
     id of a picture is its name if all names are numbers, otherwise its position from 1.
 
-    Raises: UsageError; TooManyRefused, after `out` is written, when more pictures are refused than
+    Raises: UsageError; TooManyRefused, after `out` is written, if more pictures are refused than
     the share `max_refused`.
     """
     if out.exists():
         raise UsageError(f"{out}: expected a new name; found {found_at(out)}; choose another name")
     identity, files = recorded(run), _listed(pictures)
     if identity.get("kind") != "finetune":
-        there = "a pre-training RUN" if identity else found_at(run)
+        found = "a pre-training RUN" if identity else found_at(run)
         advice = "make one with `mcm-train finetune`"
-        raise UsageError(f"{run}: expected a fine-tuned RUN; found {there}; {advice}")
+        raise UsageError(f"{run}: expected a fine-tuned RUN; found {found}; {advice}")
     predictor = TASKS[identity["config"].get("task", "classify")].predictor(run)
     lines, refused, results = list[dict[str, Any]](), list[dict[str, str]](), list[dict[str, Any]]()
-    numbers = _image_ids(files)
+    image_ids = _image_ids(files)
     with (
         atomic_folder(out) as folder,
         progress(len(files), f"predict {pictures}", "pictures", quiet=quiet) as bar,
     ):
         for decoded in _batches(files, batch):
-            good = [(name, rgb) for name, rgb in decoded if not isinstance(rgb, PictureRefused)]
+            valid = [(name, rgb) for name, rgb in decoded if not isinstance(rgb, PictureRefused)]
             for name, error in decoded:
                 if isinstance(error, PictureRefused):
                     refused.append({"source": name, "reason": error.reason, "detail": error.detail})
                     print(one_line(f"{name}: refused: {error}"), file=sys.stderr, flush=True)
-            found = predictor([rgb for _, rgb in good]) if good else []
-            for (name, _), prediction in zip(good, found, strict=True):
-                number = {"image_id": numbers[name]} if prediction.objects is not None else {}
-                results += [number | found for found in prediction.objects or ()]
-                lines.append({"picture": name} | number | prediction.line)
-                for place, data in prediction.drawings.items():
-                    write_atomic(folder / place / f"{name}.png", data)
+            predictions = predictor([rgb for _, rgb in valid]) if valid else []
+            for (name, _), prediction in zip(valid, predictions, strict=True):
+                is_detector = prediction.objects is not None
+                image_id = {"image_id": image_ids[name]} if is_detector else {}
+                results += [image_id | result for result in prediction.objects or ()]
+                lines.append({"picture": name} | image_id | prediction.line)
+                for kind, data in prediction.drawings.items():
+                    write_atomic(folder / kind / f"{name}.png", data)
             bar.update(len(decoded))
         for file, records in (("predictions.jsonl", lines), ("quarantine.jsonl", refused)):
             text = "".join(json.dumps(record) + "\n" for record in records)
@@ -65,10 +66,8 @@ def predict(
             write_atomic(folder / "results.json", json.dumps(results).encode())
     if len(refused) > (budget := int(max_refused * len(files))):
         expected = f"expected at most {budget} of {len(files)} pictures refused"
-        remedy = "replace them, or allow more with --max-refused"
-        raise TooManyRefused(
-            f"{out / 'quarantine.jsonl'}: {expected}; found {len(refused)}; {remedy}"
-        )
+        found = f"found {len(refused)}; replace them, or allow more with --max-refused"
+        raise TooManyRefused(f"{out / 'quarantine.jsonl'}: {expected}; {found}")
     return {"pictures": len(lines), "refused": len(refused)}
 
 
@@ -79,10 +78,10 @@ def _listed(pictures: Path) -> dict[str, Path]:
     """
     if pictures.is_file():
         return {printable(pictures.name): pictures}
-    found = {path.relative_to(pictures): path for path in pictures.rglob("*.*") if path.is_file()}
+    names = [path.relative_to(pictures) for path in pictures.rglob("*.*") if path.is_file()]
     files = {
-        printable(name.as_posix()): found[name]
-        for name in sorted(found)
+        printable(name.as_posix()): pictures / name
+        for name in sorted(names)
         if name.suffix[1:].lower() in PICTURES and not any(p.startswith(".") for p in name.parts)
     }
     if not files:

@@ -1,6 +1,6 @@
-"""Pictures with masks: scale, crop and flip for training, and whole pictures for evaluation.
+"""Batches of pictures with masks: random crops for training, and whole pictures for evaluation.
 
-Each scene is a pure function of (seed, epoch, row). B batch, S pixels of the crop, H W pixels.
+A crop is a pure function of (seed, epoch, row). B batch, S pixels of the crop, H W pixels.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ CROPS = 10  # tries for a crop in which no class covers more than `segment.max_s
 class SceneSource(RowSource):
     """Batches of the pictures of a DATASET with masks; one row is one chunk.
 
-    A training batch has pictures uint8 [B, S, S, 3], masks uint8 [B, S, S] and rows [B]. A batch of
-    evaluation has lists without padding: pictures uint8 [H, W, 3] whose shorter side is the crop,
-    their extents (without a border that fills the crop), and the masks of the source pictures.
+    A training batch has pictures uint8 [B, S, S, 3], masks uint8 [B, S, S] and rows [B]. An
+    evaluation batch has lists: pictures uint8 [H, W, 3] whose shorter side is the crop, their
+    extents (without the border that fills the crop), and the masks of the source pictures.
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class SceneSource(RowSource):
 def for_windows(rgb_HW3: RGB, crop: int, color: Sequence[float]) -> tuple[Tensor, tuple[int, int]]:
     """Return the picture with the shorter side `crop`, and its height and width.
 
-    Where the longer side is limited, a border of the `color` fills the crop.
+    If the longer side would exceed LONGEST crops, it is limited, and a border of `color` fills the
+    crop.
     """
     picture = torch.tensor(rgb_HW3).permute(2, 0, 1)
     picture = functional.resize(picture, [crop], max_size=LONGEST * crop)

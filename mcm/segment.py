@@ -152,14 +152,14 @@ class Segmenter(PictureModel):
             x_B3SS, indices=self.indices, stop_early=True, intermediates_only=True
         )
         maps = self.scales(blocks)
-        more = [self.auxiliary(maps[AUXILIARY_MAP])] if self.training else []
-        return [self.head(maps), *more]
+        auxiliary = [self.auxiliary(maps[AUXILIARY_MAP])] if self.training else []
+        return [self.head(maps), *auxiliary]
 
 
 def pixel_loss(logits_BKhw: Tensor, masks_BSS: Tensor) -> Tensor:
-    """Return the cross-entropy of bilinear logits, a mean over all pixels, as mmsegmentation does.
+    """Return the mean cross-entropy over all pixels of bilinearly resized logits (mmsegmentation).
 
-    An ignored pixel adds 0, so a picture without labels has the loss 0.
+    The loss of an ignored pixel is 0, so the loss of a picture without labels is 0.
     """
     logits_BKSS = resized(logits_BKhw.float(), masks_BSS.shape[1:])
     loss = functional.cross_entropy(
@@ -169,7 +169,7 @@ def pixel_loss(logits_BKhw: Tensor, masks_BSS: Tensor) -> Tensor:
 
 
 def starts(length: int, crop: int, stride: int) -> list[int]:
-    """Return the starts of windows that cover `length` pixels; the last one ends at the border."""
+    """Return the starts of windows that cover `length` pixels; the last window ends at `length`."""
     return [min(start, length - crop) for start in range(0, length - crop + stride, stride)]
 
 
@@ -217,16 +217,16 @@ class Segmentation:
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
         """Return the loss over all pixels, and 0.4 of the auxiliary head's."""
-        main, *more = (pixel_loss(logits, batch["masks"]) for logits in wrapped(batch["pictures"]))
-        return main + AUXILIARY * more[0] if more else main
+        losses = [pixel_loss(logits, batch["masks"]) for logits in wrapped(batch["pictures"])]
+        return losses[0] + AUXILIARY * losses[1] if len(losses) > 1 else losses[0]
 
     def evaluate(self, items: Iterable[Batch], accelerator: Accelerator) -> tuple[Metrics, Classes]:
         """Return mIoU, mean accuracy and pixel accuracy, and the IoU of each class.
 
         The confusion and the first pictures of this rank are kept in `shown`.
         """
-        total = torch.zeros(self.num_classes, self.num_classes, dtype=torch.int64)
-        total, shown = total.to(accelerator.device), list[list[Tensor]]()
+        size, shown = (self.num_classes, self.num_classes), list[list[Tensor]]()
+        total = torch.zeros(size, dtype=torch.int64, device=accelerator.device)
         for batch in items:
             scenes = zip(batch["pictures"], batch["masks"], batch["extents"], strict=True)
             for picture_HW3, mask_HW, (height, width) in scenes:
@@ -237,13 +237,12 @@ class Segmentation:
                 if len(shown) < SHOWN:
                     labels = (mask_HW, predicted_HW.cpu())
                     shown.append([self._drawn(picture_HW3[:height, :width], x) for x in labels])
-        names = ("truth", "predicted")
-        columns = zip(*shown, strict=True)
-        self.shown = dict(zip(names, map(torch.stack, columns), strict=bool(shown)))
+        columns = map(torch.stack, zip(*shown, strict=True))
+        self.shown = dict(zip(("truth", "predicted"), columns, strict=bool(shown)))
         total = cast(Tensor, accelerator.reduce(total, "sum"))
         self.shown["confusion"] = confused(total)
-        found = scores(total)
-        return found, {"iou": list(found.pop("iou"))}
+        metrics = scores(total)
+        return metrics, {"iou": list(metrics.pop("iou"))}
 
     @staticmethod
     def predictor(run: Path) -> Predictor:
@@ -259,13 +258,11 @@ class Segmentation:
             logits_KHW = slide(model, picture_HW3.to(device()), segment.crop, segment.stride)
             size = (rgb.shape[0], rgb.shape[1])
             labels_HW = most_probable(logits_KHW[:, :height, :width], size).byte().cpu().numpy()
-            shares = np.bincount(labels_HW.ravel(), minlength=len(classes)) / labels_HW.size
-            found = {
-                name: share for name, share in zip(classes, shares.tolist(), strict=True) if share
-            }
+            counts = np.bincount(labels_HW.ravel(), minlength=len(classes))
+            named = zip(classes, (counts / labels_HW.size).tolist(), strict=True)
             overlay = draw_labels(rgb, labels_HW, len(classes))
             pictures = {"masks": encode_mask(labels_HW), "drawn": encode_view(overlay, "png")}
-            return Prediction({"shares": found}, pictures)
+            return Prediction({"shares": {name: share for name, share in named if share}}, pictures)
 
         return lambda pictures: [segmented(rgb) for rgb in pictures]
 

@@ -30,7 +30,7 @@ RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
 POOLED = ("0", "1", "2", "3")  # the maps that regions are pooled from; the RPN reads all five
 CONVS, HIDDEN = 4, 1024  # convolutions of the box and the mask head, and units of the box head
 PROPOSALS = 1000  # per picture, in training and evaluation
-# boxes [N, 4], labels [N]; where found, scores [N]; with masks, masks ([N, 1, 28, 28] where found)
+# boxes [N, 4], labels [N], masks if any; detections have scores [N] and masks [N, 1, 28, 28]
 Objects = dict[str, Tensor]
 
 
@@ -38,7 +38,7 @@ def windowed(vit: VisionTransformer, detect: Detect, drop_path: float) -> Vision
     """Return a ViT with windowed attention on a square canvas; its output is its last map.
 
     It reuses the modules of `vit`, so the names in the state dict stay the same. Relative positions
-    begin at zero. The absolute positions keep the grid of `vit`, and each forward resamples them to
+    start at zero. The absolute positions keep the grid of `vit`, and each forward resamples them to
     the canvas. The prefix tokens and the final norm are left out.
 
     Raises: UsageError if the canvas, the windows or the blocks do not fit `vit`.
@@ -77,8 +77,8 @@ def _check(vit: VisionTransformer, detect: Detect) -> None:
     patch, depth = vit.patch_embed.patch_size, len(vit.blocks)
     attention: Any = getattr(vit.blocks[0], "attn", None)
     plain = type(vit.blocks[0]) is Block and type(attention) is Attention
-    more = plain and (attention.gate is not None or not isinstance(attention.norm, nn.Identity))
-    if not plain or more or vit.pos_embed is None:
+    plain = plain and attention.gate is None and isinstance(attention.norm, nn.Identity)
+    if not plain or vit.pos_embed is None:
         kind = f"{type(vit.blocks[0]).__name__} with {type(attention).__name__}"
         expected = "expected a plain ViT with absolute positions and no gate or norm in attention"
         raise UsageError(f"detect: {expected}; found {kind}")
@@ -140,13 +140,13 @@ class Detector(PictureModel):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.pyramid = Pyramid(self.encoder.embed_dim, detect.channels)
-            parts = _rcnn(self.pyramid, num_classes + 1, detect)
-        self.rpn, self.roi_heads, self.has_masks = parts.rpn, parts.roi_heads, detect.masks
+            rcnn = _rcnn(self.pyramid, num_classes + 1, detect)
+        self.rpn, self.roi_heads, self.has_masks = rcnn.rpn, rcnn.roi_heads, detect.masks
         patch = self.encoder.patch_embed.patch_size[0]
         pools = [self.roi_heads.box_roi_pool] + [self.roi_heads.mask_roi_pool] * detect.masks
         for pool in pools:  # torchvision guesses the scales from the pictures of the first batch
             pool.scales = [4 / patch, 2 / patch, 1 / patch, 0.5 / patch]
-            pool.map_levels = initLevelMapper(2, 5)  # 224 pixels, as in ImageNet, are level 4
+            pool.map_levels = initLevelMapper(2, 5)  # a box of 224 pixels, as in ImageNet: level 4
         for head in (self.rpn.head, self.roi_heads.box_predictor, self.roi_heads.mask_predictor):
             if head is not None:  # boxes in bfloat16 would be off by pixels
                 head.register_forward_hook(lambda module, args, out: _float32(out))
@@ -154,16 +154,16 @@ class Detector(PictureModel):
     def forward(
         self, pictures_BSS3: Tensor, extents: list[Pair], targets: list[Objects] | None = None
     ) -> Tensor | list[Objects]:
-        """Return the sum of the losses in training, otherwise what is found in each picture.
+        """Return the sum of the losses in training, otherwise the detections in each picture.
 
         A target has float32 boxes [N, 4] (x0, y0, x1, y1), labels [N] from 1 and, with masks, masks
         [N, S, S]. Boxes are in pixels of the canvas and inside the extent.
         """
         x_B3SS = self.normalized(pictures_BSS3)
         maps = self.pyramid(self.encoder.forward_features(x_B3SS))
-        proposals, losses = self.rpn(ImageList(x_B3SS, extents), maps, targets)
-        found, more = self.roi_heads(maps, proposals, extents, targets)
-        return torch.stack([*losses.values(), *more.values()]).sum() if self.training else found
+        proposals, rpn_losses = self.rpn(ImageList(x_B3SS, extents), maps, targets)
+        detections, losses = self.roi_heads(maps, proposals, extents, targets)
+        return torch.stack([*(rpn_losses | losses).values()]).sum() if self.training else detections
 
 
 def _rcnn(pyramid: Pyramid, labels: int, detect: Detect) -> FasterRCNN:
