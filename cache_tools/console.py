@@ -218,8 +218,8 @@ def progress(
 class StopFlag:
     """A flag that SIGTERM or Ctrl-C sets; the command then stops at the next safe point.
 
-    A second Ctrl-C exits at once. The first signal prints `then`, which says what happens next.
-    Ranks other than 0 pass "", which prints nothing.
+    A second Ctrl-C exits at once. The first signal prints `then`: what the command does next. Ranks
+    other than 0 pass "", which prints nothing.
     """
 
     def __init__(self, then: str = "") -> None:

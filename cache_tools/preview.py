@@ -1,7 +1,7 @@
 """`mcm-cache preview`: draw a contact sheet of a CACHE.
 
-Each line shows one row: the original with its crops, then each view beside its features as PCA
-colors. The preview uses the readers of training, so it raises the same errors on damaged files.
+Each line shows one row: the original with its crops, then each view and its features as PCA colors.
+The preview uses the readers of training, so it raises the same errors for damaged files.
 S shown rows, V views, N tokens, C channels, H W pixels.
 """
 

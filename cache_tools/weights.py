@@ -194,7 +194,7 @@ def _names(names: list[str]) -> str:
 class Preprocessing:
     """The preprocessing of pictures: mean and std of pixels in [0, 1], and the interpolation.
 
-    `source` names where the values come from.
+    `source` describes the origin of the values.
     """
 
     mean: Triple
@@ -247,7 +247,7 @@ def _stated(config: Mapping[str, Any], source: str) -> Preprocessing:
 
 
 def config_beside(weights: str | Path, name: str) -> dict[str, Any]:
-    """Return the JSON object in the file `name` beside FILE or FILE#SET, or an empty dict."""
+    """Return the JSON object in the file `name` next to FILE or FILE#SET, or an empty dict."""
     path = weights_file(weights)[0].with_name(name)
     return read_json(path, UsageError) if path.is_file() else {}
 

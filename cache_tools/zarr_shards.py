@@ -11,7 +11,7 @@ Layout of a shard:
   an absent chunk is (2^64-1, 2^64-1).
 
 Missing rows of the last chunk hold the fill value. With `compress`, numcodecs compresses each chunk
-before its crc32c is computed, and only the index says where a chunk begins.
+before its crc32c is computed, and only the index locates the chunks.
 """
 
 import json

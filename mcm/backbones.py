@@ -27,7 +27,7 @@ from mcm.model import MaskedChannelModel, build_encoder, encode_tokens
 from mcm.run_dir import PretrainRun, recorded, recorded_config
 
 BATCHNORM_EPS = 1e-6  # in the head of a frozen run, as in MAE
-# A student trained here is evaluated on the whole center square, as the held-out views are.
+# A student of this project is evaluated on the whole center square, like the views of "val".
 CROP_PCT = 1.0
 HEADS = ("head",)  # tensors with these names are not loaded into a model without a head
 ANY_VIT = "vit_base_patch16_224"  # with other arguments, this timm model is any plain ViT

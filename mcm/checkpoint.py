@@ -137,8 +137,8 @@ def rotate(run_dir: Path, previous: int, step: int, keep_last: int) -> None:
     older = [path for path in complete(run_dir) if int(path.name.removeprefix("step_")) <= previous]
     keep = [*older[max(0, len(older) + 1 - keep_last) :], folder(run_dir, step)]
     for path in list((run_dir / "checkpoints").iterdir()):
-        ours = _NAME.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name)
-        if ours and path not in keep and path.is_dir() and not path.is_symlink():
+        is_ours = _NAME.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name)
+        if is_ours and path not in keep and path.is_dir() and not path.is_symlink():
             remove(path / "state.json")  # first: a partly removed folder is not a checkpoint
             remove_tree(path)
 

@@ -308,7 +308,7 @@ class Detect(Record):
     `window` is in patches, and 0 disables it; `global_blocks` count from 1 and have no windows.
     Training resizes a picture to the canvas times a factor from `scale`, crops it, and flips it
     with probability `flip`. `anchors` are the anchor sizes of the five maps in pixels. The heads
-    train on `regions` regions per picture. `empty` = false leaves out pictures without objects.
+    train on `regions` regions per picture. `empty` = false trains on pictures with objects only.
     """
 
     size: Count = 1024

@@ -33,7 +33,7 @@ from mcm.run_dir import software
 from mcm.sampler import EvalOrder
 from mcm.stream import DatasetSource, Stream, batches
 
-L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # weights of the L2 penalty beside the mean cross-entropy
+L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # weights of the L2 penalty, added to the cross-entropy
 CHOICE_PICTURES = 6000  # training pictures that choose L2 and s; a fifth is held out
 MAX_VALUES = 1 << 30  # the most float32 values of training patches in memory: 4 GiB
 RANDOM_PATCHES = 64  # patches per picture if all patches would exceed MAX_VALUES

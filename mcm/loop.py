@@ -64,7 +64,7 @@ def evaluation_due(config: PretrainConfig | FinetuneConfig, every: int, epochs_d
 
 
 def device() -> torch.device:
-    """Return the GPU, or the CPU where there is none; turn TF32 convolutions off."""
+    """Return the GPU, or the CPU without a GPU; disable TF32 convolutions."""
     torch.backends.cudnn.allow_tf32 = False  # cuDNN's default is TF32, not float32
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -152,7 +152,7 @@ def on_device(items: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
 
 
 def _ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    """Return the batch once it is copied; keep its memory until the current stream has read it."""
+    """Wait for the copy of a batch; keep its memory until the current stream has read it."""
     stream = torch.cuda.current_stream()
     stream.wait_event(copied)
     for x in batch.values():
@@ -376,7 +376,7 @@ class Loop:
         """Save a checkpoint on the main rank: copy to the host, then write in a thread.
 
         With EMA, the file `model` holds the EMA and the file `optimizer` holds the weights. With
-        `must`, all ranks wait for the write, because a launcher ends all ranks when one ends.
+        `must`, all ranks wait for the write, because a launcher ends all ranks if one ends.
         """
         self._fetch_losses(step)
         self.saved_at = time.monotonic()

@@ -18,8 +18,8 @@ class Collapsed(Diverged):
     """A learned target is almost constant: the loss falls, but the student learns nothing."""
 
 
-class Fit:
-    """Sums for the loss and for R^2 against the channel mean; all-reduce `sums` before reading."""
+class ErrorSums:
+    """Sums that give the loss and R^2 against the channel mean; reduce `sums` over the ranks."""
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         """Zero `sums` [4, C] float64: count, target, target squared, error squared."""
@@ -46,7 +46,7 @@ class Fit:
         return float(1.0 - self.sums[3].sum() / self._spread().sum())
 
     def r2_channels(self) -> Tensor:
-        """Return r2_C, each channel against its own mean; 0 where the target does not vary."""
+        """Return r2_C, each channel against its own mean; 0 for a constant channel."""
         spread_C = self._spread()
         r2_C: Tensor = torch.where(spread_C > 0, 1.0 - self.sums[3] / spread_C, 0.0)
         return r2_C
@@ -97,7 +97,7 @@ class HeldOut:
 
     def __init__(self, kinds: list[str], channels: int, width: int, device: torch.device) -> None:
         """Start from zero; `kinds` of predictions: "full", and with masks "masked" and "filled"."""
-        self.fits = {kind: Fit(channels, device) for kind in kinds}
+        self.fits = {kind: ErrorSums(channels, device) for kind in kinds}
         self.features, self.target = Gram(width, device), Gram(channels, device)
 
     def update(

@@ -56,7 +56,7 @@ def param_groups(
 
 
 def build_adamw(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """Return AdamW over the trainable parameters; each group has `param_names` beside `params`.
+    """Return AdamW over the trainable parameters; each group has `params` and `param_names`.
 
     The lr is 0 until the loop sets it.
     """

@@ -280,7 +280,7 @@ def _entry(line: str) -> dict[str, Any] | None:
 
 
 def _is_kept(line: str, step: int, evaluated: bool) -> bool:
-    if (entry := _entry(line)) is None:  # cut short when the machine went down
+    if (entry := _entry(line)) is None:  # after a crash of the machine, a line may be incomplete
         print("warning: a line of metrics.jsonl is damaged; it is left out", flush=True)
         return False
     at_step = entry["step"] == step and (evaluated or "eval" not in entry)

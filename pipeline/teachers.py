@@ -155,7 +155,7 @@ def _teacher(tower: Tower, weights: str, device: torch.device, precision: Precis
         **tower.facts,
     )
     bicubic = stated.interpolation == "bicubic"
-    resize = "" if bicubic else "; views are nevertheless resized by bicubic interpolation"
+    resize = "" if bicubic else "; this project resizes by bicubic interpolation"
     return Teacher(
         identity=identity,
         tower=model,

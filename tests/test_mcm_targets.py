@@ -6,7 +6,7 @@ import torch
 
 from cache_tools.quantize import channel_stats, decode, encode
 from mcm.config import Target
-from mcm.metrics import Fit
+from mcm.metrics import ErrorSums
 from mcm.objective import loss_fn
 from mcm.targets import Targets, orthogonal_matrix
 
@@ -63,7 +63,7 @@ def test_r2_a_channel_is_that_channel_alone():
     target = torch.from_numpy(features())
     target[..., 3] = 2.0  # dead
     prediction = target + torch.randn(target.shape, generator=torch.Generator().manual_seed(0))
-    fit = Fit(C)
+    fit = ErrorSums(C)
     fit.update(prediction, target)
     spread_C = (target - target.mean((0, 1))).square().sum((0, 1))
     expected_C = 1 - (prediction - target).square().sum((0, 1)) / spread_C
@@ -114,7 +114,7 @@ def test_r2_of_parts_summed_equals_the_formula_and_leaves_padding_out():
     kept = t_BNC[:24].double()
     error = (y_BNC[:24].double() - kept).square()
     r2 = 1 - error.sum() / (kept - kept.mean((0, 1))).square().sum()
-    ranks = [Fit(C), Fit(C)]
+    ranks = [ErrorSums(C), ErrorSums(C)]
     ranks[0].update(y_BNC[:16], t_BNC[:16])
     ranks[1].update(y_BNC[16:], t_BNC[16:], torch.tensor([1.0] * 8 + [0.0] * 8))
     ranks[0].sums += ranks[1].sums  # what an all-reduce does
@@ -125,6 +125,6 @@ def test_r2_of_parts_summed_equals_the_formula_and_leaves_padding_out():
 def test_r2_is_one_for_the_truth_and_zero_for_the_channel_mean():
     t_BNC = torch.from_numpy(features())
     for y_BNC, expected in ((t_BNC, 1.0), (t_BNC.mean((0, 1)).expand_as(t_BNC), 0.0)):
-        fit = Fit(C)
+        fit = ErrorSums(C)
         fit.update(y_BNC, t_BNC)
         assert fit.r2() == pytest.approx(expected, abs=1e-6)
