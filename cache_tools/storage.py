@@ -363,10 +363,10 @@ def try_lock(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _flock(descriptor: int) -> bool | None:
+def _flock(descriptor: int, how: int = fcntl.LOCK_EX) -> bool | None:
     """Return True if locked, False if another process holds it, None if flock is not supported."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -375,6 +375,15 @@ def _flock(descriptor: int) -> bool | None:
             raise
         return None
     return True
+
+
+def is_locked(path: Path) -> bool | None:
+    """Return whether a process holds the lock `path`, or None without flock; write nothing."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        free = _flock(file.fileno(), fcntl.LOCK_SH)
+    return None if free is None else not free
 
 
 def free_bytes(path: Path) -> int:

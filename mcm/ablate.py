@@ -23,13 +23,21 @@ from cache_tools.cache import Cache
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError, check_output
 from cache_tools.records import Record, config_file, load_toml, read_record, sha256_hex
-from cache_tools.storage import file_sha256, remove_tree, try_lock, work_dir, write_atomic
+from cache_tools.storage import (
+    file_sha256,
+    is_locked,
+    remove_tree,
+    try_lock,
+    work_dir,
+    write_atomic,
+)
 from cache_tools.weights import weights_file
 from mcm.backbones import load_encoder
 from mcm.compare import Hits, difference_lines, differences, hits
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.corruptions import Corruption
 from mcm.memory import forward_macs
+from mcm.page import markdown
 from mcm.probe import ProbeResult, check_kind, record_name
 from mcm.report import (
     FIT,
@@ -39,7 +47,6 @@ from mcm.report import (
     ablation_lines,
     fine_tuned,
     held_out,
-    markdown,
     probed,
     report,
 )  # fmt: skip
@@ -215,7 +222,7 @@ class Ablation:
         for step in steps:
             if step.mark is None and step not in self.failed:
                 with try_lock(work_dir(step.run) / "ablate" / "lock") as ours:
-                    if not ours or not _is_idle(step.run):
+                    if not ours or is_locked(work_dir(step.run) / "lock"):
                         return False
                     if step.mark is None:
                         self._run(step)
@@ -306,12 +313,6 @@ def _folder(name: str, seed: int) -> str:
 
 def _sets(changes: tuple[str, ...]) -> list[str]:
     return [arg for change in changes for arg in ("--set", change)]
-
-
-def _is_idle(run: Path) -> bool:
-    """Return whether no process trains in a run; after a kill, the old command may still save."""
-    with try_lock(work_dir(run) / "lock") as idle:
-        return idle
 
 
 def _mark(file: Path) -> str:

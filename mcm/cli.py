@@ -298,7 +298,8 @@ def report(
 
     Example: mcm-train report run tuned cache --out report.html
     """
-    from mcm.report import caption, markdown
+    from mcm.page import markdown
+    from mcm.report import caption
     from mcm.report import report as write
 
     tables = write(runs, out, note)
@@ -307,6 +308,25 @@ def report(
     for data, table in tables.items():
         print(f"{caption(data)}\n\n{markdown(table.lines())}")
     print(f"report: {out}")
+
+
+@app.command(no_args_is_help=True)
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="RUNs at any depth below it.")],
+    json: Json = False,
+) -> None:
+    """List the RUNs below a folder: state, step, pictures per second and best metrics.
+
+    A run is running, done, stopped (the same command resumes it), failed, killed or damaged.
+
+    Example: mcm-train runs runs
+    """
+    from mcm.page import markdown
+    from mcm.runs import lines
+    from mcm.runs import runs as find
+
+    found = find(folder)
+    print_json(found) if json else print(markdown(lines(found)), end="")
 
 
 def _prepare(out: Path, overwrite: bool) -> None:

@@ -1,4 +1,4 @@
-"""The HTML page of a report: its own style and script, tables that sort and copy, pictures."""
+"""The HTML page of a report: style, script, tables and pictures; tables in Markdown."""
 
 import base64
 import html
@@ -64,3 +64,13 @@ def table(lines: Sequence[Sequence[str]], caption: str, styles: Sequence[str] = 
     text = f"<figcaption>{html.escape(caption)} {button}</figcaption>"
     box = f"<div class=box tabindex=0><table><thead>{head}<tbody>{body}</table></div>"
     return f"<figure class=table>{text}{box}</figure>"
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in GitHub's Markdown, its columns aligned."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    first, *others = (max(3, *map(len, column)) for column in zip(*lines, strict=True))
+    rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
+    ruled = [lines[0], rule, *lines[1:]]
+    padded = [[name.ljust(first), *map(str.rjust, cells, others)] for name, *cells in ruled]
+    return "".join(f"| {' | '.join(line)} |\n" for line in padded)

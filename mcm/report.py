@@ -263,16 +263,6 @@ def ablation_lines(results: dict[str, Any]) -> list[list[str]]:
     return [["variant", *columns], *lines]
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Return a table in GitHub's Markdown, its columns aligned."""
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    first, *others = (max(3, *map(len, column)) for column in zip(*lines, strict=True))
-    rule = ["-" * first, *("-" * (width - 1) + ":" for width in others)]
-    ruled = [lines[0], rule, *lines[1:]]
-    padded = [[name.ljust(first), *map(str.rjust, cells, others)] for name, *cells in ruled]
-    return "".join(f"| {' | '.join(line)} |\n" for line in padded)
-
-
 def ablation_html(results: dict[str, Any]) -> str:
     """Return charts of every value of every seed, and the table, as HTML."""
     compared = _compared({_row_name(row): row["values"] for row in results["rows"]})

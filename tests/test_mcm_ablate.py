@@ -15,8 +15,8 @@ from test_mcm_pretrain import environment, make_config, start
 
 from cache_tools.errors import UsageError
 from cache_tools.records import load_toml, read_record, write_toml
-from cache_tools.storage import try_lock, work_dir
-from mcm.ablate import HELD_OUT_TRAIN, Ablation, Plan, _chosen, _is_idle
+from cache_tools.storage import is_locked, try_lock, work_dir
+from mcm.ablate import HELD_OUT_TRAIN, Ablation, Plan, _chosen
 from mcm.run_dir import ExitRecord
 
 FINETUNE = """
@@ -182,7 +182,7 @@ def test_a_stopped_ablation_stops_its_command_which_saves(shared, place, tmp_pat
         time.sleep(0.05)
     os.kill(process.pid, number)
     stderr = process.communicate(timeout=120)[1].decode()
-    while not _is_idle(run):
+    while is_locked(run / ".run" / "lock"):
         time.sleep(0.05)
     code = read_record(ExitRecord, run / "exit.json").code
     if number == signal.SIGKILL:

@@ -14,8 +14,9 @@ from cache_tools.errors import CorruptionError, UsageError
 from cache_tools.records import encode_record
 from cache_tools.storage import write_atomic
 from mcm import checkpoint, figures
+from mcm.page import markdown
 from mcm.probe import ProbeResult
-from mcm.report import ablation_html, ablation_lines, confusion_tables, markdown, report
+from mcm.report import ablation_html, ablation_lines, confusion_tables, report
 from mcm.scorecard import TeacherScores
 
 DATA = make_identity({}).dataset_sha256
