@@ -386,11 +386,14 @@ def is_locked(path: Path) -> bool | None:
     return None if free is None else not free
 
 
+def existing(path: Path) -> Path:
+    """Return `path`, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def free_bytes(path: Path) -> int:
     """Return the free bytes of the file system that holds `path`, which need not exist yet."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(existing(path)).free
 
 
 def locks_work(folder: Path) -> bool:

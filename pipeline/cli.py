@@ -18,6 +18,7 @@ from cache_tools.errors import CorruptionError, UsageError
 if TYPE_CHECKING:  # commands import what they use: torch is slow to import
     from cache_tools.verify import Report
 
+    from .extract import Request
     from .recompute import Recomputed
 
 app = application(
@@ -108,6 +109,24 @@ def shard_command(
     print(f"{dataset}: {len(record.classes)} classes; next: {following}")
 
 
+_Config = Annotated[
+    str | None,
+    Option(metavar="FILE|NAME", help="A TOML file, or a shipped one: extract/clip_vitb16."),
+]
+_Teacher = Annotated[str | None, Option(help="open_clip:ARCH|FOLDER, or timm:NAME.")]
+_Weights = Annotated[
+    str | None, Option(help="A tag (openai), FILE, FILE#SET, 'pretrained' (timm) or 'random'.")
+]
+_Set = Annotated[
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="Set any key of the file; may be repeated."),
+]
+_Device = Annotated[
+    str | None, Option(help="cpu, cuda or cuda:1; by default the worker's own GPU.")
+]
+_Json = Annotated[bool, Option("--json", help="Print JSON.")]
+
+
 @app.command("extract", no_args_is_help=True)
 def extract_command(
     source: Annotated[
@@ -117,14 +136,9 @@ def extract_command(
         ),
     ],
     cache: Annotated[Path, Argument(metavar="CACHE", help="A new folder, or one to continue.")],
-    config: Annotated[
-        str | None,
-        Option(metavar="FILE|NAME", help="A TOML file, or a shipped one: extract/clip_vitb16."),
-    ] = None,
-    teacher: Annotated[str | None, Option(help="open_clip:ARCH|FOLDER, or timm:NAME.")] = None,
-    weights: Annotated[
-        str | None, Option(help="A tag (openai), FILE, FILE#SET, 'pretrained' (timm) or 'random'.")
-    ] = None,
+    config: _Config = None,
+    teacher: _Teacher = None,
+    weights: _Weights = None,
     teacher_size: Annotated[
         int | None, Option(help="Side of the teacher's input; a multiple of its patch.")
     ] = None,
@@ -139,13 +153,8 @@ def extract_command(
         list[str] | None, Option(help="A split to extract; may be repeated. By default all.")
     ] = None,
     batch: Annotated[int | None, Option(help="Pictures per forward; a multiple of 16.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        Option("--set", metavar="KEY=VALUE", help="Set any key of the file; may be repeated."),
-    ] = None,
-    device: Annotated[
-        str | None, Option(help="cpu, cuda or cuda:1; by default the worker's own GPU.")
-    ] = None,
+    set_: _Set = None,
+    device: _Device = None,
     threads: Annotated[
         int | None,
         Option(min=1, help="Rendering threads; by default this worker's share of cores."),
@@ -169,7 +178,7 @@ def extract_command(
         Option(help="auto, HOST:PORT or local; by default as RAY_ADDRESS, else a local cluster."),
     ] = None,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Print bytes, shards and hours; write nothing.")
+        bool, Option("--dry-run", help="Print what `mcm-cache plan` prints; write nothing.")
     ] = False,
 ) -> None:
     """Write views and teacher features, shard by shard.
@@ -187,8 +196,11 @@ def extract_command(
     flags |= dict(teacher_mean=teacher_mean, teacher_std=teacher_std)
     request = load_config(config, flags, set_ or ())
     info = worker_info(worker, workers, device, threads, processes)
-    if ray is None or dry_run:
-        extract(Request(source, cache, request, info, dry_run))
+    if dry_run:
+        _plan(Request(source, cache, request, info))
+        return
+    if ray is None:
+        extract(Request(source, cache, request, info))
         return
     from .ray_pool import extract_on_ray
 
@@ -199,7 +211,56 @@ def extract_command(
     extract_on_ray(Request(source, cache, request, info), ray, ray_address)
 
 
-_Json = Annotated[bool, Option("--json", help="Print JSON.")]
+def _plan(
+    request: "Request", rows: int | None = None, rate: float = 1000.0, json: bool = False
+) -> None:
+    from .plan import plan
+
+    found = plan(request, rows, rate)
+    if json:
+        print_json(found)
+    else:
+        print("\n".join(f"{key.replace('_', ' '):26}{value}" for key, value in found.items()))
+
+
+@app.command("plan", no_args_is_help=True)
+def plan_command(
+    source: Annotated[
+        str, Argument(metavar="[SOURCE]", help="A DATASET, or pictures as in `mcm-cache shard`.")
+    ] = "",
+    rows: Annotated[
+        int | None, Option(min=1, help="Number of pictures, instead of a SOURCE.")
+    ] = None,
+    cache: Annotated[
+        Path, Option(metavar="CACHE", help="Where the cache will be; its disk is measured.")
+    ] = Path("cache"),
+    samples_per_second: Annotated[
+        float, Option(min=1, help="Speed of the training step, in pictures per second.")
+    ] = 1000.0,
+    config: _Config = None,
+    teacher: _Teacher = None,
+    weights: _Weights = None,
+    set_: _Set = None,
+    device: _Device = None,
+    json: _Json = False,
+) -> None:
+    """Print the bytes, files and hours of a cache, and whether this disk feeds the training.
+
+    It measures for about 30 s at most, and writes only a file of 256 MB, which vanishes.
+
+    Example: mcm-cache plan --rows 1281167 --config extract/clip_vitb16
+    """
+    from .config import load_config
+    from .extract import Request
+    from .worker import worker_info
+
+    if bool(source) == bool(rows):
+        raise UsageError("expected a SOURCE or --rows N; found " + ("both" if source else "none"))
+    request = load_config(config, dict(teacher=teacher, weights=weights), set_ or ())
+    info = worker_info(device=device)
+    _plan(Request(source, cache, request, info), rows, samples_per_second, json)
+
+
 _Path = Annotated[Path, Argument(metavar="CACHE|DATASET")]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 
 from cache_tools.cache import Unit, read_probe
 from cache_tools.console import StopFlag
-from cache_tools.dataset import Dataset
+from cache_tools.dataset import ROWS_PER_SHARD, Dataset
 from cache_tools.errors import IdentityError, Interrupted, UsageError, check_output
 from cache_tools.images import PICTURE_RULES, pixels_sha256
 from cache_tools.records import encode_record, write_toml
@@ -34,7 +35,6 @@ from cache_tools.tars import encode_npy
 from cache_tools.writer import finish_unit, publish_identity
 
 from .config import ExtractConfig
-from .dry_run import print_plan
 from .extractor import Extractor
 from .shard import shard
 from .teachers import Teacher, load_teacher, probe_pictures
@@ -58,7 +58,6 @@ class Request:
     cache: Path
     config: ExtractConfig
     worker: WorkerInfo = WorkerInfo()
-    dry_run: bool = False
 
 
 def extract(request: Request) -> None:
@@ -71,24 +70,19 @@ def extract(request: Request) -> None:
     """
     check_output(request.cache, "a CACHE")
     label, stopped = f"extract {request.cache}", f"{request.cache}: {STOPPED}"
-    if request.worker.processes > 1 and not request.dry_run:
+    if request.worker.processes > 1:
         source = str(open_source(request).path)
         tasks = [replace(request, source=source, worker=one) for one in request.worker.split()]
         complete, count = max(run_workers(_make_units, tasks, label, stopped))
     else:
         complete, count = _make_units(request)
     left = "" if complete == count else "; other workers hold the remaining shards"
-    if not request.dry_run:
-        print(f"{request.cache}: {complete} of {count} units complete{left}", flush=True)
+    print(f"{request.cache}: {complete} of {count} units complete{left}", flush=True)
 
 
 def _make_units(request: Request) -> tuple[int, int]:
     """Make the missing shards as one worker; return (complete units, units)."""
     session = Session(request)
-    if request.dry_run:
-        teacher, batch = session.teacher, request.config.batch
-        print_plan(session.units, session.dataset, teacher, batch, request.cache)
-        return 0, 0
     session.publish()
     total = sum(unit.rows for unit in session.every_unit)
     done = sum(unit.shard_rows(k) for unit in session.every_unit for k in unit.committed())
@@ -105,20 +99,13 @@ class Session:
     """
 
     def __init__(self, request: Request) -> None:
-        self.request, config, worker = request, request.config, request.worker
-        size, precision = config.teacher_size, config.precision
-        self.teacher = load_teacher(
-            config.teacher, config.weights, size, worker.device, precision, config.normalization
-        )
+        self.request, worker = request, request.worker
+        self.teacher = open_teacher(request)
         if worker.worker % worker.processes == 0:
             print("\n".join(self.teacher.notes), flush=True)
-        check_grid(config, self.teacher)
         self.dataset = open_source(request)
         self.identity = cache_identity(request, self.dataset, self.teacher)
-        self.units: dict[str, list[Unit]] = {}
-        for split in config.splits or self.dataset.record.splits:
-            views = range(config.views if split == TRAIN else 1)
-            self.units[split] = [Unit(request.cache, self.identity, split, v) for v in views]
+        self.units = units_of(request, self.identity)
         self.every_unit = [unit for group in self.units.values() for unit in group]
 
     def publish(self) -> None:
@@ -190,15 +177,38 @@ def _make_shards(
 def open_source(request: Request) -> Dataset:
     """Return the DATASET of the request, after sharding pictures into CACHE/dataset if necessary.
 
-    Raises: UsageError when pictures would be sharded by one of several workers, or by --dry-run.
+    Raises: UsageError when pictures would be sharded by one of several workers.
     """
     if (Path(request.source) / "dataset.json").is_file():
         return Dataset(Path(request.source))
-    if request.worker.workers > 1 or request.dry_run:
-        expected = "expected a DATASET for several workers or --dry-run"
+    if request.worker.workers > 1:
+        expected = "expected a DATASET for several workers"
         raise UsageError(f"{request.source}: {expected}; run `mcm-cache shard` first")
     shard(request.source, request.cache / "dataset")
     return Dataset(request.cache / "dataset")
+
+
+def open_teacher(request: Request) -> Teacher:
+    """Return the teacher of the request.
+
+    Raises: UsageError when its grid differs from the student's; the errors of `load_teacher`.
+    """
+    config, device = request.config, request.worker.device
+    size, precision = config.teacher_size, config.precision
+    teacher = load_teacher(
+        config.teacher, config.weights, size, device, precision, config.normalization
+    )
+    check_grid(config, teacher)
+    return teacher
+
+
+def units_of(request: Request, identity: CacheIdentity) -> dict[str, list[Unit]]:
+    """Return the units that the request asks for, by split."""
+    units = {}
+    for split in request.config.splits or identity.rows:
+        views = range(request.config.views if split == TRAIN else 1)
+        units[split] = [Unit(request.cache, identity, split, view) for view in views]
+    return units
 
 
 def check_grid(config: ExtractConfig, teacher: Teacher) -> None:
@@ -221,14 +231,25 @@ def check_grid(config: ExtractConfig, teacher: Teacher) -> None:
         )
 
 
-def cache_identity(request: Request, dataset: Dataset, teacher: Teacher) -> CacheIdentity:
+def cache_identity(
+    request: Request, dataset: Dataset | dict[str, int], teacher: Teacher
+) -> CacheIdentity:
     """Return the identity of the cache that the request asks for.
+
+    `mcm-cache plan` gives the rows of each split in the place of a DATASET.
 
     Raises: UsageError when the DATASET lacks a split, or when a cache cannot hold the request.
     """
     config = request.config
-    for split in config.splits:
-        dataset.split(split)
+    pictures: dict[str, Any] = {"rows_per_shard": ROWS_PER_SHARD, "classes": ()}
+    pictures |= {"dataset_sha256": "", "rows": dataset}
+    if isinstance(dataset, Dataset):
+        pictures = {"rows_per_shard": dataset.record.rows_per_shard, "classes": dataset.classes}
+        rows = {split: entry.rows for split, entry in dataset.record.splits.items()}
+        pictures |= {"dataset_sha256": dataset.sha256, "rows": rows}
+    if missing := set(config.splits) - pictures["rows"].keys():
+        found = ", ".join(pictures["rows"])
+        raise UsageError(f"{request.source}: expected a split {min(missing)!r}; found {found}")
     try:
         return CacheIdentity(
             teacher=teacher.identity,
@@ -244,10 +265,7 @@ def cache_identity(request: Request, dataset: Dataset, teacher: Teacher) -> Cach
             grid=teacher.grid,
             channels=teacher.channels,
             has_cls=teacher.has_cls,
-            rows_per_shard=dataset.record.rows_per_shard,
-            rows={split: entry.rows for split, entry in dataset.record.splits.items()},
-            classes=dataset.classes,
-            dataset_sha256=dataset.sha256,
+            **pictures,
         )
     except ValidationError as error:
         said = error.errors()[0]["msg"]

@@ -85,10 +85,11 @@ def render_views(
     except PictureRefused as error:
         expected = f"{split} row {row}: expected a picture that decodes, as `mcm-cache shard` found"
         raise CorruptionError(f"{dataset.path}: {expected}; now refused: {error}") from error
-    return [_render_view(rgb, identity, split, row, view) for view in views]
+    return [render_view(rgb, identity, split, row, view) for view in views]
 
 
-def _render_view(rgb: RGB, identity: CacheIdentity, split: str, row: int, view: int) -> View:
+def render_view(rgb: RGB, identity: CacheIdentity, split: str, row: int, view: int) -> View:
+    """Return one view of a decoded picture."""
     height, width = identity.view_height, identity.view_width
     geometry = draw_crop(identity.crop, identity.seed, split, row, view, *rgb.shape[:2])
     data = encode_view(render(rgb, geometry, height, width), identity.view_encoding)

@@ -33,20 +33,17 @@ def list_sources(
     sources = Sources()
     locations = locate_splits(source, sources.notes)
     tars = {split: place for split, place in locations.items() if isinstance(place, list)}
-    kinds = {file_extension(path.name) == "parquet" for paths in tars.values() for path in paths}
+    kinds = {file_extension(path.name) for paths in tars.values() for path in paths}
     folders = {split: place for split, place in locations.items() if not isinstance(place, list)}
-    if columns and kinds != {True}:
-        raise UsageError(f"--column: expected parquet files; found none in {source_name(source)}")
-    if len(kinds) > 1:
-        expected = "expected tars or parquet files; found both; use one kind"
-        raise UsageError(f"{source_name(source)}: {expected}")
+    if columns and kinds != {"parquet"}:
+        raise UsageError(f"--column: expected parquet files; found others: {source_name(source)}")
     if tars and folders:
         found = f"tars ({', '.join(tars)}) and folders of pictures ({', '.join(folders)})"
         where = source_name(source)
         raise UsageError(f"{where}: expected one kind of source; found {found}; use one kind")
     if tars:
         root = next(iter(source.values())) if isinstance(source, Mapping) else source
-        if kinds == {True}:
+        if kinds == {"parquet"}:
             add_parquet(Path(root), tars, sources, columns)
         else:
             add_tars(Path(root), tars, sources)

@@ -9,8 +9,9 @@ import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,15 +25,10 @@ from .tar_listing import MAX_LABEL, name_classes
 
 LABELS = ("label", "labels", "fine_label", "class", "cls", "target")
 ROWS = 16  # pictures in memory at once, beside a page
-
-
-class _Columns(NamedTuple):
-    """What the files of a source share."""
-
-    picture: str  # a leaf, such as "image.bytes"
-    label: str  # "" without labels
-    is_text: bool
-    classes: tuple[str, ...]  # () where the metadata has none
+_OF_DAMAGE = (OSError, ValueError, TypeError, AttributeError, RecursionError)  # or Arrow's own
+# The leaf of the pictures, such as "image.bytes"; the column of the labels, or ""; whether they are
+# strings; the class names in the metadata, or ().
+_Columns = tuple[str, str, bool, tuple[str, ...]]
 
 
 def add_parquet(
@@ -40,18 +36,18 @@ def add_parquet(
 ) -> None:
     """Add the rows of parquet files; `wanted` names the columns to use, or is empty.
 
-    The class names are those of the metadata, the sorted strings of the labels, the lines of
-    classes.txt, or numbers.
+    The class names are those of the metadata, the sorted labels, those of classes.txt, or numbers.
 
-    Raises: UsageError when a file is damaged, when its columns are missing or ambiguous, or when
-    two files differ in their columns or classes.
+    Raises: UsageError when a file is damaged, or when columns or classes are missing, ambiguous or
+    different.
     """
     files = [(split, path) for split, paths in files_of.items() for path in paths]
-    columns, values = [], []
+    columns, values = list[_Columns](), list[list[Any]]()
     for _, path in files:
         with _opened(path) as file:
             columns.append(_find_columns(path, file.schema_arrow, wanted))
-            values.append(_labels(file, columns[-1].label))
+            label = columns[-1][1]
+            values.append([*_values(file, label)] if label else [None] * file.metadata.num_rows)
         if columns[-1] != columns[0]:
             expected = f"expected columns and classes as in {files[0][1]}"
             raise UsageError(f"{path}: {expected}; found others; name the columns with --column")
@@ -97,14 +93,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with ParquetFile(path, **options) as file:
             yield file
-    except (
-        ArrowException,
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+    except (ArrowException, *_OF_DAMAGE) as error:
         if isinstance(error, OSError) and error.errno:  # of the disk, not of the content
             raise
         said = f"cannot read: {str(error)[:200]!r}"
@@ -135,13 +124,13 @@ def _find_columns(path: Path, schema: Any, wanted: Sequence[str]) -> _Columns:
     classes = {name: names for name, names in _classes(schema).items() if name in fields}
     labels = [*classes] or [name for name in fields if name in LABELS]
     if not labels:
-        return _Columns(pictures[0], "", False, ())
+        return pictures[0], "", False, ()
     kind = fields[labels[0]]
     kind = kind.value_type if types.is_dictionary(kind) else kind
     is_text = bool(types.is_string(kind) or types.is_large_string(kind))
     if len(labels) > 1 or not (is_text or types.is_integer(kind) or types.is_null(kind)):
         raise UsageError(f"{path}: expected one column of integer or string labels; {found}")
-    return _Columns(pictures[0], labels[0], is_text, classes[labels[0]] if classes else ())
+    return pictures[0], labels[0], is_text, classes.get(labels[0], ())
 
 
 def _classes(schema: Any) -> dict[str, tuple[str, ...]]:
@@ -157,20 +146,18 @@ def _classes(schema: Any) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _labels(file: Any, label: str) -> list[Any]:
-    """Return the integer, string or None of each row; None where there is no column of labels."""
-    if not label:
-        return [None] * file.metadata.num_rows
-    batches = file.iter_batches(columns=[label], use_threads=False)
-    labels = [value for batch in batches for value in batch.column(0).to_pylist()]
-    _check_rows(file, len(labels))
-    return labels
+def _values(file: Any, column: str, rows: int = 1 << 16) -> Iterator[Any]:
+    """Yield the value of every row, the bytes of a struct, or None; `rows` are in memory at once.
 
-
-def _check_rows(file: Any, rows: int) -> None:
-    """Raise ValueError, which `_opened` explains, if a damaged file has fewer rows than it says."""
-    if rows != file.metadata.num_rows:
-        raise ValueError(f"found {rows} of {file.metadata.num_rows} rows")
+    Raises: ValueError, which `_opened` explains, when there are fewer rows than the file states.
+    """
+    found, total = 0, file.metadata.num_rows
+    for batch in file.iter_batches(rows, columns=[column], use_threads=False):
+        for value in batch.column(0).to_pylist():
+            yield value.get("bytes") if isinstance(value, dict) else value
+        found += batch.num_rows
+    if found != total:
+        raise ValueError(f"found {found} of {total} rows")
 
 
 def unpacked(candidates: Candidates, folder: Path, stop: StopFlag) -> Candidates:
@@ -196,6 +183,12 @@ def unpacked(candidates: Candidates, folder: Path, stop: StopFlag) -> Candidates
     return moved
 
 
+def first_pictures(candidates: Candidates, count: int) -> list[bytes]:
+    """Return at most `count` pictures, from the begin of the first parquet file."""
+    with _opened(candidates.roots[0]) as file:
+        return [data or b"" for data in islice(_values(file, candidates.column, ROWS), count)]
+
+
 def _unpack(path: Path, column: str, target: Path, stop: StopFlag) -> None:
     """Write the pictures of a parquet file one after the other, then 0 and the end of each."""
     ends = [0]
@@ -204,12 +197,9 @@ def _unpack(path: Path, column: str, target: Path, stop: StopFlag) -> None:
         progress(file.metadata.num_rows, f"unpack {path.name}", "pictures") as bar,
         atomic_file(target) as out,
     ):
-        for batch in file.iter_batches(ROWS, columns=[column], use_threads=False):
+        for data in _values(file, column, ROWS):
             if stop.requested:
                 raise Interrupted(f"{path}: stopped; the same command resumes")
-            for value in batch.column(0).to_pylist():
-                data = value.get("bytes") if isinstance(value, dict) else value
-                ends.append(ends[-1] + out.write(data or b""))
-            bar.update(batch.num_rows)
-        _check_rows(file, len(ends) - 1)
+            ends.append(ends[-1] + out.write(data or b""))
+            bar.update(1)
         out.write(np.array(ends, "<u8").tobytes())

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import time
@@ -287,10 +286,6 @@ def test_a_library_that_changes_pixels_is_refused(place: Path, cache: Path, monk
 
 @pytest.mark.slow
 def test_commands_answer(place: Path, cache: Path) -> None:
-    said = run("mcm-cache", "extract", place / "dataset", place / "not-made", *options(place), "--dry-run")
-    assert "break-even" in said and not (place / "not-made").exists()
-    kilobytes, megabytes = map(float, re.findall(r"reads ([0-9.]+) KB per sample: ([0-9.]+) MB/s at 1,000", said)[0])
-    assert kilobytes == megabytes > 0  # 1,000 samples of so many KB
     known = json.loads(run("mcm-cache", "info", cache, "--json"))
     assert all(unit["complete"] and unit["cosine"] > 0.9999 for unit in known["units"].values())
     assert json.loads(run("mcm-cache", "verify", cache, "--json"))["problems"] == []

@@ -135,7 +135,7 @@ LAYOUTS = {  # files -> the rows of each split and a note, or what the error say
     "tars one folder down": (["data/0.tar"], "data/0.tar: expected a picture; found an archive"),
     "parquet of three subsets": (["160px/train-0.parquet", "320px/train-0.parquet"], "parquet: .* found an archive"),
     "pictures beside parquet": (["train-0.parquet", "1.png"], "one kind; found both, train-0.parquet and 1.png"),
-    "tars and parquet": (["train/0.tar", "val/0.parquet"], "expected tars or parquet files; found both"),
+    "tars and parquet": (["train/0.tar", "val/0.parquet"], "0.parquet: expected a whole, uncompressed tar"),
     "tar.gz": (["train.tar.gz", "val.tar.gz"], "train.tar.gz: expected a picture; found an archive"),
     "zips of kaggle": (["train.zip", "test.zip", "sample.csv"], "test.zip: .* found an archive"),
     "some tars without a split": (["val-0.tar", "more-0.tar"], "more-0.tar: .* like the files of val"),

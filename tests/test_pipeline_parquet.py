@@ -158,7 +158,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     assert listed(tmp_path / "s", columns=["image"])["train"][0] == ("x.parquet/0", -1)
     with pytest.raises(UsageError, match=r"expected the column nope; found image .struct"):
         list_sources(tmp_path / "s", columns=["nope"])
-    with pytest.raises(UsageError, match="--column: expected parquet files; found none"):
+    with pytest.raises(UsageError, match="--column: expected parquet files; found others"):
         list_sources(make_source(tmp_path / "pictures", 2, 2), columns=["image"])
 
 
