@@ -166,7 +166,8 @@ def _disk_rate(path: Path) -> float:
     folder = existing(path)
     with naming(folder), tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         start, data, blocks = time.perf_counter(), os.urandom(BLOCK), 0
-        while blocks < DISK_BLOCKS and time.perf_counter() - start < DISK_S:
+        wanted = max(1, min(DISK_BLOCKS, free_bytes(folder) // BLOCK // 4))
+        while blocks < wanted and time.perf_counter() - start < DISK_S:
             blocks += file.write(data) == BLOCK
             os.fdatasync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,7 +1,9 @@
 """Parquet as a source: the layouts and columns that are read, and every other one refused in one line by name."""
 
 import json
+import os
 import random
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from conftest import run, tree_digest
+from make_extract import make_extracted, make_place
 from make_parquet import IMAGE, from_folder, write_parquet
 from test_pipeline_shard import make_source, picture
 
+from cache_tools.cache import Cache
 from cache_tools.console import StopFlag
 from cache_tools.dataset import Dataset
-from cache_tools.errors import IdentityError, UsageError
+from cache_tools.errors import IdentityError, Interrupted, UsageError
 from pipeline.listing import list_sources
 from pipeline.parquet_listing import unpacked
 from pipeline.shard import shard
@@ -72,6 +76,29 @@ def test_photographs_give_the_rows_of_the_folder(shared_data: Path, tmp_path: Pa
     for name in ("photos", "odd-images"):
         hub = from_folder(shared_data / name, tmp_path / "hubs" / name, per_file=100)
         assert_same_dataset(shared_data / name, hub, tmp_path / name, max_refused=0.5)
+
+
+@pytest.mark.slow
+def test_a_stop_while_unpacking_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.shard.settle", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Interrupted, match=r"train-00000-of-00003.parquet: stopped; the same command resumes"):
+            shard(place / "hub", out, max_refused=0.1)
+    assert not list(out.rglob("*.tar"))
+    shard(place / "hub", out, max_refused=0.1)
+    shard(place / "hub", tmp_path / "straight", max_refused=0.1)
+    assert tree_digest(out) == tree_digest(tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_extract_takes_parquet_files(tmp_path: Path) -> None:
+    place = make_place(tmp_path, rows=20, val_rows=4)
+    hub = from_folder(place / "pictures", place / "hub")
+    caches = make_extracted(place, "cache"), make_extracted(place, "cache_of_hub", source=str(hub))
+    chunks = [Cache(cache).unit("train", 1).chunk(0) for cache in caches]
+    assert [bytes(data) for data in chunks[0].pictures] == [bytes(data) for data in chunks[1].pictures]
+    assert chunks[0].labels.tolist() == chunks[1].labels.tolist()
 
 
 LAYOUTS = {  # files -> rows of each split
