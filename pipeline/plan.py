@@ -5,7 +5,7 @@ import mmap
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -50,7 +50,7 @@ def plan(request: Request, rows: int | None = None, rate: float = 1000.0) -> dic
     teacher = open_teacher(request)
     identity, pictures = _sample(request, teacher, rows)
     units = units_of(request, identity)
-    every = [unit for group in units.values() for unit in group]
+    every = sum(units.values(), list[Unit]())
     first, cores = units.get(TRAIN, every)[0], request.worker.threads * request.worker.processes
     views, render_s = _render(pictures, first)
     sizes = [len(view.data) for view in views]
@@ -65,14 +65,14 @@ def plan(request: Request, rows: int | None = None, rate: float = 1000.0) -> dic
     total = sum(unit.rows for unit in every)
     found: dict[str, Any] = {"pictures": "sampled" if rows is None else "synthetic"}
     for dtype in ("int8", "float16"):
-        same = units_of(request, identity.model_copy(update={"dtype": dtype}))
-        found[f"{dtype}_gigabytes"] = cache_bytes(same, sizes, teacher) / 1e9
+        same = units_of(request, identity.model_copy(update={"dtype": dtype})).values()
+        found[f"{dtype}_gigabytes"] = cache_bytes(sum(same, list[Unit]()), sizes, teacher) / 1e9
     found |= {
         "free_gigabytes": free_bytes(request.cache) / 1e9,
         "dtype": identity.dtype,
         "units": len(every),
         "shards": sum(unit.num_shards for unit in every),
-        "inodes": inodes(units, teacher),
+        "inodes": inodes(every, teacher),
         "views": total,
         "views_missing": missing,
         "device": f"{teacher.device} and {cores} cores",
@@ -185,29 +185,29 @@ def _array_bytes(unit: Unit) -> int:
     return sum(-(-spec.shape[0] // spec.chunk_rows) * (spec.chunk_bytes + 4) for spec in specs)
 
 
-def cache_bytes(units: Mapping[str, Sequence[Unit]], sizes: Sequence[int], teacher: Teacher) -> int:
+def cache_bytes(every: Sequence[Unit], sizes: Sequence[int], teacher: Teacher) -> int:
     """Return the bytes of a complete cache whose views have the mean of `sizes`."""
-    view = float(np.mean([-(-size // 512) * 512 for size in sizes])) + _TAR
-    total = 16 * teacher.channels * (teacher.grid[0] * teacher.grid[1])  # probe.npy
+    row = float(np.mean([-(-size // 512) * 512 for size in sizes])) + _TAR
+    row += VIEW_INDEX_DTYPE.itemsize
+    total = 16.0 * teacher.channels * teacher.grid[0] * teacher.grid[1]  # probe.npy
     total += 0 if teacher.projection is None else teacher.projection.nbytes
-    for unit in (unit for group in units.values() for unit in group):
-        specs, values = unit.specs.values(), 2 * teacher.channels * _VALUE
-        indexes = sum(16 * spec.chunks_per_shard + 4 for spec in specs)
-        shard = _SHARD + values + indexes
+    for unit in every:
+        specs = unit.specs.values()
+        shard = _SHARD + 2 * teacher.channels * _VALUE
+        shard += sum(16 * spec.chunks_per_shard + 4 for spec in specs)
         chunk = _CRC * (1 + sum(spec.chunk_rows > 1 for spec in specs))
-        row = view + VIEW_INDEX_DTYPE.itemsize
-        parts = unit.rows * row + unit.num_chunks * chunk + unit.num_shards * shard
-        total += int(parts) + _array_bytes(unit) + sum(map(len, unit.zarr_files().values()))
-    return total
+        total += unit.rows * row + unit.num_chunks * chunk + unit.num_shards * shard
+        total += _array_bytes(unit) + sum(map(len, unit.zarr_files().values()))
+    return int(total)
 
 
-def inodes(units: Mapping[str, Sequence[Unit]], teacher: Teacher) -> int:
+def inodes(every: Sequence[Unit], teacher: Teacher) -> int:
     """Return the number of files and folders of a complete cache, with the locks in .run."""
-    count = 1 + 4 + (teacher.projection is not None) + 2  # CACHE, its files, .run and its locks
-    for group in units.values():
-        count += 1 + group[0].num_shards  # the folder of the split, a lock per shard
-        for unit in group:
-            arrays = len(unit.specs)
-            count += 4 + arrays + 1 + arrays + 1  # folders, each zarr.json, the manifest
-            count += unit.num_shards * (3 + arrays)  # tar, index, commit, a shard per array
+    count = 7 + (teacher.projection is not None)  # CACHE and its files, .run and its locks
+    for unit in every:
+        arrays = len(unit.specs)
+        count += 6 + 2 * arrays  # folders, each zarr.json, the manifest
+        count += unit.num_shards * (3 + arrays)  # tar, index, commit, a shard per array
+        if unit.view == 0:  # the folder of the split, and a lock per shard
+            count += 1 + unit.num_shards
     return count
