@@ -158,7 +158,8 @@ class Hub(Remote):
         self.kind, self.id, self.folder = parts[1], parts[2], f"{parts[3]}/" if parts[3] else ""
         self.hub, self.head = _needed("huggingface_hub", "hf"), ""
         self.hub.utils.disable_progress_bars()
-        self.api, self.files = self.hub.HfApi(), self.hub.HfFileSystem()
+        self.api = self.hub.HfApi()
+        self.files = self.hub.HfFileSystem(skip_instance_cache=True)
         self.asking = partial(_asking, self.url, import_module("httpx2").HTTPError)
 
     def sizes(self) -> dict[str, int]:
@@ -273,7 +274,7 @@ def elsewhere(folder: Path) -> tuple[Remote, Path] | None:
     """Return the remote of the CACHE that `folder` lies in, and this CACHE, or None."""
     for root in (folder, *folder.parents)[:5]:
         if (note := work_dir(root) / "remote").is_file():
-            return open_remote(note.read_text()), root
+            return open_remote(note.read_text().splitlines()[0]), root
     return None
 
 

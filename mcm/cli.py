@@ -5,7 +5,9 @@ from cache_tools.program import begin
 begin()
 
 import os
+import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +15,7 @@ import typer
 
 from cache_tools.application import application
 from cache_tools.console import print_json
+from cache_tools.errors import UsageError
 
 app = application(
     "mcm-train",
@@ -42,11 +45,17 @@ Workers = Annotated[int, typer.Option(min=0, help="The number of processes that 
 @app.command(no_args_is_help=True)
 def pretrain(
     config: Config,
-    cache: Annotated[Path, typer.Option(metavar="CACHE", help="Made by `mcm-cache extract`.")],
+    cache: Annotated[
+        str, typer.Option(metavar="CACHE", help="Made by `mcm-cache extract`; or its remote.")
+    ],
     out: Out,
     data: Annotated[
         Path | None, typer.Option(metavar="DATASET", help="Pictures for k-NN during training.")
     ] = None,
+    local_cache: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where shards of a remote CACHE are kept.")
+    ] = None,
+    local_bytes: Annotated[str, typer.Option(help="Most bytes of this folder: 200GB.")] = "200GB",
     set_: Set = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -59,15 +68,23 @@ def pretrain(
     from cache_tools.cache import Cache
     from cache_tools.dataset import Dataset
     from cache_tools.records import config_file, load_toml
+    from cache_tools.transfer import attached
     from mcm.config import PretrainConfig
     from mcm.pretrain import pretrain as run
 
     settings = load_toml(PretrainConfig, config_file(config), set_ or ())
-    Cache(cache)  # checked before --overwrite removes a run, in case CACHE or DATASET is mistyped
-    if data is not None:
-        Dataset(data)
-    _prepare(out, overwrite)
-    run(settings, cache, out, data)
+    if "://" in cache and local_cache is None:
+        raise UsageError(f"{cache}: expected --local-cache FOLDER beside a remote; found none")
+    size = re.fullmatch(r"(\d+)([KMGT]?)B", local_bytes)
+    if not size:
+        raise UsageError(f"--local-bytes: expected a size such as 200GB; found {local_bytes!r}")
+    limit = int(size[1]) * 1000 ** " KMGT".index(size[2] or " ")
+    with attached(cache, local_cache, limit) if local_cache else nullcontext(Path(cache)) as path:
+        Cache(path)  # before --overwrite removes a run, in case CACHE or DATASET is mistyped
+        if data is not None:
+            Dataset(data)
+        _prepare(out, overwrite)
+        run(settings, path, out, data)
 
 
 @app.command(no_args_is_help=True)

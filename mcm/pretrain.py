@@ -83,6 +83,7 @@ def choose_units(
     Raises: UsageError when too few units are complete; CorruptionError when an array belongs to
     another cache.
     """
+    cache.check_pictures()
     complete = cache.complete_units("train")
     units = [unit for unit in complete if str(unit) in resumed] or complete[: views or None]
     if not units:

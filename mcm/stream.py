@@ -11,7 +11,9 @@ import multiprocessing.resource_tracker
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,12 +29,14 @@ from cache_tools.dataset import Dataset as PictureDataset
 from cache_tools.errors import McmError, ResourceError
 from cache_tools.images import decode_view_into
 from cache_tools.processes import check_open_files, end_with_parent, ignore_metadata_warnings
+from cache_tools.remote import elsewhere
 from cache_tools.rng import hash_u64
 from mcm.config import Target
 from mcm.masking import mask_picks
 from mcm.sampler import EvalOrder, Indices, Order
 from mcm.targets import Targets
 
+REMOTE_READS = 32  # chunks that a process reads from a remote at once
 PREFETCH = 2  # batches that each worker prepares in advance
 WORKERS_FROM_ROWS = 4096  # to evaluate fewer rows is faster than to start workers
 
@@ -97,11 +101,16 @@ class CacheSource:
         out = (used or self._allocate(batch)) | _row_tensors(batch)
         arrays = {name: x.numpy() for name, x in out.items() if isinstance(x, Tensor)}
         names = {array: name for array, name in self.stored.items() if name in arrays}
-        filled = 0
-        for position, number in enumerate(chunks.tolist()):
-            span = slice(filled, filled + CHUNK_ROWS)
+
+        def read(place: tuple[int, int]) -> Chunk:
+            position, number = place
+            span = slice(position * CHUNK_ROWS, (position + 1) * CHUNK_ROWS)
             into = {array: arrays[name][span] for array, name in names.items()}
-            chunk = self.view(epoch, number).chunk(number, into)
+            return self.view(epoch, number).chunk(number, into)
+
+        filled, numbers = 0, enumerate(chunks.tolist())
+        many = elsewhere(self.units[0].path)  # reads from a remote take long: many at once
+        for position, chunk in enumerate((_readers().map if many else map)(read, numbers)):
             _copy(arrays, chunk, filled, position)
             filled += chunk.rows
         _pad(out, filled)
@@ -124,6 +133,12 @@ class CacheSource:
     def rows_of(self, chunks: Indices) -> Indices:
         """Return the row numbers of whole chunks."""
         return (chunks[:, None] * CHUNK_ROWS + np.arange(CHUNK_ROWS)).ravel()
+
+
+@lru_cache(None)
+def _readers() -> ThreadPoolExecutor:
+    """Return the threads of this process that read chunks from a remote."""
+    return ThreadPoolExecutor(REMOTE_READS)
 
 
 class RowSource(Source):
@@ -240,6 +255,7 @@ class CacheDataset(Dataset[Batch]):
         world: int = 1, rank: int = 0,
     ) -> None:  # fmt: skip
         opened = Cache(cache)
+        opened.check_pictures()
         identity, units = opened.identity, opened.complete_units(split) or [opened.unit(split)]
         for unit in units:
             unit.check_arrays()

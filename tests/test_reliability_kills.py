@@ -80,8 +80,11 @@ def _begins_a_tar(name: str) -> bool:
     return name.startswith(("create", "truncate")) and ".tar.partial" in name
 
 
-def _trial(run: Run, place: Path, folder: Path, point: str, longest_s: float, draw: random.Random) -> int:
-    """Start, kill, and resume until a run is let through; how many were killed."""
+def _trial(
+    run: Run, place: Path, folder: Path, point: str, longest_s: float, draw: random.Random,
+    check: Callable[[Path], object] = lambda out: None,
+) -> int:  # fmt: skip
+    """Start, kill, and resume until a run is let through; how many were killed. `check` sees what each one left."""
     killed = 0
     for at, after_s in _deaths(point, longest_s, draw):
         process = zygote.start(run, place, folder / "out", folder / "log", at)
@@ -95,6 +98,7 @@ def _trial(run: Run, place: Path, folder: Path, point: str, longest_s: float, dr
         died = process.exitcode == -signal.SIGKILL or (process.exitcode == 7 and "process was killed" in said)
         assert process.exitcode == 0 or (died and not last), (point, at, after_s, process.exitcode, said)
         killed += died
+        check(folder / "out")
     return killed
 
 

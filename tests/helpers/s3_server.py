@@ -59,11 +59,19 @@ class Server:
         return boto3.client("s3")
 
     def objects(self, prefix: str = "") -> dict[str, bytes]:
-        """Every object below a prefix, as the server holds it."""
+        """Every object below a prefix, as the server holds it, by its name below the prefix."""
+        return {name.removeprefix(prefix): key.value for name, key in self._keys(prefix)}
+
+    def clear(self, prefix: str) -> None:
+        """Delete every object below a prefix."""
+        for name, _ in self._keys(prefix):
+            self.client.delete_object(Bucket=self.bucket, Key=name)
+
+    def _keys(self, prefix: str) -> list[tuple[str, Any]]:
         from moto.s3.models import s3_backends
 
         keys = s3_backends["123456789012"]["aws"].buckets[self.bucket].keys
-        return {name: keys[name].value for name in list(keys) if name.startswith(prefix)}
+        return [(name, key) for name, key in list(keys.items()) if name.startswith(prefix)]
 
     def put(self, name: str, data: bytes) -> None:
         self.client.put_object(Bucket=self.bucket, Key=name, Body=data)

@@ -4,6 +4,7 @@ One server process imports torch and all of stage one (6 s), computes nothing an
 forkserver, and its first start decides what it imports. So `_server` replaces the one that a decode pool started.
 """
 
+import json
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from test_pipeline_shard import make_source
 
 from cache_tools import storage
 from cache_tools.console import guarded
+from cache_tools.transfer import pull, push
 from pipeline import extract as extract_module
 from pipeline.shard import shard
 
@@ -66,6 +68,21 @@ def run_unlocked(place: Path, cache: Path, host: str, views: int) -> None:
     """As on a host that sees no lock of another one, or whose flock does nothing."""
     with patch.object(storage, "HOST", host), patch("fcntl.flock", lambda *_: None):
         run_extract(place, cache, views)
+
+
+def run_push(place: Path, out: Path) -> None:
+    """Push to the S3 server whose environment lies in PLACE, below the last two names of `out`."""
+    os.environ |= json.loads((place / "environment.json").read_text())
+    push(place / "cache", f"s3://bucket/{out.parent.name}/{out.name}")
+
+
+def run_push_to_folder(place: Path, out: Path) -> None:
+    push(place / "cache", str(out))
+
+
+def run_pull(place: Path, out: Path) -> None:
+    os.environ |= json.loads((place / "environment.json").read_text())
+    pull("s3://bucket/cache", out)
 
 
 @cache
