@@ -22,6 +22,7 @@ COLUMNS = {
         "ours int8, 0 workers",
         {"per_s", "per_cpu_s", "cold_per_s", "rss_mb", "bytes_a_sample", "of_limit"},
     ),
+    "remote": ("none local", {"per_s", "per_cpu_s", "ratio"}),
     "step": ("stream", {"resident_ms", "streamed_ms", "ratio", "wait_share", "images_per_s", "workers"}),
     "extract": (
         "tiny CLIP, 4 views",
