@@ -1,6 +1,6 @@
 """One part of the GPU benchmark of scripts/gpu, or its table, on synthetic data; see docs/gpu.md.
 
-    python bench/gpu.py machine|B|S|L|compile_B|...|online|extract|road|table --out FOLDER [--quick]
+    python bench/gpu.py machine|B|S|L|compile_B|...|road|science|table --out FOLDER [--quick]
 
 A part writes FOLDER/PART.json. `--quick` runs the same code with tiny sizes, also on a CPU.
 """
@@ -65,6 +65,7 @@ def main() -> None:
     )
     parser.add_argument("part")
     parser.add_argument("--out", type=Path, required=True, help="folder of the parts' JSON files")
+    parser.add_argument("--data", type=Path, help="of the part science: its dataset and its cache")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, on the CPU too")
     options = parser.parse_args()
     if options.part == "table":
@@ -73,7 +74,7 @@ def main() -> None:
         # Imported here: workers import this file again; torch, timm and accelerate take 6 s.
         import gpu_parts
 
-        gpu_parts.run(options.part, options.out, options.quick)
+        gpu_parts.run(options.part, options.out, options.quick, options.data)
 
 
 if __name__ == "__main__":

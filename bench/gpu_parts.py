@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from record import write_results
 from synthetic import Shape, make_cache, make_dataset, pictures, tiny_clip
 from torch import Tensor, nn
 
+from cache_tools.records import config_file, load_toml, write_toml
+from mcm.ablate import Plan
 from mcm.loop import engine
 from mcm.memory import forward_macs
 from mcm.objective import loss_fn
@@ -66,18 +68,24 @@ TINY = ("student.width=32", "student.depth=1", "student.heads=2", "decoder.depth
 QUICK = Student("pretrain/imagenet_vitb16_clipb16", 16, 2, Shape(64, 64, 4, 64, 32), TINY)
 
 
-def run(name: str, out: Path, quick: bool) -> None:
+SCIENCE = "ablate/imagenette_vitb16_112px"
+QUICK_SCIENCE = (*TINY, "schedule.epochs=2", "schedule.warmup_epochs=1", "train.global_batch=16")
+QUICK_SCIENCE += ("train.micro_batch=16", "train.precision=fp32", "train.workers=0")
+
+
+def run(name: str, out: Path, quick: bool, data: Path | None) -> None:
     """Run one part in a temporary folder; exit with 1 if one of its rows failed."""
     with (
         tempfile.TemporaryDirectory() as folder,
         engine("bf16" if torch.cuda.is_available() else "fp32") as accelerator,
     ):
-        part = Part(name, out, Path(folder), accelerator, quick)
+        part = Part(name, out, Path(folder), accelerator, quick, data)
         works: dict[str, Callable[[], None]] = {
             "machine": part.machine,
             "online": part.online,
             "extract": part.extract,
             "road": part.road,
+            "science": part.science,
             **{student: lambda s=student: part.student(s) for student in STUDENTS},
             **{f"compile_{student}": lambda s=student: part.compile(s) for student in STUDENTS},
         }
@@ -89,8 +97,10 @@ def run(name: str, out: Path, quick: bool) -> None:
 class Part:
     """The rows of one part; the JSON file is written after every row."""
 
-    def __init__(self, name: str, out: Path, folder: Path, accelerator: Any, quick: bool) -> None:
-        self.name, self.out, self.folder = name, out, folder
+    def __init__(
+        self, name: str, out: Path, folder: Path, accelerator: Any, quick: bool, data: Path | None
+    ) -> None:
+        self.name, self.out, self.folder, self.data = name, out, folder, data
         self.accelerator, self.quick = accelerator, quick
         self.device: torch.device = accelerator.device
         self.file, self.failed = out / f"{name}.json", []
@@ -343,6 +353,42 @@ class Part:
         line += [word for key in chosen for word in ("--set", key)]
         self.row("first command", lambda: command_until(line, self.folder / "run", stop_after=2))
         self.row("second command", lambda: command_until(line, self.folder / "run"))
+
+    def science(self) -> None:
+        """Run a pre-registered plan by `mcm-train ablate`, in several processes on one card."""
+        plan, data = load_toml(Plan, config_file(SCIENCE)), self.data
+        if self.quick:
+            small = {"set": (*plan.set, *QUICK_SCIENCE), "seeds": (0,), "lr": (), "corrupt": ()}
+            few = {name: plan.rows[name] for name in ("none, depth 0", "channel .25")}
+            plan, data = plan.model_copy(update=small | {"rows": few}), tiny_science(self.folder)
+        if data is None:
+            raise SystemExit(f"science: expected --data DATA, as configs/{SCIENCE}.toml prepares")
+        file, out = self.folder / "plan.toml", self.out / "science"
+        file.write_text(write_toml(plan))
+        line = [sys.executable, "-c", "from mcm.cli import app; app()", "ablate", str(file)]
+        line += ["--cache", str(data / "cache"), "--data", str(data / "dataset")]
+        line += ["--out", str(out), "--workers", "0" if self.quick else "3"]
+        processes = [subprocess.Popen(line) for _ in range(2 if self.quick else 4)]
+        self.failed += [f"ablate, exit {code}" for code in (p.wait() for p in processes) if code]
+        results = json.loads((out / "results.json").read_text())
+        for row in results["rows"]:
+            means = {column: fmean(values) for column, values in row["values"].items()}
+            self.row(row["name"], lambda row=row, means=means: means | {"mark": row["mark"]})
+
+
+def tiny_science(folder: Path) -> Path:
+    """Return a folder with a `dataset` of two classes, and a `cache` of a tiny CLIP's features."""
+    for number, picture in enumerate(pictures(None, 64, 32, 32)):
+        name = f"{'val' if number % 4 == 0 else 'train'}/{number // 4 % 2}/{number}.jpg"
+        (folder / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "pictures" / name).write_bytes(picture)
+    program = [sys.executable, "-c", "from pipeline.cli import app; app()"]
+    dataset, cache = folder / "dataset", folder / "cache"
+    flags = ["--teacher", tiny_clip(folder / "clip"), "--weights", "random", "--views", "1"]
+    for words in (["shard", folder / "pictures", dataset], ["extract", dataset, cache, *flags]):
+        size = ["--size", "32", "--set", "patch=8"] if words[0] == "extract" else []
+        subprocess.run([*program, *map(str, words), *size], check=True)
+    return folder
 
 
 def forward_flops(step: OneStep) -> int:
