@@ -22,7 +22,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from cache_tools.cache import Cache
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError, check_output
-from cache_tools.records import Record, config_file, load_toml, read_record, sha256_hex
+from cache_tools.records import Record, config_file, load_toml, read_json, read_record, sha256_hex
 from cache_tools.storage import (
     file_sha256,
     is_locked,
@@ -267,7 +267,10 @@ class Ablation:
         controls = [name for name in self.controls if name in chosen]
         compared = differences({name: self._hits(name) for name in chosen}, controls)
         facts = {"config": self.plan.model_dump(mode="json"), "software": software()}
+        runs = {step.run for steps in self.steps.values() for step in steps if step.mark == ""}
+        trained = {read_json(run / "env.json")["software"] for run in runs}
         tables = {"columns": columns, "rows": rows, "differences": compared}
+        facts["trained by"] = sorted(trained)
         return {"note": self.plan.note, **tables, **facts}
 
     @property

@@ -50,3 +50,12 @@ def test_gpu_run_on_a_cpu(tmp_path: Path) -> None:
     assert row.keys() == {"teacher_ms", "step_ms", "cached_ms", "online_ms", "gain", "bound", "ratio", "row_s"}
     assert [parts["road"]["table"][f"{name} command"]["exit"] for name in ("first", "second")] == [75, 0]
     assert "ViT-L/16, share of the matrix rate" in done.stdout
+
+
+def test_science_of_the_gpu_on_a_cpu(tmp_path: Path) -> None:
+    line = [ROOT / "scripts" / "gpu", "science", "--quick", "--out", tmp_path, "--deadline", "900"]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = json.loads((tmp_path / "science.json").read_text())["table"]
+    assert {"k-NN folded", "R^2 masked", "R^2 train", "GMAC"} <= table["channel .25"].keys()
+    assert "points above the best control" in (tmp_path / "science" / "table.md").read_text()
