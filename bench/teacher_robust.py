@@ -58,7 +58,7 @@ def main() -> None:
     for name, val in zip(
         ("clean", *corruptions), featurizer.features("val", [encode], None, parsed), strict=True
     ):
-        accuracy = linear.accuracy(val) if linear else None
+        accuracy = float(linear.hits(val).double().mean()) if linear else None
         table[name] = {"knn": knn_accuracy(bank, val), "linear": accuracy}
         print(name, table[name], flush=True)
         write_results(options.out, table)

@@ -49,7 +49,7 @@ from mcm.report import (
     held_out,
     probed,
     report,
-)  # fmt: skip
+)
 from mcm.run_dir import ExitRecord, last_eval, read_metrics, recorded, software
 
 UNDERFITTED = 0.2  # held-out R^2 below which an accuracy says little about the target
@@ -350,8 +350,9 @@ def _chosen(rows: Sequence[dict[str, Any]]) -> list[str]:
         max(group, key=lambda row: mean(row["values"].get(HELD_OUT_TRAIN) or [0.0]))
         for group in groups.values()
     ]
-    for row in best if len(best) < len(rows) else ():
-        row["mark"] = ", ".join(filter(None, (row["mark"], "chosen lr" * (RATE in row["name"]))))
+    for row in best:
+        if RATE in row["name"]:
+            row["mark"] = f"{row['mark']} chosen lr".strip()
     return [row["name"] for row in best]
 
 
@@ -381,9 +382,7 @@ def _training_fit(run: Path) -> dict[str, float]:
     """
     newest, losses = last_eval(run), [line["loss"] for line in read_metrics(run) if "loss" in line]
     model: Any = load_encoder(str(run)).masked
-    grid, patch = model.encoder.patch_embed.grid_size, model.encoder.patch_embed.patch_size
-    height, width = (count * side for count, side in zip(grid, patch, strict=True))
-    view = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    view = torch.zeros(1, *recorded(run)["size"], 3, dtype=torch.uint8)
     found = {GMAC: forward_macs(model, view) / 1e9}
     kind = "masked" if "r2_masked" in newest else "full"
     if f"r2_{kind}" in newest and not recorded(run)["config"]["loss"]["cls"]:

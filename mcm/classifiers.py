@@ -73,10 +73,6 @@ class LinearProbe(NamedTuple):
         hits = self.classes[_predicted(x_RD, self.fit)] == val.y.to(self.classes.device)
         return hits.cpu()
 
-    def accuracy(self, val: Features) -> float:
-        """Return the fraction of True in `hits`."""
-        return float(self.hits(val).double().mean())
-
 
 def linear_probe(
     train: Features, seed: int, device: torch.device | str = "cpu"
