@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from . import storage
 from .errors import CorruptionError, IdentityError, ResourceError, UsageError
@@ -31,13 +31,6 @@ class Parcel(NamedTuple):
 
     files: dict[str, FileEntry]
     records: dict[str, bytes]
-
-
-class Writer(Protocol):
-    """A file that `Remote.read` writes to."""
-
-    def write(self, buffer: Buffer, /) -> int:
-        """Append `buffer`."""
 
 
 class Remote:
@@ -58,8 +51,8 @@ class Remote:
         found = {path.relative_to(self.root).as_posix(): path.stat().st_size for path in files}
         return {name: size for name, size in found.items() if not name.startswith(".run/")}
 
-    def read(self, name: str, out: Writer) -> None:
-        """Write the bytes of a file to `out`."""
+    def read(self, name: str, out: Any) -> None:
+        """Write the bytes of a file to `out`, which has a method `write`."""
         with naming(self.root / name), open(self.root / name, "rb") as file:
             shutil.copyfileobj(file, out, 1 << 20)
 
@@ -112,19 +105,16 @@ class Objects(Remote):
             self.store = from_url(self.url, client_options=_CLIENT)
 
     def sizes(self) -> dict[str, int]:
-        """Return the size in bytes of every object, by name."""
         with self.asking():
             pages = self.obstore.list(self.store)
             return {one["path"]: one["size"] for page in pages for one in page}
 
-    def read(self, name: str, out: Writer) -> None:
-        """Write the bytes of an object to `out`."""
+    def read(self, name: str, out: Any) -> None:
         with self.asking(name):
             for block in self.obstore.get(self.store, name).stream(min_chunk_size=1 << 20):
                 out.write(memoryview(block))
 
     def range(self, name: str, offset: int, size: int) -> Buffer:
-        """Return `size` bytes at `offset`, or fewer at the end of the object."""
         with self.asking(name):
             return memoryview(self.obstore.get_range(self.store, name, start=offset, length=size))
 
@@ -163,7 +153,6 @@ class Hub(Remote):
         self.asking = partial(_asking, self.url, import_module("httpx2").HTTPError)
 
     def sizes(self) -> dict[str, int]:
-        """Return the size in bytes of every file, by name."""
         found: dict[str, Any] = {}
         with self.asking(), suppress(FileNotFoundError, self.hub.errors.RepositoryNotFoundError):
             if self.kind == "datasets":
@@ -172,13 +161,11 @@ class Hub(Remote):
         root = len(f"{self.kind}/{self.id}/{self.folder}")
         return {name[root:]: one["size"] for name, one in found.items()}
 
-    def read(self, name: str, out: Writer) -> None:
-        """Write the bytes of a file to `out`."""
+    def read(self, name: str, out: Any) -> None:
         with self.asking(name), self.files.open(f"{self.url}/{name}", block_size=0) as file:
             shutil.copyfileobj(file, out, 1 << 20)
 
     def range(self, name: str, offset: int, size: int) -> Buffer:
-        """Return `size` bytes at `offset`, or fewer at the end of the file."""
         with self.asking(name):
             return bytes(self.files.cat_file(f"{self.url}/{name}", offset, offset + size))
 

@@ -4,6 +4,7 @@ The files of a shard come first and its record last: a commit, or the index of a
 `files.json` on the remote has the sizes and digests of the files that no other record names.
 """
 
+import hashlib
 import math
 import os
 import re
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 from .cache import Cache, Unit
@@ -35,15 +37,14 @@ from .records import (
 )
 from .remote import Parcel, Remote, check_digest, open_remote
 from .schema import CacheIdentity, Manifest
-from .storage import file_sha256, remove, settle, try_lock, work_dir, write_atomic
+from .storage import remove, settle, try_lock, work_dir, write_atomic
 
 _KINDS = {"cache.json": "a CACHE", "dataset.json": "a DATASET", "config.json": "an exported folder"}
 # Files of a CACHE or DATASET that no commit and no index vouches for, and the files of an EXPORT.
 _EXTRAS = re.compile(
     r"extract\.toml|projection\.npy|probe\.(npy|json)|\w+/(_info\.json|quarantine\.jsonl)"
 )
-_SMALL = ("index", "channel_mean", "channel_std")  # files of a shard that are read as a whole
-_LARGE = re.compile(r"\.tar$|/(patch|scale|cls)/c\.")  # the others
+_LARGE = re.compile(r"\.tar$|/(patch|scale|cls)/c\.")  # files that training reads by chunk
 FETCH_THREADS = 4
 _PLAIN = re.compile(r"(?!files\.json$)\w[\w.-]{0,99}")
 _UNIT = re.compile(r"(\w+)/v(0|[1-9][0-9]{0,8})/commits/[0-9]{6,}\.json")
@@ -78,7 +79,7 @@ class Part(NamedTuple):
     splits: Collection[str] = ()
     views: int = 0
     features_only: bool = False
-    kept: Collection[str] | None = None  # of the files of a shard: "index", "views" or an array
+    small: bool = False  # leave out the large files of every shard
 
     def identity(self, whole: CacheIdentity) -> CacheIdentity:
         """Return the identity of the part: another one if it has fewer rows, or no pictures."""
@@ -209,19 +210,19 @@ class Source:
         """Return the files that no other record vouches for."""
         kind = _PLAIN if self.kind == "config.json" else _EXTRAS
         if "files.json" in self.sizes:
-            record = decode_record(FilesRecord, self.record("files.json"), self.where("files.json"))
-            files = {name: one for name, one in record.files.items() if kind.fullmatch(name)}
+            data, where = self.record("files.json"), self.where("files.json")
+            listing = decode_record(FilesRecord, data, where).files.items()
+            files = {name: entry for name, entry in listing if kind.fullmatch(name)}
         else:
             names = sorted(filter(kind.fullmatch, self.sizes), key=lambda name: name == self.kind)
             files = {name: self.entry(name) for name in names}
-        data = encode_record(FilesRecord(files=files)) if listed else b""
-        return Parcel(files, {"files.json": data} if listed else {})
+        record = {"files.json": encode_record(FilesRecord(files=files))} if listed else {}
+        return Parcel(files, record)
 
     def entry(self, name: str) -> FileEntry:
         """Return the size and digest of a file that no record names, as it is now."""
-        data = self.remote.content(name) if type(self.remote) is not Remote else None
-        sha256 = file_sha256(self.remote.root / name) if data is None else sha256_hex(data)
-        return FileEntry(bytes=self.sizes[name], sha256=sha256)
+        self.remote.read(name, SimpleNamespace(write=(digest := hashlib.sha256()).update))
+        return FileEntry(bytes=self.sizes[name], sha256=digest.hexdigest())
 
     def tar(self, split: str, shard: int, known: ShardEntry) -> Parcel:
         """Return a shard of a DATASET; its record is its index."""
@@ -254,29 +255,29 @@ class Source:
             if (name := str(ours.manifest_file)) in self.sizes:
                 manifest = theirs.decode_manifest(self.record(name), self.where(name))
                 manifests.append(partial(self.manifest, ours, digests))
-            commits = {shard: str(ours.commit_file(shard)) for shard in range(ours.num_shards)}
             shards += [
-                partial(self.commit, theirs, ours, shard, name, manifest, digests, part.kept)
-                for shard, name in commits.items()
-                if manifest or name in self.sizes
+                partial(self.commit, theirs, ours, shard, manifest, digests, part.small)
+                for shard in range(ours.num_shards)
+                if manifest or str(ours.commit_file(shard)) in self.sizes
             ]
         first: Step = partial(Parcel, {}, {self.kind: encode_record(identity)})
         return [[first], [extras], shards, manifests]
 
     def commit(
-        self, theirs: Unit, ours: Unit, shard: int, name: str, manifest: Manifest | None,
-        digests: dict[int, str], kept: Collection[str] | None,
+        self, theirs: Unit, ours: Unit, shard: int, manifest: Manifest | None,
+        digests: dict[int, str], small: bool,
     ) -> Parcel:  # fmt: skip
         """Return a shard of a CACHE. Its commit names the identity of `ours`."""
+        name = str(ours.commit_file(shard))
         commit = theirs.decode_commit(shard, self.record(name), self.where(name), manifest)
-        paths = {what: str(path) for what, path in ours.shard_files(shard).items()}
-        inside = {path: path.removeprefix(f"{ours}/") for path in paths.values()}
-        files = {file: commit.files[file] for file in inside.values()}
+        inside = [str(path.relative_to(ours.path)) for path in ours.shard_files(shard).values()]
+        files = {file: commit.files[file] for file in inside}
         update = {"files": files, "identity_sha256": ours.identity_sha256}
         commit = commit.model_copy(update=update)
         digests[shard] = record_sha256(commit)
-        chosen = [path for what, path in paths.items() if kept is None or what in kept]
-        return Parcel({path: files[inside[path]] for path in chosen}, {name: encode_record(commit)})
+        left_out = set(filter(_LARGE.search, files)) if small else set()
+        chosen = {f"{ours}/{file}": files[file] for file in files.keys() - left_out}
+        return Parcel(chosen, {name: encode_record(commit)})
 
     def manifest(self, unit: Unit, digests: dict[int, str]) -> Parcel:
         """Return the manifest of a unit, after every zarr.json."""
@@ -306,7 +307,7 @@ def attached(url: str, folder: Path, limit: int) -> Iterator[Path]:
             time.sleep(0.1)
         yield folder
         return
-    pull(url, folder, Part(kept=_SMALL))
+    pull(url, folder, Part(small=True))
     remote, stop = open_remote(url), threading.Event()
     with try_lock(note.with_name("fetch")) as alone, ThreadPoolExecutor(FETCH_THREADS) as pool:
         missing = _choose(folder, limit) if alone else []
@@ -322,22 +323,17 @@ def attached(url: str, folder: Path, limit: int) -> Iterator[Path]:
 def _choose(folder: Path, limit: int) -> list[tuple[str, FileEntry]]:
     """Return the missing files of the shards that fit into `limit`; remove those of the others."""
     known, missing = Remote(str(folder)).sizes(), list[tuple[str, FileEntry]]()
-    shards = [
-        {f"{unit}/{name}": entry for name, entry in unit.commit(shard).files.items()}
-        for unit in Cache(folder).all_units()
-        for shard in unit.committed()
-    ]
-    large = [{n: one for n, one in files.items() if _LARGE.search(n)} for files in shards]
     left = limit - sum(size for name, size in known.items() if not _LARGE.search(name))
     if left < 0:
         raise UsageError(f"--local-bytes: expected {limit - left} for the records; found {limit}")
-    for files in large:
-        left -= (size := sum(one.bytes for one in files.values()))
-        if left >= 0:
-            missing += [(name, one) for name, one in files.items() if name not in known]
+    for unit, shard in [(u, shard) for u in Cache(folder).all_units() for shard in u.committed()]:
+        files = unit.commit(shard).files.items()
+        large = {f"{unit}/{name}": entry for name, entry in files if _LARGE.search(name)}
+        if (size := sum(entry.bytes for entry in large.values())) <= left:
+            left -= size
+            missing += [(name, one) for name, one in large.items() if name not in known]
         else:
-            left += size
-            for name in files.keys() & known.keys():
+            for name in large.keys() & known.keys():
                 remove(folder / name)
     return missing
 
