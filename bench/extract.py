@@ -13,6 +13,9 @@ the cores, it is 1 / (1 / forward + 1 / (cores x host)). Compared rates alternat
 its views), crop and resize, encode, decode of the stored view, and write (tar, index, Zarr, crc32c
 and sha256); milliseconds of the device for preprocess, forward, and quantize with its checks.
 
+`main_ms` is the CPU-milliseconds per view of the main thread outside the teacher's forward and
+encoding. The bar is 0.2, because threads and device must not wait for this thread.
+
 `memory` is the peak memory of a whole extraction on the CPU, without the imports. It compares a
 dataset with one of four times its size; each runs in its own process. The bar for the ratio is 1.1.
 """
@@ -23,8 +26,9 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -57,6 +61,20 @@ HOST = ("decode", "crop, resize", "encode", "decode of the view", "write")  # pa
 Row = dict[str, Any]
 
 
+class CpuTimers(Timers):
+    """Also the CPU-seconds of this thread in "teacher"."""
+
+    teacher_cpu = 0.0
+
+    @contextmanager
+    def measure(self, what: str) -> Iterator[None]:
+        """As `Timers.measure`."""
+        start = time.thread_time()
+        with super().measure(what):
+            yield
+        self.teacher_cpu += (time.thread_time() - start) * (what == "teacher")
+
+
 class Place:
     """A dataset and a teacher, and the three rates that are compared."""
 
@@ -79,8 +97,11 @@ class Place:
         publish_identity(cache, self.identity)
         return [Unit(cache, self.identity, "train", view) for view in self.views]
 
-    def whole(self, rows: int) -> tuple[float, Timers]:
-        """Return (views per second, split of the time) from the sources to the first commits."""
+    def whole(self, rows: int) -> tuple[float, Timers, float]:
+        """Return (views per second, split of the time, `main_ms`) from the sources to the commits.
+
+        The shards are the first ones.
+        """
         units = self.units()
         shards = range(-(-rows // self.identity.rows_per_shard))
         with (
@@ -89,11 +110,14 @@ class Place:
             progress(rows, "bench", "views", quiet=True) as bar,
         ):
             facts = (self.dataset, self.identity, self.teacher, self.fingerprint)
-            own = Extractor(*facts, 0.0, math.inf, ahead, behind)
+            own = Extractor(*facts, 0.0, math.inf, ahead, behind, timers := CpuTimers())
+            start = time.thread_time()
             took = seconds(
                 lambda: [own.shard(units, k, bar.update) for k in shards], self.teacher.device
             )
-        return sum(units[0].shard_rows(k) for k in shards) * len(units) / took, own.timers
+            main = time.thread_time() - start - timers.teacher_cpu
+        views = sum(units[0].shard_rows(k) for k in shards) * len(units)
+        return views / took, timers, 1e3 * main / views
 
     def forward(self, batches: int) -> float:
         """Return the views per second of the teacher alone, from pictures in memory."""
@@ -173,7 +197,7 @@ def measure(place: Place, rows: int, rounds: int) -> Row:
             "forward": place.forward(min(8, max(1, rows * len(place.views) // BATCH))),
             "host": 1e3 / sum(parts[name] for name in HOST),
         }
-        rates["extract"], spent = place.whole(rows)
+        rates["extract"], spent, rates["main_ms"] = place.whole(rows)
         cores = CORES * rates["host"]
         both = 1 / (1 / rates["forward"] + 1 / cores)
         limit = min(rates["forward"], cores) if place.teacher.device.type == "cuda" else both
