@@ -1,6 +1,8 @@
-"""Process setup: warnings, the limit of open files, and the end together with the parent."""
+"""Process setup: warnings, the forkserver and its workers, and the end together with the parent."""
 
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import resource
 import signal
@@ -21,25 +23,36 @@ def ignore_metadata_warnings() -> None:
     warnings.filterwarnings("ignore", module="PIL")
 
 
-def check_open_files(workers: int, needed: int) -> None:
-    """Check that the limit of open files allows the `needed` files of `workers` processes.
+def start_forkserver(workers: int, files: int, *modules: str) -> None:
+    """Start the forkserver, which imports `modules`, with SIGTERM and SIGINT blocked.
 
-    Raises: ResourceError if the limit is lower. Without this check, the forkserver would print a
-    traceback.
+    The workers inherit the blocked signals: a launcher or a terminal signals the whole process
+    group, but the current step or shard still needs the workers.
+
+    Raises: ResourceError if fewer than `files` open files are allowed. Otherwise the forkserver
+    would print a traceback.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if limit < needed:
+    if limit < files:
         raise ResourceError(
-            f"open files: expected a limit of {needed} for {workers} workers; found {limit};"
-            f" raise it by `ulimit -n {needed}`, or lower the number of workers"
+            f"open files: expected a limit of {files} for {workers} workers; found {limit};"
+            f" raise it by `ulimit -n {files}`, or lower the number of workers"
         )
+    multiprocessing.forkserver.set_forkserver_preload(list(modules))
+    multiprocessing.resource_tracker.ensure_running()  # first, because its start unblocks signals
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def end_with_parent() -> None:
-    """Kill this `multiprocessing` child after its parent has ended.
+def init_worker(*_: object) -> None:
+    """Set up a `multiprocessing` child: ignore metadata warnings, and end with the parent.
 
     The child waits for a pipe of the parent, which the kernel closes when the parent ends.
     """
+    ignore_metadata_warnings()
     parent = multiprocessing.parent_process()
     assert parent is not None
     _end_after(parent.join, signal.SIGKILL)

@@ -5,10 +5,6 @@ B rows of a batch, M chunks of a batch, N tokens, C teacher channels, H W pixels
 """
 
 import math
-import multiprocessing
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +24,7 @@ from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.dataset import Dataset as PictureDataset
 from cache_tools.errors import McmError, ResourceError
 from cache_tools.images import decode_view_into
-from cache_tools.processes import check_open_files, end_with_parent, ignore_metadata_warnings
+from cache_tools.processes import init_worker, start_forkserver
 from cache_tools.remote import elsewhere
 from cache_tools.rng import hash_u64
 from mcm.config import Target
@@ -279,23 +275,6 @@ class CacheDataset(Dataset[Batch]):
         return kept | {"features": features}
 
 
-def _start_forkserver(workers: int) -> None:
-    """Start the forkserver with SIGTERM and SIGINT blocked; the workers end with this process.
-
-    A launcher signals the whole process group, but the last step before a stop still needs batches.
-
-    Raises: ResourceError if the limit of open files is too low.
-    """
-    check_open_files(workers, 48 + 16 * workers)
-    multiprocessing.forkserver.set_forkserver_preload(["torch", "mcm.stream"])
-    multiprocessing.resource_tracker.ensure_running()  # first, because its start unblocks signals
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    try:
-        multiprocessing.forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
 @contextmanager
 def batches(
     stream: Stream, start: int, end: int, workers: int, pin_memory: bool = False
@@ -309,7 +288,7 @@ def batches(
     if isinstance(stream.order, EvalOrder) and stream.order.rows < WORKERS_FROM_ROWS:
         workers = 0
     if workers:
-        _start_forkserver(workers)
+        start_forkserver(workers, 48 + 16 * workers, "torch", "mcm.stream")
     loader = DataLoader(
         # Each worker prepares PREFETCH batches, and the caller uses one more.
         Stream(stream.order, stream.source, reuse=PREFETCH + 1 if workers else 1),
@@ -320,7 +299,7 @@ def batches(
         # /dev/shm per rank: workers x 3 batches, such as 8 x 3 x 256 rows x 0.3 MB = 1.8 GB.
         prefetch_factor=PREFETCH if workers else None,
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_init_worker,
+        worker_init_fn=init_worker,
     )
     iterator = iter(loader)
     try:
@@ -328,11 +307,6 @@ def batches(
     finally:
         if workers:  # at exit, the process would wait for workers that are alive
             iterator._shutdown_workers()  # type: ignore[attr-defined]
-
-
-def _init_worker(number: int) -> None:
-    ignore_metadata_warnings()
-    end_with_parent()
 
 
 def _raising(items: Iterable[Batch | McmError | OSError]) -> Iterator[Batch]:

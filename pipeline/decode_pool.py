@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 
 from cache_tools.errors import ResourceError
 from cache_tools.images import PictureRefused
-from cache_tools.processes import check_open_files, end_with_parent, ignore_metadata_warnings
+from cache_tools.processes import init_worker, start_forkserver
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -132,17 +132,8 @@ class _Context(ForkServerContext):
 
 
 def _start(workers: int) -> ProcessPoolExecutor:
-    check_open_files(workers, 32 + 2 * workers)
-    context = _Context()
-    context.set_forkserver_preload(["pipeline.candidates"])
-    return ProcessPoolExecutor(workers, context, _init_process)
-
-
-def _init_process() -> None:
-    """Set up a process: it ignores Ctrl-C, which the parent handles, and ends with the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ignore_metadata_warnings()
-    end_with_parent()
+    start_forkserver(workers, 32 + 2 * workers, "pipeline.candidates")
+    return ProcessPoolExecutor(workers, _Context(), init_worker)
 
 
 def _finishes(future: Future[Result]) -> bool:

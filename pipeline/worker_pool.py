@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from cache_tools.console import StopFlag, progress
 from cache_tools.errors import Interrupted, ResourceError
-from cache_tools.processes import end_with_parent, ignore_metadata_warnings
+from cache_tools.processes import init_worker
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -87,8 +87,7 @@ def _start(work: Callable[[Task], object], task: Task) -> tuple[Connection, Spaw
 def _run(pipe: Connection, work: Callable[[Task], object], task: Task) -> None:
     global _pipe
     _pipe = pipe
-    ignore_metadata_warnings()
-    end_with_parent()
+    init_worker()
     try:
         pipe.send(("result", work(task)))
     except Exception as error:  # the parent raises it

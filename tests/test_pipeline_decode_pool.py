@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -57,6 +58,16 @@ def test_too_few_open_files_are_named_before_a_process_starts(capfd: pytest.Capt
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert capfd.readouterr().err == ""  # the server of the processes prints nothing either
+
+
+def test_a_signal_to_the_process_group_does_not_end_the_forkserver() -> None:
+    """It would otherwise refuse the next process, and the command would end with another code than 75."""
+    lines = "from multiprocessing import forkserver; from pipeline.decode_pool import DecodePool"
+    lines += "\nwith DecodePool(1) as pool:\n    list(pool.map(len, ['a']))"
+    lines += "\n    print(open(f'/proc/{forkserver._forkserver._forkserver_pid}/status').read())"
+    status = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    mask = int(status.partition("SigBlk:")[2].split()[0], 16)
+    assert mask >> (signal.SIGTERM - 1) & mask >> (signal.SIGINT - 1) & 1
 
 
 def test_a_pool_stops_in_the_middle_of_large_results() -> None:
