@@ -6,6 +6,7 @@ begin()
 
 import re
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -216,7 +217,8 @@ def _plan(
 ) -> None:
     from .plan import plan
 
-    found = plan(request, rows, rate)
+    with redirect_stdout(sys.stderr):  # for the notes of the teacher
+        found = plan(request, rows, rate)
     if json:
         print_json(found)
     else:

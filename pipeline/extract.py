@@ -95,17 +95,28 @@ def _make_units(request: Request) -> tuple[int, int]:
 class Session:
     """The teacher, the DATASET and the units of a request, in one process.
 
+    `mcm-cache plan` gives the DATASET, or only the rows of each split; otherwise it is opened.
+
     Raises: UsageError or IdentityError, before anything is written.
     """
 
-    def __init__(self, request: Request) -> None:
-        self.request, worker = request, request.worker
-        self.teacher = open_teacher(request)
+    def __init__(self, request: Request, dataset: Dataset | dict[str, int] | None = None) -> None:
+        self.request, config, worker = request, request.config, request.worker
+        size, precision = config.teacher_size, config.precision
+        self.teacher = load_teacher(
+            config.teacher, config.weights, size, worker.device, precision, config.normalization
+        )
         if worker.worker % worker.processes == 0:
             print("\n".join(self.teacher.notes), flush=True)
-        self.dataset = open_source(request)
-        self.identity = cache_identity(request, self.dataset, self.teacher)
-        self.units = units_of(request, self.identity)
+        check_grid(config, self.teacher)
+        found = dataset or open_source(request)
+        if isinstance(found, Dataset):
+            self.dataset = found
+        self.identity = cache_identity(request, found, self.teacher)
+        self.units: dict[str, list[Unit]] = {}
+        for split in config.splits or self.identity.rows:
+            views = range(config.views if split == TRAIN else 1)
+            self.units[split] = [Unit(request.cache, self.identity, split, v) for v in views]
         self.every_unit = [unit for group in self.units.values() for unit in group]
 
     def publish(self) -> None:
@@ -188,29 +199,6 @@ def open_source(request: Request) -> Dataset:
     return Dataset(request.cache / "dataset")
 
 
-def open_teacher(request: Request) -> Teacher:
-    """Return the teacher of the request.
-
-    Raises: UsageError when its grid differs from the student's; the errors of `load_teacher`.
-    """
-    config, device = request.config, request.worker.device
-    size, precision = config.teacher_size, config.precision
-    teacher = load_teacher(
-        config.teacher, config.weights, size, device, precision, config.normalization
-    )
-    check_grid(config, teacher)
-    return teacher
-
-
-def units_of(request: Request, identity: CacheIdentity) -> dict[str, list[Unit]]:
-    """Return the units that the request asks for, by split."""
-    units = {}
-    for split in request.config.splits or identity.rows:
-        views = range(request.config.views if split == TRAIN else 1)
-        units[split] = [Unit(request.cache, identity, split, view) for view in views]
-    return units
-
-
 def check_grid(config: ExtractConfig, teacher: Teacher) -> None:
     """Raise UsageError when the grids of the teacher and the student differ."""
     rows, columns = teacher.grid
@@ -235,8 +223,6 @@ def cache_identity(
     request: Request, dataset: Dataset | dict[str, int], teacher: Teacher
 ) -> CacheIdentity:
     """Return the identity of the cache that the request asks for.
-
-    `mcm-cache plan` gives the rows of each split in the place of a DATASET.
 
     Raises: UsageError when the DATASET lacks a split, or when a cache cannot hold the request.
     """

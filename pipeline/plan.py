@@ -19,13 +19,12 @@ from cache_tools.cache import Unit
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.images import PictureRefused, decode_rgb, decode_view_into, encode_view
-from cache_tools.schema import CacheIdentity
 from cache_tools.storage import existing, free_bytes, naming
 from cache_tools.tars import VIEW_INDEX_DTYPE
 
 from .candidates import read_source
 from .coco_listing import list_coco
-from .extract import Request, cache_identity, open_teacher, units_of
+from .extract import Request, Session
 from .extractor import View, render_view
 from .listing import list_sources
 from .mask_listing import list_scenes
@@ -47,11 +46,11 @@ def plan(request: Request, rows: int | None = None, rate: float = 1000.0) -> dic
     With `rows`, there is no source: synthetic pictures stand for that many. `rate` is the speed of
     the training step, in samples per second. The measurements take about 30 s at most.
     """
-    teacher = open_teacher(request)
-    identity, pictures = _sample(request, teacher, rows)
-    units = units_of(request, identity)
-    every = sum(units.values(), list[Unit]())
-    first, cores = units.get(TRAIN, every)[0], request.worker.threads * request.worker.processes
+    source, pictures = _sample(request, rows)
+    session = Session(request, source)
+    teacher, every, identity = session.teacher, session.every_unit, session.identity
+    first = session.units.get(TRAIN, every)[0]
+    cores = request.worker.threads * request.worker.processes
     views, render_s = _render(pictures, first)
     sizes = [len(view.data) for view in views]
     forward_s, host_s = _forward_seconds(teacher, request.config.batch), render_s / cores
@@ -65,8 +64,9 @@ def plan(request: Request, rows: int | None = None, rate: float = 1000.0) -> dic
     total = sum(unit.rows for unit in every)
     found: dict[str, Any] = {"pictures": "sampled" if rows is None else "synthetic"}
     for dtype in ("int8", "float16"):
-        same = units_of(request, identity.model_copy(update={"dtype": dtype})).values()
-        found[f"{dtype}_gigabytes"] = cache_bytes(sum(same, list[Unit]()), sizes, teacher) / 1e9
+        other = identity.model_copy(update={"dtype": dtype})
+        same = [Unit(request.cache, other, unit.split, unit.view) for unit in every]
+        found[f"{dtype}_gigabytes"] = cache_bytes(same, sizes, teacher) / 1e9
     found |= {
         "free_gigabytes": free_bytes(request.cache) / 1e9,
         "dtype": identity.dtype,
@@ -91,28 +91,23 @@ def plan(request: Request, rows: int | None = None, rate: float = 1000.0) -> dic
     return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}
 
 
-def _sample(
-    request: Request, teacher: Teacher, rows: int | None
-) -> tuple[CacheIdentity, list[bytes]]:
-    """Return the identity of the cache and a few source pictures."""
+def _sample(request: Request, rows: int | None) -> tuple[Dataset | dict[str, int], list[bytes]]:
+    """Return the DATASET or the rows of each split, and a few source pictures."""
     source, pictures = Path(request.source), list[bytes]()
     if rows is not None:
-        pictures = [encode_view(rgb, "jpeg:95:444") for rgb in probe_pictures(375, 500)]
-        return cache_identity(request, {TRAIN: rows}, teacher), pictures
+        return {TRAIN: rows}, [encode_view(rgb, "jpeg:95:444") for rgb in probe_pictures(375, 500)]
     if (source / "dataset.json").is_file():
         dataset = Dataset(source)
         split = min(dataset.record.splits, key=lambda name: name != TRAIN)
-        pictures = [dataset.picture(split, row)[0] for row in _spread(dataset.rows(split))]
-        return cache_identity(request, dataset, teacher), pictures
+        return dataset, [dataset.picture(split, row)[0] for row in _spread(dataset.rows(split))]
     sources = list_coco(source) or list_scenes(source) or list_sources(request.source)
-    counts = {split: len(part) for split, part in sources.splits.items()}
     candidates = next(iter(sources.splits.values()))
     if candidates.column:
-        return cache_identity(request, counts, teacher), first_pictures(candidates, SAMPLE)
-    for i in _spread(len(candidates)):
+        pictures = first_pictures(candidates, SAMPLE)
+    for i in _spread(0 if candidates.column else len(candidates)):
         with suppress(PictureRefused):
             pictures.append(read_source(candidates[i]))
-    return cache_identity(request, counts, teacher), pictures
+    return {split: len(part) for split, part in sources.splits.items()}, pictures
 
 
 def _spread(rows: int) -> list[int]:

@@ -90,9 +90,10 @@ def test_a_slow_teacher_or_disk_ends_the_measurement(place: Path, monkeypatch: p
 
 def test_the_commands_answer_alike_and_leave_no_file(place: Path, tmp_path: Path) -> None:
     options = ["--teacher", f"open_clip:{place / 'clip'}", "--weights", place / "clip/open_clip_model.safetensors"]
-    known = json.loads(
-        run("mcm-cache", "plan", place / "dataset", "--cache", tmp_path / "c", *options, "--set", "size=32", "--json")
+    said = run(
+        "mcm-cache", "plan", place / "dataset", "--cache", tmp_path / "c", *options, "--set", "size=32", "--json"
     )
+    known = json.JSONDecoder().raw_decode(said)[0]  # stderr follows
     said = run("mcm-cache", "extract", place / "dataset", tmp_path / "c", *options, "--size", 32, "--dry-run")
     lines = [line[:26].strip() for line in said.splitlines()]
     assert [line for line in lines if line.replace(" ", "_") in known] == [

@@ -58,6 +58,7 @@ FIELDS: dict[str, Any] = {
     "rows.train": 71,
     "classes": ["odd", "even"],
     "dataset_sha256": OTHER,
+    "pictures": False,
 }
 FIXED: dict[str, Any] = {"format": "other", "teacher.layer": "first", "teacher.kernel": "area"}
 
