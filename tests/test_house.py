@@ -80,3 +80,12 @@ def test_the_tree_in_the_documentation_is_the_tree_on_disk() -> None:
     assert tree, "docs/architecture.md has no tree"
     named = set(re.findall(r"^  (\w+\.py) ", tree.group(1), re.M))
     assert named == {path.name for path in FILES if path.name != "__init__.py"}
+
+
+def test_the_readme_names_functions_where_they_are() -> None:
+    table = (ROOT / "README.md").read_text().split("## Where things are in the code")[1].split("\n## ")[0]
+    found = [(names, path) for names, path in re.findall(r"((?:`[\w.]+`(?:,| and)? ?)+)in \[([\w/.]+)\]", table)]
+    named = [(name.split(".")[-1], path) for names, path in found for name in re.findall(r"`([\w.]+)`", names)]
+    assert len(named) >= 12
+    for name, path in named:
+        assert re.search(rf"^ *(?:def|class) {name}\b", (ROOT / path).read_text(), re.M), f"{path} has no {name}"
