@@ -187,15 +187,16 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 def differences(ours: Record, theirs: Record) -> list[str]:
     """Return `field: ours != theirs` for each leaf that differs."""
-    left, right = (dict(_leaves(record.model_dump(mode="json"))) for record in (ours, theirs))
+    left, right = (dict(leaves(record.model_dump(mode="json"))) for record in (ours, theirs))
     pairs = ((key, left.get(key), right.get(key)) for key in sorted(left.keys() | right.keys()))
     return [f"{key}: {one!r} != {other!r}" for key, one, other in pairs if one != other]
 
 
-def _leaves(payload: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+def leaves(payload: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """Yield the name, such as "optim.lr", and the value of every leaf of nested dictionaries."""
     if isinstance(payload, dict):
         for key, value in payload.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, payload
 

@@ -195,6 +195,7 @@ class Train(Record):
     many steps instead, and with `checkpoint_steps` = 0 at the end of each epoch.
     `precision` is the dtype of matrix products; fp16 scales the loss. `residual` is the dtype of
     the residual stream if `precision` is bf16; norms, loss and weights stay float32.
+    `track` logs to wandb, MLflow or trackio too.
     """
 
     seed: NonNegativeInt = 0
@@ -208,6 +209,7 @@ class Train(Record):
     checkpoint_minutes: PositiveFloat = 10.0
     checkpoint_steps: NonNegativeInt | None = None
     keep_last: Count = 3
+    track: Literal["wandb", "mlflow", "trackio"] | None = None
     eval_epochs: NonNegativeInt = 1
     knn_epochs: NonNegativeInt = 0
 

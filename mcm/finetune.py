@@ -65,7 +65,7 @@ def finetune(
     if (found := dataset.record.task or "classify") != config.task:
         expected = f"expected a DATASET for task = {config.task!r}, as the configuration says"
         raise UsageError(f"{data}: {expected}; found a DATASET for {found!r}")
-    with engine(settings.precision) as accelerator:
+    with engine(settings.precision, settings.track) as accelerator:
         world, rank = accelerator.num_processes, accelerator.process_index
         backbone = starting_point(out, config, init, weights)
         if accelerator.is_main_process:

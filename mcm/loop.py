@@ -32,6 +32,7 @@ from mcm.optim import learning_rate, peak_lr, swap_ema
 from mcm.run_dir import Log
 from mcm.sampler import Order
 from mcm.stream import Batch, Stream, batches
+from mcm.tracking import check_tracker, start_tracker
 
 MODES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SHOWN_SPANS = 32
@@ -70,14 +71,15 @@ def device() -> torch.device:
 
 
 @contextmanager
-def engine(precision: str) -> Iterator[Accelerator]:
+def engine(precision: str, track: str | None = None) -> Iterator[Accelerator]:
     """Yield an Accelerator: on the GPU if there is one, otherwise on the CPU.
 
-    The process group ends with the block.
+    The process group ends with the block, and so does the run that `track` logs.
 
-    Raises: UsageError for a launcher mode other than one process or DDP, and for a precision that
-    the device does not support.
+    Raises: UsageError if `track` is not installed, for a launcher mode other than one process or
+    DDP, and for a precision that the device does not support.
     """
+    check_tracker(track)
     _check_launcher()
     # timm.optim raises the limit to 1,000,000. With torch's 8, a recompile loop is reported.
     torch._dynamo.config.recompile_limit = 8
@@ -87,7 +89,9 @@ def engine(precision: str) -> Iterator[Accelerator]:
     # The gradients are views of DDP's buckets, which saves a copy of each gradient.
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     handlers = [InitProcessGroupKwargs(timeout=TIMEOUT), ddp]
-    accelerator = Accelerator(mixed_precision=mixed, cpu=not cuda, kwargs_handlers=handlers)
+    accelerator = Accelerator(
+        mixed_precision=mixed, cpu=not cuda, log_with=track, kwargs_handlers=handlers
+    )
     try:
         if (kind := accelerator.distributed_type) not in MODES:
             raise UsageError(f"accelerate launch: expected one process or DDP; found {kind}")
@@ -216,7 +220,9 @@ class Loop:
             saved = checkpoint.shared(saved, self.gloo)
         step = saved.step if saved else -1
         evaluated = saved is not None and bool(saved.meta["evaluated"]) and step < self.total_steps
-        log = Log(self.job.run_dir, step, evaluated, self.main, order.steps_per_epoch)
+        start_tracker(self.accelerator, settings.track, self.job.run_dir, self.job.config)
+        state, track = (self.job.run_dir, step, evaluated, self.main), self.accelerator.log
+        log = Log(*state, order.steps_per_epoch, track)
         with closing(log) as self.log:
             if saved:
                 self._restore(saved, evaluated)

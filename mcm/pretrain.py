@@ -46,7 +46,7 @@ def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | N
     cache, seed = Cache(cache_path), config.train.seed
     units, val = choose_units(cache, recorded(out).get("units", ()), config.data.views)
     run = run_record(config, cache, [*units, *val], dataset)
-    with engine(config.train.precision) as accelerator:
+    with engine(config.train.precision, config.train.track) as accelerator:
         main = accelerator.is_main_process
         world, rank = accelerator.num_processes, accelerator.process_index
         global_batch, micro_batch = config.train.global_batch, config.train.micro_batch

@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -50,7 +50,7 @@ from cache_tools.storage import (
 # Fields that may change when a run is resumed: no picture, mask or learning rate depends on them.
 ENGINE_FIELDS = {
     "micro_batch", "compile", "workers", "log_steps", "checkpoint_minutes", "checkpoint_steps",
-    "keep_last", "eval_epochs", "knn_epochs",
+    "keep_last", "eval_epochs", "knn_epochs", "track",
 }  # fmt: skip
 
 
@@ -232,17 +232,19 @@ def _lost_rank() -> Iterator[None]:
 
 
 class Log:
-    """metrics.jsonl and TensorBoard, continued after `step` (-1: from the start) by the main rank.
+    """The log of the main rank, continued after `step` (-1: from the start).
 
+    It writes to metrics.jsonl, to TensorBoard and, by `track(values, step=step)`, to a tracker.
     Lines of later steps are removed, because these steps are repeated. `evaluated` states whether
     the evaluation at `step` is done.
     """
 
     def __init__(
-        self, run_dir: Path, step: int, evaluated: bool, main: bool, steps_per_epoch: int
-    ) -> None:
+        self, run_dir: Path, step: int, evaluated: bool, main: bool, steps_per_epoch: int,
+        track: Callable[..., None],
+    ) -> None:  # fmt: skip
         self.path = run_dir / "metrics.jsonl"
-        self.main, self.steps_per_epoch = main, steps_per_epoch
+        self.main, self.steps_per_epoch, self.track = main, steps_per_epoch, track
         if main:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -250,16 +252,18 @@ class Log:
             self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, fields: dict[str, Any]) -> None:
-        """Write the fields as one JSON line and to TensorBoard; on an OSError, print a warning."""
+        """Write the fields as one JSON line, to TensorBoard and the tracker; warn of an OSError."""
         if not self.main:
             return
         epoch = round(step / self.steps_per_epoch, 4)
         try:
             append_line(self.path, json.dumps({"step": step, "epoch": epoch} | fields))
             group = "eval" if "eval" in fields else "train"
-            for name, value in fields.get("eval", fields).items():
-                self.board.add_scalar(f"{group}/{name}", value, step)
+            values = {f"{group}/{k}": value for k, value in fields.get("eval", fields).items()}
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
             self.board.flush()
+            self.track(values, step=step)
         except OSError as error:  # training continues on a full disk
             cause = error_line(error)
             print(f"warning: step {step} is not logged: {cause}; training goes on", flush=True)
