@@ -58,7 +58,7 @@ tags: [masked-channel-modeling]
     mcm-cache pull {url} FOLDER
     mcm-cache verify FOLDER
 
-{digests}
+{facts}
 
 The licenses of the pictures and of the teacher's weights apply to this copy: NAME THEM HERE.
 """
@@ -352,7 +352,11 @@ def _card(path: Path, url: str) -> str:
     """Return a README.md that describes a CACHE or DATASET; the Hub reads its first lines."""
     known = info(path) | {"path": url}
     teacher = known.get("identity", {}).get("teacher", {})
-    digests = {"identity": known["sha256"], "teacher's weights": teacher.get("weights_sha256")}
-    lines = [f"- sha256 of the {what}: {digest}" for what, digest in digests.items() if digest]
+    facts = {
+        "layer of the teacher": teacher.get("layer"),
+        "sha256 of the identity": known["sha256"],
+    }
+    facts["sha256 of the teacher's weights"] = teacher.get("weights_sha256")
+    lines = [f"- {name}: {value}" for name, value in facts.items() if value]
     text = "\n".join(f"    {line}" for line in summary(known).splitlines())
-    return CARD.format(summary=text, url=url, digests="\n".join(lines))
+    return CARD.format(summary=text, url=url, facts="\n".join(lines))

@@ -55,7 +55,13 @@ def test_what_is_pushed_is_pulled_to_the_byte(cache: Path, address: str, tmp_pat
     assert tree_digest(tmp_path / "pulled") == tree_digest(cache) and not verify(tmp_path / "pulled").problems
     assert "0 of 12" in pull(address, tmp_path / "pulled")
     card = open_remote(address).content("README.md").decode()
-    assert "test:linear" in card and Cache(cache).sha256 in card and "170 rows" in card and str(cache) not in card
+    assert (
+        "test:linear" in card
+        and "teacher: last" in card
+        and Cache(cache).sha256 in card
+        and "170 rows" in card
+        and str(cache) not in card
+    )
     (tmp_path / "pulled" / PATCH).unlink()  # what is missing comes back
     assert "1 of 12" in pull(address, tmp_path / "pulled")
     assert tree_digest(tmp_path / "pulled") == tree_digest(cache)
