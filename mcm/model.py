@@ -2,7 +2,8 @@
 
 `MaskedChannelModel.forward` has the steps of the method: mask, encode, fill again, decode.
 B batch, N patches, D student width, C target channels, H W pixels, P values per patch, K pool rows.
-A mask is boolean and **True means hidden**.
+A mask is boolean, and **True means hidden**. In the control modes `gaussian` and `pixels`, it is
+float32 noise instead.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from mcm.masking import apply_fill, mask_from_pool
 MAX_DECODER_WIDTH = 768
 DECODER_HEAD_WIDTH = 64
 
-# A boolean pool_KD and integer picks_BN; in patch mode, pool_KN and picks_B1.
+# pool_KD (boolean, or float32 noise) and integer picks_BN; in patch mode, pool_KN and picks_B1.
 Masks = tuple[Tensor, Tensor]
 
 
@@ -213,13 +214,13 @@ class MaskedChannelModel(nn.Module):
     def hide(self, x_BND: Tensor, mask: Tensor) -> Tensor:
         """Replace hidden values by the fill; in dropout mode, zero them and scale the others up.
 
-        In gaussian mode, the mask is noise, by which the values are scaled.
+        In gaussian mode, the mask is noise, and the values are multiplied by 1 + noise.
         """
         if self.mode == "gaussian":
             return x_BND * (1 + mask).to(x_BND.dtype)
         if self.encoder_fill is None:
-            kept = 1.0 - mask.float().mean(-1, keepdim=True)
-            return x_BND.masked_fill(mask, 0.0) / kept.to(x_BND.dtype)
+            visible_share = 1.0 - mask.float().mean(-1, keepdim=True)
+            return x_BND.masked_fill(mask, 0.0) / visible_share.to(x_BND.dtype)
         return apply_fill(x_BND, mask, self.encoder_fill)
 
     def tokens(self, pictures: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -239,8 +240,8 @@ class MaskedChannelModel(nn.Module):
     def decode(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """Apply the second fill, so that no hidden value reaches the decoder; return y_BNC.
 
-        An untied second fill uses the mask of the previous patch, which is independent of the mask
-        of this patch.
+        An untied second fill uses the mask of the previous patch (of the last one for patch 0),
+        which is independent of the mask of this patch.
         """
         if mask is not None and self.decoder_fill is not None:
             mask = mask.roll(1, dims=1) if self.untied else mask

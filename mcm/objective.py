@@ -56,7 +56,8 @@ class Objective:
         )
         self.mean, self.std = (torch.tensor(x, device=device) * 255 for x in (run.mean, run.std))
         tokens = run.grid[0] * run.grid[1]
-        # A mask of the pool hides channels of one patch or, in patch mode, patches of one picture.
+        # (picks per picture, values per mask). A mask hides channels of one patch, or patches of
+        # one picture; the noise of "pixels" is for the pixels of one patch.
         shapes = {"patch": (1, tokens), "none": (0, 0), "pixels": (tokens, 3 * run.patch**2)}
         self.mask_positions, self.mask_width = shapes.get(config.mask.mode, (tokens, width))
         self.epoch = 0  # the newest epoch of training in a batch
@@ -90,12 +91,13 @@ class Objective:
         return self.pools[batch["epoch"]].result(), batch["picks"]
 
     def _pool(self, epoch: int) -> Tensor:
-        """Return the mask pool of an epoch, plus one mask that hides nothing, for unmasked rows."""
+        """Return the mask pool of an epoch; its last mask hides nothing, for unmasked rows."""
         mask, seed = self.config.mask, self.config.train.seed
         shape, ratio = (mask.pool, self.mask_width), self.ratio(epoch)
         if mask.hides:
             pool: npt.NDArray[Any] = mask_pool(seed, epoch, *shape, ratio)
         else:
+            # The noise of "gaussian" has the variance of dropout at this ratio.
             std = ratio if mask.mode == "pixels" else (ratio / (1 - ratio)) ** 0.5
             pool = noise_pool(seed, epoch, *shape, std)
         pool = np.concatenate([pool, np.zeros_like(pool[:1])])
@@ -116,19 +118,20 @@ class Objective:
         return cast(Tensor, self.targets(*map(batch.get, ("codes", "scale", "mean", "std"))))
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
-        """Return the loss of a batch in float32; with loss.cls, it includes the loss of CLS.
+        """Return the loss of a batch in float32; with loss.cls, plus the mean squared error of CLS.
 
         The loss is computed outside the wrapped module, so autocast does not apply to it.
         """
         if self.model.target_projection is not None:
             return loss_fn(*wrapped(batch["pictures"], self.masks(batch), self.target(batch)))
         y_BNC = wrapped(batch["pictures"], self.masks(batch))
-        # torch.compile would compile again for each value of a number. The rows are not used.
+        # Without numbers, such as the epoch: torch.compile would recompile for each value. The rows
+        # are not used.
         tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "rows"}
         return self.prediction_loss(y_BNC, tensors)
 
     def _prediction_loss(self, y_BNC: Tensor, batch: Batch) -> Tensor:
-        """Return the loss of predictions [B, N, C] or, with loss.cls, [B, 1 + N, C]."""
+        """Return the loss of the patches' predictions [B, N, C]; with loss.cls, CLS comes first."""
         target_BNC = self.target(batch)
         loss = loss_fn(y_BNC[:, -target_BNC.shape[1] :], target_BNC)
         if not self.config.loss.cls:

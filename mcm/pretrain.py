@@ -1,6 +1,6 @@
 """Pre-training: read a cache, train the student, write checkpoints and held-out metrics to a RUN.
 
-`pretrain` lists the parts of a run: data order, objective, evaluation, stream, optimizer, loop.
+`pretrain` assembles a run: data order, objective, evaluation, stream, optimizer, loop.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -31,8 +31,8 @@ from mcm.run_dir import (
 from mcm.sampler import Order
 
 PAPER_WIDTH, PAPER_RATIO = 768, 0.75
-# Digits overfit with 64 pictures x 1 view in 220 epochs, not with 320 x 4 in 88 (LOG.md).
-FEW_VIEWS, MANY_REPEATS = 1280, 50
+# 64 digits x 1 view overfit in 220 epochs; 1,438 x 4 in 20 do not (docs/results.md).
+OVERFIT_VIEWS, OVERFIT_EPOCHS = 1280, 50  # stored training views; epochs per stored view
 
 
 def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | None = None) -> None:
@@ -77,8 +77,8 @@ def choose_units(
 ) -> tuple[list[Unit], list[Unit]]:
     """Return the complete units of "train" and at most one complete unit of "val".
 
-    `views` limits the units of "train" to the first ones; 0 takes all. A resumed run keeps the
-    units of its run.json (`resumed`).
+    `views` is the number of "train" units to use, from view 0 on; 0 takes all. A resumed
+    run keeps the units of its run.json (`resumed`).
 
     Raises: UsageError when too few units are complete; CorruptionError when an array belongs to
     another cache.
@@ -168,8 +168,9 @@ def advice(config: PretrainConfig, cache: Cache, rows: int, views: int) -> Itera
             rank = f"the effective rank of the teacher's features is {teacher.effective_rank:.0f}"
             yield f"{leaves}, and {rank}; hide fewer, or use a wider student"
         if width < PAPER_WIDTH and mask.ratio >= PAPER_RATIO:
-            yield f"{leaves}; the paper's student has {PAPER_WIDTH}; mask.ratio = 0.25 hides less"
-    if rows * views < FEW_VIEWS and epochs >= MANY_REPEATS * views:
+            paper = f"the paper leaves {PAPER_WIDTH // 4} of {PAPER_WIDTH}"
+            yield f"{leaves}; {paper}; try mask.ratio = 0.25"
+    if rows * views < OVERFIT_VIEWS and epochs >= OVERFIT_EPOCHS * views:
         stored = f"{rows} pictures x {views} views"
         yield f"{stored} for {epochs} epochs may overfit; extract more views, or train for less"
 

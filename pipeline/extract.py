@@ -95,7 +95,8 @@ def _make_units(request: Request) -> tuple[int, int]:
 class Session:
     """The teacher, the DATASET and the units of a request, in one process.
 
-    `mcm-cache plan` gives the DATASET, or only the rows of each split; otherwise it is opened.
+    `dataset` is an open DATASET, or the number of rows per split (`mcm-cache plan --rows`). If it
+    is None, the source of the request is opened.
 
     Raises: UsageError or IdentityError, before anything is written.
     """
@@ -120,7 +121,7 @@ class Session:
         self.every_unit = [unit for group in self.units.values() for unit in group]
 
     def publish(self) -> None:
-        """Write the files that all shards share, or compare with the existing ones."""
+        """Write the files that all shards share; an existing identity or teacher must agree."""
         cache, identity = self.request.cache, self.teacher.identity
         settle(cache)
         publish_identity(cache, self.identity)
@@ -161,27 +162,27 @@ def _make_shards(
     stop: StopFlag,
     report: Report,
 ) -> None:
-    """Make every missing shard; return when each is committed or held by another worker.
+    """Make every missing shard; return when each is committed or locked by another worker.
 
-    A shard counts as held if its lock is taken in two attempts, RETRY_S seconds apart. Another
-    worker may hold a lock briefly, or die.
+    A shard is left to another worker if its lock is taken in two attempts, RETRY_S seconds apart.
+    Another worker may hold a lock briefly, or die.
     """
-    waited = False
+    retried = False
     while True:
-        made = left = False
+        made = busy = False
         for split, k in missing_shards(units, request.cache, request.worker):
             if stop.requested:
                 raise Interrupted(f"{request.cache}: {STOPPED}")
-            with try_lock(shard_lock(request.cache, split, k)) as held:
+            with try_lock(shard_lock(request.cache, split, k)) as locked:
                 missing = [unit for unit in units[split] if not unit.commit_file(k).is_file()]
-                if held and missing:
+                if locked and missing:
                     extractor.shard(missing, k, report)
                     made = True
-                left |= not held and bool(missing)
-        if not left or (waited and not made):
+                busy |= not locked and bool(missing)
+        if not busy or (retried and not made):
             return
-        waited = not made
-        if waited:
+        retried = not made
+        if retried:
             time.sleep(RETRY_S)
 
 
@@ -261,10 +262,9 @@ def cache_identity(
 
 
 def publish_teacher(cache: Path, teacher: Teacher) -> float:
-    """Store the teacher's projection and probe features, or compare with the stored ones.
+    """Store the teacher's projection and its float32 features of the probe pictures, or compare.
 
-    The probe features are the float32 features of the probe pictures. Return the relative MSE of
-    the teacher's precision to float32 on the probe pictures.
+    Return the relative MSE of the features in the teacher's precision against those in float32.
 
     Raises: IdentityError when the teacher's features differ from the stored ones;
     UsageError when its precision gives infinite features.
@@ -327,7 +327,7 @@ def versions(teacher: Teacher) -> dict[str, str]:
 
 
 def missing_shards(
-    units: dict[str, list[Unit]], cache: Path, info: WorkerInfo
+    units: dict[str, list[Unit]], cache: Path, worker: WorkerInfo
 ) -> Iterator[tuple[str, int]]:
     """Return (split, shard) of every shard that a unit lacks: this worker's own, then the others.
 
@@ -339,8 +339,9 @@ def missing_shards(
     for split, group in units.items():
         done[split] = set.intersection(*(set(unit.committed()) for unit in group))
     shards = [(split, k) for split, group in units.items() for k in range(group[0].num_shards)]
-    own = shards[info.worker :: info.workers]
-    if info.workers > 1 and locks_work(work_dir(cache)):
+    mine = shards[worker.worker :: worker.workers]
+    if worker.workers > 1 and locks_work(work_dir(cache)):
         # In reverse order: workers that do not see each other's locks meet at most once.
-        own += [one for n, one in enumerate(shards) if n % info.workers != info.worker][::-1]
-    return ((split, k) for split, k in own if k not in done[split])
+        theirs = [one for n, one in enumerate(shards) if n % worker.workers != worker.worker]
+        mine += theirs[::-1]
+    return ((split, k) for split, k in mine if k not in done[split])
