@@ -26,7 +26,7 @@ COLUMNS = {
     "step": ("stream", {"resident_ms", "streamed_ms", "ratio", "wait_share", "images_per_s", "workers"}),
     "extract": (
         "tiny CLIP, 4 views",
-        {"forward", "host", "extract", "limit", "of_limit", "parts", "split", "peak_mb", "gpu_mb"},
+        {"forward", "host", "extract", "main_ms", "limit", "of_limit", "parts", "split", "peak_mb", "gpu_mb"},
     ),
 }
 
