@@ -39,7 +39,7 @@ def test_help_of_every_command_imports_nothing_heavy():
     [
         (["--version"], 0, f"mcm-train {version('masked-channel-modeling')} (cache format 1)\n"),
         ([], 2, "Commands:\n  pretrain "),
-        (["pretrain"], 2, "Made by `mcm-cache extract`."),
+        (["pretrain"], 2, "Made by `mcm-cache extract`; or its remote."),
         (["report"], 2, "Example: mcm-train report "),
     ],
 )
