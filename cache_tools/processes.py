@@ -9,7 +9,8 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from .errors import ResourceError
 
@@ -39,12 +40,19 @@ def start_forkserver(workers: int, files: int, *modules: str) -> None:
             f" raise it by `ulimit -n {files}`, or lower the number of workers"
         )
     multiprocessing.forkserver.set_forkserver_preload(list(modules))
-    multiprocessing.resource_tracker.ensure_running()  # first, because its start unblocks signals
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    try:
+    with blocked(signal.SIGTERM, signal.SIGINT):
         multiprocessing.forkserver.ensure_running()
+
+
+@contextmanager
+def blocked(*signals: signal.Signals) -> Iterator[None]:
+    """Block `signals` in the processes that the block starts."""
+    multiprocessing.resource_tracker.ensure_running()  # first: its start unblocks these signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def init_worker(*_: object) -> None:

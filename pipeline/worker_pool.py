@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from cache_tools.console import StopFlag, progress
 from cache_tools.errors import Interrupted, ResourceError
-from cache_tools.processes import init_worker
+from cache_tools.processes import blocked, init_worker
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -76,10 +76,8 @@ def _start(work: Callable[[Task], object], task: Task) -> tuple[Connection, Spaw
     """Start a worker; a forkserver would end at once when SIGTERM reaches the process group."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     worker = CONTEXT.Process(target=_run, args=(sender, work, task), daemon=True)
-    # The worker inherits this, so a Ctrl-C of the terminal reaches only the parent.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    worker.start()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with blocked(signal.SIGINT):  # a Ctrl-C of the terminal stops only the parent
+        worker.start()
     sender.close()
     return receiver, worker
 

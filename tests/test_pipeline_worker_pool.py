@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -98,3 +99,15 @@ def test_a_killed_worker_is_an_error_and_a_killed_parent_leaves_none(place: Path
     worker(process)
     process.kill()
     ended(process, -9)
+
+
+def test_each_worker_is_started_with_ctrl_c_blocked() -> None:
+    """The first worker too: with it the resource tracker starts, which unblocks the signal in its parent."""
+    code = """
+import signal
+from functools import partial
+from pipeline.worker_pool import run_workers
+print(run_workers(partial(signal.pthread_sigmask, signal.SIG_BLOCK), [(), ()], "label", "stopped"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.count("SIGINT") == 2, done.stdout + done.stderr
