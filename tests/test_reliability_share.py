@@ -38,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, s3: Server) -> Path:
     make_cache(place / "cache", rows=170, views=1)
     push(place / "cache", f"{s3.url}/cache")
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    (place / "environment.json").write_text(json.dumps(environment))
+    (place / "environment.json").write_text(json.dumps(environment | {"TEST_BUCKET": s3.url}))
     return place
 
 

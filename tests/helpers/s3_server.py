@@ -78,8 +78,8 @@ class Server:
 
 
 @contextmanager
-def s3_server(bucket: str = "bucket") -> Iterator[Server]:
-    """Run a server, with the environment that leads clients to it."""
+def s3_server() -> Iterator[Server]:
+    """Run a server, with the environment that leads clients to it. The servers of a process share their buckets."""
     pytest.importorskip("obstore")
     pytest.importorskip("moto")
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -93,14 +93,14 @@ def s3_server(bucket: str = "bucket") -> Iterator[Server]:
 
     holder: list[Server] = []
     web = make_server("127.0.0.1", 0, lambda *call: holder[0](*call), threaded=True, request_handler=Quiet)
-    holder.append(Server(DomainDispatcherApplication(create_backend_app), web.port, bucket))
+    holder.append(Server(DomainDispatcherApplication(create_backend_app), web.port, f"bucket-{web.port}"))
     threading.Thread(target=web.serve_forever, daemon=True).start()
     place = {"AWS_ACCESS_KEY_ID": KEY_ID, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1"}
     place |= {"AWS_ENDPOINT_URL": holder[0].address, "AWS_ALLOW_HTTP": "true"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in place.items():
             patch.setenv(name, value)
-        holder[0].client.create_bucket(Bucket=bucket)
+        holder[0].client.create_bucket(Bucket=holder[0].bucket)
         try:
             yield holder[0]
         finally:

@@ -73,7 +73,7 @@ def run_unlocked(place: Path, cache: Path, host: str, views: int) -> None:
 def run_push(place: Path, out: Path) -> None:
     """Push to the S3 server whose environment lies in PLACE, below the last two names of `out`."""
     os.environ |= json.loads((place / "environment.json").read_text())
-    push(place / "cache", f"s3://bucket/{out.parent.name}/{out.name}")
+    push(place / "cache", f"{os.environ['TEST_BUCKET']}/{out.parent.name}/{out.name}")
 
 
 def run_push_to_folder(place: Path, out: Path) -> None:
@@ -82,7 +82,7 @@ def run_push_to_folder(place: Path, out: Path) -> None:
 
 def run_pull(place: Path, out: Path) -> None:
     os.environ |= json.loads((place / "environment.json").read_text())
-    pull("s3://bucket/cache", out)
+    pull(f"{os.environ['TEST_BUCKET']}/cache", out)
 
 
 @cache
