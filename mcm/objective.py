@@ -54,7 +54,8 @@ class Objective:
         self.model = MaskedChannelModel(
             config, run.grid, run.patch, run.channels, run.mean, run.std
         )
-        self.mean, self.std = (torch.tensor(x, device=device) * 255 for x in (run.mean, run.std))
+        scaled = (torch.tensor(x, device=device) * 255 for x in (run.mean, run.std))
+        self.mean_255, self.std_255 = scaled  # of uint8 pictures
         tokens = run.grid[0] * run.grid[1]
         # (picks per picture, values per mask). A mask hides channels of one patch, or patches of
         # one picture; the noise of "pixels" is for the pixels of one patch.
@@ -113,7 +114,7 @@ class Objective:
     def target(self, batch: Batch) -> Tensor:
         """Return the normalized float32 target of a batch, before any learned projection."""
         if self.config.target.features == "pixels":
-            pictures_BHW3 = (batch["pictures"].float() - self.mean) / self.std
+            pictures_BHW3 = (batch["pictures"].float() - self.mean_255) / self.std_255
             return self.targets.normalize(unfold_patches(pictures_BHW3, self.run.patch))
         return cast(Tensor, self.targets(*map(batch.get, ("codes", "scale", "mean", "std"))))
 

@@ -180,8 +180,8 @@ def announce(
 ) -> None:
     """Print what the run trains on and what it leaves out."""
     left_out = len(cache.units("train")) - len(units)
-    views = f"{left_out} incomplete or later views are left out"
-    print(f"{order.rows} rows in {len(units)} views; {views}")
+    without = f"left out: {left_out} views that are incomplete or beyond data.views"
+    print(f"{order.rows} rows in {len(units)} views; {without}")
     if partial := order.rows % CHUNK_ROWS:
         print(f"the last {partial} rows, a partial chunk, are left out of training")
     print(order, flush=True)

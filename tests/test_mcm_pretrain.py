@@ -285,7 +285,7 @@ def test_engine_settings_may_change_and_later_units_are_left_out(tmp_path, capsy
     ours, theirs = ([line["loss"] for line in found if "loss" in line] for found in (metrics(tmp_path / "run"), lines))
     assert ours[:4] == theirs[:4]  # the last two with other draws of drop path, one a micro-batch
     assert len(ours) == len(metrics(tmp_path / "run")) == 6  # and the val unit came too late
-    assert "100 rows in 2 views; 2 incomplete or later views are left out" in capsys.readouterr().out
+    assert "100 rows in 2 views; left out: 2 views that are incomplete or beyond data.views" in capsys.readouterr().out
     pretrain(again, cache.path, tmp_path / "three")
     assert len(read_record(PretrainRun, tmp_path / "three" / "run.json").units) == 4
 
