@@ -44,6 +44,8 @@ def eight_cores_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_place(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], flags: tuple, expected: tuple) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)  # `mcm-train doctor` sets the last one in its process
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert worker_info(*flags) == expected
