@@ -1,6 +1,6 @@
-"""The entry points of both programs and the public API, under a name that no other package has.
+"""The entry points and the public API of this software's packages, under a name of its own.
 
-If another package on PYTHONPATH or in the working directory hides one of ours, an error names it.
+If another package on PYTHONPATH or in the working directory hides one of them, an error names it.
 """
 
 import sys

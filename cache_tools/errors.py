@@ -64,6 +64,12 @@ class IdentityError(McmError):
     exit_code = 5
 
 
+def missing_package(where: str, package: str, extra: str) -> UsageError:
+    """Return the error for a package of an extra that is not installed."""
+    install = f"run `pip install 'masked-channel-modeling[{extra}]'`"
+    return UsageError(f"{where}: expected the package {package}; found none; {install}")
+
+
 class ResourceError(McmError):
     """A resource is missing: disk, permission, GPU memory or network."""
 

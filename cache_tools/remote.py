@@ -1,7 +1,7 @@
 """Remotes: a folder, an object store or the Hub, read and written by the same few operations.
 
 obstore (extra `s3`) and huggingface_hub (extra `hf`) find credentials in their own places. A CACHE
-whose files lie on a remote names it in CACHE/.run/remote: `read_at`, `read_into` and `file_size`
+with files on a remote names it in CACHE/.run/remote: `read_at`, `read_into` and `file_size`
 then take a missing file from there.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import storage
-from .errors import CorruptionError, IdentityError, ResourceError, UsageError
+from .errors import CorruptionError, IdentityError, ResourceError, UsageError, missing_package
 from .records import FileEntry
 from .storage import Buffer, atomic_file, file_sha256, naming, publish, work_dir
 
@@ -98,7 +98,7 @@ class Objects(Remote):
 
     def __init__(self, url: str) -> None:
         super().__init__(url)
-        self.obstore = _needed("obstore", "s3")
+        self.obstore = _library(self.url, "obstore", "s3")
         self.asking = partial(_asking, self.url, self.obstore.exceptions.BaseError)
         with self.asking():
             from_url = import_module("obstore.store").from_url
@@ -146,7 +146,7 @@ class Hub(Remote):
             expected = "expected hf://datasets/OWNER/NAME or hf://buckets/OWNER/NAME"
             raise UsageError(f"{url}: {expected}, with or without a folder in it")
         self.kind, self.id, self.folder = parts[1], parts[2], f"{parts[3]}/" if parts[3] else ""
-        self.hub, self.head = _needed("huggingface_hub", "hf"), ""
+        self.hub, self.head = _library(self.url, "huggingface_hub", "hf"), ""
         self.hub.utils.disable_progress_bars()
         self.api = self.hub.HfApi()
         self.files = self.hub.HfFileSystem(skip_instance_cache=True)
@@ -225,16 +225,12 @@ def _asking(url: str, kind: type[Exception], name: str = "") -> Iterator[None]:
         raise ResourceError(f"{url}/{name}: {text}; {remedy}") from error
 
 
-def _needed(module: str, extra: str) -> Any:
-    """Return a library of an extra.
-
-    Raises: UsageError with the command that installs it.
-    """
+def _library(url: str, module: str, extra: str) -> Any:
+    """Return a library of an extra. Raises: UsageError if it is not installed."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        install = f"pip install 'masked-channel-modeling[{extra}]'"
-        raise UsageError(f"expected the package {module}; found none; `{install}`") from error
+        raise missing_package(url, module, extra) from error
 
 
 def open_remote(url: str) -> Remote:

@@ -51,7 +51,7 @@ MEANINGS = {
 def curves(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     """Plot series (step, value) by name; names with one prefix, such as "r2", share a chart.
 
-    A chart whose series all have one point is left out.
+    A chart with one point in each series is left out.
     """
     groups: dict[str, list[str]] = {}
     for name in series:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from mcm.figures import LEGEND, _chart, _svg
 from mcm.page import charts, picture
 
-WEAKER = ("contrast", "jpeg")  # kinds whose larger strength changes a picture less
+WEAKER = ("contrast", "jpeg")  # for these, a larger strength changes a picture less
 # "k-NN folded-noise:0.25": method and input, kind, strength; probes of few labels are left out.
 COLUMN = re.compile(r"((?:k-NN|linear) (?:full|folded))-([a-z]+):([0-9.e+-]+)")
 

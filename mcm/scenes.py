@@ -29,7 +29,7 @@ class SceneSource(RowSource):
     """Batches of the pictures of a DATASET with masks; one row is one chunk.
 
     A training batch has pictures uint8 [B, S, S, 3], masks uint8 [B, S, S] and rows [B]. An
-    evaluation batch has lists: pictures uint8 [H, W, 3] whose shorter side is the crop, their
+    evaluation batch has lists: pictures uint8 [H, W, 3] with the crop as shorter side, their
     extents (without the border that fills the crop), and the masks of the source pictures.
     """
 

@@ -8,7 +8,7 @@ from uuid import uuid4
 from accelerate import Accelerator
 
 from cache_tools.console import error_line
-from cache_tools.errors import ResourceError, UsageError
+from cache_tools.errors import ResourceError, missing_package
 from cache_tools.records import Record, canonical_json, leaves, read_json
 from cache_tools.storage import write_atomic
 
@@ -18,16 +18,13 @@ PROJECT = "masked-channel-modeling"
 def check_tracker(track: str | None) -> None:
     """Raises: UsageError that names the extra if the library is not installed."""
     if track is not None and find_spec(track) is None:
-        raise UsageError(
-            f'train.track = "{track}": expected the library {track}; found none;'
-            " pip install 'masked-channel-modeling[track]'"
-        )
+        raise missing_package(f'train.track = "{track}"', track, "track")
 
 
 def start_tracker(
     accelerator: Accelerator, track: str | None, run_dir: Path, config: Record
 ) -> None:
-    """Start the tracked run, or continue the one whose id is in RUN/tracker.json.
+    """Start the tracked run, or continue the run with the id in RUN/tracker.json.
 
     The project is that of the library's own variable, such as WANDB_PROJECT, or PROJECT. The
     configuration is sent once, because MLflow refuses a changed parameter.

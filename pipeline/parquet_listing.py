@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cache_tools.console import StopFlag, progress
-from cache_tools.errors import Interrupted, UsageError
+from cache_tools.errors import Interrupted, UsageError, missing_package
 from cache_tools.records import printable, sha256_hex
 from cache_tools.storage import atomic_file
 
@@ -85,8 +85,7 @@ def _opened(path: Path) -> Iterator[Any]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        remedy = "run `pip install 'masked-channel-modeling[parquet]'`"
-        raise UsageError(f"{path}: expected the package pyarrow; found none; {remedy}") from error
+        raise missing_package(str(path), "pyarrow", "parquet") from error
     if not path.is_file():
         raise UsageError(f"{path}: expected a parquet file; found no regular file")
     options = {"buffer_size": 1 << 20, "pre_buffer": False, "page_checksum_verification": True}
@@ -161,7 +160,7 @@ def _values(file: Any, column: str, rows: int = 1 << 16) -> Iterator[Any]:
 
 
 def unpacked(candidates: Candidates, folder: Path, stop: StopFlag) -> Candidates:
-    """Return candidates whose bytes lie in files of `folder`, which are written where missing.
+    """Return candidates with their bytes in files of `folder`; missing files are written.
 
     Candidates of other sources are returned as they are.
 

@@ -181,7 +181,7 @@ def _array_bytes(unit: Unit) -> int:
 
 
 def cache_bytes(every: Sequence[Unit], sizes: Sequence[int], teacher: Teacher) -> int:
-    """Return the bytes of a complete cache whose views have the mean of `sizes`."""
+    """Return the bytes of a complete cache with views of the mean of `sizes`."""
     row = float(np.mean([-(-size // 512) * 512 for size in sizes])) + _TAR
     row += VIEW_INDEX_DTYPE.itemsize
     total = 16.0 * teacher.channels * teacher.grid[0] * teacher.grid[1]  # probe.npy

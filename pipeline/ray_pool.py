@@ -1,6 +1,6 @@
 """Run one extraction on the actors of a Ray cluster: a driver hands out the missing shards.
 
-Ray restarts an actor that was killed or whose node was lost, and repeats its shard. The commits
+Ray restarts an actor that was killed or that lost its node, and repeats its shard. The commits
 alone say which shards are done.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from cache_tools.console import StopFlag, progress
-from cache_tools.errors import Interrupted, ResourceError, UsageError, check_output
+from cache_tools.errors import Interrupted, ResourceError, UsageError, check_output, missing_package
 from cache_tools.storage import try_lock, work_dir
 
 from .extract import STOPPED, Request, Session, missing_shards
@@ -71,8 +71,7 @@ def _connect(address: str | None) -> Any:
 
         return ray.init(address, log_to_driver=False, logging_level="ERROR")
     except ModuleNotFoundError as error:
-        install = "pip install 'masked-channel-modeling[ray]'"
-        raise UsageError(f"--ray: expected the package {error.name}; {install}") from error
+        raise missing_package("--ray", str(error.name), "ray") from error
     except (ConnectionError, ValueError) as error:
         raise UsageError(f"--ray-address {address}: expected a running cluster; {error}") from error
 

@@ -66,7 +66,7 @@ def test_mlflow_continues_one_run_and_has_every_step(trained_twice, tmp_path):
 def test_a_tracker_that_is_not_installed_is_named_before_any_work(monkeypatch):
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with (
-        pytest.raises(UsageError, match=r"expected the library trackio; found none; .*\[track\]"),
+        pytest.raises(UsageError, match=r"expected the package trackio; found none; .*\[track\]"),
         engine("fp32", "trackio"),
     ):
         pass

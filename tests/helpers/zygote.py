@@ -65,13 +65,13 @@ def run_extract(place: Path, cache: Path, views: int = 1, worker: int = 0, worke
 
 
 def run_unlocked(place: Path, cache: Path, host: str, views: int) -> None:
-    """As on a host that sees no lock of another one, or whose flock does nothing."""
+    """As on a host that sees no lock of another one, or with a flock that does nothing."""
     with patch.object(storage, "HOST", host), patch("fcntl.flock", lambda *_: None):
         run_extract(place, cache, views)
 
 
 def run_push(place: Path, out: Path) -> None:
-    """Push to the S3 server whose environment lies in PLACE, below the last two names of `out`."""
+    """Push to the S3 server with the environment in PLACE, below the last two names of `out`."""
     os.environ |= json.loads((place / "environment.json").read_text())
     push(place / "cache", f"{os.environ['TEST_BUCKET']}/{out.parent.name}/{out.name}")
 
