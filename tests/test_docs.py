@@ -184,6 +184,13 @@ def test_every_relative_link_and_anchor_leads_somewhere(page: str) -> None:
         assert not anchor or anchor in anchors(target), f"{page}: {link}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_the_lines_of_code_fit_the_width_of_the_site(page: str) -> None:
+    code = [line for _, _, block in BLOCK.findall(read(page)) for line in block.splitlines()]
+    code += re.findall(r"^ {4}.*", BLOCK.sub("", read(page)), re.M)
+    assert not [line for line in code if len(line) > 112]
+
+
 def test_the_site_has_every_page() -> None:
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     places = {place for entry in nav for part in entry.values() for place in ([part] if part == "index.md" else
