@@ -346,6 +346,22 @@ def runs(
     print_json(found) if json else print(markdown(lines(found)), end="")
 
 
+@app.command(no_args_is_help=True)
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A RUN with a step that diverged.")],
+) -> None:
+    """Repeat the step at which RUN diverged, and print what was not finite. RUN does not change.
+
+    Start it without a launcher: one process takes the micro-batches of all ranks.
+
+    Example: mcm-train replay run
+    """
+    from mcm.replay import replay as repeat
+
+    for stage, names in repeat(run).items():
+        print(f"{stage + ':':<11}{', '.join(names[:4])}{' ...' * (len(names) > 4)}")
+
+
 def _prepare(out: Path, overwrite: bool) -> None:
     """Check that `out` can hold a RUN; with `overwrite`, remove the RUN in it."""
     from cache_tools.errors import UsageError, check_output

@@ -4,7 +4,7 @@ B batch, K classes, H W pixels.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -55,8 +55,9 @@ TOP, SHOWN = 5, 8  # classes per predicted picture; right and wrong pictures in 
 
 
 def finetune(
-    config: FinetuneConfig, data: Path, init: str, weights: Path | None, out: Path
-) -> float:
+    config: FinetuneConfig, data: Path, init: str, weights: Path | None, out: Path,
+    train: Callable[..., dict[str, float]] = train,
+) -> float:  # fmt: skip
     """Train, or resume, the run in `out`; return the headline metric on the val split.
 
     Raises: UsageError or IdentityError before the first step; the errors of `loop.train`.
@@ -96,7 +97,7 @@ def finetune(
             if accelerator.is_main_process:
                 warn_of_copies(dataset, quiet=False)
                 facts = {"dataset": str(data), "init": init, "processes": world, "rows": rows}
-                write_environment(out, config, **facts)
+                write_environment(out, config, **facts, weights=weights and str(weights))
             optimizer, stream = build_optimizer(task.model, config.optim), Stream(order, task.train)
             job = Job(out, task.model, optimizer, stream, task.loss, evaluate, config)
             score = train(job, accelerator, stop)[task.headline]

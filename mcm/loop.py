@@ -346,7 +346,7 @@ class Loop:
         shown += " ..." * (len(spans) > SHOWN_SPANS)
         return Diverged(
             f"step {step + 1}: expected a finite loss and gradient norm; found {loss} and {norm}"
-            f" on rows {shown}; the checkpoints in {self.job.run_dir} are of earlier steps;"
+            f" on rows {shown}; `mcm-train replay {self.job.run_dir}` names the first values;"
             " lower optim.lr, or check the rows"
         )
 

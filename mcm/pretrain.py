@@ -3,7 +3,7 @@
 `pretrain` assembles a run: data order, objective, evaluation, stream, optimizer, loop.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from safetensors.torch import save as safetensors_bytes
@@ -35,10 +35,13 @@ PAPER_WIDTH, PAPER_RATIO = 768, 0.75
 OVERFIT_VIEWS, OVERFIT_EPOCHS = 1280, 50  # stored training views; epochs per stored view
 
 
-def pretrain(config: PretrainConfig, cache_path: Path, out: Path, data: Path | None = None) -> None:
+def pretrain(
+    config: PretrainConfig, cache_path: Path, out: Path, data: Path | None = None,
+    train: Callable[..., dict[str, float]] = train,
+) -> None:  # fmt: skip
     """Train, or resume, the run in `out` on the complete units of a cache.
 
-    `data` is the DATASET of the k-NN evaluation.
+    `data` is the DATASET of the k-NN evaluation. `train` is `loop.train`, or that of a replay.
 
     Raises: UsageError or IdentityError before the first step; the errors of `loop.train`.
     """
