@@ -1,8 +1,10 @@
-"""Augmentation for fine-tuning and probing: timm's transforms and mixup with hashed seeds.
+"""Augmentation for fine-tuning and probing: timm's transforms, erasing and mixup, seeded by hash.
 
+The loading processes transform uint8 pictures. The device normalizes, erases and mixes them.
 Each result is a pure function of its seed. B batch, K classes, H W pixels.
 """
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +20,15 @@ from torch.nn import functional
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.errors import CorruptionError
 from cache_tools.images import RGB, PictureRefused, decode_rgb
-from cache_tools.rng import hash_u64
+from cache_tools.rng import hash_u64, uniform
 from mcm.backbones import Backbone
 from mcm.config import Augment
 
+ERASED, ASPECT = (0.02, 1 / 3), 0.3  # share of the area, and least aspect ratio, of an erased box
+
 
 class SeededTransform:
-    """A timm transform that takes a seed: (seed, bytes) -> picture [3, H, W]."""
+    """A timm transform that takes a seed: (seed, bytes) -> picture uint8 [3, H, W]."""
 
     def __init__(self, transform: Any) -> None:
         self.transform = transform
@@ -62,7 +66,7 @@ def decoded(data: bytes) -> RGB:
 
 
 def train_transform(augment: Augment, backbone: Backbone) -> SeededTransform:
-    """Return the training transform: random resized crop, flip, RandAugment and erasing."""
+    """Return the training transform: random resized crop, flip and RandAugment."""
     transform = create_transform(
         (3, *backbone.size),
         is_training=True,
@@ -71,10 +75,8 @@ def train_transform(augment: Augment, backbone: Backbone) -> SeededTransform:
         color_jitter=None,
         auto_augment=augment.recipe or None,
         interpolation=backbone.interpolation,
-        mean=backbone.mean,
-        std=backbone.std,
-        re_prob=augment.erasing,
-        re_mode="pixel",
+        mean=backbone.mean,  # the color that RandAugment fills with
+        normalize=False,
     )
     for part in transform.transforms:
         for op in getattr(part, "ops", None) or sum(getattr(part, "policy", []), []):
@@ -94,20 +96,15 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return image if bits >= 8 else ImageOps.posterize(image, bits)
 
 
-def eval_transform(
-    backbone: Backbone, whole: bool = False, normalize: bool = True
-) -> SeededTransform:
+def eval_transform(backbone: Backbone, whole: bool = False) -> SeededTransform:
     """Return the evaluation transform, resize and center crop, which ignores the seed.
 
-    With `whole`, it resizes the whole picture instead, without its aspect ratio. Without
-    `normalize`, its pictures are uint8, for `normalized` on the device.
+    With `whole`, it resizes the whole picture instead, without its aspect ratio.
     """
     transform = create_transform(
         (3, *backbone.size),
         interpolation=backbone.interpolation,
-        mean=backbone.mean,
-        std=backbone.std,
-        normalize=normalize,
+        normalize=False,
         crop_pct=1.0 if whole else backbone.crop_pct,
         crop_mode="squash" if whole else "center",
     )
@@ -120,6 +117,27 @@ def normalized(pictures_B3HW: Tensor, backbone: Backbone) -> Tensor:
     for color, (mean, std) in enumerate(zip(backbone.mean, backbone.std, strict=True)):
         x_B3HW[:, color].sub_(mean).div_(std)
     return x_B3HW
+
+
+def erase(pictures_B3HW: Tensor, rows_B: Tensor, epoch: int, probability: float, seed: int) -> None:
+    """Fill a random box of some normalized pictures with normal noise, in place.
+
+    The distribution is that of timm's RandomErasing, but a side that would not fit is shortened.
+    The draws depend on (seed, epoch, row), and the noise also on the kind of device.
+    """
+    (height, width), device, rows = pictures_B3HW.shape[2:], pictures_B3HW.device, rows_B.numpy()
+    draws_B5 = uniform(seed, "erasing", epoch, rows[:, None], np.arange(5))
+    seeds_B, noise = hash_u64(seed, "erasing_noise", epoch, rows), torch.Generator(device)
+    for i in np.flatnonzero(draws_B5[:, 0] < probability).tolist():
+        _, share, shape, down, across = draws_B5[i].tolist()
+        area = height * width * (ERASED[0] + share * (ERASED[1] - ERASED[0]))
+        aspect = ASPECT ** (1 - 2 * shape)
+        h = min(round(math.sqrt(area * aspect)), height - 1)
+        w = min(round(math.sqrt(area / aspect)), width - 1)
+        top, left = int(down * (height - h + 1)), int(across * (width - w + 1))
+        noise.manual_seed(int(seeds_B[i]))
+        box_3hw = torch.randn(3, h, w, generator=noise, device=device)
+        pictures_B3HW[i, :, top : top + h, left : left + w] = box_3hw
 
 
 class Mixer:

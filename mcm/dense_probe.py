@@ -246,7 +246,7 @@ def _scenes(
     featurizer: Featurizer, split: str, encode: Encode, rows: npt.NDArray[np.int64] | None = None
 ) -> Iterator[Scene]:
     """Yield the row, patch tokens and mask of each picture, resized without a crop."""
-    transform = eval_transform(featurizer.backbone, whole=True, normalize=False)
+    transform = eval_transform(featurizer.backbone, whole=True)
     source = DatasetSource(featurizer.data, split, transform, featurizer.seed, rows)
     order = EvalOrder(len(source.rows), 1, BATCH_PICTURES)
     with (

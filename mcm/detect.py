@@ -92,7 +92,7 @@ class Detection:
         rows = rows_to_train(dataset, detect)
         self.model = Detector(backbone, len(dataset.classes), detect, config.drop_path, seed)
         self.train = ObjectSource(dataset, "train", detect, backbone.mean, seed, rows)
-        self.held = ObjectSource(dataset, "val", detect, backbone.mean, seed)
+        self.val = ObjectSource(dataset, "val", detect, backbone.mean, seed)
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
         """Return the sum of the losses of the proposals, classes, boxes and masks."""
@@ -153,14 +153,14 @@ class Detection:
 
     def _drawn(self, results: Iterable[Result]) -> Tensor:
         """Return the first held-out pictures with their objects, uint8 [pictures, S, S, 3]."""
-        size = self.held.detect.size
+        size = self.val.detect.size
         results = results if self.model.has_masks else _without("segmentation", results)
-        canvases = np.empty((min(SHOWN, len(self.held.rows)), size, size, 3), np.uint8)
+        canvases = np.empty((min(SHOWN, len(self.val.rows)), size, size, 3), np.uint8)
         for row, canvas_SS3 in enumerate(canvases):
             rgb = decoded(self.dataset.picture("val", row)[0])
             objects = [result for result in results if result["image_id"] == row]
             drawn = draw_results(rgb, objects, self.dataset.classes)
-            fitted((rgb.shape[0], rgb.shape[1]), size).draw(drawn, canvas_SS3, self.held.mean)
+            fitted((rgb.shape[0], rgb.shape[1]), size).draw(drawn, canvas_SS3, self.val.mean)
         return torch.from_numpy(canvases)
 
 

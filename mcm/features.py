@@ -67,7 +67,7 @@ class Featurizer:
         For each corruption in turn, the list has one entry per encode function. Every picture is
         decoded once.
         """
-        transform = eval_transform(self.backbone, normalize=False)
+        transform = eval_transform(self.backbone)
         source = DatasetSource(self.data, split, transform, self.seed, rows)
         order = EvalOrder(len(source.rows), 1, BATCH_ROWS, self.world, self.rank)
         stream, on_gpu = Stream(order, source), device().type == "cuda"

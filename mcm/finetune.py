@@ -24,7 +24,7 @@ from cache_tools.errors import UsageError
 from cache_tools.images import RGB
 from cache_tools.storage import write_atomic
 from mcm import checkpoint
-from mcm.augment import Mixer, eval_transform, train_transform
+from mcm.augment import Mixer, erase, eval_transform, normalized, train_transform
 from mcm.backbones import (
     BATCHNORM_EPS,
     Backbone,
@@ -75,8 +75,8 @@ def finetune(
         rows, split = len(task.train.rows), (settings.global_batch, settings.micro_batch)
         order = Order(rows, 1, *split, world, rank, settings.seed, task.group)
         claim(out, run_record(config, dataset, init, backbone, order, task.model), FinetuneConfig)
-        held_order = EvalOrder(len(task.held.rows), 1, order.batch, world, rank)
-        held = Stream(held_order, task.held)
+        val_order = EvalOrder(len(task.val.rows), 1, order.batch, world, rank)
+        val = Stream(val_order, task.val)
 
         def evaluate(epochs_done: int) -> dict[str, float]:
             if not evaluation_due(config, settings.eval_epochs, epochs_done):
@@ -84,7 +84,7 @@ def finetune(
             # BatchNorm has its own buffers on each rank; those of the main rank are saved.
             for buffer in task.model.buffers():
                 broadcast(buffer)
-            with batches(held, 0, len(held_order), settings.workers) as items:
+            with batches(val, 0, len(val_order), settings.workers) as items:
                 metrics, classes = task.evaluate(items, accelerator)
             if classes and accelerator.is_main_process:
                 table = json.dumps({"class": dataset.classes} | classes)
@@ -102,7 +102,7 @@ def finetune(
             job = Job(out, task.model, optimizer, stream, task.loss, evaluate, config)
             score = train(job, accelerator, stop)[task.headline]
         if accelerator.is_main_process:
-            pictures = f"{len(task.held.rows)} pictures of 'val'"
+            pictures = f"{len(task.val.rows)} pictures of 'val'"
             print(f"{out}: {task.headline} {100 * score:.2f} % on {pictures}", flush=True)
     return score
 
@@ -122,16 +122,18 @@ class Classification:
             backbone.model, num_classes, config.pool, config.drop_path, seed, config.frozen
         )
         self.shown: dict[str, Tensor] = {}
+        self.backbone, self.erasing, self.seed = backbone, config.augment.erasing, seed
         self.mixer = Mixer(config.augment, num_classes, seed)
         transform = train_transform(config.augment, backbone)
         self.train = DatasetSource(dataset, "train", transform, seed, rows)
-        self.held = DatasetSource(dataset, "val", eval_transform(backbone), seed)
-        self.views = DatasetSource(dataset, "val", eval_transform(backbone, normalize=False), seed)
+        self.val = DatasetSource(dataset, "val", eval_transform(backbone), seed)
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
-        """Return the cross-entropy of mixed pictures."""
-        parts = (batch[name] for name in ("pictures", "labels", "rows", "epoch"))
-        pictures_B3HW, targets_BK = self.mixer(*parts)
+        """Return the cross-entropy of erased and mixed pictures."""
+        pictures_B3HW = normalized(batch["pictures"], self.backbone)
+        draws = batch["rows"], batch["epoch"]
+        erase(pictures_B3HW, *draws, self.erasing, self.seed)
+        pictures_B3HW, targets_BK = self.mixer(pictures_B3HW, batch["labels"], *draws)
         return functional.cross_entropy(wrapped(pictures_B3HW).float(), targets_BK)
 
     def evaluate(self, items: Iterable[Batch], accelerator: Accelerator) -> tuple[Metrics, Classes]:
@@ -139,7 +141,7 @@ class Classification:
 
         The confusion and the most probable wrong and right predictions are kept in `shown`.
         """
-        found = judged(self.model, items, accelerator)
+        found = judged(self.backbone, items, accelerator)
         labels_R, predicted_R = pairs_2R = found[:, 1:3].long().T
         ones_R, right_R = torch.ones_like(labels_R), labels_R == predicted_R
         pairs = torch.sparse_coo_tensor(pairs_2R, ones_R, check_invariants=True)
@@ -147,7 +149,7 @@ class Classification:
         order = found[:, 3].argsort(descending=True, stable=True)
         for name, kept_R in (("wrong", ~right_R), ("right", right_R)):
             if len(chosen := found[order][kept_R[order]][:SHOWN]):
-                views = self.views(0, chosen[:, 0].long().numpy(), len(chosen))["pictures"]
+                views = self.val(0, chosen[:, 0].long().numpy(), len(chosen))["pictures"]
                 self.shown[name] = views.permute(0, 2, 3, 1).contiguous()
                 self.shown[f"{name}_facts"] = chosen[:, 1:4].contiguous()
         names = ("top1", "top5", "loss")
@@ -165,7 +167,8 @@ class Classification:
         @torch.inference_mode()
         def classify(pictures: Sequence[RGB]) -> list[Prediction]:
             views_B3HW = torch.stack([transform(Image.fromarray(rgb)) for rgb in pictures])
-            probabilities_BK = model(views_B3HW.to(device())).softmax(1).cpu()
+            x_B3HW = normalized(views_B3HW.to(device()), backbone)
+            probabilities_BK = model(x_B3HW).softmax(1).cpu()
             top = zip(*probabilities_BK.topk(min(TOP, len(classes))), strict=True)
             found = ([*zip(k.tolist(), p.tolist(), strict=True)] for p, k in top)
             return [
@@ -255,7 +258,7 @@ def make_classifier(
 
 
 @torch.inference_mode()
-def judged(model: nn.Module, items: Iterable[Batch], accelerator: Accelerator) -> Tensor:
+def judged(backbone: Backbone, items: Iterable[Batch], accelerator: Accelerator) -> Tensor:
     """Return a line per row of all ranks, in order, without padded rows, float64 [R, 6].
 
     Its columns: row, label, predicted class, probability, whether the top 5 have the label, loss.
@@ -263,7 +266,7 @@ def judged(model: nn.Module, items: Iterable[Batch], accelerator: Accelerator) -
     parts = []
     for batch in items:
         batch = to_device(batch, accelerator.device)
-        logits_BK = model(batch["pictures"]).float()
+        logits_BK = backbone.model(normalized(batch["pictures"], backbone)).float()
         labels_B, rows_B = batch["labels"], batch["rows"].to(accelerator.device)
         probability_B, predicted_B = logits_BK.softmax(1).max(1)
         top_B5 = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices

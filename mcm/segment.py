@@ -212,7 +212,7 @@ class Segmentation:
             backbone, self.num_classes, segment, config.drop_path, config.frozen, seed
         )
         self.train = SceneSource(dataset, "train", segment, backbone.mean, seed, training=True)
-        self.held = SceneSource(dataset, "val", segment, backbone.mean, seed, training=False)
+        self.val = SceneSource(dataset, "val", segment, backbone.mean, seed, training=False)
         self.shown: dict[str, Tensor] = {}
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from torch.nn import functional
 
 from cache_tools.errors import CorruptionError
 from mcm import augment
-from mcm.augment import Mixer, eval_transform, normalized, train_transform
+from mcm.augment import Mixer, erase, eval_transform, normalized, seeded, train_transform
 from mcm.config import Augment
 
 SPEC = SimpleNamespace(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", crop_pct=1.0)
@@ -51,7 +53,7 @@ def test_strong_recipes_also_posterize_to_no_bits(png, recipe, monkeypatch):
     asked, real = set(), augment._posterize
     monkeypatch.setattr(augment, "_posterize", lambda image, bits, **_: asked.add(bits) or real(image, bits))
     transform = train_transform(Augment(recipe=recipe), SPEC)
-    assert all(torch.isfinite(transform(seed, png)).all() for seed in range(60))
+    assert all(transform(seed, png).dtype == torch.uint8 for seed in range(60))
     assert min(asked) < 2  # AugMix draws its strength
 
 
@@ -62,13 +64,52 @@ def test_posterize_keeps_the_highest_bits():
 
 
 def test_eval_transform_is_the_whole_center_square_for_our_students(png):
-    transform = eval_transform(SPEC)
     square = Image.open(io.BytesIO(png)).resize((32, 32), Image.Resampling.BICUBIC)
-    expected = torch.from_numpy(np.array(square)).permute(2, 0, 1) / 127.5 - 1
-    assert torch.equal(transform(0, png), transform(9, png))
-    assert torch.allclose(transform(0, png), expected, atol=1e-6)
-    pixels = eval_transform(SPEC, normalize=False)(0, png)
-    assert pixels.dtype == torch.uint8 and torch.equal(normalized(pixels[None], SPEC)[0], transform(0, png))
+    assert all(np.array_equal(eval_transform(SPEC)(seed, png).permute(1, 2, 0), square) for seed in (0, 9))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_pictures_normalized_on_the_device_equal_those_that_timm_normalizes(png, training):
+    spec = SimpleNamespace(**vars(SPEC) | {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)})
+    same = {"mean": spec.mean, "std": spec.std, "interpolation": "bicubic", "crop_pct": 1.0, "scale": (0.08, 1.0)}
+    augment = {"is_training": True, "auto_augment": "rand-m9-inc1", "color_jitter": None} if training else {}
+    theirs = create_transform((3, 32, 32), **same, **augment)
+    ours = train_transform(Augment(recipe="rand-m9-inc1"), spec) if training else eval_transform(spec)
+    for seed in range(8):
+        with seeded(seed):
+            expected = theirs(Image.open(io.BytesIO(png)))
+        assert torch.equal(normalized(ours(seed, png)[None], spec)[0], expected)
+
+
+def test_erasing_depends_on_the_row_and_epoch_and_not_on_the_batch():
+    rows, blank = torch.arange(100, 1100), torch.full((1000, 3, 40, 32), 9.0)
+    with restored_generators():
+        erase(whole := blank.clone(), rows, 3, 0.25, seed=0)
+    shuffled = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    for part in shuffled.split(300):
+        erase(pictures := blank[part], rows[part], 3, 0.25, seed=0)
+        assert torch.equal(pictures, whole[part])
+    erase(other := blank.clone(), rows, 4, 0.25, seed=0)
+    assert not torch.equal(other, whole)
+
+
+def test_erased_boxes_have_the_distribution_of_timm():
+    ours, theirs = (torch.full((2000, 3, 40, 40), 9.0) for _ in range(2))
+    erase(ours, torch.arange(2000), 0, 0.25, seed=0)
+    with seeded(0):
+        RandomErasing(0.25, mode="pixel", device="cpu")(theirs)
+    facts = []
+    for pictures in (ours, theirs):
+        erased = (pictures != 9).all(1)  # [B, H, W]
+        boxes = erased[erased.any((1, 2))]
+        heights, widths = boxes.any(2).sum(1), boxes.any(1).sum(1)
+        assert (boxes.sum((1, 2)) == heights * widths).all()  # rectangles
+        noise = pictures[(pictures != 9)]
+        shares, places = boxes.sum((1, 2)) / 1600, boxes.nonzero()[:, 1:].double().mean(0)
+        values = [len(boxes) / 2000, shares.mean(), shares.std(), shares.min(), shares.max()]
+        values += [(heights / widths).log().std() / 5, *(places / 40), noise.mean(), noise.std()]
+        facts.append(torch.tensor([float(value) for value in values]))
+    assert torch.allclose(*facts, atol=0.03)
 
 
 def test_a_picture_that_no_longer_decodes_is_corruption(png):

@@ -85,7 +85,7 @@ def test_the_last_evaluation_is_kept_for_the_report(tuned, data):
     true, predicted, count = shown["confusion"].T
     assert count.sum() == data.rows("val") and count[true == predicted].sum() / count.sum() == pytest.approx(top1)
     assert np.bincount(true, count).tolist() == np.bincount(data.labels("val")).tolist()
-    views = DatasetSource(data, "val", eval_transform(load_encoder(str(run)), normalize=False), 0)
+    views = DatasetSource(data, "val", eval_transform(load_encoder(str(run))), 0)
     pictures = views(0, views.rows, len(views.rows))["pictures"].permute(0, 2, 3, 1).numpy()
     for name in ("right", "wrong"):
         facts = shown[f"{name}_facts"]
@@ -134,10 +134,11 @@ def test_a_stopped_run_goes_on_to_the_bit_and_what_is_saved_is_what_was_evaluate
     finetune(settings, data.path, "random", None, straight)
     end_of_both(settings, data, straight, stopped, 6, monkeypatch)
     tuned = load_encoder(str(straight), head=True)
+    tuned.model.eval()
     held = DatasetSource(data, "val", eval_transform(tuned), 0)
     stream = Stream(EvalOrder(len(held.rows), 1, 16), held)
     with engine("fp32") as accelerator, batches(stream, 0, len(stream.order), 0) as items:
-        rows, labels, predicted, _, top5, loss = judged(tuned.model.eval(), items, accelerator).T
+        rows, labels, predicted, _, top5, loss = judged(tuned, items, accelerator).T
     assert rows.tolist() == held.rows.tolist()
     found = {"top1": (labels == predicted).double().mean(), "top5": top5.mean(), "loss": loss.mean()}
     assert {name: float(value) for name, value in found.items()} == pytest.approx(last_eval(straight), rel=1e-5)

@@ -251,7 +251,7 @@ def evaluated(data):
     segmentation.model.eval()
     with engine("fp32") as accelerator:
         order = EvalOrder(data.rows("val"), 1, 2, accelerator.num_processes, accelerator.process_index)
-        with batches(Stream(order, segmentation.held), 0, len(order), 0) as items:
+        with batches(Stream(order, segmentation.val), 0, len(order), 0) as items:
             found = segmentation.evaluate(items, accelerator)
         return [accelerator.is_main_process, *found]
 
