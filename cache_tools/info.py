@@ -1,13 +1,11 @@
 """`mcm-cache info`: describe a DATASET or CACHE and its progress, without locks."""
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from .cache import Cache, Unit
 from .dataset import Dataset
 from .errors import UsageError, found_at
-from .records import read_capped
 
 SHOWN_NAMES = 8  # the most class names in a line of text
 
@@ -23,26 +21,6 @@ def info(path: Path) -> dict[str, Any]:
         return _dataset_info(Dataset(path))
     expected = "expected a DATASET (dataset.json) or a CACHE (cache.json)"
     raise UsageError(f"{path}: {expected}; found {found_at(path)}")
-
-
-def guessed(path: Path) -> str:
-    """Return a warning if the teacher's mean and std in a CACHE were guessed, or "".
-
-    Early versions guessed them for weights from a file, and did not record them in extract.toml.
-    """
-    file = path / "extract.toml"
-    try:
-        text = read_capped(file, error=UsageError).decode() if file.is_file() else ""
-        request = tomllib.loads(text)
-    except (ValueError, UsageError) as error:  # a warning only: the features do not depend on it
-        return f"{file}: expected TOML; found {error}"
-    teacher, weights = str(request.get("teacher")), str(request.get("weights"))
-    # A local folder and a tag of timm state the mean and std.
-    stated = "/" in teacher or teacher.startswith("timm:") and "." in teacher
-    if "teacher_mean" in request or stated or not {"/", "."} & set(weights):
-        return ""
-    found = f"the teacher's mean and std were guessed, because {weights} states none"
-    return f"{path}: {found}; compare them with the source of the weights"
 
 
 def _dataset_info(dataset: Dataset) -> dict[str, Any]:
@@ -70,7 +48,6 @@ def _cache_info(cache: Cache) -> dict[str, Any]:
         "kind": "cache",
         "path": str(cache.path),
         "sha256": cache.sha256,
-        "warning": guessed(cache.path),
         "identity": cache.identity.model_dump(mode="json", exclude={"classes"}),
         "units": {str(unit): _unit_info(unit) for unit in cache.all_units()},
     }
@@ -133,4 +110,4 @@ def summary(facts: dict[str, Any]) -> str:
         if "eta_s" in unit:
             line += f", about {unit['eta_s']} s left at the average rate"
         lines.append(line)
-    return "\n".join(lines + [f"warning: {facts['warning']}"] * bool(facts["warning"]))
+    return "\n".join(lines)

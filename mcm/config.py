@@ -1,7 +1,7 @@
 """Configuration of a run: one strict record per TOML file, with one field per section."""
 
 import os
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
@@ -75,15 +75,6 @@ class Mask(Record):
     unmasked_fraction: BelowOne = 0.0
     second: Literal["tied", "untied", "none"] = "tied"
     pool: Count = 4096
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_version_0_1(cls, values: Any) -> Any:
-        """Read the keys of runs by version 0.1: `second_fill`, and `fill` = "vector"."""
-        if not isinstance(values, dict) or not isinstance(values.get("second_fill"), bool):
-            return values
-        rest = {k: v for k, v in values.items() if (k, v) != ("fill", "vector")}
-        return {"second": "tied" if rest.pop("second_fill") else "none"} | rest
 
     @property
     def hides(self) -> bool:

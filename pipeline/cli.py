@@ -392,15 +392,12 @@ def verify_command(
 
     Example: mcm-cache verify cache
     """
-    from cache_tools.info import guessed
     from cache_tools.verify import verify
 
     share = _share("--subset", subset)
     if recompute and not (teacher and weights and (path / "cache.json").is_file()):
         expected = "a CACHE, and --teacher and --weights as in its `mcm-cache extract`"
         raise UsageError(f"--recompute: expected {expected}")
-    if warning := guessed(path):
-        print(f"warning: {warning}", file=sys.stderr)
     report = verify(path, quick, share, seed, quiet=json)
     again = None
     if recompute and report.problems:

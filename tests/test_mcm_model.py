@@ -220,14 +220,6 @@ def test_the_decoder_has_the_width_that_is_asked_for(width, expected):
     assert isinstance(decoder.adapter, torch.nn.Identity) == (expected == WIDTH)
 
 
-def test_the_mask_of_a_run_by_version_0_1_is_read():
-    old = {"mode": "channel", "ratio": 0.5, "fill": "vector", "pool": 64}
-    for second_fill, second in ((True, "tied"), (False, "none")):
-        assert Mask.model_validate(old | {"second_fill": second_fill}) == Mask(ratio=0.5, second=second, pool=64)
-    with pytest.raises(ValueError, match="fill"):
-        Mask.model_validate(old | {"fill": "scalar", "second_fill": True})
-
-
 @pytest.mark.parametrize("mode", ["channel", "dropout", "patch"])
 def test_no_hidden_input_channel_changes_the_loss(mode):
     model = model_of(mode=mode)

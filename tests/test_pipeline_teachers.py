@@ -19,10 +19,8 @@ from timm.models.eva import Eva
 from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import VisionTransformerRelPos
-from typer.testing import CliRunner
 
 from cache_tools.errors import IdentityError, UsageError
-from pipeline.cli import app
 from pipeline.teachers import load_teacher, probe_pictures
 from pipeline.timm_teachers import token_features
 
@@ -246,25 +244,6 @@ def test_the_mean_of_a_file_is_what_states_it(tiny: Path, monkeypatch: pytest.Mo
     (tiny.parent / "open_clip_config.json").write_text(json.dumps(own))
     with pytest.raises(UsageError, match="found no tags"):
         mean()
-
-
-@pytest.mark.parametrize(
-    ("request_toml", "said"),
-    [
-        ('teacher = "open_clip:ViT-B-32-SigLIP2-256"\nweights = "siglip.safetensors"', True),
-        ('teacher = "timm:vit_base_patch16_224"\nweights = "/models/mae"', True),
-        ('teacher = "timm:vit_base_patch16_224.mae"\nweights = "/models/mae"', False),
-        ('teacher = "open_clip:ViT-B-16"\nweights = "laion2b_s34b_b88k"', False),
-        ('teacher = "open_clip:ViT-B-16"\nweights = "x.pt"\nteacher_mean = [0.5, 0.5, 0.5]', False),
-        ('teacher = "torn', False),  # a note: verify checks the features all the same
-    ],
-)
-def test_a_cache_of_a_guessed_mean_is_named(request_toml: str, said: bool, tmp_path: Path) -> None:
-    shutil.copytree(Path(__file__).parent / "data" / "cache-v1", tmp_path / "cache")
-    (tmp_path / "cache" / "extract.toml").write_text(request_toml)
-    for command in ("info", "verify"):
-        found = CliRunner().invoke(app, [command, str(tmp_path / "cache")])
-        assert found.exit_code == 0 and ("mean and std were guessed" in found.output) == said, found.output
 
 
 def test_a_set_of_weights_is_in_the_identity(tmp_path: Path) -> None:

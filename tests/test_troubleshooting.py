@@ -80,7 +80,6 @@ COMMANDS = [
     ("features of the probe pictures", EXTRACT.format(CLIP, FILE).replace("new", "probed")),
     ("finite features that fit", EXTRACT.format(CLIP, "large.safetensors --dtype float16")),
     ("the recorded sha256", "mcm-cache verify damaged"),
-    ("were guessed", "mcm-cache info guessed"),
     ("expected --processes", "mcm-train doctor pretrain/demo --cache cache --processes 2"),
     ("expected a complete unit", "mcm-train pretrain pretrain/demo --cache unfinished --out new"),
     ("train.global_batch: expected", PRETRAIN.format("new", "1 --set train.global_batch=24")),
@@ -230,8 +229,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tar = root / "damaged/train/v0/views/000000.tar"
     tar.write_bytes(tar.read_bytes().replace(b"\xff\xd8\xff", b"\xff\xd8\xfe", 1))
     reseal(root / "no-cls/cache.json", lambda record: record.update(has_cls=False))
-    shutil.copytree(ROOT / "tests/data/cache-v1", root / "guessed")
-    (root / "guessed/extract.toml").write_text('teacher = "open_clip:ViT-B-16"\nweights = "x.pt"')
     make_dataset(root / "unlabeled", 20, 20, unlabeled=True)
     make_dataset(root / "two", 2, 2)
     for name in ("run", "locked", "unwritable"):
