@@ -108,7 +108,7 @@ def plant(source: Path, **words: str) -> Path:
 @pytest.mark.slow
 def test_the_command_refuses_pictures_that_crash_or_hang_the_decoder(tmp_path: Path, tally) -> None:
     source = plant(make_source(tmp_path / "source"), _001="SIGSEGV", _013="HANG", _028="SIGABRT")
-    assert "train: 37 rows in 3 shards, 3 refused" in ended(start(source, tmp_path / "out", "--max-refused", 1), 0)
+    assert "train    37 rows in 3 shards, 3 refused" in ended(start(source, tmp_path / "out", "--max-refused", 1), 0)
     ended(start(source, tmp_path / "straight", "--max-refused", 1, mode="refuse"), 0)
     assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "straight")
     tally("pictures that crash or hang the decoder", inputs=3, failures=0)

@@ -88,13 +88,12 @@ def test_a_slow_teacher_or_disk_ends_the_measurement(place: Path, monkeypatch: p
     assert module._disk_rate(place / "new") == 4 << 20  # 4 blocks of 4 MiB in 4 seconds
 
 
-def test_the_commands_answer_alike_and_leave_no_file(place: Path, tmp_path: Path) -> None:
+def test_text_and_json_name_the_same_figures_and_no_file_is_left(place: Path, tmp_path: Path) -> None:
     options = ["--teacher", f"open_clip:{place / 'clip'}", "--weights", place / "clip/open_clip_model.safetensors"]
-    said = run(
-        "mcm-cache", "plan", place / "dataset", "--cache", tmp_path / "c", *options, "--set", "size=32", "--json"
-    )
-    known = json.JSONDecoder().raw_decode(said)[0]  # stderr follows
-    said = run("mcm-cache", "extract", place / "dataset", tmp_path / "c", *options, "--size", 32, "--dry-run")
+    options += ["--set", "size=32"]
+    command = ["mcm-cache", "plan", place / "dataset", "--cache", tmp_path / "c", *options]
+    known = json.JSONDecoder().raw_decode(run(*command, "--json"))[0]  # stderr follows
+    said = run(*command)
     lines = [line[:26].strip() for line in said.splitlines()]
     assert [line for line in lines if line.replace(" ", "_") in known] == [
         key.replace("_", " ") for key in plan(request(place, tmp_path / "c"))
