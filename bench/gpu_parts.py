@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from cache_tools.records import config_file, load_toml, write_toml
 from mcm.ablate import Plan
-from mcm.loop import engine
+from mcm.engine import engine
 from mcm.memory import forward_macs
 from mcm.objective import loss_fn
 from mcm.stream import Batch

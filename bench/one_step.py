@@ -16,7 +16,8 @@ from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.records import config_file, load_toml
 from mcm import checkpoint
 from mcm.config import PretrainConfig
-from mcm.loop import Job, Loop, on_device, to_device
+from mcm.engine import on_device, to_device
+from mcm.loop import Job, Loop
 from mcm.objective import Objective
 from mcm.optim import build_adamw
 from mcm.pretrain import choose_units, run_record

@@ -26,7 +26,7 @@ from record import write_results
 from synthetic import Shape, make_cache
 
 from cache_tools.cache import Cache
-from mcm.loop import engine
+from mcm.engine import engine
 from mcm.masking import apply_fill
 from mcm.sampler import EvalOrder
 

@@ -25,8 +25,8 @@ from mcm.augment import eval_transform
 from mcm.backbones import load_encoder
 from mcm.classifiers import fit_softmax
 from mcm.dense import confusion, most_probable, scores
+from mcm.engine import device
 from mcm.features import FOLDS, Encode, Featurizer
-from mcm.loop import device
 from mcm.memory import activation_bytes, say_estimate, state_bytes
 from mcm.probe import input_kinds, record_name, warn_of_copies
 from mcm.run_dir import software

@@ -25,8 +25,8 @@ from mcm.backbones import Backbone, recorded_backbone
 from mcm.config import Detect, FinetuneConfig
 from mcm.downstream import Classes, Metrics, Prediction, Predictor
 from mcm.draw import draw_boxes, draw_labels
+from mcm.engine import device
 from mcm.jitter import Array, Placement, fitted, jittered, outline, targets
-from mcm.loop import device
 from mcm.run_dir import recorded_config
 from mcm.sampler import Indices
 from mcm.stream import Batch, RowSource

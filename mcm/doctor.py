@@ -16,7 +16,7 @@ from cache_tools.errors import McmError, ResourceError, UsageError
 from cache_tools.images import pixels_sha256
 from cache_tools.storage import free_bytes
 from mcm.config import PretrainConfig
-from mcm.loop import engine
+from mcm.engine import engine
 from mcm.pretrain import choose_units, run_record
 from mcm.sampler import Order
 from mcm.stream import PREFETCH, CacheSource

@@ -17,8 +17,9 @@ from cache_tools.dataset import CHUNK_ROWS, Dataset
 from cache_tools.storage import write_atomic
 from mcm.backbones import CROP_PCT, Backbone
 from mcm.classifiers import Features, knn_hits
+from mcm.engine import to_device
 from mcm.features import Featurizer
-from mcm.loop import evaluation_due, to_device
+from mcm.loop import evaluation_due
 from mcm.metrics import COLLAPSED, Collapsed, HeldOut, collapse
 from mcm.objective import Objective
 from mcm.sampler import EvalOrder, Order

@@ -20,7 +20,7 @@ from mcm.augment import eval_transform, normalized
 from mcm.backbones import Backbone, pooled
 from mcm.classifiers import Features, choice_rows, knn_accuracy, training_rows
 from mcm.corruptions import Corruption
-from mcm.loop import device
+from mcm.engine import device
 from mcm.masking import mask_picks, mask_pool
 from mcm.model import encode_tokens, folded_state
 from mcm.sampler import EvalOrder

@@ -41,7 +41,8 @@ from mcm.config import FinetuneConfig
 from mcm.dense import confused
 from mcm.detect import Detection
 from mcm.downstream import Classes, Downstream, Metrics, Prediction, Predictor
-from mcm.loop import Job, device, engine, evaluation_due, to_device, train
+from mcm.engine import device, engine, to_device
+from mcm.loop import Job, evaluation_due, train
 from mcm.optim import build_optimizer
 from mcm.probe import warn_of_copies
 from mcm.run_dir import claim, identity_config, recorded, recorded_exit, write_environment

@@ -5,40 +5,34 @@ this is a measurement: see docs/performance.md.
 """
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from cache_tools.console import StopFlag, error_line, progress
-from cache_tools.errors import Diverged, Interrupted, UsageError
+from cache_tools.console import StopFlag, progress
+from cache_tools.errors import Diverged, Interrupted
 from cache_tools.rng import hash_u64
 from mcm import checkpoint
-from mcm.checkpoint import Tensors
 from mcm.config import FinetuneConfig, PretrainConfig
+from mcm.engine import TIMEOUT, on_device
 from mcm.memory import activation_bytes, say_estimate, state_bytes
 from mcm.optim import learning_rate, peak_lr, swap_ema
 from mcm.run_dir import Log
 from mcm.sampler import Order
+from mcm.saver import Saver
 from mcm.stream import Batch, Stream, batches
-from mcm.tracking import check_tracker, start_tracker
+from mcm.tracking import start_tracker
 
-MODES = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SHOWN_SPANS = 32
 CONTINUE, SAVE, STOP = 0, 1, 2  # requests after a step; the maximum over the ranks applies
-FAILED_SAVES = 3  # the run stops after this many failed saves in a row
-TIMEOUT = timedelta(minutes=10)  # of collectives; ranks wait this long for the main rank's save
 
 
 @dataclass(frozen=True)
@@ -62,107 +56,6 @@ class Job:
 def evaluation_due(config: PretrainConfig | FinetuneConfig, every: int, epochs_done: int) -> bool:
     """Return whether to evaluate: after every `every`-th epoch (0: none) and after the last."""
     return epochs_done == config.schedule.epochs or bool(every and epochs_done % every == 0)
-
-
-def device() -> torch.device:
-    """Return the GPU, or the CPU without a GPU; disable TF32 convolutions."""
-    torch.backends.cudnn.allow_tf32 = False  # cuDNN's default is TF32, not float32
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def engine(precision: str, track: str | None = None) -> Iterator[Accelerator]:
-    """Yield an Accelerator: on the GPU if there is one, otherwise on the CPU.
-
-    The process group ends with the block, and so does the run that `track` logs.
-
-    Raises: UsageError if `track` is not installed, for a launcher mode other than one process or
-    DDP, and for a precision that the device does not support.
-    """
-    check_tracker(track)
-    _check_launcher()
-    # timm.optim raises the limit to 1,000,000. With torch's 8, a recompile loop is reported.
-    torch._dynamo.config.recompile_limit = 8
-    cuda = device().type == "cuda"
-    _check_precision(precision, cuda)
-    mixed = "no" if precision == "fp32" else precision
-    # The gradients are views of DDP's buckets, which saves a copy of each gradient.
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    handlers = [InitProcessGroupKwargs(timeout=TIMEOUT), ddp]
-    accelerator = Accelerator(
-        mixed_precision=mixed, cpu=not cuda, log_with=track, kwargs_handlers=handlers
-    )
-    try:
-        if (kind := accelerator.distributed_type) not in MODES:
-            raise UsageError(f"accelerate launch: expected one process or DDP; found {kind}")
-        yield accelerator
-    finally:
-        accelerator.end_training()
-
-
-def _check_precision(precision: str, cuda: bool) -> None:
-    """Raise UsageError, with a precision that the device supports, unless it supports this one."""
-    if precision == "fp16" and not cuda:
-        other, found = "bf16", "the CPU"
-    elif precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(False):
-        other, found = "fp16", torch.cuda.get_device_name()
-    else:
-        return
-    raise UsageError(
-        f'train.precision = "{precision}": expected a GPU that computes in {precision};'
-        f" found {found}; use --set train.precision={other}"
-    )
-
-
-def _check_launcher() -> None:
-    """Check the environment of the launcher.
-
-    On a CPU, Accelerate silently replaces FSDP and DeepSpeed with DDP.
-
-    Raises: UsageError that names the option to leave out.
-    """
-    for name in ("USE_FSDP", "USE_DEEPSPEED", "DYNAMO_BACKEND"):
-        if (value := os.environ.get(f"ACCELERATE_{name}", "no").lower()) not in ("no", "false"):
-            option = f"--{name.lower()}" + f" {value}" * (value != "true")
-            raise UsageError(
-                f"accelerate launch: expected one process or DDP; found {option}; leave it out"
-                " (train.compile = true compiles the model)"
-            )
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on the device; row numbers stay on the host."""
-    stays = {k for k, v in batch.items() if not isinstance(v, Tensor) or k == "rows"}
-    return {k: v if k in stays else v.to(device, non_blocking=True) for k, v in batch.items()}
-
-
-def on_device(items: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Yield the batches on the device; on a GPU, a side stream copies the next batch meanwhile."""
-    if device.type != "cuda":
-        yield from (to_device(batch, device) for batch in items)
-        return
-    side: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    previous = None
-    for batch in items:
-        with torch.cuda.stream(side):
-            on_gpu = to_device(batch, device)
-            copied: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(side)
-        if previous is not None:
-            yield _ready(*previous)
-        previous = on_gpu, copied
-    if previous is not None:
-        yield _ready(*previous)
-
-
-def _ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    """Wait for the copy of a batch; keep its memory until the current stream has read it."""
-    stream = torch.cuda.current_stream()
-    stream.wait_event(copied)
-    for x in batch.values():
-        if isinstance(x, Tensor) and x.is_cuda:
-            x.record_stream(stream)
-    return batch
 
 
 def train(job: Job, accelerator: Accelerator, stop: StopFlag) -> dict[str, float]:
@@ -205,9 +98,9 @@ class Loop:
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.window: list[float] = []  # losses since the last log line
         self.grad_norm, self.waited_s, self.logged_at = 0.0, 0.0, time.perf_counter()
-        self.logged_step, self.saved_step, self.failed_saves, self.note = 0, -1, 0, ""
-        self.writer, self.saved_at = ThreadPoolExecutor(1), time.monotonic()
-        self.writing: tuple[int, Future[None]] | None = None
+        self.logged_step, self.note, self.saved_at = 0, "", time.monotonic()
+        keep_last = job.config.train.keep_last
+        self.saver = Saver(job.run_dir, job.model, self.optimizer.optimizer, keep_last)
 
     def run(self, stop: StopFlag) -> dict[str, float]:
         """Take the remaining steps and return the last metrics.
@@ -244,7 +137,7 @@ class Loop:
                         bar.update(1, self.note)
                         self._end_of_step(step, request)
                 finally:
-                    self._join_save(must=False)
+                    self.saver.wait()
         return self.metrics
 
     def _end_of_step(self, step: int, request: int) -> None:
@@ -272,7 +165,7 @@ class Loop:
             self.scaler.load_state_dict(saved.meta["scaler"])
         swap_ema(self.optimizer.optimizer)
         self.window = list(saved.meta["window"])
-        self.logged_step = self.saved_step = saved.step
+        self.logged_step = self.saver.saved_step = saved.step
         if self.main:
             place = f"step {saved.step} of {self.total_steps}"
             print(f"{self.job.run_dir}: resumes after {place}", flush=True)
@@ -379,50 +272,17 @@ class Loop:
             self.log.write(step, {"eval": self.metrics})
 
     def _save(self, step: int, evaluated: bool, must: bool) -> None:
-        """Save a checkpoint on the main rank: copy to the host, then write in a thread.
+        """Save a checkpoint on the main rank; with `must`, all ranks wait until it is written.
 
-        With EMA, the file `model` holds the EMA and the file `optimizer` holds the weights. With
-        `must`, all ranks wait for the write, because a launcher ends all ranks if one ends.
+        A launcher ends all ranks if one ends.
         """
         self._fetch_losses(step)
         self.saved_at = time.monotonic()
         if self.main:
-            self._join_save(must=False)
-            swap_ema(self.optimizer.optimizer)
-            tensors = checkpoint.optimizer_tensors(self.job.model, self.optimizer.optimizer)
-            model = checkpoint.on_host(self.job.model.state_dict())
-            optimizer = checkpoint.on_host(tensors)
-            swap_ema(self.optimizer.optimizer)
             meta = {"window": list(self.window), "evaluated": evaluated}
             if self.scaler is not None:
                 meta["scaler"] = self.scaler.state_dict()
-            self.writing = step, self.writer.submit(self._write, step, model, optimizer, meta)
+            self.saver.save(step, meta)
         if must:
-            self._join_save(must)
+            self.saver.wait(must)
             self.accelerator.wait_for_everyone()
-
-    def _write(self, step: int, model: Tensors, optimizer: Tensors, meta: dict[str, Any]) -> None:
-        run_dir = self.job.run_dir
-        checkpoint.save(run_dir, step, model, optimizer, meta)
-        checkpoint.rotate(run_dir, self.saved_step, step, self.job.config.train.keep_last)
-        self.saved_step = step
-
-    def _join_save(self, must: bool) -> None:
-        """Wait for the checkpoint that is being written, if any.
-
-        If the disk is full, print a warning and go on without this checkpoint.
-
-        Raises: OSError with `must`, or after FAILED_SAVES failed saves in a row.
-        """
-        if self.writing is None:
-            return
-        (step, writing), self.writing = self.writing, None
-        try:
-            writing.result()
-            self.failed_saves = 0
-        except OSError as error:
-            self.failed_saves += 1
-            if must or self.failed_saves == FAILED_SAVES:
-                raise
-            cause = error_line(error)
-            print(f"warning: step {step} is not saved: {cause}; training goes on", flush=True)

@@ -15,8 +15,9 @@ from cache_tools.records import read_record, record_sha256
 from cache_tools.schema import CacheIdentity
 from cache_tools.storage import work_dir, write_atomic
 from mcm.config import PretrainConfig
+from mcm.engine import engine
 from mcm.evaluate import Evaluation
-from mcm.loop import Job, engine, train
+from mcm.loop import Job, train
 from mcm.objective import Objective
 from mcm.optim import build_adamw
 from mcm.probe import ProbeResult

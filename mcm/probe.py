@@ -28,8 +28,8 @@ from mcm.classifiers import (
     training_rows,
 )
 from mcm.corruptions import Corruption
+from mcm.engine import device
 from mcm.features import BATCH_ROWS, Featurizer, columns
-from mcm.loop import device
 from mcm.memory import activation_bytes, say_estimate, state_bytes
 from mcm.metrics import Gram
 from mcm.run_dir import recorded, software

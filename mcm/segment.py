@@ -25,7 +25,7 @@ from mcm.config import FinetuneConfig, Segment
 from mcm.dense import confused, confusion, most_probable, scores
 from mcm.downstream import Classes, Metrics, Prediction, Predictor
 from mcm.draw import draw_labels
-from mcm.loop import device
+from mcm.engine import device
 from mcm.model import encode_tokens
 from mcm.run_dir import recorded_config
 from mcm.scenes import SceneSource, for_windows

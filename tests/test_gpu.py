@@ -40,9 +40,10 @@ from cache_tools.quantize import channel_stats, decode, encode
 from cache_tools.verify import verify
 from mcm import checkpoint
 from mcm.config import Target
+from mcm.engine import device, engine, on_device
 from mcm.export import export
 from mcm.finetune import finetune
-from mcm.loop import Loop, device, engine, on_device
+from mcm.loop import Loop
 from mcm.masking import apply_fill, mask_from_pool, mask_pool
 from mcm.model import MaskedChannelModel, embed_pixels
 from mcm.pretrain import pretrain

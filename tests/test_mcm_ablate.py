@@ -57,7 +57,7 @@ ODD_ROWS = """
 FALLBACK = """
 import torch
 from cache_tools.console import guarded
-from mcm.loop import engine
+from mcm.engine import engine
 class Model(torch.nn.Module):
     def forward(self, x):
         return x * self.factor

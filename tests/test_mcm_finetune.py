@@ -17,9 +17,10 @@ from mcm.augment import eval_transform
 from mcm.backbones import load_encoder
 from mcm.classifiers import training_rows
 from mcm.config import FinetuneConfig
+from mcm.engine import engine
 from mcm.export import export
 from mcm.finetune import finetune, judged, make_classifier
-from mcm.loop import STOP, Loop, engine
+from mcm.loop import STOP, Loop
 from mcm.run_dir import last_eval
 from mcm.sampler import EvalOrder, Order
 from mcm.stream import DatasetSource, Stream, batches

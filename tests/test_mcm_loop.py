@@ -16,7 +16,8 @@ from cache_tools.records import read_record
 from mcm import checkpoint
 from mcm.cli import _prepare
 from mcm.config import Optim, Schedule, Train
-from mcm.loop import Job, engine, train
+from mcm.engine import engine
+from mcm.loop import Job, train
 from mcm.run_dir import ExitRecord, recorded_exit
 from mcm.sampler import Order
 from mcm.stream import Stream

@@ -20,9 +20,9 @@ from cache_tools.errors import IdentityError, UsageError
 from cache_tools.records import encode_record
 from mcm.backbones import load_encoder
 from mcm.config import FinetuneConfig
+from mcm.engine import engine
 from mcm.export import export
 from mcm.finetune import finetune
-from mcm.loop import engine
 from mcm.model import encode_tokens
 from mcm.report import report
 from mcm.run_dir import last_eval

@@ -14,7 +14,7 @@ from cache_tools.errors import UsageError
 from cache_tools.records import write_toml
 from cache_tools.storage import write_atomic
 from mcm import tracking
-from mcm.loop import engine
+from mcm.engine import engine
 
 
 @pytest.fixture
