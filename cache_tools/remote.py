@@ -6,6 +6,7 @@ then take a missing file from there.
 """
 
 import io
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,8 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
-from . import storage
 from .errors import CorruptionError, IdentityError, ResourceError, UsageError, missing_package
 from .records import FileEntry
 from .storage import Buffer, atomic_file, file_sha256, naming, publish, work_dir
@@ -58,7 +58,9 @@ class Remote:
 
     def range(self, name: str, offset: int, size: int) -> Buffer:
         """Return `size` bytes at `offset`, or fewer at the end of the file."""
-        return storage.read_at(self.root / name, offset, size)
+        with naming(self.root / name), open(self.root / name, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
     def content(self, name: str) -> bytes:
         """Return the bytes of a small file."""
@@ -261,35 +263,43 @@ def elsewhere(folder: Path) -> tuple[Remote, Path] | None:
     return None
 
 
-def read_at(path: Path, offset: int, size: int) -> Any:
-    """Return exactly `size` bytes at `offset`, as a buffer.
+@contextmanager
+def _opened(path: Path, offset: int, size: int) -> Iterator[BinaryIO]:
+    """Yield a file at `offset`; a missing file is read from the remote of its CACHE.
+
+    The size of the file is checked first, so a wrong size allocates no memory.
+    """
+    if not path.is_file() and (found := elsewhere(path.parent)):
+        data = found[0].range(path.relative_to(found[1]).as_posix(), offset, size)
+        file, start, available = cast(BinaryIO, io.BytesIO(data)), 0, len(data)
+    else:
+        try:
+            file, start = open(path, "rb"), offset
+        except FileNotFoundError as error:
+            message = f"{path}: expected a committed file; found nothing; run `mcm-cache verify`"
+            raise CorruptionError(message) from error
+        available = max(0, os.fstat(file.fileno()).st_size - offset)
+    with file, naming(path):
+        if min(offset, size) < 0 or available < size:
+            expected = f"expected {size} bytes at offset {offset}; found {available}"
+            raise CorruptionError(f"{path}: {expected}; run `mcm-cache verify`")
+        file.seek(start)
+        yield file
+
+
+def read_at(path: Path, offset: int, size: int) -> bytes:
+    """Return exactly `size` bytes at `offset`.
 
     Raises: CorruptionError if the file is missing or too short; ResourceError if its remote fails.
     """
-    try:
-        return storage.read_at(path, offset, size)
-    except CorruptionError as error:
-        return _read_elsewhere(error, path, offset, size)
+    with _opened(path, offset, size) as file:
+        return file.read(size)
 
 
 def read_into(path: Path, offset: int, out: memoryview) -> None:
     """Fill `out` with the bytes at `offset`; the errors are those of `read_at`."""
-    try:
-        storage.read_into(path, offset, out)
-    except CorruptionError as error:
-        out[:] = memoryview(_read_elsewhere(error, path, offset, out.nbytes))
-
-
-def _read_elsewhere(error: CorruptionError, path: Path, offset: int, size: int) -> Any:
-    missing = isinstance(error.__cause__, FileNotFoundError)
-    if not missing or (found := elsewhere(path.parent)) is None:
-        raise error
-    remote, root = found
-    data = remote.range(name := path.relative_to(root).as_posix(), offset, size)
-    if len(data) != size:
-        expected = f"expected {size} bytes at offset {offset}; found {len(data)}"
-        raise CorruptionError(f"{remote.url}/{name}: {expected}")
-    return data
+    with _opened(path, offset, out.nbytes) as file:
+        cast(io.BufferedReader, file).readinto(out)
 
 
 @lru_cache(None)

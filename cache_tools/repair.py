@@ -12,8 +12,9 @@ from itertools import groupby
 from pathlib import Path
 
 from .dataset import shard_name
-from .storage import move_durably, shard_lock, try_lock, work_dir
+from .storage import move_durably, try_lock, work_dir
 from .verify import Problem, Report
+from .writer import shard_lock
 
 
 @dataclass

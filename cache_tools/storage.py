@@ -17,13 +17,12 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from .errors import CorruptionError, IdentityError
+from .errors import IdentityError
 
 Buffer = bytes | bytearray | memoryview
 HOST = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
@@ -50,14 +49,6 @@ def work_dir(path: Path) -> Path:
     differ for each link, mount or relative name.
     """
     return path / ".run"
-
-
-def shard_lock(cache: Path, split: str, shard: int) -> Path:
-    """Return the path of the lock that covers all views of one shard.
-
-    A process holds this lock while it writes or moves the shard.
-    """
-    return work_dir(cache) / "locks" / f"{split}-{shard:06d}"
 
 
 def settle(path: Path) -> None:
@@ -243,17 +234,6 @@ def append_line(path: Path, text: str) -> None:
         file.write(text + "\n")
 
 
-def keep_lines(path: Path, keep: Callable[[str], bool]) -> None:
-    """Rewrite a log with the lines that `keep` accepts, without an incomplete last line.
-
-    A missing log is not an error.
-    """
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = "".join(line for line in lines if line.endswith("\n") and keep(line))
-        write_atomic(path, kept.encode())
-
-
 def remove(path: Path) -> None:
     """Remove a file durably; a missing file is not an error."""
     if path.parent.is_dir():
@@ -301,45 +281,6 @@ def atomic_folder(final: Path) -> Iterator[Path]:
                 raise
             message = f"{final}: expected a free name; found an existing one; choose another name"
             raise IdentityError(message) from error
-
-
-@contextmanager
-def _opened(path: Path, offset: int, size: int) -> Iterator[BufferedReader]:
-    """Yield a committed file at `offset`, after a check that `size` bytes follow.
-
-    The check comes first, so a wrong size allocates no memory.
-    Raises: CorruptionError if the file is missing or too short.
-    """
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError as error:
-        message = f"{path}: expected a committed file; found nothing; run `mcm-cache verify`"
-        raise CorruptionError(message) from error
-    with file, naming(path):
-        available = max(0, os.fstat(file.fileno()).st_size - offset)
-        if min(offset, size) < 0 or available < size:
-            found = f"expected {size} bytes at offset {offset}; found {available}"
-            raise CorruptionError(f"{path}: {found}; run `mcm-cache verify`")
-        file.seek(offset)
-        yield file
-
-
-def read_at(path: Path, offset: int, size: int) -> bytes:
-    """Return exactly `size` bytes at `offset`.
-
-    Raises: CorruptionError if the file is missing or too short.
-    """
-    with _opened(path, offset, size) as file:
-        return file.read(size)
-
-
-def read_into(path: Path, offset: int, out: memoryview) -> None:
-    """Fill `out` with the bytes at `offset`.
-
-    Raises: CorruptionError if the file is missing or too short.
-    """
-    with _opened(path, offset, out.nbytes) as file:
-        file.readinto(out)
 
 
 def file_sha256(path: Path) -> str:

@@ -18,7 +18,8 @@ from fastcrc.crc32 import iscsi as crc32c
 
 from .errors import CorruptionError
 from .records import read_capped
-from .storage import AtomicFile, atomic_file, read_at
+from .remote import read_at
+from .storage import AtomicFile, atomic_file
 
 Data = TypeVar("Data", bytes, memoryview)
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32c", "<u4"), ("label", "<i4")])

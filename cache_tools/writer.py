@@ -14,9 +14,17 @@ from .errors import IdentityError
 from .images import picture_extension
 from .records import FileEntry, differences, encode_record, read_record, record_sha256, sha256_hex
 from .schema import CacheIdentity, Commit, Fidelity, Fingerprint, Manifest
-from .storage import publish, remove, write_atomic
+from .storage import publish, remove, work_dir, write_atomic
 from .tars import VIEW_INDEX_DTYPE, encode_npy, tar_writer
 from .zarr_shards import shard_writer
+
+
+def shard_lock(cache: Path, split: str, shard: int) -> Path:
+    """Return the path of the lock that covers all views of one shard.
+
+    A process holds this lock while it writes or moves the shard.
+    """
+    return work_dir(cache) / "locks" / f"{split}-{shard:06d}"
 
 
 @contextmanager

@@ -209,4 +209,4 @@ def _read_compressed(path: Path, spec: ArraySpec, position: int) -> bytes:
     if not _CRC_BYTES <= stored_bytes <= limit:
         expected = f"expected {_CRC_BYTES} to {limit} bytes in the index; found {stored_bytes}"
         raise CorruptionError(f"{path}: chunk {position}: {expected}; run `mcm-cache verify`")
-    return bytes(read_at(path, offset, stored_bytes - _CRC_BYTES))
+    return read_at(path, offset, stored_bytes - _CRC_BYTES)

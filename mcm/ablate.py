@@ -164,7 +164,7 @@ class Ablation:
         base, trained = config_file(plan.base), {n: r for n, r in self.rows.items() if not r.init}
         self.configs = {n: load_toml(PretrainConfig, base, r.set) for n, r in trained.items()}
         self.first = next(iter(self.configs), "")  # "random" means the initial weights of this row
-        teacher = work_dir(cache) / "probe.json"
+        teacher = work_dir(cache) / "teacher.json"
         self.teacher = self._step(out, "probe", cache, "--features", "mean", files=(teacher,))
         keys = [(name, seed) for seed in plan.seeds for name in self.rows]
         self.steps = {key: list(self._steps(*key)) for key in keys}

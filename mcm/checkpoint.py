@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from cache_tools.errors import CorruptionError, IdentityError
 from cache_tools.records import FileEntry, Record, encode_record, read_record, sha256_hex
-from cache_tools.storage import atomic_folder, read_at, remove, remove_tree, write_atomic
+from cache_tools.remote import read_at
+from cache_tools.storage import atomic_folder, remove, remove_tree, write_atomic
 
 _NAME = re.compile(r"step_\d{9}")
 _TEMPORARY = re.compile(r"\.step_\d{9}\.[0-9a-f]+\.partial")  # a name of `atomic_folder`

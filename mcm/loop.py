@@ -23,7 +23,7 @@ from cache_tools.rng import hash_u64
 from mcm import checkpoint
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.engine import TIMEOUT, on_device
-from mcm.memory import activation_bytes, say_estimate, state_bytes
+from mcm.memory import activation_bytes, print_estimate, state_bytes
 from mcm.optim import learning_rate, peak_lr, swap_ema
 from mcm.run_dir import Log
 from mcm.sampler import Order
@@ -68,7 +68,7 @@ def train(job: Job, accelerator: Accelerator, stop: StopFlag) -> dict[str, float
     if cuda and accelerator.is_main_process:
         order, fp32 = job.stream.order, job.config.train.precision == "fp32"
         activations = activation_bytes(job.model, order.batch, 4 if fp32 else 2)
-        say_estimate(state_bytes(job.model, job.config.optim), activations)
+        print_estimate(state_bytes(job.model, job.config.optim), activations)
     with torch.random.fork_rng(cuda):  # each step seeds the generators
         return Loop(job, accelerator).run(stop)
 

@@ -48,7 +48,7 @@ def forward_macs(model: nn.Module, *inputs: Tensor) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def say_estimate(state: int, activations: int, other: int = 0) -> None:
+def print_estimate(state: int, activations: int, other: int = 0) -> None:
     """Print the estimate if there is a GPU; parts are in bytes."""
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory

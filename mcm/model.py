@@ -134,13 +134,13 @@ class Decoder(nn.Module):
     """Adapter (if the widths differ), positions, blocks, norm, and a linear layer to the target."""
 
     def __init__(
-        self, width: int, cfg: DecoderConfig, grid: tuple[int, int], out: int, cls: bool = False,
+        self, width: int, config: DecoderConfig, grid: tuple[int, int], out: int, cls: bool = False,
         bf16_residual: bool = False,
     ) -> None:  # fmt: skip
         """Build the decoder for tokens [B, 1 + N, width]. `cls` adds a head for CLS."""
         super().__init__()
-        depth = cfg.depth
-        inner = (cfg.width or min(MAX_DECODER_WIDTH, width)) if depth else width
+        depth = config.depth
+        inner = (config.width or min(MAX_DECODER_WIDTH, width)) if depth else width
         self.depth, self.bf16_residual = depth, bf16_residual
         self.adapter = nn.Linear(width, inner) if inner != width else nn.Identity()
         if depth:
@@ -168,7 +168,7 @@ class MaskedChannelModel(nn.Module):
     """A student and a decoder that predict the target of every patch from masked pictures."""
 
     def __init__(
-        self, cfg: PretrainConfig, grid: tuple[int, int], patch: int, channels: int,
+        self, config: PretrainConfig, grid: tuple[int, int], patch: int, channels: int,
         mean: Sequence[float] = (0.0, 0.0, 0.0), std: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> None:  # fmt: skip
         """Build the model for pictures of grid * patch pixels and a target of C channels.
@@ -179,25 +179,27 @@ class MaskedChannelModel(nn.Module):
         Raises: UsageError if a ratio of patch mode does not fit the number of patches.
         """
         super().__init__()
-        self.mode, self.ratio, self.hides = cfg.mask.mode, cfg.mask.ratio, cfg.mask.hides
+        self.mode, self.ratio, self.hides = config.mask.mode, config.mask.ratio, config.mask.hides
         self.mean, self.std = tuple(mean), tuple(std)
-        self.bf16_residual = cfg.train.residual == "bf16"
-        width, num_patches = cfg.student.width, grid[0] * grid[1]
-        if self.mode == "patch" and (problem := cfg.mask.problem(num_patches, "patches")):
+        self.bf16_residual = config.train.residual == "bf16"
+        width, num_patches = config.student.width, grid[0] * grid[1]
+        if self.mode == "patch" and (problem := config.mask.problem(num_patches, "patches")):
             raise UsageError(problem)
         size_hw = (grid[0] * patch, grid[1] * patch)
-        self.encoder = build_encoder(size_hw, patch, cfg.student, cfg.train.seed)
-        out = channels if cfg.target.projection == "prediction" else width
-        self.decoder = Decoder(width, cfg.decoder, grid, out, cfg.loss.cls, self.bf16_residual)
+        self.encoder = build_encoder(size_hw, patch, config.student, config.train.seed)
+        out = channels if config.target.projection == "prediction" else width
+        self.decoder = Decoder(
+            width, config.decoder, grid, out, config.loss.cls, self.bf16_residual
+        )
         first_fill = self.mode in ("channel", "patch")
         self.encoder_fill = nn.Parameter(torch.empty(width)) if first_fill else None
-        second_fill = cfg.mask.second != "none" and self.hides
+        second_fill = config.mask.second != "none" and self.hides
         self.decoder_fill = nn.Parameter(torch.empty(width)) if second_fill else None
-        self.untied = cfg.mask.second == "untied"
-        learned = cfg.target.projection == "learned"
+        self.untied = config.mask.second == "untied"
+        learned = config.target.projection == "learned"
         self.target_projection = nn.Linear(channels, width, bias=False) if learned else None
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(cfg.train.seed + 1)  # the encoder uses `seed`
+            torch.default_generator.manual_seed(config.train.seed + 1)  # the encoder uses `seed`
             self.decoder.apply(init_mae)
             for parameter in (self.encoder_fill, self.decoder_fill):
                 if parameter is not None:

@@ -166,7 +166,7 @@ def advice(config: PretrainConfig, cache: Cache, rows: int, views: int) -> Itera
     if mask.mode in ("channel", "dropout"):
         visible = width - round(mask.ratio * width)
         leaves = f"mask.ratio = {mask.ratio} leaves {visible} of {width} channels of a patch"
-        scores = work_dir(cache.path) / "probe.json"  # of `mcm-train probe CACHE`
+        scores = work_dir(cache.path) / "teacher.json"  # of `mcm-train probe CACHE`
         teacher = read_record(ProbeResult, scores).teacher if scores.is_file() else None
         if teacher and visible < teacher.effective_rank:
             rank = f"the effective rank of the teacher's features is {teacher.effective_rank:.0f}"

@@ -30,7 +30,7 @@ from mcm.classifiers import (
 from mcm.corruptions import Corruption
 from mcm.engine import device
 from mcm.features import BATCH_ROWS, Featurizer, columns
-from mcm.memory import activation_bytes, say_estimate, state_bytes
+from mcm.memory import activation_bytes, print_estimate, state_bytes
 from mcm.metrics import Gram
 from mcm.run_dir import recorded, software
 from mcm.scorecard import TeacherScores, stored_features, teacher_facts
@@ -114,7 +114,7 @@ def probe(
 ) -> list[ProbeResult]:
     """Probe the encoder of a RUN, an exported folder or timm:NAME, or the teacher of a CACHE.
 
-    Results of a RUN are written to RUN/probe/, those of a CACHE to CACHE/.run/probe*.json. A result
+    Results of a RUN are written to RUN/probe/, those of a CACHE to CACHE/.run/teacher*.json. One
     that cannot be written, for example to a full disk, is returned with a warning.
 
     Raises: UsageError before any picture is read.
@@ -145,7 +145,7 @@ def probe(
         facts["cache_sha256"] = recorded(run).get("cache_sha256")
     if not quiet:
         activations = activation_bytes(backbone.model, BATCH_ROWS, 4, train=False)
-        say_estimate(state_bytes(backbone.model), activations)
+        print_estimate(state_bytes(backbone.model), activations)
     results, tokens = [], "mean" if list(wanted) == ["mean"] else "both"
     featurizer = Featurizer(backbone, dataset, seed, workers, quiet, tokens, shots)
     for chosen_tokens, kind, s, train, vals in featurizer.inputs(kinds, wanted, corrupted):
@@ -199,7 +199,7 @@ def _probe_teacher(
         bank, held = (columns(split, tokens, identity.channels) for split in (train, val))
         named = {"features": tokens, "shots": shots, "input": "full"}
         result = _score(bank, held, methods, _fitted(bank, methods, seed), **named, **facts)
-        name = f"probe{result.label.removeprefix('full')}" + (f"-seed-{seed}" if seed else "")
+        name = f"teacher{result.label.removeprefix('full')}" + (f"-seed-{seed}" if seed else "")
         results.append(_store(work_dir(path) / f"{name}.json", result))
     return results
 

@@ -205,7 +205,7 @@ def _rows(labels: Mapping[Path, str]) -> dict[str, str]:
 def _add_teacher(tables: dict[str, Table], cache: Path, label: str) -> str:
     """Add the probes of a CACHE's mean features to the table of its DATASET; return its section."""
     section, data = "", read_record(CacheIdentity, cache / "cache.json").dataset_sha256
-    for file in sorted(work_dir(cache).glob("probe*.json")):
+    for file in sorted(work_dir(cache).glob("teacher*.json")):
         result = read_record(ProbeResult, file)
         if result.features in (None, "mean") and result.teacher:
             tables[data].put(f"teacher {label}", probed(result), label)

@@ -38,7 +38,6 @@ from cache_tools.records import (
 from cache_tools.schema import CacheIdentity, installed_versions
 from cache_tools.storage import (
     append_line,
-    keep_lines,
     locks_work,
     publish,
     settle,
@@ -248,8 +247,15 @@ class Log:
         if main:
             from torch.utils.tensorboard import SummaryWriter
 
-            keep_lines(self.path, lambda line: _is_kept(line, step, evaluated))
+            self._keep_lines(step, evaluated)
             self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def _keep_lines(self, step: int, evaluated: bool) -> None:
+        """Rewrite the log without the lines of later steps and damaged or incomplete ones."""
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(True)
+            kept = [x for x in lines if x.endswith("\n") and _is_kept(x, step, evaluated)]
+            write_atomic(self.path, "".join(kept).encode())
 
     def write(self, step: int, fields: dict[str, Any]) -> None:
         """Write the fields as one JSON line, to TensorBoard and the tracker; warn of an OSError."""

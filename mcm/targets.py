@@ -1,6 +1,6 @@
 """The target: teacher features, decoded, normalized and projected on the device in float32.
 
-B batch, N patches, D student width, C teacher channels, K chunks in the batch.
+B batch, N patches, D student width, C teacher channels, M chunks of the batch.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ class Targets(nn.Module):
     joint: Tensor | None
 
     def __init__(
-        self, cfg: Target, channels: int, width: int,
+        self, config: Target, channels: int, width: int,
         channel_stats: tuple[Stats, Stats] | None = None, seed: int = 0,
         joint: npt.NDArray[np.float32] | None = None,
     ) -> None:  # fmt: skip
@@ -48,14 +48,14 @@ class Targets(nn.Module):
         `joint`: the teacher's matrix from C channels to its joint space, for features = "joint".
         """
         super().__init__()
-        self.cfg = cfg
+        self.config = config
         self.register_buffer("joint", None if joint is None else torch.from_numpy(joint))
-        if cfg.norm == "channel":
+        if config.norm == "channel":
             assert channel_stats is not None, 'target.norm = "channel" needs channel_stats'
             mean, std = (torch.as_tensor(stat).float() for stat in channel_stats)
             self.register_buffer("mean_C", mean)
             self.register_buffer("std_C", std.clamp_min(NORM_EPS))
-        if cfg.projection == "orthogonal":
+        if config.projection == "orthogonal":
             self.register_buffer("projection_CD", orthogonal_matrix(channels, width, seed))
 
     @torch.no_grad()
@@ -66,7 +66,7 @@ class Targets(nn.Module):
         """Return target_BNC (target_BND if projected) in float32, also under autocast.
 
         `codes` [B, N, C] are float16 or int8. int8 codes need `scale` [B, N], and `mean` and `std`
-        [K, C] per chunk, where K divides B.
+        [M, C] per chunk, where M divides B.
         """
         with torch.autocast(codes.device.type, enabled=False):
             if scale is None or mean is None or std is None:
@@ -82,8 +82,8 @@ class Targets(nn.Module):
         """Normalize and project decoded features, CLS tokens or pixels [B, ..., C]."""
         with torch.autocast(target.device.type, enabled=False):
             target = target.float() if self.joint is None else target.float() @ self.joint
-            if self.cfg.norm == "layer_norm":
+            if self.config.norm == "layer_norm":
                 target = F.layer_norm(target, target.shape[-1:], eps=NORM_EPS)
-            elif self.cfg.norm == "channel":
+            elif self.config.norm == "channel":
                 target = (target - self.mean_C) / self.std_C
-            return target @ self.projection_CD if self.cfg.projection == "orthogonal" else target
+            return target @ self.projection_CD if self.config.projection == "orthogonal" else target

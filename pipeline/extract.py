@@ -27,12 +27,11 @@ from cache_tools.storage import (
     locks_work,
     publish,
     settle,
-    shard_lock,
     try_lock,
     work_dir,
 )
 from cache_tools.tars import encode_npy
-from cache_tools.writer import finish_unit, publish_identity
+from cache_tools.writer import finish_unit, publish_identity, shard_lock
 
 from .config import ExtractConfig
 from .extractor import Extractor

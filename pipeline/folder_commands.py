@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 app = Typer()
 _Path = Annotated[Path, Argument(metavar="CACHE|DATASET")]
 _Json = Annotated[bool, Option("--json", help="Print JSON.")]
-_Json = Annotated[bool, Option("--json", help="Print JSON.")]
 
 
 @app.command("info", no_args_is_help=True)

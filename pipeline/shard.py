@@ -30,7 +30,7 @@ from .decode_pool import DecodePool
 from .listing import list_sources
 from .mask_listing import list_scenes
 from .parquet_listing import unpacked
-from .shard_writer import ShardPlan, SplitPlan, SplitWriter
+from .shard_writer import ShardRequest, SplitRequest, SplitWriter
 from .source_splits import Source, source_name
 
 
@@ -69,12 +69,12 @@ def shard(
     sources = scenes or list_sources(source, val, max_refused, columns)
     for note in sources.notes:
         print(one_line(note))
-    plan = ShardPlan(
+    request = ShardRequest(
         rows_per_shard=rows_per_shard,
         seed=seed,
         classes=sources.classes,
         splits={
-            name: SplitPlan(candidates=len(found), listing_sha256=found.sha256())
+            name: SplitRequest(candidates=len(found), listing_sha256=found.sha256())
             for name, found in sources.splits.items()
         },
         task="segment" if sources.rule else "detect" if sources.coco else None,
@@ -82,7 +82,7 @@ def shard(
         coco=sources.coco,
     )
     workers = workers or len(os.sched_getaffinity(0))
-    return _Job(Path(out), sources.splits, plan, max_refused, workers).run()
+    return _Job(Path(out), sources.splits, request, max_refused, workers).run()
 
 
 @dataclass
@@ -91,13 +91,13 @@ class _Job:
 
     out: Path
     candidates: dict[str, Candidates]
-    plan: ShardPlan
+    request: ShardRequest
     max_refused: float
     workers: int
 
     @property
     def work(self) -> Path:
-        """The folder of plan.json and the progress records."""
+        """The folder of request.json and the progress records."""
         return work_dir(self.out) / "shard"
 
     def run(self) -> DatasetRecord:
@@ -114,20 +114,20 @@ class _Job:
             settle(self.out)
             if (self.out / "dataset.json").is_file():
                 record = read_record(DatasetRecord, self.out / "dataset.json")
-                _check_same(self.out, self.plan, _plan_of(record))
+                _check_same(self.out, self.request, _request_of(record))
                 self._make_again(record, pool, stop)
                 print(f"{self.out}: complete")
             else:
-                begun = self.work / "plan.json"
+                begun = self.work / "request.json"
                 if begun.is_file():
-                    _check_same(self.out, self.plan, read_record(ShardPlan, begun))
-                publish(begun, encode_record(self.plan))
+                    _check_same(self.out, self.request, read_record(ShardRequest, begun))
+                publish(begun, encode_record(self.request))
                 splits = {
                     name: self._split(name, self.out, self.max_refused, pool, stop).write(stop)
                     for name in self.candidates
                 }
-                plan = self.plan.model_dump(exclude={"version", "splits"})
-                record = DatasetRecord(**plan, splits=splits)
+                request = self.request.model_dump(exclude={"version", "splits"})
+                record = DatasetRecord(**request, splits=splits)
                 write_atomic(self.out / "dataset.json", encode_record(record))
             remove_tree(self.work)
         return record
@@ -166,7 +166,7 @@ class _Job:
     ) -> SplitWriter:
         candidates = unpacked(self.candidates[name], self.work / "unpacked", stop)
         folder, work = out / name, self.work / name
-        return SplitWriter(name, candidates, self.plan, folder, work, max_refused, pool)
+        return SplitWriter(name, candidates, self.request, folder, work, max_refused, pool)
 
 
 def _check_request(
@@ -188,24 +188,24 @@ def _check_request(
             expected = f"expected a DATASET outside its source {part}"
             raise UsageError(f"{out}: {expected}; choose another DATASET")
     run = work_dir(out)
-    begun = (out / "dataset.json").is_file() or (run / "shard" / "plan.json").is_file()
+    begun = (out / "dataset.json").is_file() or (run / "shard" / "request.json").is_file()
     if not begun and out.is_dir() and any(path != run for path in out.iterdir()):
         expected = "expected a new or empty folder; found other files"
         raise UsageError(f"{out}: {expected}; choose another DATASET")
 
 
-def _plan_of(record: DatasetRecord) -> ShardPlan:
-    """Return the plan of a finished DATASET."""
+def _request_of(record: DatasetRecord) -> ShardRequest:
+    """Return the request of a finished DATASET."""
     splits = {}
     for name, entry in record.splits.items():
         candidates, sha256 = entry.rows + entry.refused, entry.listing_sha256
-        splits[name] = SplitPlan(candidates=candidates, listing_sha256=sha256)
+        splits[name] = SplitRequest(candidates=candidates, listing_sha256=sha256)
     kept = {"rows_per_shard", "seed", "picture_rules", "classes", "task", "ignore", "coco"}
-    return ShardPlan(**record.model_dump(include=kept), splits=splits)
+    return ShardRequest(**record.model_dump(include=kept), splits=splits)
 
 
-def _check_same(out: Path, plan: ShardPlan, begun: ShardPlan) -> None:
-    if diff := differences(plan, begun):
+def _check_same(out: Path, request: ShardRequest, begun: ShardRequest) -> None:
+    if diff := differences(request, begun):
         found = f"found a difference (asked != found): {', '.join(diff)[:500]}"
         expected = "expected the first request of this DATASET"
         raise IdentityError(f"{out}: {expected}; {found}; repeat it or choose another DATASET")

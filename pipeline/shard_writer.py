@@ -37,14 +37,14 @@ from .candidates import Candidates, SourceItem, read_picture
 from .decode_pool import DecodePool
 
 
-class SplitPlan(Record):
+class SplitRequest(Record):
     """The candidates of a split: their number, and the digest of names, labels and offsets."""
 
     candidates: int
     listing_sha256: str
 
 
-class ShardPlan(Record):
+class ShardRequest(Record):
     """Everything that decides the bytes of a DATASET, except for the pictures."""
 
     version: Literal[1] = 1
@@ -52,7 +52,7 @@ class ShardPlan(Record):
     seed: int
     picture_rules: int = PICTURE_RULES
     classes: tuple[str, ...]
-    splits: dict[str, SplitPlan]
+    splits: dict[str, SplitRequest]
     task: Task = None
     ignore: Ignore = None
     coco: Coco = None
@@ -95,15 +95,15 @@ class SplitWriter:
         self,
         name: str,
         candidates: Candidates,
-        plan: ShardPlan,
+        request: ShardRequest,
         folder: Path,
         work: Path,
         max_refused: float,
         pool: DecodePool,
     ) -> None:
-        self.name, self.candidates, self.plan = name, candidates, plan
+        self.name, self.candidates, self.request = name, candidates, request
         self.folder, self.work, self.max_refused, self.pool = folder, work, max_refused, pool
-        self.order = permutation(len(candidates), plan.seed, f"shard/{name}")
+        self.order = permutation(len(candidates), request.seed, f"shard/{name}")
         self.done: list[ShardProgress] = []
         self.refused: list[Refusal] = []
 
@@ -126,7 +126,7 @@ class SplitWriter:
         """Write one shard of a finished split again."""
         rows, first = entry.shards[shard].rows, entry.shards[shard].first_candidate
         if first is None:  # early datasets lack this field
-            first = shard * self.plan.rows_per_shard
+            first = shard * self.request.rows_per_shard
         make_dir(self.folder)
         with progress(rows, f"shard {self.name} {shard_name(shard)}", "pictures") as bar:
             return self._write_tar(shard, first, islice(self._accepted(first, bar), rows))
@@ -154,13 +154,13 @@ class SplitWriter:
         Refused pictures are appended to `refused`.
         """
         items, tasks = tee(self.candidates[int(i)] for i in self.order[first:])
-        read = partial(read_picture, rule=self.plan.rule)
+        read = partial(read_picture, rule=self.request.rule)
         for item, result in zip(items, self.pool.map(read, tasks), strict=True):
             bar.update(1, f"{len(self.refused)} refused" if self.refused else "")
             if isinstance(result, PictureRefused):
                 source, detail = printable(item.name), printable(result.detail)
                 self.refused.append(Refusal(source=source, reason=result.reason, detail=detail))
-                self._check_budget(slack=self.plan.rows_per_shard)
+                self._check_budget(slack=self.request.rows_per_shard)
             else:
                 yield Picture(item, *result)
 
@@ -168,7 +168,7 @@ class SplitWriter:
         """Write and commit one shard; there is no tar if all remaining candidates are refused."""
         path, num_refused, first = self._progress_file(), len(self.refused), self._next_candidate()
         head = next(accepted, None)
-        pictures = islice(chain([head], accepted), self.plan.rows_per_shard) if head else None
+        pictures = islice(chain([head], accepted), self.request.rows_per_shard) if head else None
         entry = self._write_tar(len(self.done), first, pictures) if pictures else None
         refused = tuple(self.refused[num_refused:])
         position = first + len(refused) + (entry.rows if entry else 0)
@@ -176,10 +176,13 @@ class SplitWriter:
         publish(path, encode_record(self.done[-1]))
 
     def _write_tar(self, shard: int, first: int, pictures: Iterator[Picture]) -> ShardEntry:
-        index, rows = np.zeros(self.plan.rows_per_shard, INDEX_DTYPE), 0
-        targets, objects = np.zeros(self.plan.rows_per_shard, TARGETS_DTYPE), 0
-        task = self.plan.task
-        path, first_row = self.folder / f"{shard_name(shard)}.tar", shard * self.plan.rows_per_shard
+        index, rows = np.zeros(self.request.rows_per_shard, INDEX_DTYPE), 0
+        targets, objects = np.zeros(self.request.rows_per_shard, TARGETS_DTYPE), 0
+        task = self.request.task
+        path, first_row = (
+            self.folder / f"{shard_name(shard)}.tar",
+            shard * self.request.rows_per_shard,
+        )
         with tar_writer(path) as tar:
             for rows, (item, data, target) in enumerate(pictures, start=1):
                 key = row_key(first_row + rows - 1)
@@ -237,7 +240,7 @@ class SplitWriter:
             expected = f"expected a picture in split {self.name!r}"
             raise UsageError(f"{self._write_quarantine()}: {expected}; all were refused")
         self._write_quarantine()
-        listing = self.plan.splits[self.name].listing_sha256
+        listing = self.request.splits[self.name].listing_sha256
         entry = SplitEntry(
             rows=rows, refused=len(self.refused), listing_sha256=listing, shards=shards
         )

@@ -19,9 +19,9 @@ from cache_tools.dataset import Dataset
 from cache_tools.errors import CorruptionError, IdentityError, UsageError
 from cache_tools.info import info, summary
 from cache_tools.records import encode_record
-from cache_tools.storage import shard_lock, try_lock
+from cache_tools.storage import try_lock
 from cache_tools.verify import verify
-from cache_tools.writer import publish_identity
+from cache_tools.writer import publish_identity, shard_lock
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from cache_tools.dataset import Dataset, DatasetRecord
 from cache_tools.errors import IdentityError
 from cache_tools.records import encode_record
 from cache_tools.repair import Repair, repair
-from cache_tools.storage import move_durably, shard_lock, try_lock, work_dir, write_atomic
+from cache_tools.storage import move_durably, try_lock, work_dir, write_atomic
 from cache_tools.verify import verify
+from cache_tools.writer import shard_lock
 from pipeline.decode_pool import DecodePool
 from pipeline.extract import extract
 from pipeline.shard import shard

@@ -13,16 +13,13 @@ from test_mcm_checkpoint import save
 
 from cache_tools import storage
 from cache_tools.errors import CorruptionError, IdentityError
+from cache_tools.remote import read_at, read_into
 from cache_tools.storage import (
-    append_line,
     atomic_file,
     atomic_folder,
     file_sha256,
-    keep_lines,
     locks_work,
     publish,
-    read_at,
-    read_into,
     settle,
     try_lock,
     write_atomic,
@@ -170,15 +167,6 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     assert {name: mode for name, mode in modes.items() if mode not in (0o664, 0o775)} == {} and len(modes) == 12
-
-
-def test_logs_lose_a_torn_tail_only(tmp_path: Path) -> None:
-    for line in ("1", "2", "3"):
-        append_line(tmp_path / "log", line)
-    with open(tmp_path / "log", "a") as file:
-        file.write("torn")
-    keep_lines(tmp_path / "log", lambda line: line != "2\n")
-    assert (tmp_path / "log").read_text() == "1\n3\n"
 
 
 def test_a_folder_appears_once_and_filled(tmp_path: Path) -> None:

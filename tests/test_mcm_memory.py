@@ -9,7 +9,7 @@ from make_run import CONFIG
 
 from mcm.config import FinetuneOptim, PretrainConfig, Student
 from mcm.finetune import make_classifier
-from mcm.memory import activation_bytes, say_estimate, state_bytes
+from mcm.memory import activation_bytes, print_estimate, state_bytes
 from mcm.model import MaskedChannelModel, build_encoder
 from mcm.optim import build_adamw, build_optimizer
 
@@ -53,12 +53,12 @@ def test_activations_grow_with_rows_and_bytes_and_a_frozen_encoder_keeps_one_blo
 
 
 def test_it_is_printed_where_a_gpu_is(monkeypatch, capsys):
-    say_estimate(10**9, 10**9)
+    print_estimate(10**9, 10**9)
     assert not capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
-    say_estimate(10**9, 2 * 10**9, 10**9)
+    print_estimate(10**9, 2 * 10**9, 10**9)
     wanted = (
         "about 4.0 of 80.0 GB (an estimate: weights and optimizer 1.0, activations of the ViT 2.0, patch tokens 1.0)"
     )

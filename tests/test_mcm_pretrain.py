@@ -316,7 +316,7 @@ def test_bad_requests_stop_before_anything_is_written(cache, tmp_path):
 def test_advice_names_what_goes_wrong_at_a_small_scale(tmp_path):
     cache = make_cache(tmp_path / "cache")
     probe(str(cache.path), None, ["knn"], quiet=True, features=["mean"])
-    rank = read_record(ProbeResult, tmp_path / "cache/.run/probe.json").teacher.effective_rank
+    rank = read_record(ProbeResult, tmp_path / "cache/.run/teacher.json").teacher.effective_rank
     assert 3 < rank < 8
 
     def said(mode, ratio, epochs=1):

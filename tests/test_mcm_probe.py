@@ -75,7 +75,7 @@ def test_another_seed_or_dataset_takes_no_records_place(data, tmp_path):
     cache = make_cache(tmp_path / "cache")
     for seed in (0, 1):
         probe(str(cache.path), None, ["knn"], quiet=True, features=["mean"], seed=seed)
-    assert {file.name for file in (cache.path / ".run").glob("*.json")} == {"probe.json", "probe-seed-1.json"}
+    assert {file.name for file in (cache.path / ".run").glob("*.json")} == {"teacher.json", "teacher-seed-1.json"}
 
 
 @pytest.mark.parametrize("obstacle", ["a file for the folder", "a damaged record"])
@@ -153,10 +153,10 @@ def test_a_caches_teacher_is_probed_on_its_own_features(tmp_path):
     result = results[0]
     assert (result.subject, result.train_rows, result.val_rows) == ("test:linear", 100, 40)
     assert result.data_sha256 == cache.sha256 and result.knn > 0.7  # the tint tells the classes apart
-    assert read_record(ProbeResult, tmp_path / "cache" / ".run" / "probe.json") == result
+    assert read_record(ProbeResult, tmp_path / "cache" / ".run" / "teacher.json") == result
     assert [one.label for one in results] == ["full", "full-cls", "full-both"]
     assert results[1].knn == pytest.approx(result.knn, abs=0.05)  # its CLS is the mean patch token, in float16
-    files = [tmp_path / "cache" / ".run" / name for name in ("probe-cls.json", "probe-both.json")]
+    files = [tmp_path / "cache" / ".run" / name for name in ("teacher-cls.json", "teacher-both.json")]
     assert [read_record(ProbeResult, file) for file in files] == results[1:]
     facts = result.teacher
     assert (facts.dead, facts.outliers, facts.relative_mse, facts.cosine) == ((), (), 0.0, 1.0)
@@ -218,7 +218,7 @@ def test_few_labels_and_other_features_have_files_of_their_own(data, tmp_path):
     assert featurizer.rows().tolist() == rows.tolist()
     cache = make_cache(tmp_path / "cache")
     assert probe(str(cache.path), None, ["knn"], quiet=True, features=["cls"], shots=3)[0].train_rows == 6
-    assert [file.name for file in (tmp_path / "cache" / ".run").glob("*.json")] == ["probe-cls-shots-3.json"]
+    assert [file.name for file in (tmp_path / "cache" / ".run").glob("*.json")] == ["teacher-cls-shots-3.json"]
 
 
 def test_a_result_says_what_made_it_and_results_of_before_are_still_read(tmp_path, capsys):

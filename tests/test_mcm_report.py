@@ -90,7 +90,7 @@ def runs(tmp_path):
     put(run, "masked:8", 0.7)
     put(run, "full", 0.41, 0.59, "untrained-full.json", weights="untrained")
     teacher = result(knn=0.96, linear=0.97, teacher=FACTS)
-    write_atomic(cache / ".run" / "probe.json", encode_record(teacher))
+    write_atomic(cache / ".run" / "teacher.json", encode_record(teacher))
     tokens = np.random.default_rng(0).standard_normal((2, 16, 8)).astype(np.float16)
     samples = {"views": np.zeros((2, 32, 32, 3), np.uint8), "target": tokens, "prediction": tokens + 1}
     save_file(samples, run / "samples.safetensors")

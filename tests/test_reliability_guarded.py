@@ -20,8 +20,8 @@ from cache_tools.cache import Cache, Unit
 from cache_tools.errors import CorruptionError, IdentityError
 from cache_tools.images import decode_view_into, encode_view
 from cache_tools.records import decode_record, encode_record
-from cache_tools.storage import publish, shard_lock, try_lock, write_atomic
-from cache_tools.writer import UnitShardWriter, finish_unit, publish_identity, unit_writer
+from cache_tools.storage import publish, try_lock, write_atomic
+from cache_tools.writer import UnitShardWriter, finish_unit, publish_identity, shard_lock, unit_writer
 from pipeline.extract import extract
 from pipeline.teachers import Teacher, load_teacher
 
