@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from cache_tools.cache import Cache
@@ -32,30 +31,28 @@ from cache_tools.storage import (
     write_atomic,
 )
 from cache_tools.weights import weights_file
-from mcm.backbones import load_encoder
 from mcm.compare import Hits, difference_lines, differences, hits
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.corruptions import Corruption
-from mcm.memory import forward_macs
 from mcm.page import markdown
 from mcm.probe import ProbeResult, check_kind, record_name
-from mcm.report import (
+from mcm.report import ablation_lines, report
+from mcm.run_dir import ExitRecord, software
+from mcm.tables import (
     FIT,
     GMAC,
-    MINUTES,
+    HELD_OUT_TRAIN,
+    RATE,
     TRAIN_R2,
-    ablation_lines,
+    best_rates,
     fine_tuned,
     held_out,
     probed,
-    report,
+    training_fit,
 )
-from mcm.run_dir import ExitRecord, last_eval, read_metrics, recorded, software
 
 UNDERFITTED = 0.2  # held-out R^2 below which an accuracy says little about the target
 OVERFITTED = 0.1  # R^2 of training rows minus held-out R^2
-RATE = ", lr "  # in the name of a row, before its learning rate
-HELD_OUT_TRAIN = "k-NN folded, held-out train"  # a column
 WAIT_S = 2.0  # seconds between two checks of the runs of other processes
 # Runs `mcm-train` as a process that saves and stops when the ablation ends for any reason.
 COMMAND = """
@@ -131,6 +128,10 @@ class Step:
         """Return "" for a finished step, the reason of a failed one, or None for an open step."""
         done = self.record.is_file() and all(file.is_file() for file in self.files)
         return self.record.read_text() if done else None
+
+    def results(self) -> list[ProbeResult]:
+        """Return the results of a probe."""
+        return [read_record(ProbeResult, file) for file in self.files]
 
 
 class Ablation:
@@ -260,31 +261,24 @@ class Ablation:
             steps = [step for seed in self.plan.seeds for step in self.steps[name, seed]]
             own = [step for step in steps if not row.init or step.args[0] != "pretrain"]
             rows.append(_row(name, own))
-        found = dict.fromkeys(column for row in rows for column in row["values"])
-        last = {*FIT.values(), TRAIN_R2, MINUTES, GMAC}
-        columns = sorted(found, key=lambda column: column in last)
-        chosen = _chosen(rows[1:])
-        controls = [name for name in self.controls if name in chosen]
+        chosen = best_rates(rows[1:])
+        controls = [name for name, config in self.configs.items() if config.mask.mode != "channel"]
+        controls = [name for name in controls if name in chosen]
         compared = differences({name: self._hits(name) for name in chosen}, controls)
         facts = {"config": self.plan.model_dump(mode="json"), "software": software()}
         runs = {step.run for steps in self.steps.values() for step in steps if step.mark == ""}
         trained = {read_json(run / "env.json")["software"] for run in runs}
+        columns = ablation_lines({"rows": rows})[0][1:]
         tables = {"columns": columns, "rows": rows, "differences": compared}
         facts["trained by"] = sorted(trained)
         return {"note": self.plan.note, **tables, **facts}
 
-    @property
-    def controls(self) -> list[str]:
-        """Return the pre-trained rows that are not masked channel modeling."""
-        return [name for name, config in self.configs.items() if config.mask.mode != "channel"]
-
     def _hits(self, name: str) -> dict[int, Hits]:
         """Return the hits of a row's finished probes by seed."""
-        steps = {seed: self.steps[name, seed] for seed in self.plan.seeds}
         return {
-            seed: hits(map(_probe_result, step.files))
-            for seed, own in steps.items()
-            for step in own
+            seed: hits(step.results())
+            for seed in self.plan.seeds
+            for step in self.steps[name, seed]
             if step.args[0] == "probe" and step.mark == ""
         }
 
@@ -338,64 +332,16 @@ def _row(name: str, steps: Sequence[Step]) -> dict[str, Any]:
     return {"name": name, "values": values, "mark": mark}
 
 
-def _chosen(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the names of the rows, and of a sweep the row with the best learning rate; mark it.
-
-    The best rate has the highest k-NN accuracy of folded inputs on held-out rows of "train".
-    """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["name"].rpartition(RATE)[0] or row["name"], []).append(row)
-    best = [
-        max(group, key=lambda row: mean(row["values"].get(HELD_OUT_TRAIN) or [0.0]))
-        for group in groups.values()
-    ]
-    for row in best:
-        if RATE in row["name"]:
-            row["mark"] = f"{row['mark']} chosen lr".strip()
-    return [row["name"] for row in best]
-
-
 def _measurements(step: Step) -> dict[str, float]:
     """Return the measurements of a finished step by column."""
     if step.args[0] == "probe":
-        results = list(map(_probe_result, step.files))
+        results = step.results()
         found = {column: value for result in results for column, value in probed(result).items()}
         trained = [x for one in results if (x := one.knn_train) is not None]
         found |= {HELD_OUT_TRAIN: trained[0]} if trained else {}
         return found | {column: float(x.mean()) for column, x in hits(results).items()}
     if step.args[0] == "finetune":
-        return fine_tuned(step.run, seeded=False)
+        return fine_tuned(step.run, with_seed=False)
     if step.args[0] == "export":
         return {}
-    return held_out(step.run) | _training_fit(step.run) | {MINUTES: _minutes(step.run)}
-
-
-def _probe_result(file: Path) -> ProbeResult:
-    return read_record(ProbeResult, file)
-
-
-def _training_fit(run: Path) -> dict[str, float]:
-    """Return R^2 of the last training rows, against the held-out variance, and the cost.
-
-    The inputs are the run's own: R^2 compares with "R^2 masked", or "R^2 full" without masks.
-    """
-    newest, losses = last_eval(run), [line["loss"] for line in read_metrics(run) if "loss" in line]
-    model: Any = load_encoder(str(run)).masked
-    view = torch.zeros(1, *recorded(run)["size"], 3, dtype=torch.uint8)
-    found = {GMAC: forward_macs(model, view) / 1e9}
-    kind = "masked" if "r2_masked" in newest else "full"
-    if f"r2_{kind}" in newest and not recorded(run)["config"]["loss"]["cls"]:
-        share = losses[-1] / newest[f"loss_{kind}"]
-        found[TRAIN_R2] = 1 - share * (1 - newest[f"r2_{kind}"])
-    return found
-
-
-def _minutes(run: Path) -> float:
-    """Return the minutes of training and saving, without evaluation."""
-    rows, seconds, before = recorded(run)["config"]["train"]["global_batch"], 0.0, 0
-    for line in read_metrics(run):
-        if "images_per_s" in line:
-            seconds += (line["step"] - before) * rows / line["images_per_s"]
-            before = line["step"]
-    return seconds / 60
+    return held_out(step.run) | training_fit(step.run)

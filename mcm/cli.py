@@ -318,12 +318,13 @@ def report(
     from mcm.page import markdown
     from mcm.report import caption
     from mcm.report import report as write
+    from mcm.tables import table_lines
 
     tables = write(runs, out, note)
     if json:
         return print_json(tables)
     for data, table in tables.items():
-        print(f"{caption(data)}\n\n{markdown(table.lines())}")
+        print(f"{caption(data)}\n\n{markdown(table_lines('model', table.cells()))}")
     print(f"report: {out}")
 
 

@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,16 +33,10 @@ from mcm.page import charts, page, table
 from mcm.probe import ProbeResult
 from mcm.report_robustness import robustness
 from mcm.run_dir import last_eval, read_metrics, recorded
+from mcm.tables import FIT, Cells, Table, fine_tuned, held_out, percent, probed, seeded, table_lines
 
-# Held-out R^2 of masked input at the run's ratio, and of full input without and with second fill.
-FIT = {"r2_masked": "R^2 masked", "r2_full": "R^2 full", "r2_filled": "R^2 full, filled"}
-# The metric of each task of fine-tuning, and what a column says of it.
-HEADLINES = {"top1": "", "miou": ", mIoU", "box_ap": ", box AP"}
 FEW = 20  # classes of a confusion matrix; a table has as many confused pairs
 ABLATIONS = {"columns", "rows"}  # keys of a results.json
-TRAIN_R2 = "R^2 train"  # a column of an ablation, as are the next ones
-MINUTES = "minutes"
-GMAC = "GMAC"  # 1e9 multiply-adds of the forward of one picture
 RANDOM = "random init"
 # A metric by a word in the names of its columns: the title of its figure, and what it means.
 METRICS = {
@@ -58,65 +51,6 @@ NEGATIVE = (
     " R^2 of full input is negative, because the encoder was trained on masked input;"
     " `probe --input folded` measures features that correct this."
 )
-
-
-class Table(dict[str, dict[str, float]]):
-    """Accuracies and R^2 of models on one DATASET by row and column, as fractions of 1."""
-
-    def put(self, row: str, values: Mapping[str, float], run: str) -> None:
-        """Fill cells of a row; a second value that differs goes to a row named after `run`."""
-        for column, value in values.items():
-            taken = self.get(row, {}).get(column, value)
-            self.setdefault(row if taken == value else f"{row} ({run})", {})[column] = value
-
-    def lines(self) -> list[list[str]]:
-        """Return the header and the rows as text, accuracies in percent."""
-        columns = dict.fromkeys(column for cells in self.values() for column in cells)
-        rows = [[row, *(_shown(name, self[row].get(name)) for name in columns)] for row in self]
-        return [["model", *columns], *rows]
-
-
-def _shown(column: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    if column in FIT.values() or column == TRAIN_R2:
-        return f"{value:.3f}"
-    if column == GMAC:
-        return f"{value:.3g}"
-    return f"{value:.1f}" if column == MINUTES else _percent(value)
-
-
-def probed(result: ProbeResult) -> dict[str, float]:
-    """Return the accuracies of a probe by column.
-
-    A column names the input, the features, the shots and the seed.
-    """
-    label = result.label + _seed(result.seed)
-    found = {f"k-NN {label}": result.knn, f"linear {label}": result.linear}
-    return {column: value for column, value in found.items() if value is not None}
-
-
-def fine_tuned(run: Path, seeded: bool = True) -> dict[str, float]:
-    """Return the last headline metric of a fine-tuning run by column.
-
-    A column names the shots and, if `seeded`, the seed.
-    """
-    config = recorded(run)["config"]
-    shots = f", {shots} shots" if (shots := config["data"]["shots"]) else ""
-    column = ("linear (LARS)" if config["frozen"] else "fine-tuned") + shots
-    column += _seed(config["train"]["seed"]) if seeded else ""
-    newest = last_eval(run)
-    return {f"{column}{unit}": newest[key] for key, unit in HEADLINES.items() if key in newest}
-
-
-def held_out(run: Path) -> dict[str, float]:
-    """Return the last held-out R^2 of a pre-training run by column."""
-    newest = last_eval(run)
-    return {column: newest[key] for key, column in FIT.items() if key in newest}
-
-
-def _seed(seed: int) -> str:
-    return f", seed {seed}" if seed else ""
 
 
 def report(runs: Sequence[Path], out: Path, note: str = "") -> dict[str, Table]:
@@ -145,20 +79,17 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> dict[str, Table]:
     body = f"<p>{html.escape(note)}</p>" if note else ""
     body += f"<nav>{' '.join(links)}</nav>" if len(links) > 1 else ""
     for data, cells in tables.items():
-        body += f"<h2>Results on DATASET {data[:12]}</h2>{overview(cells)}"
-        body += table(cells.lines(), f"{caption(data)}; click a column to sort")
+        body += f"<h2>Results on DATASET {data[:12]}</h2>{_compared(cells.cells())}"
+        body += table(
+            table_lines("model", cells.cells()), f"{caption(data)}; click a column to sort"
+        )
     for i, (name, section) in enumerate(sections.items()):
         body += f"<h2 id={i}>{html.escape(name)}</h2>{section}"
     write_atomic(out, page("Masked Channel Modeling", body))
     return dict(tables)
 
 
-def overview(cells: Mapping[str, Mapping[str, float]]) -> str:
-    """Return one chart per metric that compares the rows of a table."""
-    return _compared({row: {k: [x] for k, x in values.items()} for row, values in cells.items()})
-
-
-def _compared(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+def _compared(rows: Cells) -> str:
     """Return one chart per metric with at least two values; `rows` has values per column."""
     groups = defaultdict[str, list[str]](list)
     for column in dict.fromkeys(column for values in rows.values() for column in values):
@@ -227,7 +158,7 @@ def _add_run(tables: dict[str, Table], run: Path, label: str, rows: Mapping[str,
     for file in sorted((run / "dense").glob("*.json"), reverse=True):
         dense = read_record(DenseResult, file)
         row = rows.get(dense.weights, f"{label} at {dense.weights}")
-        cell = {f"mIoU {dense.input}{_seed(dense.seed)}": dense.miou}
+        cell = {f"mIoU {dense.input}{seeded(dense.seed)}": dense.miou}
         tables[dense.data_sha256].put(row, cell, label)
     if facts.get("kind") == "finetune":
         init = facts["init_weights"]
@@ -239,40 +170,28 @@ def _add_run(tables: dict[str, Table], run: Path, label: str, rows: Mapping[str,
         tables[data].put(label, values, label)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
 def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
 def ablation_lines(results: dict[str, Any]) -> list[list[str]]:
-    """Return the header and the rows as text.
+    """Return the header and the rows as text."""
+    return table_lines("variant", _values(results))
 
-    A cell is the mean ± sample std over the finished seeds, accuracies in percent.
-    """
 
-    def cell(column: str, values: Sequence[float]) -> str:
-        shown = _shown(column, statistics.mean(values) if values else None)
-        std = f" ± {_shown(column, statistics.stdev(values))}" if len(values) > 1 else ""
-        return shown + std
-
-    columns, rows = results["columns"], results["rows"]
-    lines = [[_row_name(r), *(cell(c, r["values"].get(c, ())) for c in columns)] for r in rows]
-    return [["variant", *columns], *lines]
+def _values(results: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Return the values of the finished seeds by row and column; a name has the row's mark."""
+    rows = results["rows"]
+    marks = (f" ({row['mark']})" if row["mark"] else "" for row in rows)
+    return {f"{row['name']}{mark}": row["values"] for row, mark in zip(rows, marks, strict=True)}
 
 
 def ablation_html(results: dict[str, Any]) -> str:
     """Return charts of every value of every seed, and the table, as HTML."""
-    compared = _compared({_row_name(row): row["values"] for row in results["rows"]})
+    compared = _compared(_values(results))
     caption = "mean ± sample std over the seeds; accuracies in percent"
     note = html.escape(results.get("note", ""))
     return f"<p>{note}</p>{compared}{table(ablation_lines(results), caption)}"
-
-
-def _row_name(row: dict[str, Any]) -> str:
-    return f"{row['name']} ({row['mark']})" if row["mark"] else str(row["name"])
 
 
 def _run_section(run: Path) -> str:
@@ -286,7 +205,7 @@ def _run_section(run: Path) -> str:
     parts += ["<h3>channels</h3>", channel_figures(channels)] if channels else []
     parts += [channel_maps(shown, channels, grid)] if shown and channels else []
     if classes := _json(run / "classes.json"):
-        columns = (map(_percent, values) for name, values in classes.items() if name != "class")
+        columns = (map(percent, values) for name, values in classes.items() if name != "class")
         lines = [list(classes), *map(list, zip(classes["class"], *columns, strict=True))]
         bars = [f"border-left:1em solid rgb{color(k)}" for k in range(len(lines) - 1)]
         caption = "classes of the last evaluation in percent, with the colors of the drawings"
@@ -343,9 +262,6 @@ def confusion_tables(counts_R3: Array, classes: Sequence[str], accuracy: bool) -
         found = table([["true class", "predicted class", "share"], *pairs], caption)
     if accuracy:
         right = np.bincount(true, share * (true == predicted), len(classes))
-        cells = zip(
-            classes, totals.astype(int).astype(str), map("{:.1f}".format, right), strict=True
-        )
         cells = zip(classes, totals.tolist(), right.tolist(), strict=True)
         lines = [["class", "pictures", "accuracy"]]
         for name, total, percent in cells:

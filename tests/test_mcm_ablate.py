@@ -16,8 +16,9 @@ from test_mcm_pretrain import environment, make_config, start
 from cache_tools.errors import UsageError
 from cache_tools.records import load_toml, read_record, write_toml
 from cache_tools.storage import is_locked, try_lock, work_dir
-from mcm.ablate import HELD_OUT_TRAIN, Ablation, Plan, _chosen
+from mcm.ablate import Ablation, Plan
 from mcm.run_dir import ExitRecord
+from mcm.tables import HELD_OUT_TRAIN, best_rates
 
 FINETUNE = """
 [student]
@@ -213,7 +214,7 @@ def test_a_sweep_of_learning_rates_is_more_rows(place):
     assert rows["channel .75, lr 0.004"].set == ("schedule.epochs=2", "optim.lr=0.004")
     names, scores = ("a, lr 0.1", "a, lr 0.2", "b"), (0.5, 0.6, 0.1)
     table = [{"name": name, "mark": "", "values": {HELD_OUT_TRAIN: [x]}} for name, x in zip(names, scores, strict=True)]
-    assert _chosen(table) == ["a, lr 0.2", "b"] and [row["mark"] for row in table] == ["", "chosen lr", ""]
+    assert best_rates(table) == ["a, lr 0.2", "b"] and [row["mark"] for row in table] == ["", "chosen lr", ""]
 
 
 @pytest.mark.slow
