@@ -73,8 +73,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="a small cache, for the tests")
     arguments = parser.parse_args()
+    from cache_tools.local_part import attached
     from cache_tools.remote import elsewhere
-    from cache_tools.transfer import attached, push
+    from cache_tools.transfer import push
 
     rows, seconds = (64, 0.2) if arguments.quick else (1024, 20.0)
     table: dict[str, Any] = {}

@@ -6,25 +6,19 @@ The files of a shard come first and its record last: a commit, or the index of a
 
 import hashlib
 import math
-import os
 import re
-import sys
-import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
-from .cache import Cache, Unit
-from .console import StopFlag, error_line, progress
+from .cache import Unit
+from .console import StopFlag, progress
 from .dataset import DatasetRecord, ShardEntry, shard_name
-from .errors import CorruptionError, Interrupted, McmError, UsageError, check_output
+from .errors import CorruptionError, Interrupted, UsageError, check_output
 from .info import info, summary
-from .program import LAUNCHER
 from .records import (
     MAX_RECORD_BYTES,
     FileEntry,
@@ -37,15 +31,15 @@ from .records import (
 )
 from .remote import Parcel, Remote, check_digest, open_remote
 from .schema import CacheIdentity, Manifest
-from .storage import remove, settle, try_lock, work_dir, write_atomic
+from .storage import settle
+from .writer import manifest_json
 
 _KINDS = {"cache.json": "a CACHE", "dataset.json": "a DATASET", "config.json": "an exported folder"}
 # Files of a CACHE or DATASET that no commit and no index vouches for, and the files of an EXPORT.
 _EXTRAS = re.compile(
     r"extract\.toml|projection\.npy|probe\.(npy|json)|\w+/(_info\.json|quarantine\.jsonl)"
 )
-_LARGE = re.compile(r"\.tar$|/(patch|scale|cls)/c\.")  # files that training reads by chunk
-FETCH_THREADS = 4
+LARGE = re.compile(r"\.tar$|/(patch|scale|cls)/c\.")  # files that training reads by chunk
 _PLAIN = re.compile(r"(?!files\.json$)\w[\w.-]{0,99}")
 _UNIT = re.compile(r"(\w+)/v(0|[1-9][0-9]{0,8})/commits/[0-9]{6,}\.json")
 Step = Callable[[], Parcel]
@@ -275,77 +269,15 @@ class Source:
         update = {"files": files, "identity_sha256": ours.identity_sha256}
         commit = commit.model_copy(update=update)
         digests[shard] = record_sha256(commit)
-        left_out = set(filter(_LARGE.search, files)) if small else set()
+        left_out = set(filter(LARGE.search, files)) if small else set()
         chosen = {f"{ours}/{file}": files[file] for file in files.keys() - left_out}
         return Parcel(chosen, {name: encode_record(commit)})
 
     def manifest(self, unit: Unit, digests: dict[int, str]) -> Parcel:
         """Return the manifest of a unit, after every zarr.json."""
-        manifest = Manifest(
-            identity_sha256=unit.identity_sha256,
-            split=unit.split,
-            view=unit.view,
-            rows=unit.rows,
-            commits=tuple(digests[shard] for shard in range(unit.num_shards)),
-        )
+        manifest = manifest_json(unit, [digests[shard] for shard in range(unit.num_shards)])
         records = {str(path): data for path, data in unit.zarr_files().items()}
-        return Parcel({}, records | {str(unit.manifest_file): encode_record(manifest)})
-
-
-@contextmanager
-def attached(url: str, folder: Path, limit: int) -> Iterator[Path]:
-    """Yield a CACHE in `folder`; at most `limit` bytes of the remote CACHE lie there.
-
-    Its records come first. Threads then fetch whole shards, in order, while they fit; `read_at`
-    takes every other chunk from the remote. One rank per machine fetches, and the others wait.
-
-    Raises: UsageError if `limit` is too small for the records; the errors of `pull`.
-    """
-    note, text = work_dir(folder) / "remote", f"{url}\n{LAUNCHER}"
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        while not note.is_file() or note.read_text() != text:
-            time.sleep(0.1)
-        yield folder
-        return
-    pull(url, folder, Part(small=True))
-    remote, stop = open_remote(url), threading.Event()
-    with try_lock(note.with_name("fetch")) as alone, ThreadPoolExecutor(FETCH_THREADS) as pool:
-        missing = _choose(folder, limit) if alone else []
-        write_atomic(note, text.encode())
-        for name, entry in missing:
-            pool.submit(_fetch, remote, Remote(str(folder)), stop, name, entry)
-        try:
-            yield folder
-        finally:
-            stop.set()  # a file in work is finished
-
-
-def _choose(folder: Path, limit: int) -> list[tuple[str, FileEntry]]:
-    """Return the missing files of the shards that fit into `limit`; remove those of the others."""
-    known, missing = Remote(str(folder)).sizes(), list[tuple[str, FileEntry]]()
-    left = limit - sum(size for name, size in known.items() if not _LARGE.search(name))
-    if left < 0:
-        raise UsageError(f"--local-bytes: expected {limit - left} for the records; found {limit}")
-    for unit, shard in [(u, shard) for u in Cache(folder).all_units() for shard in u.committed()]:
-        files = unit.commit(shard).files.items()
-        large = {f"{unit}/{name}": entry for name, entry in files if _LARGE.search(name)}
-        if (size := sum(entry.bytes for entry in large.values())) <= left:
-            left -= size
-            missing += [(name, one) for name, one in large.items() if name not in known]
-        else:
-            for name in large.keys() & known.keys():
-                remove(folder / name)
-    return missing
-
-
-def _fetch(
-    remote: Remote, target: Remote, stop: threading.Event, name: str, entry: FileEntry
-) -> None:
-    if not stop.is_set():
-        try:
-            target.add(remote, [Parcel({name: entry}, {})])
-        except (McmError, OSError) as error:
-            print(f"warning: {error_line(error)}; it is read from the remote", file=sys.stderr)
+        return Parcel({}, records | {str(unit.manifest_file): manifest})
 
 
 def _card(path: Path, url: str) -> str:

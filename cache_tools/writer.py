@@ -141,12 +141,18 @@ def finish_unit(unit: Unit) -> bool:
     """Write the manifest if every shard has a commit. Return whether the unit is complete."""
     if not unit.complete and len(unit.committed()) == unit.num_shards:
         _publish_arrays(unit)  # `verify --repair` may have moved some of the files
-        manifest = Manifest(
-            identity_sha256=unit.identity_sha256,
-            split=unit.split,
-            view=unit.view,
-            rows=unit.rows,
-            commits=tuple(record_sha256(unit.commit(shard)) for shard in range(unit.num_shards)),
-        )
-        publish(unit.manifest_file, encode_record(manifest))
+        digests = [record_sha256(unit.commit(shard)) for shard in range(unit.num_shards)]
+        publish(unit.manifest_file, manifest_json(unit, digests))
     return unit.complete
+
+
+def manifest_json(unit: Unit, digests: Sequence[str]) -> bytes:
+    """Return the manifest of a unit whose commits have these sha256, in order."""
+    record = Manifest(
+        identity_sha256=unit.identity_sha256,
+        split=unit.split,
+        view=unit.view,
+        rows=unit.rows,
+        commits=tuple(digests),
+    )
+    return encode_record(record)

@@ -9,7 +9,7 @@ import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,10 +67,11 @@ def pretrain(
     """
     from cache_tools.cache import Cache
     from cache_tools.dataset import Dataset
+    from cache_tools.local_part import attached
     from cache_tools.records import config_file, load_toml
-    from cache_tools.transfer import attached
     from mcm.config import PretrainConfig
     from mcm.pretrain import pretrain as run
+    from mcm.run_dir import prepare
 
     settings = load_toml(PretrainConfig, config_file(config), set_ or ())
     if "://" in cache and local_cache is None:
@@ -83,7 +84,7 @@ def pretrain(
         Cache(path)  # before --overwrite removes a run, in case CACHE or DATASET is mistyped
         if data is not None:
             Dataset(data)
-        _prepare(out, overwrite)
+        prepare(out, overwrite)
         run(settings, path, out, data)
 
 
@@ -138,10 +139,11 @@ def finetune(
     from cache_tools.records import config_file, load_toml
     from mcm.config import FinetuneConfig
     from mcm.finetune import finetune as run
+    from mcm.run_dir import prepare
 
     settings = load_toml(FinetuneConfig, config_file(config), set_ or ())
     Dataset(data)
-    _prepare(out, overwrite)
+    prepare(out, overwrite)
     run(settings, data, init, weights, out)
 
 
@@ -179,32 +181,24 @@ def probe(
     Example: mcm-train probe run --data dataset
     """
     from cache_tools.dataset import Dataset
-    from cache_tools.errors import UsageError
-    from mcm.dense_probe import dense_probe, text
+    from mcm.dense_probe import dense_probe
     from mcm.probe import probe as run
 
+    found: Any
+    common = input_ or (), weights, untrained, seed, workers, json
     if data is not None and Dataset(data).record.task == "segment":
         if method or features or shots or corrupt:
             options = "--method, --features, --shots, --corrupt"
             raise UsageError(f"{options}: expected labels; {data} has masks; omit these options")
-        dense = dense_probe(subject, data, input_ or (), weights, untrained, seed, workers, json)
-        if json:
-            return print_json([result.model_dump(mode="json") for result in dense])
-        return print("\n".join(map(text, dense)))
-    methods, inputs, tokens = method or (), input_ or (), features or ()
-    results = run(
-        subject, data, methods, inputs, weights, untrained, seed, workers, json, tokens, shots,
-        corrupt or (),
-    )  # fmt: skip
+        found = dense_probe(subject, data, *common)
+    else:
+        found = run(subject, data, method or (), *common, features or (), shots, corrupt or ())
     if json:
-        return print_json([result.model_dump(mode="json") for result in results])
-    for result in results:
-        scale = "" if result.fold_scale is None else f" (s = {result.fold_scale:.3g})"
-        knn = "" if result.knn is None else f"  k-NN {100 * result.knn:.1f} %"
-        linear = "" if result.linear is None else f"  linear (LBFGS) {100 * result.linear:.1f} %"
-        print(f"{result.subject} {result.weights}: {result.label}{scale}:{knn}{linear}")
-    if results[-1].teacher is not None:
-        print(f"{subject}, patch features of the teacher:\n{results[-1].teacher.text()}")
+        print_json([result.model_dump(mode="json") for result in found])
+    else:
+        print("\n".join(result.text() for result in found))
+        if teacher := getattr(found[-1], "teacher", None):
+            print(f"{subject}, patch features of the teacher:\n{teacher.text()}")
 
 
 @app.command()
@@ -228,7 +222,6 @@ def ablate(
 
     Example: mcm-train ablate ablate/demo --cache cache --data dataset --out ablations
     """
-    from cache_tools.errors import UsageError
     from cache_tools.records import config_file, load_toml
     from mcm.ablate import Plan
     from mcm.ablate import ablate as run
@@ -361,26 +354,6 @@ def replay(
 
     for stage, names in repeat(run).items():
         print(f"{stage + ':':<11}{', '.join(names[:4])}{' ...' * (len(names) > 4)}")
-
-
-def _prepare(out: Path, overwrite: bool) -> None:
-    """Check that `out` can hold a RUN; with `overwrite`, remove the RUN in it."""
-    from cache_tools.errors import UsageError, check_output
-    from cache_tools.storage import remove_tree
-    from mcm.run_dir import run_lock
-
-    check_output(out, "a RUN")
-    if overwrite and out.exists():
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            advice = f"remove {out} before you launch them"
-            raise UsageError(f"--overwrite: expected one process; found several; {advice}")
-        if not (out / "run.json").is_file():
-            advice = f"remove {out} by hand"
-            raise UsageError(
-                f"--overwrite: expected a RUN (run.json) in {out}; found none; {advice}"
-            )
-        with run_lock(out):
-            remove_tree(out)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,16 @@ class DenseResult(Record):
     versions: dict[str, str]
     software: str
 
+    def text(self) -> str:
+        """Return the scores in percent as lines for a terminal, with "-" for an absent class."""
+        shown = ["-" if iou is None else f"{100 * iou:.1f}" for iou in self.iou]
+        scale = "" if self.fold_scale is None else f" (s = {self.fold_scale:.3g})"
+        means = (100 * self.miou, 100 * self.mean_accuracy, 100 * self.pixel_accuracy)
+        figures = "mIoU {:.1f} %  mean accuracy {:.1f} %  pixels {:.1f} %".format(*means)
+        each = "  ".join(f"{name} {iou}" for name, iou in zip(self.classes, shown, strict=True))
+        subject = f"{self.subject} {self.weights}: {self.input}{scale}"
+        return f"{subject}: dense linear (LBFGS) {figures}\n  IoU: {each}"
+
 
 def label_shares(mask_HW: Mask, grid: tuple[int, int], num_classes: int) -> npt.NDArray[np.float32]:
     """Return the share of each patch's pixels that have each class, [N, K].
@@ -198,17 +208,6 @@ def dense_probe(
                 name = record_name(kind, dataset.sha256, seed, untrained)
                 write_atomic(run.parent / "dense" / name, encode_record(results[-1]))
     return results
-
-
-def text(result: DenseResult) -> str:
-    """Return the scores in percent as lines for a terminal, with "-" for an absent class."""
-    shown = ["-" if iou is None else f"{100 * iou:.1f}" for iou in result.iou]
-    scale = "" if result.fold_scale is None else f" (s = {result.fold_scale:.3g})"
-    means = (100 * result.miou, 100 * result.mean_accuracy, 100 * result.pixel_accuracy)
-    figures = "mIoU {:.1f} %  mean accuracy {:.1f} %  pixels {:.1f} %".format(*means)
-    each = "  ".join(f"{name} {iou}" for name, iou in zip(result.classes, shown, strict=True))
-    subject = f"{result.subject} {result.weights}: {result.input}{scale}"
-    return f"{subject}: dense linear (LBFGS) {figures}\n  IoU: {each}"
 
 
 def _fit(

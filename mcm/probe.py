@@ -81,6 +81,13 @@ class ProbeResult(Record):
         shots = f"-shots-{self.shots}" if self.shots else ""
         return f"{self.input}{features}{shots}" + (f"-{self.corruption}" if self.corruption else "")
 
+    def text(self) -> str:
+        """Return the accuracies in percent as a line for a terminal."""
+        scale = "" if self.fold_scale is None else f" (s = {self.fold_scale:.3g})"
+        knn = "" if self.knn is None else f"  k-NN {100 * self.knn:.1f} %"
+        linear = "" if self.linear is None else f"  linear (LBFGS) {100 * self.linear:.1f} %"
+        return f"{self.subject} {self.weights}: {self.label}{scale}:{knn}{linear}"
+
 
 def packed(hits_R: npt.NDArray[np.bool_]) -> str:
     """Return the values as bits, in hexadecimal digits."""

@@ -21,6 +21,7 @@ from cache_tools.errors import (
     Interrupted,
     ResourceError,
     UsageError,
+    check_output,
 )
 from cache_tools.processes import stop_with_launcher
 from cache_tools.program import LAUNCHER
@@ -40,6 +41,7 @@ from cache_tools.storage import (
     append_line,
     locks_work,
     publish,
+    remove_tree,
     settle,
     try_lock,
     work_dir,
@@ -177,6 +179,20 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         if not locks_work(lock.parent):
             print(f"warning: {run_dir} has no locks; do not train twice in this folder", flush=True)
         yield
+
+
+def prepare(run_dir: Path, overwrite: bool) -> None:
+    """Check that `run_dir` can hold a RUN; with `overwrite`, remove the RUN in it."""
+    check_output(run_dir, "a RUN")
+    if overwrite and run_dir.exists():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            advice = f"remove {run_dir} before you launch them"
+            raise UsageError(f"--overwrite: expected one process; found several; {advice}")
+        if not (run_dir / "run.json").is_file():
+            found = f"found none in {run_dir}; remove it by hand"
+            raise UsageError(f"--overwrite: expected a RUN (run.json); {found}")
+        with run_lock(run_dir):
+            remove_tree(run_dir)
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from test_mcm_pretrain import make_config, metrics
 
 from cache_tools.cache import Cache
 from cache_tools.errors import CorruptionError, IdentityError, ResourceError, UsageError
+from cache_tools.local_part import attached
 from cache_tools.records import write_toml
 from cache_tools.remote import elsewhere, open_remote
-from cache_tools.transfer import attached, pull, push
+from cache_tools.transfer import pull, push
 from cache_tools.verify import verify
 from mcm.pretrain import pretrain
 from mcm.stream import CacheDataset

@@ -28,7 +28,6 @@ from mcm.dense_probe import (
     collect,
     dense_probe,
     label_shares,
-    text,
 )
 from mcm.features import FOLDS
 from mcm.finetune import finetune
@@ -155,7 +154,7 @@ def test_the_picture_is_told_apart_where_its_pixels_tell(data, tmp_path, capsys)
     result, _ = dense_probe(str(run), data, workers=0, quiet=True)
     assert "warning: the result is not saved" in capsys.readouterr().err
     assert result.pixel_accuracy > 0.8 and result.miou > 0.5 and result.converged
-    lines = text(result.model_copy(update={"iou": (0.5, None, 1.0)}))
+    lines = result.model_copy(update={"iou": (0.5, None, 1.0)}).text()
     assert lines.endswith("IoU: ground 50.0  left -  right 100.0") and f"mIoU {100 * result.miou:.1f} %" in lines
 
 

@@ -14,11 +14,10 @@ from cache_tools.console import StopFlag
 from cache_tools.errors import CorruptionError, Diverged, Interrupted, McmError, ResourceError, UsageError
 from cache_tools.records import read_record
 from mcm import checkpoint
-from mcm.cli import _prepare
 from mcm.config import Optim, Schedule, Train
 from mcm.engine import engine
 from mcm.loop import Job, train
-from mcm.run_dir import ExitRecord, recorded_exit
+from mcm.run_dir import ExitRecord, prepare, recorded_exit
 from mcm.sampler import Order
 from mcm.stream import Stream
 
@@ -215,9 +214,9 @@ def test_two_commands_on_one_run_do_not_meet(tmp_path):
         with pytest.raises(UsageError, match="another process trains"), recorded_exit(tmp_path, main=True):
             pass
         with pytest.raises(UsageError, match="another process trains"):
-            _prepare(tmp_path, overwrite=True)
+            prepare(tmp_path, overwrite=True)
         assert tree_digest(tmp_path) == before
-    _prepare(tmp_path, overwrite=True)
+    prepare(tmp_path, overwrite=True)
     assert not tmp_path.exists()
 
 
