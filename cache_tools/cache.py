@@ -5,7 +5,6 @@ B rows, N tokens, C channels. docs/format.md describes every byte.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from fastcrc.crc32 import iscsi as crc32c
 
+from .chunk import Chunk
 from .dataset import CHUNK_ROWS, shard_name
 from .errors import CorruptionError, IdentityError, UsageError, found_at
-from .images import RGB, decode_view_into
-from .quantize import Floats, decode
+from .quantize import Floats
 from .records import decode_record, read_capped, read_record, record_sha256, sha256_hex
 from .remote import read_at
 from .schema import CacheIdentity, Commit, Manifest, ProbeRecord
@@ -35,43 +34,6 @@ _INDEX_HEADER_BYTES = len(encode_npy(np.zeros(0, VIEW_INDEX_DTYPE)))
 # rarely hit. ImageNet has 1,252 shards per view.
 MAX_KNOWN = 16_384
 _COMMIT, _VIEW = re.compile(r"([0-9]{6,})\.json"), re.compile(r"v(0|[1-9][0-9]{0,8})")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """16 rows (fewer at the end of a split), after every checksum agreed. Pictures are encoded.
-
-    labels int32 [B], codes int8 or float16 [B, N, C], scale float32 [B, N], mean and std float32
-    [C], cls float16 [B, C]. `scale`, `mean` and `std` are None unless the dtype is int8, and `cls`
-    is None if the teacher has no CLS token. `size_HW` is the size of every picture.
-    """
-
-    row0: int
-    size_HW: tuple[int, int]
-    pictures: list[memoryview]
-    labels: npt.NDArray[np.int32]
-    codes: npt.NDArray[Any]
-    scale: npt.NDArray[Any] | None
-    mean: npt.NDArray[np.float32] | None
-    std: npt.NDArray[np.float32] | None
-    cls: npt.NDArray[np.float16] | None
-
-    @property
-    def rows(self) -> int:
-        """Number of rows in this chunk."""
-        return len(self.labels)
-
-    def features(self) -> npt.NDArray[np.float32]:
-        """Return the decoded patch features, float32 [B, N, C]."""
-        features: npt.NDArray[np.float32] = decode(self.codes, self.scale, self.mean, self.std)
-        return features
-
-    def images(self) -> RGB:
-        """Return the decoded pictures, uint8 [B, H, W, 3]."""
-        images_BHW3 = np.empty((self.rows, *self.size_HW, 3), np.uint8)
-        for data, image_HW3 in zip(self.pictures, images_BHW3, strict=True):
-            decode_view_into(data, image_HW3)
-        return images_BHW3
 
 
 class Unit:

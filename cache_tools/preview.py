@@ -105,10 +105,15 @@ def sheet(pictures: Sequence[Any]) -> tuple[Figure, npt.NDArray[Any]]:
 
 def png(figure: Figure) -> bytes:
     """Return the figure as a PNG file. The bytes are deterministic."""
+    return saved(figure, format="png", dpi=100, metadata={"Software": None})
+
+
+def saved(figure: Figure, **options: Any) -> bytes:
+    """Return the figure as a file; `options` are those of `savefig`."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the font lacks characters of a class name
-        figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+        figure.savefig(buffer, **options)
     return buffer.getvalue()
 
 

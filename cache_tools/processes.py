@@ -44,6 +44,15 @@ def start_forkserver(workers: int, files: int, *modules: str) -> None:
         multiprocessing.forkserver.ensure_running()
 
 
+def default_workers() -> int:
+    """Return the loader workers per rank: one less than the cores of the rank, and at most 8.
+
+    On 16 cores, the step of ViT-S was slower with 12 workers than with 8 (docs/performance.md).
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(8, len(os.sched_getaffinity(0)) // ranks - 1))
+
+
 @contextmanager
 def blocked(*signals: signal.Signals) -> Iterator[None]:
     """Block `signals` in the processes that the block starts."""

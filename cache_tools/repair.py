@@ -87,10 +87,7 @@ def _files_to_move(root: Path, problems: list[Problem]) -> list[Path]:
 def _next_command(root: Path, kinds: set[str]) -> str:
     """Return the command that writes the moved files again."""
     if "dataset.json" in kinds:
-        new = "run `mcm-cache shard` on the original pictures into a new folder"
-        return f"dataset.json cannot be repaired; {new}"
+        return "dataset.json cannot be made again: shard the original pictures into a new folder"
     if (root / "dataset.json").exists():
         return f"run the same `mcm-cache shard SOURCE {root}` again; it needs the original pictures"
-    then = ", then `mcm-cache verify --repair` again" if "cache.json" in kinds else ""
-    needs = "damaged shards need the DATASET and the teacher"
-    return f"run the same `mcm-cache extract` again{then}; {needs}"
+    return "run the same `mcm-cache extract` again, and then `mcm-cache verify --repair`"

@@ -252,6 +252,24 @@ def config_beside(weights: str | Path, name: str) -> dict[str, Any]:
     return read_json(path, UsageError) if path.is_file() else {}
 
 
+def _timm_tags(architecture: str, tag: str) -> dict[str, Any]:
+    """Return the configuration of each tag; a `tag` that is not "" is one of them."""
+    import timm
+    from timm.models import get_arch_pretrained_cfgs
+
+    if not timm.is_model(architecture):
+        close = nearest(architecture, timm.list_models())
+        raise UsageError(
+            f"timm:{architecture}: expected a model of timm; found no such name{close}"
+        )
+    configs = get_arch_pretrained_cfgs(architecture).items()
+    known = {full.partition(".")[2]: config for full, config in configs}
+    if tag and tag not in known:
+        found = f"{', '.join(known)}{nearest(tag, known)}"
+        raise UsageError(f"timm:{architecture}.{tag}: expected a tag of {architecture}: {found}")
+    return known
+
+
 def load_timm(
     name: str, weights: str | Path, heads: tuple[str, ...], advice: str = "",
     given: tuple[Triple, Triple] | None = None, size: int | None = None,
@@ -267,17 +285,10 @@ def load_timm(
     file holds every tensor; ResourceError if the weights cannot be fetched.
     """
     import timm
-    from timm.models import get_arch_pretrained_cfgs, is_model_pretrained
+    from timm.models import is_model_pretrained
 
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(name):
-        close = nearest(architecture, timm.list_models())
-        raise UsageError(f"timm:{name}: expected a model of timm; found no such name{close}")
-    configs = get_arch_pretrained_cfgs(architecture).items()
-    known = {full.partition(".")[2]: config for full, config in configs}
-    if tag and tag not in known:
-        tags_known = f"{', '.join(known)}{nearest(tag, known)}"
-        raise UsageError(f"timm:{name}: expected a tag of {architecture}: {tags_known}")
+    known = _timm_tags(architecture, tag)
     hub, random = weights == PRETRAINED, weights == RANDOM
     if hub and not is_model_pretrained(name):
         raise UsageError(f"timm:{name}: expected pretrained weights; timm has none; give a file")

@@ -1,14 +1,12 @@
 """Configuration of a run: one strict record per TOML file, with one field per section."""
 
-import os
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
-from cache_tools.records import Absent, Record
+from cache_tools.processes import default_workers
+from cache_tools.records import Absent, Count, Record
 
-# The upper bound keeps every product with a float finite.
-Count = Annotated[int, Field(gt=0, lt=1 << 31)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -29,8 +27,7 @@ class Student(Record):
                 f"student.heads = {self.heads} must divide student.width = {self.width}"
             )
         if self.width % 4:
-            rule = "must be a multiple of 4 for the 2-D sin-cos positions"
-            raise ValueError(f"student.width = {self.width} {rule}")
+            raise ValueError(f"student.width = {self.width} must be a multiple of 4")
         return self
 
 
@@ -170,15 +167,6 @@ class Schedule(Record):
         return self
 
 
-def default_workers() -> int:
-    """Return the loader workers per rank: one less than the cores of the rank, and at most 8.
-
-    On 16 cores, the step of ViT-S was slower with 12 workers than with 8 (docs/performance.md).
-    """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, min(8, len(os.sched_getaffinity(0)) // ranks - 1))
-
-
 class Train(Record):
     """The training loop. `micro_batch` is the largest number of rows per device at once.
 
@@ -231,8 +219,7 @@ class PretrainConfig(Record):
             raise ValueError(problem)
         target = self.target
         if target.norm == "channel" and target.features != "patch":
-            needed = 'target.norm = "channel" needs target.features = "patch"'
-            raise ValueError(f"{needed}; found {target.features!r}")
+            raise ValueError('target.norm = "channel" needs target.features = "patch"')
         no_cls_target = ("features", "pixels"), ("projection", "learned"), ("norm", "channel")
         for key, value in no_cls_target if self.loss.cls else ():
             if getattr(target, key) == value:
@@ -289,8 +276,7 @@ class Segment(Record):
         if list(self.blocks) != sorted(set(self.blocks)):
             raise ValueError(f"segment.blocks = {list(self.blocks)} must be four, and rise")
         if self.stride > self.crop:
-            advice = "must not exceed crop, or windows would leave out pixels"
-            raise ValueError(f"segment.stride = {self.stride} {advice} = {self.crop}")
+            raise ValueError(f"segment.stride = {self.stride} must not exceed crop = {self.crop}")
         return self
 
 

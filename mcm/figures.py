@@ -3,8 +3,6 @@
 S samples, N patches, C channels, H W pixels.
 """
 
-import io
-import warnings
 from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Any
@@ -16,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cache_tools.images import encode_view
-from cache_tools.preview import pca_colors, png, sheet
+from cache_tools.preview import pca_colors, png, saved, sheet
 from mcm.page import charts, gallery, picture
 from mcm.scorecard import DEAD
 
@@ -220,8 +218,5 @@ def _chart(title: str, height: float = 2.8, width: float = WIDE) -> tuple[Figure
 
 def _svg(figure: Figure) -> bytes:
     """Return the figure as an SVG file without a background. The bytes are deterministic."""
-    buffer = io.BytesIO()
-    with rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # the font lacks characters of a class name
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return buffer.getvalue()
+    with rc_context(STYLE):
+        return saved(figure, format="svg", transparent=True, metadata={"Date": None})

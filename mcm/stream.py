@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cache_tools.cache import Cache, Chunk, Unit
+from cache_tools.cache import Cache, Unit
+from cache_tools.chunk import Chunk
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.dataset import Dataset as PictureDataset
 from cache_tools.errors import McmError, ResourceError
