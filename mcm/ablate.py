@@ -18,19 +18,13 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
+from cache_tools import storage
 from cache_tools.cache import Cache
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError, check_output
 from cache_tools.records import Record, config_file, load_toml, read_json, read_record, sha256_hex
-from cache_tools.storage import (
-    file_sha256,
-    is_locked,
-    remove_tree,
-    try_lock,
-    work_dir,
-    write_atomic,
-)
 from cache_tools.weights import weights_file
+from mcm import tables
 from mcm.compare import Hits, difference_lines, differences, hits
 from mcm.config import FinetuneConfig, PretrainConfig
 from mcm.corruptions import Corruption
@@ -38,18 +32,6 @@ from mcm.page import markdown
 from mcm.probe import ProbeResult, check_kind, record_name
 from mcm.report import ablation_lines, report
 from mcm.run_dir import ExitRecord, software
-from mcm.tables import (
-    FIT,
-    GMAC,
-    HELD_OUT_TRAIN,
-    RATE,
-    TRAIN_R2,
-    best_rates,
-    fine_tuned,
-    held_out,
-    probed,
-    training_fit,
-)
 
 UNDERFITTED = 0.2  # held-out R^2 below which an accuracy says little about the target
 OVERFITTED = 0.1  # R^2 of training rows minus held-out R^2
@@ -102,7 +84,9 @@ class Plan(Record):
                 rate = () if lr is None else (f"optim.lr={lr}",)
                 changes = row.set if row.init else (*self.set, *row.set, *rate)
                 update = {"set": changes, "finetune": row.finetune or self.finetune}
-                rows[name + (f"{RATE}{lr:g}" if rate else "")] = row.model_copy(update=update)
+                rows[name + (f"{tables.RATE}{lr:g}" if rate else "")] = row.model_copy(
+                    update=update
+                )
         return rows
 
 
@@ -121,7 +105,11 @@ class Step:
     @property
     def record(self) -> Path:
         """Return the path of the file that marks the step as done; the file holds the mark."""
-        return work_dir(self.run) / "ablate" / f"{self.args[0]}-{sha256_hex(self.key.encode())}"
+        return (
+            storage.work_dir(self.run)
+            / "ablate"
+            / f"{self.args[0]}-{sha256_hex(self.key.encode())}"
+        )
 
     @property
     def mark(self) -> str | None:
@@ -159,13 +147,13 @@ class Ablation:
         self.digests = {str(data): Dataset(data).labeled().sha256}
         if weights is not None:
             file, chosen = weights_file(weights)
-            self.digests[str(weights)] = f"{file_sha256(file)}{chosen}"
+            self.digests[str(weights)] = f"{storage.file_sha256(file)}{chosen}"
         caches = map(self._cache_of, self.rows.values())
         self.digests |= {str(path): Cache(path).sha256 for path in caches}
         base, trained = config_file(plan.base), {n: r for n, r in self.rows.items() if not r.init}
         self.configs = {n: load_toml(PretrainConfig, base, r.set) for n, r in trained.items()}
         self.first = next(iter(self.configs), "")  # "random" means the initial weights of this row
-        teacher = work_dir(cache) / "teacher.json"
+        teacher = storage.work_dir(cache) / "teacher.json"
         self.teacher = self._step(out, "probe", cache, "--features", "mean", files=(teacher,))
         keys = [(name, seed) for seed in plan.seeds for name in self.rows]
         self.steps = {key: list(self._steps(*key)) for key in keys}
@@ -222,8 +210,8 @@ class Ablation:
         """Run the open steps of a row; return False when another process runs one of them."""
         for step in steps:
             if step.mark is None and step not in self.failed:
-                with try_lock(work_dir(step.run) / "ablate" / "lock") as ours:
-                    if not ours or is_locked(work_dir(step.run) / "lock"):
+                with storage.try_lock(storage.work_dir(step.run) / "ablate" / "lock") as ours:
+                    if not ours or storage.is_locked(storage.work_dir(step.run) / "lock"):
                         return False
                     if step.mark is None:
                         self._run(step)
@@ -235,7 +223,7 @@ class Ablation:
         """Run a step, and record that it finished or failed."""
         print(f"{step.run}: {step.args[0]}", flush=True)
         if step.args[0] == "export":
-            remove_tree(Path(step.args[2]))  # of a killed ablation
+            storage.remove_tree(Path(step.args[2]))  # of a killed ablation
         workers = ["--workers", str(self.workers)] if step.args[0] == "probe" else []
         command = [sys.executable, "-c", COMMAND.format(os.getpid()), *step.args, *workers]
         with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
@@ -252,7 +240,7 @@ class Ablation:
             text = f"{step.run}: {step.args[0]} failed with exit code {process.returncode}"
             print(text, file=sys.stderr, flush=True)
         else:
-            write_atomic(step.record, mark.encode())
+            storage.write_atomic(step.record, mark.encode())
 
     def results(self) -> dict[str, Any]:
         """Return the table: each row's values over its seeds, as fractions of 1, and minutes."""
@@ -261,7 +249,7 @@ class Ablation:
             steps = [step for seed in self.plan.seeds for step in self.steps[name, seed]]
             own = [step for step in steps if not row.init or step.args[0] != "pretrain"]
             rows.append(_row(name, own))
-        chosen = best_rates(rows[1:])
+        chosen = tables.best_rates(rows[1:])
         controls = [name for name, config in self.configs.items() if config.mask.mode != "channel"]
         controls = [name for name in controls if name in chosen]
         compared = differences({name: self._hits(name) for name in chosen}, controls)
@@ -269,9 +257,9 @@ class Ablation:
         runs = {step.run for steps in self.steps.values() for step in steps if step.mark == ""}
         trained = {read_json(run / "env.json")["software"] for run in runs}
         columns = ablation_lines({"rows": rows})[0][1:]
-        tables = {"columns": columns, "rows": rows, "differences": compared}
         facts["trained by"] = sorted(trained)
-        return {"note": self.plan.note, **tables, **facts}
+        found = {"columns": columns, "rows": rows, "differences": compared}
+        return {"note": self.plan.note, **found, **facts}
 
     def _hits(self, name: str) -> dict[int, Hits]:
         """Return the hits of a row's finished probes by seed."""
@@ -296,10 +284,10 @@ def ablate(
         ablation.run()
     finally:  # an interrupted ablation writes a table too
         results = ablation.results()
-        write_atomic(out / "results.json", json.dumps(results, indent=1).encode())
-        tables = [ablation_lines(results)]
-        tables += [difference_lines(compared)] if (compared := results["differences"]) else []
-        write_atomic(out / "table.md", "\n".join(map(markdown, tables)).encode())
+        storage.write_atomic(out / "results.json", json.dumps(results, indent=1).encode())
+        lines = [ablation_lines(results)]
+        lines += [difference_lines(compared)] if (compared := results["differences"]) else []
+        storage.write_atomic(out / "table.md", "\n".join(map(markdown, lines)).encode())
         report([out], out / "report.html")
     return ablation.failed
 
@@ -322,12 +310,16 @@ def _row(name: str, steps: Sequence[Step]) -> dict[str, Any]:
     for step in steps:
         for column, value in _measurements(step).items() if step.mark == "" else ():
             values.setdefault(column, []).append(value)
-    values |= {GMAC: values[GMAC][:1]} if GMAC in values else {}
-    fit = [mean(values[column]) for column in FIT.values() if column in values]
+    values |= {tables.GMAC: values[tables.GMAC][:1]} if tables.GMAC in values else {}
+    fit = [mean(values[column]) for column in tables.FIT.values() if column in values]
     mark = next((step.mark for step in steps if step.mark), "")
     if not mark and fit and max(fit) < UNDERFITTED:
         mark = "underfitted"
-    if not mark and TRAIN_R2 in values and mean(values[TRAIN_R2]) - fit[0] > OVERFITTED:
+    if (
+        not mark
+        and tables.TRAIN_R2 in values
+        and mean(values[tables.TRAIN_R2]) - fit[0] > OVERFITTED
+    ):
         mark = "overfitted"
     return {"name": name, "values": values, "mark": mark}
 
@@ -336,12 +328,14 @@ def _measurements(step: Step) -> dict[str, float]:
     """Return the measurements of a finished step by column."""
     if step.args[0] == "probe":
         results = step.results()
-        found = {column: value for result in results for column, value in probed(result).items()}
+        found = {
+            column: value for result in results for column, value in tables.probed(result).items()
+        }
         trained = [x for one in results if (x := one.knn_train) is not None]
-        found |= {HELD_OUT_TRAIN: trained[0]} if trained else {}
+        found |= {tables.HELD_OUT_TRAIN: trained[0]} if trained else {}
         return found | {column: float(x.mean()) for column, x in hits(results).items()}
     if step.args[0] == "finetune":
-        return fine_tuned(step.run, with_seed=False)
+        return tables.fine_tuned(step.run, with_seed=False)
     if step.args[0] == "export":
         return {}
-    return held_out(step.run) | training_fit(step.run)
+    return tables.held_out(step.run) | tables.training_fit(step.run)

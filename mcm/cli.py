@@ -194,11 +194,10 @@ def probe(
     else:
         found = run(subject, data, method or (), *common, features or (), shots, corrupt or ())
     if json:
-        print_json([result.model_dump(mode="json") for result in found])
-    else:
-        print("\n".join(result.text() for result in found))
-        if teacher := getattr(found[-1], "teacher", None):
-            print(f"{subject}, patch features of the teacher:\n{teacher.text()}")
+        return print_json([result.model_dump(mode="json") for result in found])
+    print("\n".join(result.text() for result in found))
+    if teacher := getattr(found[-1], "teacher", None):
+        print(f"{subject}, patch features of the teacher:\n{teacher.text()}")
 
 
 @app.command()

@@ -16,19 +16,9 @@ from cache_tools.errors import CorruptionError, UsageError, found_at
 from cache_tools.records import read_json, read_record
 from cache_tools.schema import CacheIdentity
 from cache_tools.storage import work_dir, write_atomic
-from mcm import checkpoint
+from mcm import checkpoint, figures
 from mcm.dense_probe import DenseResult
 from mcm.draw import color
-from mcm.figures import (
-    Array,
-    channel_figures,
-    channel_maps,
-    confusion,
-    curves,
-    dots,
-    pictures,
-    samples,
-)
 from mcm.page import charts, page, table
 from mcm.probe import ProbeResult
 from mcm.report_robustness import robustness
@@ -104,7 +94,7 @@ def _compared(rows: Cells) -> str:
             continue
         if any(value < 0 for values in series.get(FIT["r2_full"], ()) for value in values):
             meaning += NEGATIVE
-        found.append(dots(title, series, shown, meaning))
+        found.append(figures.dots(title, series, shown, meaning))
     return charts(found) + robustness(rows)
 
 
@@ -195,15 +185,15 @@ def ablation_html(results: dict[str, Any]) -> str:
 
 
 def _run_section(run: Path) -> str:
-    parts = [curves(_series(read_metrics(run)))]
+    parts = [figures.curves(_series(read_metrics(run)))]
     if newest := last_eval(run):
         lines = [list(newest), [f"{value:.4g}" for value in newest.values()]]
         parts.append(table(lines, "last evaluation; scores are fractions of 1"))
     shown, channels = _tensors(run / "samples.safetensors"), _tensors(run / "channels.safetensors")
     grid = _json(run / "run.json").get("grid", ())
-    parts += [samples(shown, grid)] if shown else []
-    parts += ["<h3>channels</h3>", channel_figures(channels)] if channels else []
-    parts += [channel_maps(shown, channels, grid)] if shown and channels else []
+    parts += [figures.samples(shown, grid)] if shown else []
+    parts += ["<h3>channels</h3>", figures.channel_figures(channels)] if channels else []
+    parts += [figures.channel_maps(shown, channels, grid)] if shown and channels else []
     if classes := _json(run / "classes.json"):
         columns = (map(percent, values) for name, values in classes.items() if name != "class")
         lines = [list(classes), *map(list, zip(classes["class"], *columns, strict=True))]
@@ -221,12 +211,12 @@ def _run_section(run: Path) -> str:
     return "".join(parts)
 
 
-def _drawn(drawings: Mapping[str, Array], classes: Sequence[str]) -> str:
+def _drawn(drawings: Mapping[str, figures.Array], classes: Sequence[str]) -> str:
     """Return pictures of the last evaluation, and which classes were taken for which."""
     found = ""
     if "truth" in drawings:
         shown = {name: drawings[name] for name in ("truth", "predicted")}
-        found = pictures(shown, "Held-out pictures: the truth above the prediction.")
+        found = figures.pictures(shown, "Held-out pictures: the truth above the prediction.")
     for name in ("wrong", "right"):
         if name in drawings:
             facts = drawings[f"{name}_facts"].tolist()
@@ -234,13 +224,13 @@ def _drawn(drawings: Mapping[str, Array], classes: Sequence[str]) -> str:
                 f"{classes[int(k)]}, predicted {classes[int(j)]}, {p:.0%}" for k, j, p in facts
             ]
             caption = f"The most probable {name} predictions on held-out pictures."
-            found += pictures({name: drawings[name]}, caption, texts)
+            found += figures.pictures({name: drawings[name]}, caption, texts)
     if "confusion" in drawings:
         found += confusion_tables(drawings["confusion"], classes, "truth" not in drawings)
     return found
 
 
-def confusion_tables(counts_R3: Array, classes: Sequence[str], accuracy: bool) -> str:
+def confusion_tables(counts_R3: figures.Array, classes: Sequence[str], accuracy: bool) -> str:
     """Return the confusion from lines (true, predicted, count): a chart, or the FEW worst pairs.
 
     With `accuracy`, add a table of the accuracy of each class.
@@ -256,7 +246,7 @@ def confusion_tables(counts_R3: Array, classes: Sequence[str], accuracy: bool) -
     if len(classes) <= FEW:
         matrix = np.zeros((len(classes),) * 2)
         matrix[true, predicted] = share
-        found = confusion(matrix, classes)
+        found = figures.confusion(matrix, classes)
     elif pairs:
         caption = "most confused classes, in percent of the true class"
         found = table([["true class", "predicted class", "share"], *pairs], caption)
@@ -284,7 +274,7 @@ def _series(metrics: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, floa
     return series
 
 
-def _tensors(path: Path) -> dict[str, Array]:
+def _tensors(path: Path) -> dict[str, figures.Array]:
     """Return the arrays of a safetensors file, float16 as float32, or {} for a missing file."""
     if not path.is_file():
         return {}

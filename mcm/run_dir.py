@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.distributed import DistError
 
+from cache_tools import storage
 from cache_tools.console import StopFlag, error_line, exit_code
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.errors import (
@@ -37,16 +38,6 @@ from cache_tools.records import (
     write_toml,
 )
 from cache_tools.schema import CacheIdentity, installed_versions
-from cache_tools.storage import (
-    append_line,
-    locks_work,
-    publish,
-    remove_tree,
-    settle,
-    try_lock,
-    work_dir,
-    write_atomic,
-)
 
 # Fields that may change when a run is resumed: no picture, mask or learning rate depends on them.
 ENGINE_FIELDS = {
@@ -113,7 +104,7 @@ def claim(run_dir: Path, run: Any, cls: type[Record]) -> None:
     """
     path = run_dir / "run.json"
     if not path.is_file():
-        return publish(path, encode_record(run))
+        return storage.publish(path, encode_record(run))
     kind = recorded(run_dir).get("kind")
     if kind != run.kind:
         different = [f"kind: {run.kind!r} != {kind!r}"]
@@ -162,8 +153,8 @@ def write_environment(run_dir: Path, config: Record, **facts: Any) -> None:
     # The loaded cuDNN: LD_LIBRARY_PATH may replace the one of the wheel.
     env["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
     env |= installed_versions("torch", "timm", "accelerate", "numpy", "zarr") | facts
-    write_atomic(run_dir / "config.toml", write_toml(config).encode())
-    write_atomic(run_dir / "env.json", json.dumps(env, indent=2, sort_keys=True).encode())
+    storage.write_atomic(run_dir / "config.toml", write_toml(config).encode())
+    storage.write_atomic(run_dir / "env.json", json.dumps(env, indent=2, sort_keys=True).encode())
 
 
 @contextmanager
@@ -172,11 +163,11 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
     Raises: UsageError if another process trains in this RUN.
     """
-    lock = work_dir(run_dir) / "lock"
-    with try_lock(lock) as locked:
+    lock = storage.work_dir(run_dir) / "lock"
+    with storage.try_lock(lock) as locked:
         if not locked:
             raise UsageError(f"{lock}: another process trains in {run_dir}; wait until it ends")
-        if not locks_work(lock.parent):
+        if not storage.locks_work(lock.parent):
             print(f"warning: {run_dir} has no locks; do not train twice in this folder", flush=True)
         yield
 
@@ -192,7 +183,7 @@ def prepare(run_dir: Path, overwrite: bool) -> None:
             found = f"found none in {run_dir}; remove it by hand"
             raise UsageError(f"--overwrite: expected a RUN (run.json); {found}")
         with run_lock(run_dir):
-            remove_tree(run_dir)
+            storage.remove_tree(run_dir)
 
 
 @contextmanager
@@ -210,14 +201,14 @@ def recorded_exit(run_dir: Path, main: bool) -> Iterator[StopFlag]:
     path = run_dir / "exit.json"
 
     def write(code: int | None, message: str) -> None:
-        write_atomic(path, encode_record(ExitRecord(code=code, message=message)))
+        storage.write_atomic(path, encode_record(ExitRecord(code=code, message=message)))
 
     then = "this step is finished and saved" if main else ""
     with run_lock(run_dir) if main else nullcontext(), StopFlag(then) as stop:
         if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun and accelerate launch
             stop_with_launcher(LAUNCHER)
         if main:
-            settle(run_dir)
+            storage.settle(run_dir)
             write(None, "running")
         try:
             with _lost_rank():
@@ -271,7 +262,7 @@ class Log:
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(True)
             kept = [x for x in lines if x.endswith("\n") and _is_kept(x, step, evaluated)]
-            write_atomic(self.path, "".join(kept).encode())
+            storage.write_atomic(self.path, "".join(kept).encode())
 
     def write(self, step: int, fields: dict[str, Any]) -> None:
         """Write the fields as one JSON line, to TensorBoard and the tracker; warn of an OSError."""
@@ -279,7 +270,7 @@ class Log:
             return
         epoch = round(step / self.steps_per_epoch, 4)
         try:
-            append_line(self.path, json.dumps({"step": step, "epoch": epoch} | fields))
+            storage.append_line(self.path, json.dumps({"step": step, "epoch": epoch} | fields))
             group = "eval" if "eval" in fields else "train"
             values = {f"{group}/{k}": value for k, value in fields.get("eval", fields).items()}
             for name, value in values.items():

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from cache_tools import storage
 from cache_tools.cache import Unit, read_probe
 from cache_tools.console import StopFlag
 from cache_tools.dataset import ROWS_PER_SHARD, Dataset
@@ -21,14 +22,6 @@ from cache_tools.errors import IdentityError, Interrupted, UsageError, check_out
 from cache_tools.images import PICTURE_RULES, pixels_sha256
 from cache_tools.records import encode_record, write_toml
 from cache_tools.schema import CacheIdentity, Fingerprint, ProbeRecord, installed_versions
-from cache_tools.storage import (
-    file_sha256,
-    locks_work,
-    publish,
-    settle,
-    try_lock,
-    work_dir,
-)
 from cache_tools.tars import encode_npy
 from cache_tools.writer import finish_unit, publish_identity, shard_lock
 
@@ -118,11 +111,11 @@ class Session:
     def publish(self) -> None:
         """Write the files that all shards share; an existing identity or teacher must agree."""
         cache, identity = self.request.cache, self.teacher.identity
-        settle(cache)
+        storage.settle(cache)
         publish_identity(cache, self.identity)
         resolved = {"teacher_mean": identity.mean, "teacher_std": identity.std}
         toml = write_toml(self.request.config.model_copy(update=resolved))
-        publish(cache / "extract.toml", toml.encode(), compare=False)
+        storage.publish(cache / "extract.toml", toml.encode(), compare=False)
         self.precision_mse = publish_teacher(cache, self.teacher)
 
     def extractor(self) -> Extractor:
@@ -161,7 +154,7 @@ def _make_shards(
     for split, k in missing_shards(units, request.cache, request.worker):
         if stop.requested:
             raise Interrupted(f"{request.cache}: {STOPPED}")
-        with try_lock(shard_lock(request.cache, split, k)) as locked:
+        with storage.try_lock(shard_lock(request.cache, split, k)) as locked:
             missing = [unit for unit in units[split] if not unit.commit_file(k).is_file()]
             if locked and missing:
                 extractor.shard(missing, k, report)
@@ -237,14 +230,14 @@ def publish_teacher(cache: Path, teacher: Teacher) -> float:
     UsageError when its precision gives infinite features.
     """
     if teacher.projection is not None:
-        publish(cache / "projection.npy", encode_npy(teacher.projection))
+        storage.publish(cache / "projection.npy", encode_npy(teacher.projection))
     pictures = torch.from_numpy(probe_pictures(teacher.identity.height, teacher.identity.width))
     exact, found = (
         teacher.features(pictures, p)[0].cpu().numpy() for p in ("fp32", teacher.precision)
     )
-    publish(cache / "probe.npy", encode_npy(exact), compare=False)
-    record = ProbeRecord(features_sha256=file_sha256(cache / "probe.npy"))
-    publish(cache / "probe.json", encode_record(record), compare=False)
+    storage.publish(cache / "probe.npy", encode_npy(exact), compare=False)
+    record = ProbeRecord(features_sha256=storage.file_sha256(cache / "probe.npy"))
+    storage.publish(cache / "probe.json", encode_record(record), compare=False)
     compare_probe(cache, exact)
     precision_mse = probe_mse(found, exact)
     if not math.isfinite(precision_mse):
@@ -307,7 +300,7 @@ def missing_shards(
         done[split] = set.intersection(*(set(unit.committed()) for unit in group))
     shards = [(split, k) for split, group in units.items() for k in range(group[0].num_shards)]
     mine = shards[worker.worker :: worker.workers]
-    if worker.workers > 1 and locks_work(work_dir(cache)):
+    if worker.workers > 1 and storage.locks_work(storage.work_dir(cache)):
         # In reverse order: workers that do not see each other's locks meet at most once.
         theirs = [one for n, one in enumerate(shards) if n % worker.workers != worker.worker]
         mine += theirs[::-1]

@@ -10,19 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache_tools import storage
 from cache_tools.console import StopFlag, one_line
 from cache_tools.dataset import CHUNK_ROWS, ROWS_PER_SHARD, DatasetRecord, info_json, shard_name
 from cache_tools.errors import IdentityError, Interrupted, UsageError, check_output
 from cache_tools.records import differences, encode_record, read_record
-from cache_tools.storage import (
-    move_durably,
-    publish,
-    remove_tree,
-    settle,
-    try_lock,
-    work_dir,
-    write_atomic,
-)
 
 from .candidates import Candidates
 from .coco_listing import list_coco
@@ -98,20 +90,20 @@ class _Job:
     @property
     def work(self) -> Path:
         """The folder of request.json and the progress records."""
-        return work_dir(self.out) / "shard"
+        return storage.work_dir(self.out) / "shard"
 
     def run(self) -> DatasetRecord:
         """Make the DATASET, or resume an unfinished one."""
-        lock = work_dir(self.out) / "shard.lock"
+        lock = storage.work_dir(self.out) / "shard.lock"
         with (
-            try_lock(lock) as held,
+            storage.try_lock(lock) as held,
             StopFlag("the current shard is finished") as stop,
             DecodePool(self.workers) as pool,
         ):
             if not held:
                 found = f"another process shards into {self.out}"
                 raise UsageError(f"{lock}: {found}; wait until it ends")
-            settle(self.out)
+            storage.settle(self.out)
             if (self.out / "dataset.json").is_file():
                 record = read_record(DatasetRecord, self.out / "dataset.json")
                 _check_same(self.out, self.request, _request_of(record))
@@ -121,15 +113,15 @@ class _Job:
                 begun = self.work / "request.json"
                 if begun.is_file():
                     _check_same(self.out, self.request, read_record(ShardRequest, begun))
-                publish(begun, encode_record(self.request))
+                storage.publish(begun, encode_record(self.request))
                 splits = {
                     name: self._split(name, self.out, self.max_refused, pool, stop).write(stop)
                     for name in self.candidates
                 }
                 request = self.request.model_dump(exclude={"version", "splits"})
                 record = DatasetRecord(**request, splits=splits)
-                write_atomic(self.out / "dataset.json", encode_record(record))
-            remove_tree(self.work)
+                storage.write_atomic(self.out / "dataset.json", encode_record(record))
+            storage.remove_tree(self.work)
         return record
 
     def _make_again(self, record: DatasetRecord, pool: DecodePool, stop: StopFlag) -> None:
@@ -138,7 +130,7 @@ class _Job:
         Raises: IdentityError when the sources give a file that differs from dataset.json;
         Interrupted when a stop is requested, before the next shard.
         """
-        again = work_dir(self.out) / "again"
+        again = storage.work_dir(self.out) / "again"
         for name, entry in record.splits.items():
             for shard, committed in enumerate(entry.shards):
                 tar = self.out / name / f"{shard_name(shard)}.tar"
@@ -151,15 +143,15 @@ class _Job:
                 made = self._split(name, again, 1, pool, stop).write_again(shard, entry)
                 made = made.model_copy(update={"first_candidate": committed.first_candidate})
                 if made != committed:
-                    remove_tree(again)
+                    storage.remove_tree(again)
                     expected = "expected the pictures that this file was made from"
                     raise IdentityError(f"{missing[0]}: {expected}; the source has changed")
                 for file in missing:
-                    move_durably(again / name / file.name, file)
+                    storage.move_durably(again / name / file.name, file)
                     print(f"{file}: made again from the sources", flush=True)
             if not (self.out / name / "_info.json").is_file():
-                publish(self.out / name / "_info.json", info_json(name, entry))
-        remove_tree(again)
+                storage.publish(self.out / name / "_info.json", info_json(name, entry))
+        storage.remove_tree(again)
 
     def _split(
         self, name: str, out: Path, max_refused: float, pool: DecodePool, stop: StopFlag
@@ -187,7 +179,7 @@ def _check_request(
         if Path(part).is_dir() and out.resolve().is_relative_to(Path(part).resolve()):
             expected = f"expected a DATASET outside its source {part}"
             raise UsageError(f"{out}: {expected}; choose another DATASET")
-    run = work_dir(out)
+    run = storage.work_dir(out)
     begun = (out / "dataset.json").is_file() or (run / "shard" / "request.json").is_file()
     if not begun and out.is_dir() and any(path != run for path in out.iterdir()):
         expected = "expected a new or empty folder; found other files"

@@ -134,7 +134,7 @@ def test_each_worker_begins_with_its_own_shards(cache: Path, tmp_path: Path, mon
         return [[k for _, k in missing_shards(units, tmp_path, WorkerInfo(w, 3))] for w in range(3)]
 
     assert orders() == [[0, 3, 2, 1], [1, 3, 2, 0], [2, 3, 1, 0]]
-    monkeypatch.setattr("pipeline.extract.locks_work", lambda _: False)
+    monkeypatch.setattr("cache_tools.storage.locks_work", lambda _: False)
     assert orders() == [[0, 3], [1], [2]]
 
 

@@ -82,7 +82,7 @@ def test_photographs_give_the_rows_of_the_folder(shared_data: Path, tmp_path: Pa
 def test_a_stop_while_unpacking_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.shard.settle", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr("cache_tools.storage.settle", lambda _: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted, match=r"train-00000-of-00003.parquet: stopped; the same command resumes"):
             shard(place / "hub", out, max_refused=0.1)
     assert not list(out.rglob("*.tar"))

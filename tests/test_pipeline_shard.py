@@ -201,7 +201,7 @@ def test_a_signal_stops_behind_a_shard_and_damage_is_named(made, tmp_path, monke
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.shard.settle", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr("cache_tools.storage.settle", lambda _: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted, match="after 0 shards"):
             shard(made / "source", out, rows_per_shard=16, seed=3)
     assert not list(out.rglob("*.tar"))
@@ -221,7 +221,7 @@ def test_a_signal_stops_behind_a_shard_and_damage_is_named(made, tmp_path, monke
     assert tree_digest(out) == tree_digest(made / "out")
     (out / "train/000000.tar").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.shard.settle", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr("cache_tools.storage.settle", lambda _: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted, match="stopped; the same command resumes"):
             shard(made / "source", out, rows_per_shard=16, seed=3)
     assert not (out / "train/000000.tar").exists()
