@@ -1,6 +1,7 @@
 """A remote CACHE, of which a part lies on this machine; training reads the rest from the remote."""
 
 import os
+import re
 import sys
 import threading
 import time
@@ -19,6 +20,16 @@ from .storage import remove, try_lock, work_dir, write_atomic
 from .transfer import LARGE, Part, pull
 
 FETCH_THREADS = 4
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of a size such as 200GB.
+
+    Raises: UsageError for another text.
+    """
+    if not (size := re.fullmatch(r"(\d+)([KMGT]?)B", text)):
+        raise UsageError(f"--local-bytes: expected a size such as 200GB; found {text!r}")
+    return int(size[1]) * int(1000 ** " KMGT".index(size[2] or " "))
 
 
 @contextmanager

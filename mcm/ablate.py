@@ -279,6 +279,9 @@ def ablate(
     Returns: the steps that failed, with their exit codes.
     Raises: UsageError before a command runs; KeyboardInterrupt after the running command has ended.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        found = "found several processes of a launcher; start the command once per GPU instead"
+        raise UsageError(f"mcm-train ablate: expected one process; {found}")
     ablation = Ablation(plan, cache, data, out, weights, workers)
     try:
         ablation.run()

@@ -5,7 +5,6 @@ from cache_tools.program import begin
 begin()
 
 import os
-import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,7 +37,6 @@ Out = Annotated[Path, typer.Option(metavar="RUN", help=OUT_HELP)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove an existing RUN first.")]
 Weights = Annotated[Path | None, typer.Option(metavar="FILE[#SET]", help=WEIGHTS_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
-Seed = Annotated[int, typer.Option(help="The seed of all random draws.")]
 Workers = Annotated[int, typer.Option(min=0, help="The number of processes that read pictures.")]
 
 
@@ -67,7 +65,7 @@ def pretrain(
     """
     from cache_tools.cache import Cache
     from cache_tools.dataset import Dataset
-    from cache_tools.local_part import attached
+    from cache_tools.local_part import attached, parse_bytes
     from cache_tools.records import config_file, load_toml
     from mcm.config import PretrainConfig
     from mcm.pretrain import pretrain as run
@@ -76,11 +74,8 @@ def pretrain(
     settings = load_toml(PretrainConfig, config_file(config), set_ or ())
     if "://" in cache and local_cache is None:
         raise UsageError(f"{cache}: expected --local-cache FOLDER beside a remote; found none")
-    size = re.fullmatch(r"(\d+)([KMGT]?)B", local_bytes)
-    if not size:
-        raise UsageError(f"--local-bytes: expected a size such as 200GB; found {local_bytes!r}")
-    limit = int(size[1]) * 1000 ** " KMGT".index(size[2] or " ")
-    with attached(cache, local_cache, limit) if local_cache else nullcontext(Path(cache)) as path:
+    local = attached(cache, local_cache, parse_bytes(local_bytes)) if local_cache else None
+    with local or nullcontext(Path(cache)) as path:
         Cache(path)  # before --overwrite removes a run, in case CACHE or DATASET is mistyped
         if data is not None:
             Dataset(data)
@@ -170,7 +165,7 @@ def probe(
     untrained: Annotated[
         bool, typer.Option("--untrained", help="Probe the initial weights of RUN.")
     ] = False,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="The seed of all random draws.")] = 0,
     workers: Workers = 4,
     json: Json = False,
 ) -> None:
@@ -209,9 +204,7 @@ def ablate(
     data: Annotated[
         Path, typer.Option(metavar="DATASET", help="Labeled pictures to probe and fine-tune on.")
     ],
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="The folder of all runs; the same command resumes.")
-    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Of all runs; a repeat resumes.")],
     weights: Weights = None,
     workers: Workers = 4,
 ) -> None:
@@ -222,13 +215,10 @@ def ablate(
     Example: mcm-train ablate ablate/demo --cache cache --data dataset --out ablations
     """
     from cache_tools.records import config_file, load_toml
-    from mcm.ablate import Plan
-    from mcm.ablate import ablate as run
+    from mcm import ablate as ablation
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        found = "found several processes of a launcher; start the command once per GPU instead"
-        raise UsageError(f"mcm-train ablate: expected one process; {found}")
-    failed = run(load_toml(Plan, config_file(plan)), cache, data, out, weights, workers)
+    rows = load_toml(ablation.Plan, config_file(plan))
+    failed = ablation.ablate(rows, cache, data, out, weights, workers)
     print((out / "table.md").read_text(encoding="utf-8"), end="")
     print(f"{out / 'table.md'}, {out / 'report.html'}")
     if failed:
