@@ -44,11 +44,6 @@ class MaskRule(NamedTuple):
         return values[: self.classes]
 
 
-def has_palette(header: bytes) -> bool:
-    """Return whether a file that begins with these 26 bytes is a palette PNG."""
-    return header[:16] == _HEADER and header[25:26] == bytes([_PALETTE])
-
-
 def stored_mask(data: bytes, size_HW: tuple[int, int], rule: MaskRule) -> bytes:
     """Convert a PNG mask of a source to the mask that is stored, and return its bytes.
 

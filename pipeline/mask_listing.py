@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cache_tools.errors import UsageError
-from cache_tools.labels import MaskRule, has_palette
+from cache_tools.labels import MaskRule
 
 from .candidates import Candidates, Sources
 from .folder_listing import add_files
@@ -103,7 +103,7 @@ def _classes(
 
 
 def _listed(root: Path, pictures: str, masks: str, notes: list[str]) -> Candidates:
-    """Return the pictures of a split; add what is left out and what the masks are to `notes`."""
+    """Return the pictures of a split; add what is left out to `notes`."""
     candidates, left_out = Candidates(), Counter[str]()
     candidates.roots, candidates.folders = [root], (pictures, masks)
     add_files(root, f"{pictures}/", -1, candidates, left_out)
@@ -112,12 +112,7 @@ def _listed(root: Path, pictures: str, masks: str, notes: list[str]) -> Candidat
         raise UsageError(f"{root / pictures}: expected files; {found}; copy them with `cp -rL`")
     targets = {candidates[i].target for i in range(len(candidates))}
     paths = {path for path in (root / masks).rglob("*.png") if path.is_file()}
-    palettes = 0
-    for path in paths & targets:
-        with open(path, "rb") as file:
-            palettes += has_palette(file.read(26))
     counts = {f"{kind} files of {pictures} left out": count for kind, count in left_out.items()}
     counts[f"masks of {masks} left out: they have no picture"] = len(paths - targets)
-    counts[f"masks of {masks} have a palette: their indices are the values"] = palettes
     notes += [f"{root}: {count} {what}" for what, count in counts.items() if count]
     return candidates

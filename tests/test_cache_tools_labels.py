@@ -8,7 +8,7 @@ from PIL import Image
 
 from cache_tools.errors import CorruptionError, UsageError
 from cache_tools.images import PictureRefused
-from cache_tools.labels import MaskRule, decode_mask, has_palette, stored_mask
+from cache_tools.labels import MaskRule, decode_mask, stored_mask
 
 VALUES = np.array([[0, 1, 2], [3, 2, 0]], np.uint8)
 ADE = MaskRule(3, (0,))
@@ -43,7 +43,6 @@ def test_classes_are_the_values_that_are_not_ignored_in_order(rule, expected):
     assert stored(png(VALUES, "P"), rule) == expected
     assert stored(png(VALUES, "P", bits=2), rule) == expected
     assert stored(png(VALUES.astype(np.uint16)), rule) == expected
-    assert has_palette(png(VALUES, "P")) and not has_palette(png(VALUES)) and not has_palette(b"")
 
 
 def test_one_bit_is_zero_and_one_and_masks_come_back_exactly():
