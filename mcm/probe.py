@@ -105,19 +105,11 @@ def record_name(label: str, data_sha256: str, seed: int, untrained: bool = False
 
 
 def probe(
-    spec: str,
-    data: Path | None,
-    methods: Sequence[str] = (),
-    inputs: Sequence[str] = (),
-    weights: Path | None = None,
-    untrained: bool = False,
-    seed: int = 0,
-    workers: int = 4,
-    quiet: bool = False,
-    features: Sequence[str] = (),
-    shots: int = 0,
+    spec: str, data: Path | None, methods: Sequence[str] = (), inputs: Sequence[str] = (),
+    weights: Path | None = None, untrained: bool = False, seed: int = 0, workers: int = 4,
+    quiet: bool = False, features: Sequence[str] = (), shots: int = 0,
     corruptions: Sequence[str] = (),
-) -> list[ProbeResult]:
+) -> list[ProbeResult]:  # fmt: skip
     """Probe the encoder of a RUN, an exported folder or timm:NAME, or the teacher of a CACHE.
 
     Results of a RUN are written to RUN/probe/, those of a CACHE to CACHE/.run/teacher*.json. One
