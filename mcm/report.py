@@ -21,7 +21,6 @@ from mcm.dense_probe import DenseResult
 from mcm.draw import color
 from mcm.page import charts, page, table
 from mcm.probe import ProbeResult
-from mcm.report_robustness import robustness
 from mcm.run_dir import last_eval, read_metrics, recorded
 from mcm.tables import FIT, Cells, Table, fine_tuned, held_out, percent, probed, seeded, table_lines
 
@@ -95,7 +94,7 @@ def _compared(rows: Cells) -> str:
         if any(value < 0 for values in series.get(FIT["r2_full"], ()) for value in values):
             meaning += NEGATIVE
         found.append(figures.dots(title, series, shown, meaning))
-    return charts(found) + robustness(rows)
+    return charts(found) + figures.robustness(rows)
 
 
 def caption(data: str) -> str:

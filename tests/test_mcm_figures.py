@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.axes import Axes
 
-from mcm.report_robustness import robustness
+from mcm.figures import robustness
 
 
 def test_a_line_leads_from_clean_pictures_to_the_strongest_corruption(monkeypatch):
