@@ -231,7 +231,7 @@ def test_filling_in_is_resumed_after_a_kill(place: Path, dataset: Path, monkeypa
     good = tree_digest(dataset)
     for name in ("train/000000.tar", "train/000001.index.npy", "val/000000.tar"):
         (dataset / name).unlink()
-    from pipeline import shard as module
+    from cache_tools import storage as module
 
     move, calls = module.move_durably, iter((True, False))
 
