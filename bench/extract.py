@@ -21,6 +21,7 @@ dataset with one of four times its size; each runs in its own process. The bar f
 """
 
 import argparse
+import math
 import os
 import tempfile
 import time
@@ -109,7 +110,7 @@ class Place:
             progress(rows, "bench", "views", quiet=True) as bar,
         ):
             facts = (self.dataset, self.identity, self.teacher, self.fingerprint)
-            own = Extractor(*facts, 0.0, ahead, behind, timers := CpuTimers())
+            own = Extractor(*facts, 0.0, math.inf, ahead, behind, timers := CpuTimers())
             start = time.thread_time()
             took = seconds(
                 lambda: [own.shard(units, k, bar.update) for k in shards], self.teacher.device

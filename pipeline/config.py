@@ -50,6 +50,7 @@ class ExtractConfig(Record):
     encoding: str = "jpeg:95:444"  # token cosine to the unrecompressed view 0.983; 0.949 at 92:420
     dtype: Literal["int8", "float16"] = "int8"
     compress: Literal["zstd"] | None = None
+    max_error: Annotated[float, pydantic.Field(gt=0)] | None = None  # relative MSE of a shard
     precision: Literal["fp32", "fp16", "bf16"] | None = None  # None: fp16 on CUDA, fp32 on a CPU
     batch: Annotated[int, pydantic.Field(ge=CHUNK_ROWS, multiple_of=CHUNK_ROWS)] = 64
     seed: int = 0

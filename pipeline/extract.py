@@ -133,6 +133,7 @@ class Session:
             teacher=teacher,
             fingerprint=fingerprint,
             precision_mse=self.precision_mse,
+            max_error=config.max_error or math.inf,
             render_pool=ThreadPoolExecutor(self.request.worker.threads),
             write_pool=ThreadPoolExecutor(1),
         )

@@ -203,10 +203,11 @@ class UnitEncoder:
                 f"{self.rows} rows); use {remedy}"
             )
 
-    def commit(self, fingerprint: Fingerprint, precision_mse: float) -> None:
+    def commit(self, fingerprint: Fingerprint, precision_mse: float, max_error: float) -> None:
         """Write the remaining features and commit the shard.
 
-        Raises: UsageError, without a commit, when a feature is not finite.
+        Raises: UsageError, without a commit, when a feature is not finite, or when the relative MSE
+        of the stored features is above `max_error`.
         """
         self._wait(0)
         self._check_finite(torch.cat(self.unfit), torch.cat(self.peaks))
@@ -214,6 +215,12 @@ class UnitEncoder:
         mean = (self.sums["sum"] / tokens).cpu().numpy()
         var = np.maximum((self.sums["square"] / tokens).cpu().numpy() - mean**2, 0)
         loss = float(self.sums["error"] / self.sums["energy"].clamp(min=1e-30))
+        if not loss <= max_error:
+            raise UsageError(
+                f"{self.writer.unit} shard {self.writer.shard}: expected a relative MSE of at most "
+                f"{max_error:g}; found {loss:.3g} with {self.identity.dtype}; use a wider --dtype "
+                "or raise max_error"
+            )
         fidelity = Fidelity(
             relative_mse=float(f"{loss:.4g}"),
             cosine=float(f"{float(self.sums['cosine']) / tokens:.7g}"),
@@ -231,6 +238,7 @@ class Extractor:
     teacher: Teacher
     fingerprint: Fingerprint
     precision_mse: float
+    max_error: float
     render_pool: ThreadPoolExecutor
     write_pool: ThreadPoolExecutor
     timers: Timers = field(default_factory=Timers)
@@ -252,7 +260,7 @@ class Extractor:
                     self._forward(encoder, [view.teacher_input for view in views])
                 report(len(batch) * len(units), str(self.timers))
             for encoder in encoders:
-                encoder.commit(self.fingerprint, self.precision_mse)
+                encoder.commit(self.fingerprint, self.precision_mse, self.max_error)
 
     def _render_ahead(self, units: Sequence[Unit], rows: range) -> Iterator[list[View]]:
         """Yield the views of each row in order; threads render up to two batches ahead."""

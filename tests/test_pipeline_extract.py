@@ -196,6 +196,7 @@ def test_other_weights_and_another_activation_are_refused(place: Path, cache: Pa
         (dict(batch=20), "batch: Input should be a multiple of 16"),
         (dict(dtype="int3"), "dtype: Input should be 'int8' or 'float16'"),
         (dict(compress="lz4"), "compress: Input should be 'zstd'"),
+        (dict(max_error=0.0), "max_error: Input should be greater than 0"),
         (dict(view=3), "unknown key 'view'; did you mean 'views'"),
         (dict(crop={"scale": [0.5, 2.0]}), r"expected crop.scale = .LOW, HIGH. in"),
         (dict(teacher=None), "expected --teacher and --weights, or --config"),
@@ -245,6 +246,13 @@ def test_features_that_cannot_be_stored_stop_the_shard(
     with pytest.raises(UsageError, match=said):
         extract(request(place, tmp_path / "cache", dtype=dtype, splits=("val",)))
     assert not list(tmp_path.rglob("commits/*.json"))
+
+
+def test_max_error_refuses_before_anything_is_committed(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"relative MSE of at most 1e-06; found .* with int8; use a wider --dtype"):
+        extract(request(place, tmp_path / "cache", max_error=1e-6))
+    assert not list(tmp_path.rglob("commits/*.json"))
+    extract(request(place, tmp_path / "cache", max_error=1e-3, splits=("val",)))
 
 
 def test_a_damaged_probe_is_named(place: Path, cache: Path) -> None:
