@@ -27,6 +27,7 @@ from mcm.classifiers import fit_softmax
 from mcm.dense import confusion, most_probable, scores
 from mcm.engine import device
 from mcm.features import FOLDS, Encode, Featurizer
+from mcm.memory import activation_bytes, print_estimate, state_bytes
 from mcm.probe import input_kinds, record_name, warn_of_copies
 from mcm.run_dir import software
 from mcm.sampler import EvalOrder
@@ -180,6 +181,12 @@ def dense_probe(
     backbone = load_encoder(spec, weights, untrained=untrained)
     kinds, copies = input_kinds(backbone, inputs, spec), warn_of_copies(dataset, quiet)
     featurizer = Featurizer(backbone, dataset, seed, workers, quiet, "patch")
+    if not quiet:
+        model, pictures = backbone.model, dataset.rows("train")
+        kept = patches_kept(max(pictures, 1), model.patch_embed.num_patches, model.embed_dim)
+        patches = 4 * pictures * kept * (model.embed_dim + len(dataset.classes))
+        activations = activation_bytes(model, BATCH_PICTURES, 4, train=False)
+        print_estimate(state_bytes(model), activations, 2 * patches)  # all, and a copy in two parts
     results: list[DenseResult] = []
     facts: dict[str, Any] = {"subject": spec, "weights": backbone.weights, "seed": seed}
     facts |= {f"{split}_rows": dataset.rows(split) for split in ("train", "val")}

@@ -29,7 +29,8 @@ from mcm.classifiers import (
 )
 from mcm.corruptions import Corruption
 from mcm.engine import device
-from mcm.features import Featurizer, columns
+from mcm.features import BATCH_ROWS, Featurizer, columns
+from mcm.memory import activation_bytes, print_estimate, state_bytes
 from mcm.metrics import Gram
 from mcm.run_dir import recorded, software
 from mcm.scorecard import TeacherScores, stored_features, teacher_facts
@@ -141,6 +142,9 @@ def probe(
     if is_run:
         facts["run_sha256"] = file_sha256(run / "run.json")
         facts["cache_sha256"] = recorded(run).get("cache_sha256")
+    if not quiet:
+        activations = activation_bytes(backbone.model, BATCH_ROWS, 4, train=False)
+        print_estimate(state_bytes(backbone.model), activations)
     results, tokens = [], "mean" if list(wanted) == ["mean"] else "both"
     featurizer = Featurizer(backbone, dataset, seed, workers, quiet, tokens, shots)
     for chosen_tokens, kind, s, train, vals in featurizer.inputs(kinds, wanted, corrupted):

@@ -48,8 +48,8 @@ def test_the_estimate_of_pretraining_counts_both_parts_of_the_model():
 def test_activations_grow_with_rows_and_bytes_and_a_frozen_encoder_keeps_one_block():
     model = build_encoder((32, 32), 8, STUDENT)
     assert activation_bytes(model, 4, 2) == 4 * 17 * 2 * 3 * (8 * 32 + 2 * 128)
-    whole = activation_bytes(model, 4, 2)
-    assert activation_bytes(model.requires_grad_(False), 4, 2) == whole / 3
+    assert activation_bytes(model, 4, 2, train=False) == activation_bytes(model, 4, 2) / 3
+    assert activation_bytes(model.requires_grad_(False), 4, 2) == activation_bytes(model, 4, 2, train=False)
 
 
 def test_it_is_printed_where_a_gpu_is(monkeypatch, capsys):
@@ -58,6 +58,8 @@ def test_it_is_printed_where_a_gpu_is(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
-    print_estimate(10**9, 2 * 10**9)
-    wanted = "about 3.0 of 80.0 GB (an estimate: weights and optimizer 1.0, activations of the ViT 2.0)"
+    print_estimate(10**9, 2 * 10**9, 10**9)
+    wanted = (
+        "about 4.0 of 80.0 GB (an estimate: weights and optimizer 1.0, activations of the ViT 2.0, patch tokens 1.0)"
+    )
     assert wanted in capsys.readouterr().out
