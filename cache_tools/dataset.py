@@ -164,6 +164,17 @@ class Dataset:
         """Return the path of the tar of a shard."""
         return self.path / split / f"{shard_name(shard)}.tar"
 
+    def webdataset(self, split: str) -> Any:
+        """Return the rows of a split in order, as a `webdataset.WebDataset` of undecoded samples.
+
+        The keys of a sample are `jpg`, `png` or `webp` (the picture), `cls` (its label) and `json`
+        (its source). webdataset does not compare checksums; `picture` does.
+        """
+        import webdataset  # imports torch
+
+        tars = [str(self.tar(split, shard)) for shard in range(len(self.split(split).shards))]
+        return webdataset.WebDataset(tars, shardshuffle=False)
+
     def index(self, split: str, shard: int) -> npt.NDArray[np.void]:
         """Return the index of a shard, checked against dataset.json.
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tree_digest
-from make_dataset import samples
 from make_scenes import make_coco, png, scene
 from test_pipeline_mask_listing import turn
 
@@ -53,7 +52,7 @@ def check_rows(dataset: Dataset, root: Path, split: str) -> int:
     known, objects = content(root, split), 0
     images = {image["id"]: image for image in known["images"]}
     names = {category["id"]: category["name"] for category in known["categories"]}
-    for row, sample in enumerate(samples(dataset, split)):
+    for row, sample in enumerate(dataset.webdataset(split)):
         found, stored = dataset.boxes(split, row), json.loads(sample["json"])
         image = images.pop(found.image_id)
         expected = [each for each in known["annotations"] if each["image_id"] == found.image_id]

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import tree_digest
-from make_dataset import make_dataset, samples
+from make_dataset import make_dataset
 from make_scenes import CLASSES, make_ade, make_masks, png, scene
 from PIL import Image
 from test_pipeline_shard import make_source
@@ -32,7 +32,7 @@ def place(tmp_path_factory):
 
 def sources(dataset: Dataset, split: str) -> list[int]:
     """The number of the scene of each row, from the tar's own record."""
-    found = [json.loads(sample["json"])["source"] for sample in samples(dataset, split)]
+    found = [json.loads(sample["json"])["source"] for sample in dataset.webdataset(split)]
     return [int(name[-7:-4]) + 1000 * ("val" in name) for name in found]
 
 
@@ -57,7 +57,7 @@ def test_webdataset_and_timm_read_the_tars(place):
     from timm.data import create_dataset
 
     dataset = Dataset(place / "dataset")
-    for row, sample in enumerate(samples(dataset, "train")):
+    for row, sample in enumerate(dataset.webdataset("train")):
         mask = np.asarray(Image.open(io.BytesIO(sample["mask.png"])))
         assert sample["__key__"] == f"{row:09d}" and (mask == dataset.mask("train", row)).all()
         assert sample["png"] == dataset.picture("train", row)[0]

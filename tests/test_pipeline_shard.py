@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import run, tree_digest
-from make_dataset import samples
 from PIL import Image
 
 from cache_tools.dataset import Dataset
@@ -82,9 +81,9 @@ def test_rows_are_the_listing_in_the_order_of_the_seed(made):
 @pytest.mark.filterwarnings("ignore")
 def test_plain_webdataset_reads_them(made):
     dataset = Dataset(made / "out")
-    rows = samples(dataset, "train")
-    assert [sample["__key__"] for sample in rows] == [f"{row:09d}" for row in range(40)]
-    for row, sample in enumerate(rows):
+    samples = list(dataset.webdataset("train"))
+    assert [sample["__key__"] for sample in samples] == [f"{row:09d}" for row in range(40)]
+    for row, sample in enumerate(samples):
         data = next(sample[kind] for kind in ("jpg", "png", "webp") if kind in sample)
         assert (data, int(sample["cls"])) == dataset.picture("train", row)
         assert (made / "source" / json.loads(sample["json"])["source"]).read_bytes() == data

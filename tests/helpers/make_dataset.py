@@ -2,7 +2,6 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from make_cache import view
@@ -42,11 +41,3 @@ def _write_split(path: Path, split: str, sources: list[tuple[str, int]], unlabel
     shas = [hashlib.sha256(blob).hexdigest() for blob in (tar.read_bytes(), data)]
     entry = ShardEntry(rows=rows, tar_bytes=tar.stat().st_size, tar_sha256=shas[0], index_sha256=shas[1])
     return SplitEntry(rows=rows, refused=0, listing_sha256="0" * 64, shards=(entry,))
-
-
-def samples(dataset: Dataset, split: str) -> list[dict[str, Any]]:
-    """The rows of a split by plain webdataset."""
-    import webdataset
-
-    tars = [str(dataset.tar(split, shard)) for shard in range(len(dataset.split(split).shards))]
-    return list(webdataset.WebDataset(tars, shardshuffle=False))
