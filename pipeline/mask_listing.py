@@ -14,11 +14,11 @@ from cache_tools.labels import MaskRule
 
 from .candidates import Candidates, Sources
 from .folder_listing import add_files
-from .source_splits import Source, split_name
+from .source_splits import Source, source_name, split_name
 from .tar_listing import class_lines
 
-# A split (None: the folder has another name), and the folders of pictures and masks in the root.
-_Place = tuple[str | None, str, str]
+# A split (None: the folder has another name), a root, and the folders of pictures and masks in it.
+_Place = tuple[str | None, Path, str, str]
 
 
 def list_scenes(
@@ -26,25 +26,22 @@ def list_scenes(
 ) -> Sources | None:
     """Return every candidate picture of a source with masks, or None for another source.
 
-    `ignore` lists the values that mean unlabeled. `classes` is a file of class names, one per line.
+    If each split has its own source, this holds images/ and masks/ (255 is unlabeled) or
+    annotations/ (0 is unlabeled). `ignore` lists the values that mean unlabeled. `classes` is a
+    file of class names, one per line.
 
-    Raises: UsageError if folders, values and classes do not fit together, or if a source of one
-    split has masks.
+    Raises: UsageError if folders, values and classes do not fit together.
     """
-    if isinstance(source, Mapping):
-        for option, folder in source.items():
-            kinds = [name for name in ("masks", "annotations") if (Path(folder) / name).is_dir()]
-            if kinds and (Path(folder) / "images").is_dir():
-                found = f"found {kinds[0]}/; give the folder of both splits as SOURCE"
-                raise UsageError(f"--{option} {folder}: expected pictures without masks; {found}")
+    named = isinstance(source, Mapping)
+    places = _named_places(source) if isinstance(source, Mapping) else _places(Path(source))
+    if not places:
         return None
-    root = Path(source)
-    if not (places := _places(root)):
-        return None
+    roots = list(dict.fromkeys(root for _, root, _, _ in places))
     unlabeled = 0 if any(masks.startswith("annotations") for *_, masks in places) else 255
-    names, rule = _classes(root, classes, tuple(sorted({*(ignore or (unlabeled,))})))
+    folders = [*roots, *(root.absolute().parent for root in roots if named)]
+    names, rule = _classes(folders, classes, tuple(sorted({*(ignore or (unlabeled,))})))
     sources = Sources(names, rule=rule)
-    for split, pictures, masks in places:
+    for split, root, pictures, masks in places:
         if split is None or not (root / masks).is_dir():
             reason = f"there is no {masks}" if split else "no split"
             sources.notes.append(f"{root}: {pictures} left out: {reason}")
@@ -66,30 +63,50 @@ def _places(root: Path) -> list[_Place]:
         pictures, masks, parent = "images/{}", "annotations/{}", root / "images"
     names = sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
     places: list[_Place] = [
-        (split_name(name), pictures.format(name), masks.format(name)) for name in names
+        (split_name(name), root, pictures.format(name), masks.format(name)) for name in names
     ]
-    places = [place for place in places if (root / place[1]).is_dir()]
-    if any(split and (root / masks).is_dir() for split, _, masks in places):
+    places = [place for place in places if (root / place[2]).is_dir()]
+    if any(split and (root / masks).is_dir() for split, _, _, masks in places):
         return places
     if is_ade:
         folders = "images/training and annotations/training, or train/images and train/masks"
-        raise UsageError(f"{root}: expected {folders}")
+        raise UsageError(f"{root}: expected {folders}; or give --train {root}")
     return []
 
 
+def _named_places(source: Mapping[str, str | Path]) -> list[_Place]:
+    """Return the folders of pictures of one source per split, or [] if no source has masks."""
+    places: list[_Place] = []
+    for split, part in source.items():
+        root = Path(part)
+        masks = [name for name in ("masks", "annotations") if (root / name).is_dir()]
+        if masks and (root / "images").is_dir():
+            places.append((split, root, "images", masks[0]))
+    roots = {Path(root).resolve() for _, root, _, _ in places}
+    if places and (len(roots) < len(source) or len({masks for *_, masks in places}) > 1):
+        expected = "expected images/ and masks/ in a folder of its own per split"
+        raise UsageError(f"{source_name(source)}: {expected}; found other folders")
+    for _, root, pictures, _ in places:
+        folders = [path for path in (root / pictures).iterdir() if path.is_dir()]
+        if splits := sorted(path.name for path in folders if split_name(path.name)):
+            found = f"found {pictures}/{splits[0]}; give {root} as SOURCE, without --train"
+            raise UsageError(f"{root}: expected the pictures of one split; {found}")
+    return places
+
+
 def _classes(
-    root: Path, file: Path | None, ignore: tuple[int, ...]
+    folders: list[Path], file: Path | None, ignore: tuple[int, ...]
 ) -> tuple[tuple[str, ...], MaskRule]:
     """Return the class names and the rule that reads the masks."""
     if not all(0 <= value <= 255 for value in ignore):
         raise UsageError(f"--ignore: expected values from 0 to 255; found {list(ignore)}")
     patterns = ("objectInfo*.txt", "classes.txt")
-    files = [path for pattern in patterns for path in sorted(root.glob(pattern))]
+    files = [path for p in patterns for root in folders for path in sorted(root.glob(p))]
     files = [file] if file else files
     if not files or not files[0].is_file():
         expected = "expected a file of class names, one per line"
-        raise UsageError(f"{root}: {expected}; found none; give one with --classes")
-    lines = class_lines(files[:1])
+        raise UsageError(f"{folders[0]}: {expected}; found none; give one with --classes")
+    lines = class_lines([path for path in files if path.name == files[0].name])
     rows = [[cell.strip() for cell in line.split("\t")] for line in lines if line]
     head = rows.pop(0) if rows and rows[0][0] == "Idx" else ["Name"]
     table = [dict(zip(head, row, strict=False)) for row in rows if len(row) == len(head)]

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from cache_tools.dataset import Dataset
 from cache_tools.errors import CorruptionError, IdentityError, TooManyRefused, UsageError
+from cache_tools.info import info, summary
 from cache_tools.records import encode_record
 from cache_tools.repair import repair
 from cache_tools.verify import verify
@@ -131,8 +132,6 @@ def test_notes_say_what_is_left_out_and_palettes_are_labels(place, tmp_path, cap
 def test_the_next_command_of_masks_is_fine_tuning(place):
     said = CliRunner().invoke(app, ["shard", f"{place}/ade", f"{place}/dataset", "--rows-per-shard", "16"]).output
     assert f"next: mcm-train finetune finetune/pets_demo --data {place}/dataset --init" in said
-    assert "(segment): 3 classes" in said
-    assert "classes  ground; left; right\n  ignored  value 0 of the source's masks" in said
 
 
 def test_ignore_and_classes_are_settled_here(tmp_path):
@@ -148,6 +147,45 @@ def test_ignore_and_classes_are_settled_here(tmp_path):
         shard(root, tmp_path / "out", ignore=[255, 1], classes=names, workers=1)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_with_masks_may_be_named_per_split(place, tmp_path):
+    root = make_masks(tmp_path / "masks")
+    parts = {"train": root / "train", "val": (root / "val").rename(tmp_path / "held-out")}
+    shard(parts, tmp_path / "out", rows_per_shard=16, workers=1)
+    first, second = Dataset(place / "dataset"), Dataset(tmp_path / "out")
+    assert second.record.ignore == (255,) and second.classes == CLASSES
+    for split in ("train", "val"):
+        names = [json.loads(sample["json"])["source"] for sample in second.webdataset(split)]
+        for row, name in enumerate(names):
+            picture, labels = scene(int(name[-7:-4]) + 1000 * (split == "val"))
+            assert second.picture(split, row) == (png(picture), -1) and (second.mask(split, row) == labels).all()
+    known = info(first.path)
+    assert (known["task"], known["ignore"], known["names"]) == ("segment", (0,), CLASSES)
+    assert "(segment): 3 classes" in summary(known)
+    assert "classes  ground; left; right\n  ignored  value 0 of the source's masks" in summary(known)
+
+
+@pytest.mark.parametrize(
+    ("parts", "line"),
+    [
+        ({"train": "masks/train", "val": "masks/train"}, "in a folder of its own per split"),
+        ({"train": "masks/train", "val": "masks"}, "in a folder of its own per split"),
+        ({"train": "ade"}, "expected the pictures of one split; found images/training; give .*ade as SOURCE"),
+        ({"train": "masks/train", "val": "cut"}, "in a folder of its own per split"),
+        ({"train": "masks/train", "val": "masks/val"}, "expected one list of classes; .*/masks/classes.txt differs"),
+        ({"train": "masks/train/masks"}, "--ignore, --classes: expected a source with masks; found none in --train"),
+    ],
+)
+def test_bad_folders_with_masks_per_split(tmp_path, parts, line):
+    make_masks(tmp_path / "masks"), make_ade(tmp_path / "ade")
+    for name in ("images", "annotations"):
+        shutil.copytree(tmp_path / f"ade/{name}/validation", tmp_path / "cut" / name)
+    (tmp_path / "masks/val/classes.txt").write_text("a\nb\nc")
+    with pytest.raises(UsageError, match=line):
+        shard({split: tmp_path / part for split, part in parts.items()}, tmp_path / "out", ignore=[0], workers=1)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("make", "options", "line"),
     [
@@ -155,7 +193,6 @@ def test_ignore_and_classes_are_settled_here(tmp_path):
         (make_ade, {"ignore": [300]}, "--ignore: expected values from 0 to 255"),
         (make_ade, {"val": 0.5}, "--val: expected a source without masks"),
         (make_source, {"ignore": [0]}, "--ignore, --classes: expected a source with masks; found none"),
-        (lambda p: {"train": make_masks(p) / "train"}, {}, "--train .*: expected pictures without masks; found masks/"),
     ],
 )
 def test_bad_requests(tmp_path, make, options, line):
