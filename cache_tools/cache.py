@@ -128,19 +128,22 @@ class Unit:
         """Return the commit in `data`; `path` names its file. The errors are those of `commit`."""
         commit = decode_record(Commit, data, path)
         found = (commit.identity_sha256, commit.split, commit.view, commit.shard, commit.rows)
-        chunks, files = -(-commit.rows // CHUNK_ROWS), self.shard_files(shard).values()
+        if found != (self.identity_sha256, self.split, self.view, shard, self.shard_rows(shard)):
+            expected = f"expected the commit of shard {shard} of {self}"
+            raise CorruptionError(f"{path}: {expected}; found that of {found[1:]}")
+        chunks, channels = -(-commit.rows // CHUNK_ROWS), self.identity.channels
         by_chunk = {name: spec.chunk_rows == CHUNK_ROWS for name, spec in self.specs.items()}
         lengths = {name: chunks if many else 1 for name, many in by_chunk.items()}
-        parts = {name: len(values) for name, values in commit.chunk_crc32c.items()}
-        if (
-            found != (self.identity_sha256, self.split, self.view, shard, self.shard_rows(shard))
-            or commit.files.keys() != {file.relative_to(self.path).as_posix() for file in files}
-            or parts != lengths | {"index": chunks}
-            or {len(commit.channel_mean), len(commit.channel_var)} != {self.identity.channels}
-        ):
-            expected = f"expected the commit of shard {shard} of {self}"
-            message = f"{expected}; found that of {found[1:]}, or other files or checksums"
-            raise CorruptionError(f"{path}: {message}")
+        found_lengths = {name: len(values) for name, values in commit.chunk_crc32c.items()}
+        statistics = (len(commit.channel_mean), len(commit.channel_var))
+        if found_lengths != lengths | {"index": chunks} or statistics != (channels, channels):
+            expected = f"expected {chunks} checksums per array and {channels} statistics"
+            raise CorruptionError(f"{path}: {expected}; found {found_lengths} and {statistics}")
+        names = {
+            file.relative_to(self.path).as_posix() for file in self.shard_files(shard).values()
+        }
+        if commit.files.keys() != names:
+            raise CorruptionError(f"{path}: expected {sorted(names)}; found {sorted(commit.files)}")
         if manifest and record_sha256(commit) != manifest.commits[shard]:
             expected = f"expected the commit that the manifest of {self} names"
             raise CorruptionError(f"{path}: {expected}; found another")

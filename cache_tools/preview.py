@@ -50,7 +50,7 @@ def preview(
     shown = np.linspace(0, total - 1, min(rows, total), dtype=int).tolist()
     write_atomic(out, png(_draw(cache, units, dataset, shown)))
     views = ", ".join(f"v{unit.view}" for unit in units)
-    missing = "; no originals: use --data DATASET"
+    missing = f"; no originals: found no DATASET in {path}/dataset; use --data DATASET"
     text = f"{len(shown)} of {total} rows of {split}, views {views}"
     return f"{out}: {text}{'' if dataset else missing}"
 
@@ -140,10 +140,11 @@ def pca_colors(
 
 
 def _dataset(cache: Cache, data: Path | None) -> Dataset | None:
-    """Return the DATASET of the cache, or None without `data`."""
-    if data is None:
+    """Return the DATASET of the cache: `data`, or else CACHE/dataset, which `extract` may write."""
+    inside = cache.path / "dataset"
+    if data is None and not (inside / "dataset.json").is_file():
         return None
-    dataset = Dataset(data)
+    dataset = Dataset(data or inside)
     if dataset.sha256 != cache.identity.dataset_sha256:
         expected, found = cache.identity.dataset_sha256[:12], dataset.sha256[:12]
         expected = f"expected the DATASET of {cache.path}, {expected}"

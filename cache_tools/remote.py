@@ -21,7 +21,7 @@ from .records import FileEntry
 from .storage import Buffer, atomic_file, file_sha256, naming, publish, work_dir
 
 HUB_COMMIT = 16  # shards per commit on the Hub, which limits the commits per hour
-_HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:/(.+))?")
+_HUB = re.compile(r"hf://(datasets|buckets)/([\w.-]+/[\w.-]+)(?:/(.+))?")
 # An endpoint without TLS is used only if the environment names it.
 _CLIENT = {"timeout": "1h", "read_timeout": "60s", "connect_timeout": "10s", "allow_http": True}
 
@@ -134,10 +134,10 @@ class Objects(Remote):
 
 
 class Hub(Remote):
-    """A dataset repository of the Hugging Face Hub; a new one is private.
+    """A dataset repository or a bucket of the Hugging Face Hub; a new one is private.
 
-    The files of a commit appear at once. A commit names its parent, so two pushes at once do not
-    mix.
+    The files of a commit of a repository appear at once. A commit names its parent, so two pushes
+    at once do not mix. A bucket has no commits: its records are written after its files.
     """
 
     batch, threads = HUB_COMMIT, 1
@@ -145,9 +145,9 @@ class Hub(Remote):
     def __init__(self, url: str) -> None:
         super().__init__(url)
         if not (parts := _HUB.fullmatch(self.url)):
-            expected = "expected hf://datasets/OWNER/NAME, with or without a folder in it"
-            raise UsageError(f"{url}: {expected}")
-        self.id, self.folder = parts[1], f"{parts[2]}/" if parts[2] else ""
+            expected = "expected hf://datasets/OWNER/NAME or hf://buckets/OWNER/NAME"
+            raise UsageError(f"{url}: {expected}, with or without a folder in it")
+        self.kind, self.id, self.folder = parts[1], parts[2], f"{parts[3]}/" if parts[3] else ""
         self.hub, self.head = _library(self.url, "huggingface_hub", "hf"), ""
         self.hub.utils.disable_progress_bars()
         self.api = self.hub.HfApi()
@@ -157,9 +157,10 @@ class Hub(Remote):
     def sizes(self) -> dict[str, int]:
         found: dict[str, Any] = {}
         with self.asking(), suppress(FileNotFoundError, self.hub.errors.RepositoryNotFoundError):
-            self.head = self.api.dataset_info(self.id).sha
+            if self.kind == "datasets":
+                self.head = self.api.dataset_info(self.id).sha
             found = self.files.find(self.url, detail=True, refresh=True)
-        root = len(f"datasets/{self.id}/{self.folder}")
+        root = len(f"{self.kind}/{self.id}/{self.folder}")
         return {name[root:]: one["size"] for name, one in found.items()}
 
     def read(self, name: str, out: Any) -> None:
@@ -171,11 +172,17 @@ class Hub(Remote):
             return bytes(self.files.cat_file(f"{self.url}/{name}", offset, offset + size))
 
     def add(self, source: Remote, parcels: Sequence[Parcel]) -> None:
-        """Copy the files and the records of all parcels, in one commit."""
+        """Copy the files and the records of all parcels, in one commit of a repository."""
         entries = {name: entry for parcel in parcels for name, entry in parcel.files.items()}
         files = {name: checked_path(source, name, entry) for name, entry in entries.items()}
         records = {name: data for parcel in parcels for name, data in parcel.records.items()}
         with self.asking():
+            if self.kind == "buckets":
+                self.api.create_bucket(self.id, private=True, exist_ok=True)
+                for part in (files, records):
+                    adds = [(content, self.folder + name) for name, content in part.items()]
+                    self.api.batch_bucket_files(self.id, add=adds)
+                return
             if not self.head:
                 self.api.create_repo(self.id, repo_type="dataset", private=True, exist_ok=True)
                 self.head = self.api.dataset_info(self.id).sha

@@ -138,11 +138,12 @@ _PROCESSES = (
 )
 _RAY = "Run on N actors of a Ray cluster; on GPUs, one per GPU."
 _ADDRESS = "auto, HOST:PORT or local; by default as RAY_ADDRESS, else a local cluster."
+_DATASET = "Or pictures, which are sharded into CACHE/dataset first."
 
 
 @app.command("extract", no_args_is_help=True)
 def extract_command(
-    dataset: Annotated[Path, Argument(metavar="DATASET", help="Made by `mcm-cache shard`.")],
+    source: Annotated[str, Argument(metavar="DATASET", help=_DATASET)],
     cache: Annotated[Path, Argument(metavar="CACHE", help="A new folder, or one to continue.")],
     config: _Config = None,
     teacher: _Teacher = None,
@@ -180,7 +181,7 @@ def extract_command(
     request = load_config(config, flags, set_ or ())
     info = worker_info(worker, workers, device, threads, processes)
     if ray is None:
-        extract(Request(str(dataset), cache, request, info))
+        extract(Request(source, cache, request, info))
         return
     from .ray_pool import extract_on_ray
 
@@ -188,7 +189,7 @@ def extract_command(
         alternatives = "--processes, --worker or a launcher such as torchrun"
         raise UsageError(f"--ray {ray}: expected no {alternatives}; Ray starts the workers")
     info = info._replace(device=device, threads=threads or 0)
-    extract_on_ray(Request(str(dataset), cache, request, info), ray, ray_address)
+    extract_on_ray(Request(source, cache, request, info), ray, ray_address)
 
 
 @app.command("plan", no_args_is_help=True)

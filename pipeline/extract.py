@@ -4,6 +4,7 @@ Any number of workers share the shards, and each can stop and resume.
 """
 
 import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from cache_tools.writer import finish_unit, publish_identity, shard_lock
 
 from .config import ExtractConfig
 from .extractor import Extractor
+from .shard import shard
 from .teachers import Teacher, load_teacher, probe_pictures
 from .timm_teachers import check_multiple
 from .views import TRAIN
@@ -37,11 +39,12 @@ from .worker_pool import Report, reporting, run_workers
 # QuickGELU changes the features of the demo's CLIP by 4.2e-5 and those of DeiT-tiny by 7.0e-2.
 PROBE_TOLERANCE = 1e-6
 STOPPED = "stopped; the same command resumes"
+RETRY_S = 1.0  # between two attempts at the shards that other workers hold
 
 
 @dataclass(frozen=True)
 class Request:
-    """One extraction, from a DATASET into a CACHE, as one worker runs it."""
+    """One extraction, from a DATASET or pictures into a CACHE, as one worker runs it."""
 
     source: str
     cache: Path
@@ -60,7 +63,8 @@ def extract(request: Request) -> None:
     check_output(request.cache, "a CACHE")
     label, stopped = f"extract {request.cache}", f"{request.cache}: {STOPPED}"
     if request.worker.processes > 1:
-        tasks = [replace(request, worker=one) for one in request.worker.split()]
+        source = str(open_source(request).path)
+        tasks = [replace(request, source=source, worker=one) for one in request.worker.split()]
         complete, count = max(run_workers(_make_units, tasks, label, stopped))
     else:
         complete, count = _make_units(request)
@@ -98,7 +102,7 @@ class Session:
         if worker.worker % worker.processes == 0:
             print("\n".join(self.teacher.notes), flush=True)
         check_grid(config, self.teacher)
-        found = dataset or Dataset(request.source)
+        found = dataset or open_source(request)
         if isinstance(found, Dataset):
             self.dataset = found
         self.identity = cache_identity(request, found, self.teacher)
@@ -150,14 +154,42 @@ def _make_shards(
     stop: StopFlag,
     report: Report,
 ) -> None:
-    """Make every missing shard that no other worker has locked."""
-    for split, k in missing_shards(units, request.cache, request.worker):
-        if stop.requested:
-            raise Interrupted(f"{request.cache}: {STOPPED}")
-        with storage.try_lock(shard_lock(request.cache, split, k)) as locked:
-            missing = [unit for unit in units[split] if not unit.commit_file(k).is_file()]
-            if locked and missing:
-                extractor.shard(missing, k, report)
+    """Make every missing shard; return when each is committed or locked by another worker.
+
+    A shard is left to another worker if its lock is taken in two attempts, RETRY_S seconds apart.
+    Another worker may hold a lock briefly, or die.
+    """
+    retried = False
+    while True:
+        made = busy = False
+        for split, k in missing_shards(units, request.cache, request.worker):
+            if stop.requested:
+                raise Interrupted(f"{request.cache}: {STOPPED}")
+            with storage.try_lock(shard_lock(request.cache, split, k)) as locked:
+                missing = [unit for unit in units[split] if not unit.commit_file(k).is_file()]
+                if locked and missing:
+                    extractor.shard(missing, k, report)
+                    made = True
+                busy |= not locked and bool(missing)
+        if not busy or (retried and not made):
+            return
+        retried = not made
+        if retried:
+            time.sleep(RETRY_S)
+
+
+def open_source(request: Request) -> Dataset:
+    """Return the DATASET of the request, after sharding pictures into CACHE/dataset if necessary.
+
+    Raises: UsageError when pictures would be sharded by one of several workers.
+    """
+    if (Path(request.source) / "dataset.json").is_file():
+        return Dataset(Path(request.source))
+    if request.worker.workers > 1:
+        expected = "expected a DATASET for several workers"
+        raise UsageError(f"{request.source}: {expected}; run `mcm-cache shard` first")
+    shard(request.source, request.cache / "dataset")
+    return Dataset(request.cache / "dataset")
 
 
 def check_grid(config: ExtractConfig, teacher: Teacher) -> None:

@@ -40,7 +40,9 @@ def preview_command(
     cache: Annotated[
         Path, Argument(metavar="CACHE", help="A cache with a complete view of the split.")
     ],
-    data: Annotated[Path | None, Option(help="Its DATASET, for the originals.")] = None,
+    data: Annotated[
+        Path | None, Option(help="Its DATASET, for the originals; by default CACHE/dataset.")
+    ] = None,
     rows: Annotated[
         int, Option(min=1, max=50, help="Number of pictures, spread evenly over the split.")
     ] = 8,
@@ -59,8 +61,8 @@ def preview_command(
 
 
 _REMOTE = (
-    "A folder, s3://BUCKET/PREFIX, gs:// or az:// (extra s3), or hf://datasets/OWNER/NAME (extra "
-    "hf). docs/share.md says where credentials come from."
+    "A folder, s3://BUCKET/PREFIX, gs:// or az:// (extra s3), or hf://datasets/OWNER/NAME or "
+    "hf://buckets/OWNER/NAME (extra hf). docs/share.md says where credentials come from."
 )
 _Remote = Annotated[str, Argument(metavar="REMOTE", help=_REMOTE)]
 

@@ -126,14 +126,15 @@ def test_the_first_color_is_the_widest_direction() -> None:
     assert np.unique(colors[..., 0]).size > 150, "percentiles 1 to 99 fill the range"
 
 
-def test_the_originals_are_drawn_or_said_to_be_left_out(tmp_path: Path) -> None:
+def test_the_originals_are_found_or_said_to_be_left_out(tmp_path: Path) -> None:
     make_pair(tmp_path, classes=("two\nlines \x1b[31m, $\\frac$ and " + "long" * 200, "\u96ea \u00e9"))
     cache, out = tmp_path / "cache", tmp_path / "p.png"
     answer = command(cache, "--out", out)
     assert answer.exit_code == 0 and "no originals" in answer.stdout and "--data" in answer.stdout, answer.exception
+    (tmp_path / "dataset").rename(cache / "dataset")  # where `extract` puts what it shards itself
     files = []
     for _ in range(2):
-        answer = command(cache, "--data", tmp_path / "dataset", "--out", out)
+        answer = command(cache, "--out", out)
         assert answer.exit_code == 0 and "no originals" not in answer.stdout
         files.append(out.read_bytes())
     with Image.open(out, formats=("PNG",)) as picture:

@@ -114,6 +114,14 @@ def test_the_command_refuses_pictures_that_crash_or_hang_the_decoder(tmp_path: P
     tally("pictures that crash or hang the decoder", inputs=3, failures=0)
 
 
+@pytest.mark.slow
+def test_extraction_from_pictures_refuses_them_too(tmp_path: Path) -> None:
+    source = plant(make_source(tmp_path / "source", val=1), _001="SIGSEGV")
+    teacher = ["--teacher", "timm:vit_tiny_patch16_224", "--weights", "random", "--set", "teacher_size=32"]
+    said = ended(start(source, tmp_path / "cache", *teacher, verb="extract"), 3)
+    assert "found 1 decoder-crash" in said and f"`mcm-cache shard SOURCE {tmp_path / 'cache/dataset'}` with a" in said
+
+
 def test_the_processes_end_with_a_killed_parent(tmp_path: Path) -> None:
     source = plant(make_source(tmp_path / "source", train=20, val=1), _001="HANG", _007="HANG")
     lock = tmp_path / "out" / ".run" / "shard.lock"

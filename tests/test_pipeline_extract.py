@@ -150,8 +150,9 @@ def test_views_are_added_without_touching_those_there(place: Path, tmp_path: Pat
     assert again == request(place, cache, views=1, splits=("train",)).config  # the request that began it
 
 
-def test_float16_is_exact(place: Path, tmp_path: Path) -> None:
-    extract(request(place, tmp_path / "cache", dtype="float16", splits=("val",)))
+def test_a_folder_of_pictures_is_sharded_first_and_float16_is_exact(place: Path, tmp_path: Path) -> None:
+    extract(request(place, tmp_path / "cache", source=str(place / "pictures"), dtype="float16", splits=("val",)))
+    assert (tmp_path / "cache" / "dataset" / "dataset.json").is_file()
     (unit,) = Cache(tmp_path / "cache").all_units()
     assert unit.commit(0).fidelity.relative_mse < 1e-6 and unit.chunk(0).codes.dtype == np.float16
 

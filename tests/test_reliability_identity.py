@@ -16,7 +16,6 @@ from make_extract import make_extracted, make_place, request
 from test_mcm_pretrain import make_config, metrics
 
 import pipeline.extract
-from cache_tools.dataset import Dataset
 from cache_tools.errors import CorruptionError, IdentityError
 from cache_tools.records import sha256_hex
 from cache_tools.schema import CacheIdentity
@@ -112,7 +111,7 @@ def test_extract_refuses_another_request(place, teacher, monkeypatch, tally, fie
     del payload["sha256"]
     payload, found = changed(payload, field, FIELDS[field])
     other = CacheIdentity.model_validate_json(json.dumps(payload))
-    assert cache_identity(request(place, cache), Dataset(place / "dataset"), teacher) != other
+    assert cache_identity(request(place, cache), pipeline.extract.open_source(request(place, cache)), teacher) != other
     monkeypatch.setattr(pipeline.extract, "cache_identity", lambda *_: other)
     assert refused(lambda: extract(request(place, cache))) == f"{field}: {FIELDS[field]!r} != {found!r}"
     assert tree_digest(cache) == before

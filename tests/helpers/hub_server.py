@@ -17,7 +17,7 @@ TOKEN = "hf_plantedtoken13579"
 
 
 class HubServer:
-    """The files of one repository, and its commits. `fail` requests of /commit/ or /batch are refused."""
+    """The files of one repository or bucket, and its commits. `fail` requests of /commit/ or /batch are refused."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
@@ -51,14 +51,22 @@ class HubServer:
             assert request.headers["Authorization"] == f"Bearer {TOKEN}"
         elif path != "/api/agent-harnesses":
             pytest.fail(f"no token: {path}")
-        if path == "/api/repos/create" and method == "POST":
-            asked = request.get_json()
+        if path in ("/api/repos/create", "/api/buckets/me/cache") and method == "POST":
+            asked, kind = request.get_json(), "buckets" if "buckets" in path else "datasets"
             self.private |= asked.get("private") or asked.get("visibility") == "private"
-            return {"url": f"{request.host_url}datasets/me/cache", "name": "me/cache", "id": "me/cache"}
+            return {"url": f"{request.host_url}{kind}/me/cache", "name": "me/cache", "id": "me/cache"}
         if not self.private:
             return None
         if re.fullmatch("/api/datasets/me/cache(/revision/[^/]*)?", path):
             return {"id": "me/cache", "sha": self.head, "siblings": []}
+        if path == "/api/buckets/me/cache":
+            return {
+                "id": "me/cache",
+                "private": True,
+                "createdAt": "2026-01-01T00:00:00.000Z",
+                "size": 1,
+                "totalFiles": 1,
+            }
         if "/preupload/" in path:
             files = request.get_json()["files"]
             return {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
@@ -66,11 +74,13 @@ class HubServer:
             return self.commit(request, [json.loads(line) for line in request.data.splitlines()])
         if "/paths-info" in path:
             return [self.entry(name) for name in request.form.getlist("paths") if name in self.files]
-        if found := re.fullmatch("/api/datasets/me/cache/tree(?:/[0-9a-f]{40}|/main)?(?:/(.*))?", path):
+        if found := re.fullmatch("/api/(?:datasets|buckets)/me/cache/tree(?:/[0-9a-f]{40}|/main)?(?:/(.*))?", path):
             inside = f"{found[1]}/" if found[1] else ""
             names = [name for name in self.files if name.startswith(inside)]
             return [self.entry(name) for name in sorted(names)] or (None if inside else [])
-        if (found := re.fullmatch("/datasets/me/cache/resolve/(?:main/)?(.*)", path)) and found[1] in self.files:
+        if (found := re.fullmatch("/(?:datasets|buckets)/me/cache/resolve/(?:main/)?(.*)", path)) and found[
+            1
+        ] in self.files:
             response = Response(self.files[found[1]], headers={"ETag": f'"{self.entry(found[1])["oid"]}"'})
             return response.make_conditional(request.environ, True, len(self.files[found[1]]))
         return None
