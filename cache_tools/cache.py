@@ -172,14 +172,18 @@ class Unit:
         checksums = self.commit(shard).chunk_crc32c.items()
         return {name: np.array(values, np.uint32) for name, values in checksums}
 
+    def stored_index(self, shard: int) -> npt.NDArray[np.void]:
+        """Return the index records of the views of a shard, without a check."""
+        size = self.shard_rows(shard) * VIEW_INDEX_DTYPE.itemsize
+        data = read_at(self.index_file(shard), _INDEX_HEADER_BYTES, size)
+        return np.frombuffer(data, VIEW_INDEX_DTYPE)
+
     def index(self, shard: int) -> npt.NDArray[np.void]:
         """Return the index records of the views of a shard.
 
         Raises: CorruptionError if their crc32c differs from the commit.
         """
-        size = self.shard_rows(shard) * VIEW_INDEX_DTYPE.itemsize
-        data = read_at(self.index_file(shard), _INDEX_HEADER_BYTES, size)
-        index = np.frombuffer(data, VIEW_INDEX_DTYPE)
+        index = self.stored_index(shard)
         if index_crc32cs(index) != tuple(self._checksums(shard)["index"]):
             expected = f"{self.index_file(shard)}: expected the crc32c that the commit records"
             raise CorruptionError(f"{expected}; found another; run `mcm-cache verify`")

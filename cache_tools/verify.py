@@ -1,29 +1,36 @@
 """`mcm-cache verify`: check a DATASET or CACHE against its records and report each damaged file.
 
 A full check decodes the records, checks that they refer to each other, and compares the size and
-the sha256 of every committed file. A quick check compares records and sizes only.
+the sha256 of every committed file. In a file with another sha256, the crc32c of each chunk or
+picture locates the damage. A quick check compares records and sizes only.
 """
 
 import errno
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from .cache import Cache, Unit, check_bytes, read_probe
+from .cache import Cache, Unit, check_bytes, index_crc32cs, read_probe
 from .console import progress
 from .dataset import Dataset, info_json
 from .errors import CorruptionError, IdentityError, UsageError, found_at
 from .records import FileEntry
 from .rng import hash_u64
+from .schema import Commit
 from .storage import file_sha256
+from .tars import read_picture
+from .zarr_shards import read_chunk
 
+MAX_NAMED = 8  # maximum number of damaged parts per message
 # Errors of the operating system that mean a damaged file.
 _DAMAGE = (errno.EIO, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
 
@@ -148,14 +155,17 @@ def _dataset_groups(path: Path, report: Report) -> list[_Shards]:
 
 def _check_dataset_shard(dataset: Dataset, quick: bool, split: str, shard: int) -> Report:
     report, place = Report(""), (split, None, shard)
+    damaged: Iterable[str] = ()
     tar, entry = dataset.tar(split, shard), dataset.split(split).shards[shard]
+    row0 = shard * dataset.record.rows_per_shard
     with report.file(tar.with_suffix(".index.npy"), "index", *place):
-        dataset.index(split, shard)
+        damaged = _damaged_rows(tar, dataset.index(split, shard), row0)
     if entry.targets_sha256:
         with report.file(tar.with_suffix(".targets.npy"), "targets", *place):
-            dataset.targets(split, shard)
+            what = "mask of row" if dataset.record.task == "segment" else "boxes of row"
+            damaged = chain(damaged, _damaged_rows(tar, dataset.targets(split, shard), row0, what))
     with report.file(tar, "tar", *place):
-        _check_file(tar, FileEntry(bytes=entry.tar_bytes, sha256=entry.tar_sha256), quick)
+        _check_file(tar, FileEntry(bytes=entry.tar_bytes, sha256=entry.tar_sha256), quick, damaged)
     report.rows = 0 if quick or report.problems else entry.rows
     return report
 
@@ -190,15 +200,55 @@ def _check_shard(unit: Unit, bound: bool, quick: bool, shard: int) -> Report:
         for what, path in unit.shard_files(shard).items():
             with report.file(path, what, *place):
                 entry = commit.files[path.relative_to(unit.path).as_posix()]
-                _check_file(path, entry, quick)
+                _check_file(path, entry, quick, _damaged(unit, commit, what))
         report.rows = 0 if quick or report.problems else commit.rows
     return report
 
 
-def _check_file(path: Path, entry: FileEntry, quick: bool) -> None:
-    """Raise CorruptionError unless a file has its size and, if not `quick`, its sha256."""
+def _damaged(unit: Unit, commit: Commit, what: str) -> Iterator[str]:
+    """Yield the chunks of an array or an index, or the rows of a tar, whose crc32c differs."""
+    shard = commit.shard
+    if what == "views":
+        with suppress(CorruptionError):  # a damaged index is reported separately
+            row0 = shard * unit.identity.rows_per_shard
+            yield from _damaged_rows(unit.tar(shard), unit.index(shard), row0)
+        return
+    checksums = commit.chunk_crc32c[what]
+    if what == "index":
+        stored = index_crc32cs(unit.stored_index(shard))
+        differ = [crc32c != expected for crc32c, expected in zip(stored, checksums, strict=True)]
+    else:
+        read = partial(read_chunk, unit.group, unit.specs[what], shard)
+        differ = [_fails(read, position, crc32c) for position, crc32c in enumerate(checksums)]
+    yield from (f"chunk {position}" for position, differs in enumerate(differ) if differs)
+
+
+def _damaged_rows(
+    tar: Path, index: npt.NDArray[np.void], row0: int, what: str = "row"
+) -> Iterator[str]:
+    rows = enumerate(index, row0)
+    return (f"{what} {row}" for row, entry in rows if _fails(read_picture, tar, entry, row))
+
+
+def _fails(read: Callable[..., object], *arguments: object) -> bool:
+    try:
+        read(*arguments)
+    except CorruptionError:
+        return True
+    return False
+
+
+def _check_file(path: Path, entry: FileEntry, quick: bool, parts: Iterable[str]) -> None:
+    """Check the size of a file and, unless `quick`, its sha256.
+
+    Raises: CorruptionError with the path and the damaged `parts`, which are computed only then.
+    """
     size = path.stat().st_size if path.is_file() else "no file"
     if size != entry.bytes:
         raise CorruptionError(f"{path}: expected {entry.bytes} bytes; found {size}")
     if not quick and file_sha256(path) != entry.sha256:
-        raise CorruptionError(f"{path}: expected the recorded sha256; found another")
+        damaged = list(parts)
+        more = f" and {len(damaged) - MAX_NAMED} more" if len(damaged) > MAX_NAMED else ""
+        where = ", ".join(damaged[:MAX_NAMED]) + more or "not located"
+        found = f"found another; damaged parts: {where}"
+        raise CorruptionError(f"{path}: expected the recorded sha256; {found}")

@@ -10,7 +10,7 @@ begin()
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
@@ -19,6 +19,9 @@ from cache_tools.console import print_json
 from cache_tools.errors import UsageError
 
 from . import folder_commands
+
+if TYPE_CHECKING:
+    from .extract import Request
 
 app = application(
     "mcm-cache",
@@ -164,6 +167,7 @@ def extract_command(
     workers: Annotated[int | None, Option(help="Number of workers; given with --worker.")] = None,
     ray: Annotated[int | None, Option(min=1, metavar="N", help=_RAY)] = None,
     ray_address: Annotated[str | None, Option(help=_ADDRESS)] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only print what `plan` prints.")] = False,
 ) -> None:
     """Write views and teacher features, shard by shard.
 
@@ -180,6 +184,9 @@ def extract_command(
     flags |= dict(teacher_mean=teacher_mean, teacher_std=teacher_std)
     request = load_config(config, flags, set_ or ())
     info = worker_info(worker, workers, device, threads, processes)
+    if dry_run:
+        _print_plan(Request(source, cache, request, info))
+        return
     if ray is None:
         extract(Request(source, cache, request, info))
         return
@@ -221,15 +228,22 @@ def plan_command(
     """
     from .config import load_config
     from .extract import Request
-    from .plan import plan
     from .worker import worker_info
 
     if bool(source) == bool(rows):
         raise UsageError("expected a SOURCE or --rows N; found " + ("both" if source else "none"))
     request = load_config(config, dict(teacher=teacher, weights=weights), set_ or ())
+    asked = Request(source, cache, request, worker_info(device=device))
+    _print_plan(asked, rows, samples_per_second, json)
+
+
+def _print_plan(
+    request: "Request", rows: int | None = None, rate: float = 1000.0, json: bool = False
+) -> None:
+    from .plan import plan
+
     with redirect_stdout(sys.stderr):  # for the notes of the teacher
-        asked = Request(source, cache, request, worker_info(device=device))
-        found = plan(asked, rows, samples_per_second)
+        found = plan(request, rows, rate)
     if json:
         print_json(found)
     else:

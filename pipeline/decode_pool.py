@@ -6,6 +6,7 @@ one by one, in a separate process.
 """
 
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,8 +14,10 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from itertools import islice
-from multiprocessing import get_context
-from typing import TypeVar, cast
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
+from types import ModuleType
+from typing import Any, TypeVar, cast
 
 from cache_tools.errors import ResourceError
 from cache_tools.images import PictureRefused
@@ -107,10 +110,30 @@ class DecodePool(AbstractContextManager["DecodePool"]):
         raise refusal
 
 
+class _Process(ForkServerProcess):
+    """A process that does not run the main module again.
+
+    A user's script may lack the `__main__` guard, or import torch.
+    """
+
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> Any:
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+        try:
+            return ForkServerProcess._Popen(process_obj)
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _Context(ForkServerContext):
+    """A forkserver, because a fork of this process would copy the locks of its threads."""
+
+    Process = _Process
+
+
 def _start(workers: int) -> ProcessPoolExecutor:
     start_forkserver(workers, 32 + 2 * workers, "pipeline.candidates")
-    # A fork of this process would copy the locks of its threads.
-    return ProcessPoolExecutor(workers, get_context("forkserver"), init_worker)
+    return ProcessPoolExecutor(workers, _Context(), init_worker)
 
 
 def _finishes(future: Future[Result]) -> bool:

@@ -1,4 +1,4 @@
-"""verify: which damage each level names, by file, and which shards a subset takes."""
+"""verify: which damage each level names, by file and chunk, and which shards a subset takes."""
 
 from pathlib import Path
 
@@ -23,13 +23,14 @@ def flip(path: Path, place: int = -1) -> None:
     path.write_bytes(data)
 
 
-def found_in(path: Path) -> set[str]:
-    return {problem.file for problem in verify(path, quiet=True).problems}
+def found_in(path: Path) -> dict[str, str]:
+    """The name of each damaged file and the parts of it that are named."""
+    return {problem.file: problem.text.partition("damaged parts: ")[2] for problem in verify(path, quiet=True).problems}
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
 @pytest.mark.parametrize("compress", [None, "zstd"])
-def test_a_flipped_bit_is_named_by_file(tmp_path: Path, dtype: str, compress: str | None) -> None:
+def test_a_flipped_bit_is_named_by_file_and_chunk(tmp_path: Path, dtype: str, compress: str | None) -> None:
     unit = make_cache(tmp_path / "cache", views=1, val_rows=0, dtype=dtype, compress=compress).all_units()[0]
     path, patch = unit.path.parents[1], unit.group / unit.specs["patch"].shard_file(1)
     reports = [verify(path, quiet=True, **options) for options in ({"quick": True}, {})]
@@ -40,8 +41,12 @@ def test_a_flipped_bit_is_named_by_file(tmp_path: Path, dtype: str, compress: st
     flip(unit.tar(1), 600)
     flip(unit.group / unit.specs["cls"].shard_file(0), -1)  # in the index at its end
     assert not verify(path, quick=True, quiet=True).problems  # sizes alone
-    cls = unit.group / unit.specs["cls"].shard_file(0)
-    assert found_in(path) == {*map(str, (patch, unit.index_file(0), unit.tar(1), cls))}
+    assert found_in(path) == {
+        str(patch): "chunk 0",
+        str(unit.index_file(0)): "chunk 3",
+        str(unit.tar(1)): "row 64",
+        str(unit.group / unit.specs["cls"].shard_file(0)): "not located",
+    }
     problem = next(problem for problem in verify(path, quiet=True).problems if problem.what == "patch")
     assert (problem.split, problem.unit, problem.shard) == ("train", "train/v0", 1)
     patch.write_bytes(patch.read_bytes()[:-1])
@@ -58,7 +63,9 @@ def test_swapped_chunks_and_swapped_files_are_named(cache: Path) -> None:
     exchanged = [scale.read_bytes() for scale in reversed(scales)]
     for scale, other in zip(scales, exchanged, strict=True):
         scale.write_bytes(other)
-    assert found_in(cache) == {*map(str, (patch, *scales))}
+    assert found_in(cache) == {str(patch): "chunk 1, chunk 2"} | {
+        str(scale): "chunk 0, chunk 1, chunk 2" for scale in scales
+    }
 
 
 def test_one_damaged_file_hides_no_other(cache: Path) -> None:
@@ -99,6 +106,8 @@ def test_a_dataset_by_level(tmp_path: Path) -> None:
     assert not verify(dataset.path, quick=True, quiet=True).problems
     (problem,) = verify(dataset.path, quiet=True).problems
     assert (problem.file, problem.what, problem.split, problem.shard) == (str(tar), "tar", "val", 0)
+    flip(tar, 600)
+    assert found_in(dataset.path) == {str(tar): "row 0"}
     flip(dataset.path / "dataset.json", 300)
     assert [found.what for found in verify(dataset.path, quiet=True).problems] == ["dataset.json"]
 

@@ -238,6 +238,8 @@ def test_masks_that_are_lost_or_damaged_are_named_moved_and_made_again(place, tm
         Dataset(path).mask("train", 17)
     report = verify(path, quiet=True)
     assert [(problem.what, problem.shard) for problem in report.problems] == [("targets", 1), ("tar", 1)]
+    targets.write_bytes((place / "dataset/train/000001.targets.npy").read_bytes())
+    assert "damaged parts: mask of row 17" in verify(path, quiet=True).problems[0].text
     targets.unlink()
     repair(verify(path, quiet=True))
     shard(place / "ade", path, rows_per_shard=16, workers=1)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -244,6 +245,15 @@ def test_the_command_takes_a_source_per_split_or_a_share(tmp_path):
     assert [Dataset(tmp_path / "a").rows(split) for split in ("train", "val")] == [30, 10]
     run("mcm-cache", "shard", source / "train", tmp_path / "b", "--val", "0.4")
     assert 30 == sum(Dataset(tmp_path / "b").rows(split) for split in ("train", "val"))
+
+
+def test_a_script_shards_without_the_guard_of_multiprocessing(tmp_path):
+    """Its decoding processes do not run it again: they would import torch, or shard without end."""
+    make_source(tmp_path / "source", train=2, val=1)
+    script = tmp_path / "script.py"
+    script.write_text("print('begun')\nfrom pipeline.shard import shard\nshard('source', 'out', workers=2)\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("begun") == 1 and not done.stderr
 
 
 def test_a_refusal_is_written_in_the_same_bytes_each_time(tmp_path):
