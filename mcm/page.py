@@ -13,10 +13,11 @@ STYLE, SCRIPT = (
 )
 
 
-def page(title: str, body: str) -> bytes:
-    """Return one HTML file that loads nothing else."""
+def page(title: str, body: str, reload_s: int = 0) -> bytes:
+    """Return one HTML file that loads nothing else; with `reload_s`, it loads itself again."""
     title, viewport = html.escape(title), '"width=device-width, initial-scale=1"'
     head = f"<meta charset=utf-8><meta name=viewport content={viewport}><title>{title}</title>"
+    head += f"<meta http-equiv=refresh content={reload_s}>" if reload_s else ""
     head = f'<!doctype html><html lang="en">{head}<style>{STYLE}</style><h1>{title}</h1>'
     return printable(f"{head}{body}<script>{SCRIPT}</script></html>\n").encode()
 

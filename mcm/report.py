@@ -22,11 +22,13 @@ from mcm.draw import color
 from mcm.page import charts, page, table
 from mcm.probe import ProbeResult
 from mcm.run_dir import last_eval, read_metrics, recorded
+from mcm.runs import state
 from mcm.tables import FIT, Cells, Table, fine_tuned, held_out, percent, probed, seeded, table_lines
 
 FEW = 20  # classes of a confusion matrix; a table has as many confused pairs
 ABLATIONS = {"columns", "rows"}  # keys of a results.json
 RANDOM = "random init"
+RELOAD_S = 30  # a page with a running RUN loads itself again
 # A metric by a word in the names of its columns: the title of its figure, and what it means.
 METRICS = {
     "k-NN": ("k-NN accuracy", "Frozen features; the nearest training pictures vote."),
@@ -44,6 +46,8 @@ NEGATIVE = (
 
 def report(runs: Sequence[Path], out: Path, note: str = "") -> dict[str, Table]:
     """Write the HTML file and return its tables by the sha256 of their DATASET.
+
+    While a RUN trains, the page loads itself again, to show the file of a later call.
 
     Raises: UsageError for a folder that is not a RUN, a CACHE or an ablation, or a folder `out`.
     """
@@ -74,7 +78,8 @@ def report(runs: Sequence[Path], out: Path, note: str = "") -> dict[str, Table]:
         )
     for i, (name, section) in enumerate(sections.items()):
         body += f"<h2 id={i}>{html.escape(name)}</h2>{section}"
-    write_atomic(out, page("Masked Channel Modeling", body))
+    training = any((run / "run.json").is_file() and state(run)[0] == "running" for run in runs)
+    write_atomic(out, page("Masked Channel Modeling", body, RELOAD_S * training))
     return dict(tables)
 
 

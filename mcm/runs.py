@@ -40,13 +40,13 @@ def _described(run: Path) -> dict[str, Any]:
     newest = max(file.stat().st_mtime for file in dated if file.is_file())
     facts: dict[str, Any] = {"run": str(run), "age_s": round(time.time() - newest)}
     try:
-        facts["state"], facts["message"] = _state(run)
+        facts["state"], facts["message"] = state(run)
         return facts | _progress(run)
     except (McmError, KeyError) as error:
         return facts | {"state": "damaged", "message": str(error)}
 
 
-def _state(run: Path) -> tuple[str, str]:
+def state(run: Path) -> tuple[str, str]:
     """Return the state and the message of exit.json; without it, the run was killed at its start.
 
     Without locks on its file system, a killed run cannot be told from a running one.

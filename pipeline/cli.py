@@ -213,6 +213,9 @@ def plan_command(
     samples_per_second: Annotated[
         float, Option(min=1, help="Speed of the training step, in pictures per second.")
     ] = 1000.0,
+    price_per_hour: Annotated[
+        float, Option(min=0, help="Price of an hour of this machine, in any currency.")
+    ] = 0.0,
     config: _Config = None,
     teacher: _Teacher = None,
     weights: _Weights = None,
@@ -234,16 +237,17 @@ def plan_command(
         raise UsageError("expected a SOURCE or --rows N; found " + ("both" if source else "none"))
     request = load_config(config, dict(teacher=teacher, weights=weights), set_ or ())
     asked = Request(source, cache, request, worker_info(device=device))
-    _print_plan(asked, rows, samples_per_second, json)
+    _print_plan(asked, rows, samples_per_second, price_per_hour, json)
 
 
 def _print_plan(
-    request: "Request", rows: int | None = None, rate: float = 1000.0, json: bool = False
-) -> None:
+    request: "Request", rows: int | None = None, rate: float = 1000.0, price: float = 0.0,
+    json: bool = False,
+) -> None:  # fmt: skip
     from .plan import plan
 
     with redirect_stdout(sys.stderr):  # for the notes of the teacher
-        found = plan(request, rows, rate)
+        found = plan(request, rows, rate, price)
     if json:
         print_json(found)
     else:

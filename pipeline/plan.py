@@ -40,11 +40,14 @@ DISK_BLOCKS, BLOCK = 64, 4 << 20
 _TAR, _SHARD, _VALUE, _CRC = 1536, 6144 + 128 + 1500, 12.5, 11.5
 
 
-def plan(request: Request, rows: int | None = None, rate: float = 1000.0) -> dict[str, Any]:
+def plan(
+    request: Request, rows: int | None = None, rate: float = 1000.0, price: float = 0.0
+) -> dict[str, Any]:
     """Return what the request needs, in the words and units of `mcm-cache plan`.
 
     With `rows`, there is no source: synthetic pictures stand for that many. `rate` is the speed of
-    the training step, in samples per second. The measurements take about 30 s at most.
+    the training step, in samples per second, and `price` that of an hour of this machine. The
+    measurements take about 30 s at most.
     """
     source, pictures = _sample(request, rows)
     session = Session(request, source)
@@ -88,6 +91,10 @@ def plan(request: Request, rows: int | None = None, rate: float = 1000.0) -> dic
         # After so many epochs, a teacher in the training loop has cost as much as the cache.
         "break_even_epochs": total * online_s / saved_s if saved_s > 0 else "never",
     }
+    if price:
+        epoch_hours = first.rows / min(limits.values()) / 3600
+        prices = {"extraction_price": found["hours"] * price, "epoch_price": epoch_hours * price}
+        found |= prices
     return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}
 
 

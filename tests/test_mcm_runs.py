@@ -33,6 +33,8 @@ def test_running_killed_and_done(tmp_path):
             assert process.poll() is None
             time.sleep(0.05)
         assert runs(tmp_path)[0]["state"] == "running"
+        run("mcm-train", "report", out, "--out", tmp_path / "report.html")
+        assert b"<meta http-equiv=refresh content=30>" in (tmp_path / "report.html").read_bytes()
     finally:
         process.kill()
         process.wait()
@@ -49,6 +51,8 @@ def test_running_killed_and_done(tmp_path):
     r2 = [line["eval"]["r2_masked"] for line in log if "eval" in line]
     assert killed["best"]["r2_masked"] == max(r2) and killed["images_per_s"] > 0 and killed["age_s"] < 600
     run("mcm-train", *start, "--set", "train.eval_epochs=0")
+    run("mcm-train", "report", out, "--out", tmp_path / "report.html")
+    assert b"http-equiv" not in (tmp_path / "report.html").read_bytes()
     (done,) = json.loads(run("mcm-train", "runs", tmp_path, "--json"))
     assert (done["state"], done["step"], done["message"]) == ("done", 400, "complete")
     printed = run("mcm-train", "runs", tmp_path)

@@ -99,5 +99,10 @@ def test_text_and_json_name_the_same_figures_and_no_file_is_left(place: Path, tm
         key.replace("_", " ") for key in plan(request(place, tmp_path / "c"))
     ]
     assert not [*tmp_path.iterdir()]
+    priced = run("mcm-cache", "plan", "--rows", 1000, *options, "--set", "size=32", "--price-per-hour", 4, "--json")
+    found = json.JSONDecoder().raw_decode(priced)[0]
+    slowest = min(found[f"{limit}_samples_per_s"] for limit in ("step", "disk", "decoding"))
+    assert found["extraction_price"] == pytest.approx(4 * found["hours"], rel=1e-3)
+    assert found["epoch_price"] == pytest.approx(4 * 1000 / slowest / 3600, rel=1e-3) and "epoch_price" not in known
     for source in ([], [place / "dataset", "--rows", 5]):
         assert "expected a SOURCE or --rows N" in run("mcm-cache", "plan", *source, *options, expect=2)
