@@ -202,10 +202,18 @@ def progress(
     """Show the progress of a long command, or nothing if `quiet`, as on ranks other than 0."""
     if not quiet and sys.stdout.isatty():
         from rich import progress as rich
+        from rich.table import Column
 
-        text, note = rich.TextColumn("{task.description}"), rich.TextColumn("{task.fields[note]}")
+        class Note(rich.TextColumn):  # on a narrow terminal, the note is cut before the numbers
+            def render(self, task: rich.Task) -> Any:
+                text = super().render(task)
+                text.no_wrap = True
+                return text
+
+        text, column = rich.TextColumn("{task.description}"), Column(overflow="ellipsis")
+        note = Note("{task.fields[note]}", table_column=column)
         numbers = rich.MofNCompleteColumn(), rich.TextColumn(unit), rich.TimeRemainingColumn()
-        with rich.Progress(text, rich.BarColumn(), *numbers, note) as bar:
+        with rich.Progress(text, rich.BarColumn(20), *numbers, note) as bar:
             task = bar.add_task(one_line(label), total=total, completed=done, note="")
             yield Progress(total, label, unit, done, functools.partial(bar.update, task))
     elif quiet:

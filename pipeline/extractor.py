@@ -69,7 +69,8 @@ class Timers:
 
     def __str__(self) -> str:
         total = sum(self.seconds.values()) or 1
-        return ", ".join(f"{what} {share / total:.0%}" for what, share in self.seconds.items())
+        shares = self.seconds.most_common()
+        return ", ".join(f"{what} {share / total:.0%}" for what, share in shares)
 
 
 def render_views(

@@ -1,7 +1,9 @@
 """At a terminal: one line and the right exit code for a fault of the user's, a clean stop, a second one at once."""
 
 import errno
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +33,21 @@ def test_one_line_and_the_exit_code(error: Exception, capsys: pytest.CaptureFixt
     assert caught.value.code == CODES.get(type(error).__name__, 7)
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [64, 100])
+def test_a_narrow_terminal_cuts_the_note_and_never_the_numbers(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    with progress(6111, "extract cache", "views", done=512) as bar:
+        bar.update(1, "teacher 98%, wait for pictures 2%, wait for the disk 0%")
+    last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", terminal.getvalue()).rstrip().splitlines()[-1]
+    assert last.startswith("extract cache") and "513/6111 views" in last and "teacher" in last and "…" in last
 
 
 def test_gpu_memory_is_a_resource() -> None:

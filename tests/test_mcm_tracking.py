@@ -1,9 +1,11 @@
-"""Trackers: a training that is killed and resumed is one run of wandb (offline) and of MLflow (file store)."""
+"""Trackers: a training that is killed and resumed is one run of wandb (offline), MLflow (file store) and trackio."""
 
 import json
 import os
 import signal
+import sqlite3
 import subprocess
+from contextlib import closing
 
 import pytest
 from conftest import command
@@ -49,6 +51,15 @@ def test_wandb_offline_continues_one_run(trained_twice):
     run, name = trained_twice("wandb", WANDB_MODE="offline")
     folders = sorted(path.name for path in (run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and all(folder.endswith(f"-{name}") for folder in folders) and name.startswith("one-")
+
+
+@pytest.mark.slow
+def test_trackio_continues_one_run_and_has_every_step(trained_twice, tmp_path):
+    pytest.importorskip("trackio")
+    _, name = trained_twice("trackio", TRACKIO_DIR=str(tmp_path / "store"), HF_HUB_OFFLINE="1")
+    with closing(sqlite3.connect(tmp_path / "store" / "masked-channel-modeling.db")) as store:
+        found = store.execute("select run_name, min(step), max(step) from metrics group by run_name").fetchall()
+    assert found == [(name, 1, 80)]
 
 
 @pytest.mark.slow
