@@ -55,7 +55,7 @@ def test_any_source_gives_the_plan_of_its_dataset(place: Path, source: str) -> N
 def test_rows_alone_give_a_plan(place: Path) -> None:
     found = plan(request(place, place / "new" / "deep"), rows=1_000_000, rate=500.0)
     assert (found["views"], found["shards"], found["pictures"]) == (2_000_000, 2 * 977, "synthetic")
-    assert found["training_megabytes_per_s"] == pytest.approx(found["kilobytes_per_sample"] / 2, rel=1e-3)
+    assert found["training_megabytes_per_s"] == pytest.approx(found["kilobytes_per_sample"] / 2, rel=2e-3)
     rates = {name: found[f"{name}_samples_per_s"] for name in ("step", "disk", "decoding")}
     assert rates[found["training_bottleneck"]] == min(rates.values())
     assert found["break_even_epochs"] == "never" or found["break_even_epochs"] >= 2  # it costs two epochs at least
@@ -99,10 +99,10 @@ def test_text_and_json_name_the_same_figures_and_no_file_is_left(place: Path, tm
         key.replace("_", " ") for key in plan(request(place, tmp_path / "c"))
     ]
     assert not [*tmp_path.iterdir()]
-    priced = run("mcm-cache", "plan", "--rows", 1000, *options, "--set", "size=32", "--price-per-hour", 4, "--json")
+    priced = run("mcm-cache", "plan", "--rows", 1000, *options, "--price-per-hour", 4, "--json")
     found = json.JSONDecoder().raw_decode(priced)[0]
     slowest = min(found[f"{limit}_samples_per_s"] for limit in ("step", "disk", "decoding"))
-    assert found["extraction_price"] == pytest.approx(4 * found["hours"], rel=1e-3)
-    assert found["epoch_price"] == pytest.approx(4 * 1000 / slowest / 3600, rel=1e-3) and "epoch_price" not in known
+    assert found["extraction_price"] == pytest.approx(4 * found["hours"], rel=2e-3)
+    assert found["epoch_price"] == pytest.approx(4 * 1000 / slowest / 3600, rel=2e-3) and "epoch_price" not in known
     for source in ([], [place / "dataset", "--rows", 5]):
         assert "expected a SOURCE or --rows N" in run("mcm-cache", "plan", *source, *options, expect=2)
