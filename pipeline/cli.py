@@ -139,7 +139,7 @@ _PROCESSES = (
     "Processes that share this worker's device; by default 1 on a CPU, and on a GPU one per core "
     "except for two, at most 14."
 )
-_RAY = "Run on N actors of a Ray cluster; on GPUs, one per GPU."
+_RAY = "Run N workers on a Ray cluster, one per GPU; each is --processes actors."
 _ADDRESS = "auto, HOST:PORT or local; by default as RAY_ADDRESS, else a local cluster."
 _DATASET = "Or pictures, which are sharded into CACHE/dataset first."
 
@@ -192,10 +192,10 @@ def extract_command(
         return
     from .ray_pool import extract_on_ray
 
-    if worker is not None or processes or info.workers > 1:
-        alternatives = "--processes, --worker or a launcher such as torchrun"
+    if worker is not None or info.workers > 1:
+        alternatives = "--worker or launcher such as torchrun"
         raise UsageError(f"--ray {ray}: expected no {alternatives}; Ray starts the workers")
-    info = info._replace(device=device, threads=threads or 0)
+    info = info._replace(device=device, threads=threads or 0, processes=processes or 0)
     extract_on_ray(Request(source, cache, request, info), ray, ray_address)
 
 

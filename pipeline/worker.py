@@ -58,8 +58,13 @@ def worker_info(
         device = f"cuda:{local_rank % gpus}" if gpus else "cpu"
     if processes is None:
         on_gpu = gpus and not (device or "cuda").startswith("cpu")
-        processes = max(1, min(cores - 2, MAX_PROCESSES)) if on_gpu else 1
+        processes = processes_per_gpu(cores) if on_gpu else 1
     return WorkerInfo(rank, size, device, threads or max(1, cores // processes), processes)
+
+
+def processes_per_gpu(cores: int) -> int:
+    """Return the default number of processes that share a GPU."""
+    return max(1, min(cores - 2, MAX_PROCESSES))
 
 
 def _launcher() -> tuple[int, int, int | None, int]:

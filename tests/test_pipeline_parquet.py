@@ -220,7 +220,10 @@ def test_rows_without_a_picture_are_quarantined(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_damaged_files_are_named(
-    tmp_path: Path, how_many: Callable[[int, int], int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    how_many: Callable[[int, int], int],
+    tally: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = write_parquet(tmp_path / "train-0.parquet", [picture(i, 4) for i in range(40)], [0] * 40, NAMES)
     whole, draw, damaged = path.read_bytes(), random.Random(3), 0
@@ -239,6 +242,7 @@ def test_damaged_files_are_named(
             assert "train-0.parquet: " in str(error)
             damaged += 1
     assert damaged > 3
+    tally("parquet files with a random byte", files=trial + 1, named=damaged, failures=0)
     path.write_bytes(whole)
     (tmp_path / "train-1.parquet").symlink_to("nowhere")
     with pytest.raises(UsageError, match=r"train-1.parquet: expected a parquet file; found no regular file"):

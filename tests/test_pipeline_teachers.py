@@ -170,6 +170,8 @@ NOT_PLAIN, POOLED = "expected a plain vision transformer, with", "expected a vis
     ],
 )  # fmt: skip
 def test_every_name_gives_features_or_one_line(name: str, found: object) -> None:
+    if name.startswith("timm:") and not timm.is_model(name[5:].split(".")[0]):
+        pytest.skip(f"timm {timm.__version__} has no {name[5:]}")
     assert outcome(name, r".*") == found if isinstance(found, tuple) else outcome(name, str(found)) is None
 
 
