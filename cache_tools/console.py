@@ -24,6 +24,7 @@ T = TypeVar("T")
 Handler = Callable[[int, FrameType | None], Any]
 PLAIN_EVERY_S = 10.0
 _PRINTERS = ("cache_tools", "pipeline", "mcm", "_click", "click")  # packages that print
+CLOSED_PIPE = 141  # as a shell shows a process that SIGPIPE ended
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FILES = (errno.EMFILE, errno.ENFILE)
 # Torch raises a RuntimeError that contains the text of one of these error numbers.
@@ -36,6 +37,8 @@ def exit_code(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return Interrupted.exit_code
+    if isinstance(error, BrokenPipeError) and _resource(error) == "standard output":
+        return CLOSED_PIPE
     return ResourceError.exit_code if _is_resource(error) else McmError.exit_code
 
 
@@ -139,7 +142,8 @@ def warn_if_not_saved() -> Iterator[None]:
 def guarded(command: Callable[P, T]) -> Callable[P, T]:
     """Wrap a command: an error of the user prints one line on stderr and sets the exit code.
 
-    Other errors are bugs and keep their traceback. Outside a StopFlag, SIGTERM and Ctrl-C raise
+    If the reader of standard output has closed the pipe, nothing is printed. Other errors are bugs
+    and keep their traceback. Outside a StopFlag, SIGTERM and Ctrl-C raise
     KeyboardInterrupt, so that the command cleans up.
     """
 
@@ -154,7 +158,8 @@ def guarded(command: Callable[P, T]) -> Callable[P, T]:
         except (Exception, KeyboardInterrupt) as error:
             if not isinstance(error, McmError | KeyboardInterrupt) and not _is_resource(error):
                 raise
-            say(f"error: {error_line(error)}", sys.stderr)
+            if exit_code(error) != CLOSED_PIPE:
+                say(f"error: {error_line(error)}", sys.stderr)
             say("", sys.stdout)
             sys.unraisablehook = lambda _: None  # a library may leave incomplete objects behind
             sys.exit(exit_code(error))

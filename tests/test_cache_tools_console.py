@@ -175,6 +175,16 @@ def test_closed_and_full_streams(arguments: str, streams: str, code: int, said: 
     assert done.returncode == code and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
 
+@pytest.mark.parametrize("arguments", ["info tests/data/dataset-v1", "--help", "--version", "verify --help"])
+def test_a_closed_pipe_ends_a_command_without_a_message(arguments: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = f"from pipeline.cli import app; app({arguments.split()})"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_no_file_gets_the_number_of_a_closed_stream() -> None:
     code = "import pipeline.cli, os, sys; sys.exit(os.open('pyproject.toml', os.O_RDONLY))"
     assert shell(code, "<&- >&- 2>&-").returncode > 2
