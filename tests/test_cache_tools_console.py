@@ -176,10 +176,13 @@ def test_closed_and_full_streams(arguments: str, streams: str, code: int, said: 
 
 
 @pytest.mark.parametrize("arguments", ["info tests/data/dataset-v1", "--help", "--version", "verify --help"])
-def test_a_closed_pipe_ends_a_command_without_a_message(arguments: str) -> None:
+@pytest.mark.parametrize("first", ["", "import wandb; "])
+def test_a_closed_pipe_ends_a_command_without_a_message(first: str, arguments: str) -> None:
+    if first:
+        pytest.importorskip("wandb")  # it wraps standard output
     reader, writer = os.pipe()
     os.close(reader)
-    code = f"from pipeline.cli import app; app({arguments.split()})"
+    code = f"{first}from pipeline.cli import app; app({arguments.split()})"
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
