@@ -1,5 +1,7 @@
 """The errors that a user can meet, and the exit code of each."""
 
+from collections.abc import Collection
+from os import listdir
 from os.path import exists, isdir, isfile, join
 
 _KINDS = {
@@ -20,14 +22,22 @@ def found_at(path: object) -> str:
     return next(kinds, "another folder")
 
 
-def check_output(path: object, kind: str) -> None:
+def check_output(path: object, kind: str, own: Collection[str] | None = None) -> None:
     """Check that `path` is free for output of `kind`; an unfinished folder passes.
 
-    Raises: UsageError if `path` is a file or holds another kind of output.
+    With `own`, a folder without .run holds only these names: files of the user must not mix with
+    the output, because --overwrite removes the folder.
+
+    Raises: UsageError if `path` is a file or holds other files or another kind of output.
     """
-    if (found := found_at(path)) not in ("nothing there", "another folder", kind):
-        message = f"{path}: expected {kind} or a new folder; found {found}; choose another name"
-        raise UsageError(message)
+    found = found_at(path)
+    if found == "another folder" and own is not None and not isdir(join(str(path), ".run")):
+        names = [name for name in listdir(str(path)) if name not in own]
+        if other := sorted(name for name in names if not name.endswith(".partial")):
+            found = f"other files, such as {other[0]}"
+    if found not in ("nothing there", "another folder", kind):
+        expected = f"expected {kind} or a new or empty folder"
+        raise UsageError(f"{path}: {expected}; found {found}; choose another name")
 
 
 class McmError(Exception):

@@ -174,16 +174,11 @@ def _check_request(
         raise UsageError(f"--val: expected a share from 0 to below 1, such as 0.1; found {val}")
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"--seed: expected 0 or a positive number; found {seed}")
-    check_output(out, "a DATASET")
+    check_output(out, "a DATASET", own=())
     for part in source.values() if isinstance(source, Mapping) else [source]:
         if Path(part).is_dir() and out.resolve().is_relative_to(Path(part).resolve()):
             expected = f"expected a DATASET outside its source {part}"
             raise UsageError(f"{out}: {expected}; choose another DATASET")
-    run = storage.work_dir(out)
-    begun = (out / "dataset.json").is_file() or (run / "shard" / "request.json").is_file()
-    if not begun and out.is_dir() and any(path != run for path in out.iterdir()):
-        expected = "expected a new or empty folder; found other files"
-        raise UsageError(f"{out}: {expected}; choose another DATASET")
 
 
 def _request_of(record: DatasetRecord) -> ShardRequest:

@@ -124,9 +124,10 @@ def test_overwrite_removes_runs_only(tmp_path):
     (tmp_path / "photos" / "a.jpg").write_bytes(b"x")
     data = make_dataset(tmp_path / "dataset", 32, 16).path
     begin = ["finetune", "finetune/demo", "--init", "random", "--overwrite"]
-    answer = mcm_train(*begin, "--data", data, "--out", tmp_path / "photos")
-    assert answer.exit_code == 2 and "by hand" in answer.stderr
-    assert (tmp_path / "photos" / "a.jpg").is_file()
+    for command in (begin, begin[:-1]):  # a run that mixes with pictures would be removed with them
+        answer = mcm_train(*command, "--data", data, "--out", tmp_path / "photos")
+        assert answer.exit_code == 2 and "found other files, such as a.jpg" in answer.stderr
+        assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.jpg"]
     run = make_run(tmp_path / "run")
     assert mcm_train(*begin, "--data", tmp_path, "--out", run).exit_code == 2
     assert (run / "checkpoints").exists(), "a mistyped DATASET must not cost a run"

@@ -211,6 +211,13 @@ def test_usage_errors_come_before_any_work(place: Path, tmp_path: Path, changes:
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_folder_with_other_files_is_no_cache(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(UsageError, match="a new or empty folder; found other files, such as a.jpg"):
+        extract(request(place, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jpg"]
+
+
 @pytest.mark.parametrize("patch", [None, 16])
 def test_a_teacher_without_a_square_grid_is_refused(patch: int | None) -> None:
     teacher = load_teacher("timm:vit_tiny_patch16_224", "random", 32, device="cpu")
