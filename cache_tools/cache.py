@@ -202,8 +202,10 @@ class Unit:
         `into` may hold arrays of 16 rows for `patch`, `scale` and `cls`. A chunk of 16 rows is read
         into these arrays. If `into` is given without `cls`, `cls` is not read.
 
-        Raises: CorruptionError with the path of the file.
+        Raises: IndexError for a number outside the unit; CorruptionError with the path of the file.
         """
+        if not 0 <= chunk < self.num_chunks:
+            raise IndexError(f"{self}: expected a chunk below {self.num_chunks}; found {chunk}")
         shard, position = divmod(chunk, self.chunks_per_shard)
         row0 = chunk * CHUNK_ROWS
         rows = min(CHUNK_ROWS, self.rows - row0)

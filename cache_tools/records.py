@@ -297,6 +297,17 @@ def _known_keys(cls: type[Record], prefix: str = "") -> list[str]:
     return keys
 
 
+def _nearest_key(cls: type[Record], unknown: str) -> str:
+    """Return the key that an unknown key may stand for, or else the keys of its section."""
+    known, (section, _, name) = _known_keys(cls), unknown.rpartition(".")
+    if elsewhere := [key for key in known if key.split(".")[-1] == name]:
+        return f"; did you mean '{elsewhere[0]}'?"
+    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
+    close = difflib.get_close_matches(name, siblings, n=1)
+    expected = f"; expected one of {', '.join(siblings)}" if siblings else ""
+    return f"; did you mean '{siblings[close[0]]}'?" if close else expected
+
+
 def _location(loc: Sequence[int | str]) -> str:
     return ".".join(map(str, loc)) or "top level"
 
@@ -305,7 +316,7 @@ def _explain(cls: type[Record], detail: Any) -> str:
     where, message = _location(detail["loc"]), str(detail["msg"]).removeprefix("Value error, ")
     match detail["type"]:
         case "extra_forbidden":
-            return f"unknown key '{where}'{nearest(where, _known_keys(cls))}"
+            return f"unknown key '{where}'{_nearest_key(cls, where)}"
         case "missing":
             return f"missing key '{where}'"
         case "value_error":  # a validator of this software; its message names the keys and values

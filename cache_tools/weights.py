@@ -170,7 +170,7 @@ def load_whole(
     Tensors that the model does not have are ignored if their names begin with one of `heads`.
 
     Raises: IdentityError if a tensor of the model is missing or has another shape, or if another
-    tensor of `state` is unused.
+    tensor of `state` is unused; UsageError if a value is infinite or NaN.
     """
     own = model.state_dict()
     missing = sorted(n for n in own if n not in state or state[n].shape != own[n].shape)
@@ -182,6 +182,9 @@ def load_whole(
             f"missing or of another shape: {_names(missing)}; unexpected: {_names(unexpected)}; "
             f"give the weights of this architecture"
         )
+    if unfit := [name for name in own if not state[name].isfinite().all()]:
+        found = f"found NaN or infinity in {_names(unfit)}; use other weights"
+        raise UsageError(f"{where}: expected finite weights; {found}")
     model.load_state_dict({name: state[name] for name in own})
 
 

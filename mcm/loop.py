@@ -233,9 +233,10 @@ class Loop:
         self.window += [loss for loss, _ in values]
 
     def _diverged(self, step: int, loss: float, norm: float) -> Diverged:
-        rows = self.job.stream.source.rows_of(self.order.step_chunks(step)[1])
+        rows = np.sort(self.job.stream.source.rows_of(self.order.step_chunks(step)[1]))
         spans = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-        shown = ", ".join(f"{span[0]}-{span[-1]}" for span in spans[:SHOWN_SPANS])
+        ends = (sorted({span[0], span[-1]}) for span in spans[:SHOWN_SPANS])
+        shown = ", ".join("-".join(map(str, pair)) for pair in ends)
         shown += " ..." * (len(spans) > SHOWN_SPANS)
         return Diverged(
             f"step {step + 1}: expected a finite loss and gradient norm; found {loss} and {norm}"

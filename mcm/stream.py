@@ -244,7 +244,7 @@ class CacheDataset(Dataset[Batch]):
     `DataLoader(dataset, batch_size=None)` without `shuffle`; `sampler=range(step, len(dataset))`
     resumes.
 
-    Raises: UsageError if no unit is complete, or `batch` does not fit rows and ranks (`world`).
+    Raises: UsageError if no unit is complete, or `batch`, rows, `world` and `rank` do not fit.
     """
 
     def __init__(
@@ -256,7 +256,8 @@ class CacheDataset(Dataset[Batch]):
         identity, units = opened.identity, opened.complete_units(split) or [opened.unit(split)]
         for unit in units:
             unit.check_arrays()
-        self.order = Order(units[0].rows, CHUNK_ROWS, batch, batch // world, world, rank, seed)
+        share = batch // max(world, 1)
+        self.order = Order(units[0].rows, CHUNK_ROWS, batch, share, world, rank, seed)
         size_HW = identity.view_height, identity.view_width
         source = CacheSource(units, size_HW, 0, 1, seed, cls=identity.has_cls)
         self.epochs, self.stream = epochs, Stream(self.order, source)

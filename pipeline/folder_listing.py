@@ -21,6 +21,8 @@ from .source_splits import (
     scan_folder,
 )
 
+LINKS = "links, FIFOs or devices; links are never followed; copy the pictures with `cp -rL`"
+
 
 def add_folders(
     locations: Mapping[str, tuple[Path, str]], sources: Sources, max_refused: float
@@ -39,10 +41,8 @@ def add_folders(
         own = Counter[str]()
         candidates = sources.splits[split] = _folder_candidates(root, below, names, classes, own)
         if own["links"] > max_refused * (own["links"] + len(candidates)):
-            raise UsageError(
-                f"{root / below}: expected files; found {len(candidates)} files and {own['links']} "
-                "links, FIFOs or devices; links are never followed; copy the pictures with `cp -rL`"
-            )
+            found = f"{len(candidates)} files and {own['links']} {LINKS}"
+            raise UsageError(f"{root / below}: expected files; found {found}")
         if own["beside"]:
             sources.notes.append(f"{own['beside']} files beside the classes of {split} left out")
         left += own
@@ -104,12 +104,13 @@ def _folder_candidates(
     here = scan_folder(root / below)
     left.update(beside=len(here.files), links=len(here.links), hidden=len(here.hidden))
     for label, name in enumerate(classes):
-        before = len(candidates)
+        before, links = len(candidates), left["links"]
         if name in names:
             add_files(root, below + names[name], label, candidates, left)
             if len(candidates) == before:
-                folder = root / below / names[name]
-                raise UsageError(f"{folder}: expected pictures of a class; found none")
+                folder, links = root / below / names[name], left["links"] - links
+                found = f"{links} {LINKS}" if links else "none"
+                raise UsageError(f"{folder}: expected pictures of a class; found {found}")
     return candidates
 
 

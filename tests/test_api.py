@@ -107,6 +107,13 @@ def test_a_cache_dataset_raises_what_is_wrong(tmp_path: Path) -> None:
         mcm.CacheDataset(cache.path, 32, split="test")
     with pytest.raises(UsageError, match="multiple of 16 rows x 1"):
         mcm.CacheDataset(cache.path, 40)
+    for world, rank in ((2, 2), (2, -1), (0, 0)):  # of padding only, or an error of a division
+        with pytest.raises(UsageError, match=f"from 0 to world - 1 = {world - 1}; found {rank}"):
+            mcm.CacheDataset(cache.path, 32, world=world, rank=rank)
+    unit = cache.unit("train")
+    for chunk in (-1, unit.num_chunks):
+        with pytest.raises(IndexError, match="expected a chunk below 7"):
+            unit.chunk(chunk)
     data = mcm.CacheDataset(cache.path, 96)
     tar = cache.units("train")[0].tar(0)
     tar.write_bytes(tar.read_bytes().replace(b"\xff\xd8\xff", b"\xff\xd8\xfe", 1))

@@ -32,6 +32,10 @@ def test_flags_override_the_file_and_set_overrides_both() -> None:
 
 
 def test_a_mistyped_key_is_named() -> None:
+    with pytest.raises(UsageError, match="unknown key 'crop.size'; did you mean 'size'"):
+        load_config("extract/demo", {}, ["crop.size=1"])
+    with pytest.raises(UsageError, match="unknown key 'crop.jitter'; expected one of kind, scale, ratio, flip$"):
+        load_config("extract/demo", {}, ["crop.jitter=1"])
     with pytest.raises(UsageError, match="unknown key 'crop.flop'; did you mean 'crop.flip'"):
         load_config("extract/demo", {}, ["crop.flop=1"])
     with pytest.raises(UsageError, match="the command line: views: Input should be greater than or equal to 1"):

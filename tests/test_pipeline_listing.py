@@ -189,6 +189,9 @@ def test_links_are_refused_or_counted_but_for_tars(tmp_path: Path) -> None:
     assert list_sources(tmp_path / "s/train", max_refused=0.5).notes[0].startswith("2 links, FIFOs or devices")
     with pytest.raises(UsageError, match=r"found 2 files and 2 links, FIFOs or devices; .* `cp -rL`"):
         list_sources(tmp_path / "s/train")
+    (tmp_path / "s/train/a/1.png").unlink()
+    with pytest.raises(UsageError, match="train/a: expected pictures of a class; found 2 links, .* `cp -rL`"):
+        list_sources(tmp_path / "s/train")
     for link in ("s/train/c", "s/val"):  # a class, a split
         (tmp_path / link).symlink_to(tmp_path / "s/real/a")
         with pytest.raises(UsageError, match=f"{link}: expected a folder; found a link to one"):

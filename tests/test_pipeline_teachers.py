@@ -293,8 +293,11 @@ def test_wrong_weight_files(tmp_path: Path) -> None:
         with pytest.raises(IdentityError, match=said):
             load_teacher(name, str(tmp_path / "wrong.safetensors"), device="cpu")
     (tmp_path / "junk.safetensors").write_bytes(b"junk" * 100)
-    with pytest.raises(UsageError, match="expected weights"):
-        load_teacher(name, str(tmp_path / "junk.safetensors"), device="cpu")
+    for value, key in ((torch.nan, "visual.conv1.weight"), (torch.inf, "visual.proj")):
+        save_file(state | {key: state[key] * value}, tmp_path / f"{value}.safetensors")
+    for file, said in (("junk", "weights"), ("nan", "finite .* in conv1.weight"), ("inf", "finite .* in proj")):
+        with pytest.raises(UsageError, match=f"expected {said}"):
+            load_teacher(name, str(tmp_path / f"{file}.safetensors"), device="cpu")
 
 
 def test_openai_weights_without_quickgelu_are_refused(tmp_path: Path) -> None:
