@@ -95,9 +95,10 @@ def read_weights(spec: str | Path) -> "tuple[dict[str, Tensor], str]":
                 sets = _sets(torch.load(path, map_location="cpu", weights_only=True))
         largest = max(map(len, sets.values()))
     except Exception as error:
-        # torch's message recommends unpickling the file, so only the class name is shown.
+        # torch's message recommends unpickling the file, so only a class name is shown of it.
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         text = re.sub(r"\x1b\[[\d;]*m", "", str(error) or repr(error)).split("\n")[0]
+        text = "another kind of file" if "weights_only" in text else text
         found = f"an object of {unsafe[1]}" if unsafe else text
         expected = "expected weights (safetensors, or torch's without code)"
         raise UsageError(f"{path}: {expected}; found {found}") from error

@@ -1,6 +1,7 @@
 """The configuration of `mcm-cache extract`: the contents of a CACHE, from a TOML file or flags."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
@@ -20,7 +21,9 @@ def _colors(value: Any) -> Any:
         return None
     parts = value.split(",") if isinstance(value, str) else value
     parts = parts if isinstance(parts, list | tuple) else [parts]
-    return tuple(float(part) for part in parts) * (3 if len(parts) == 1 else 1)
+    with suppress(ValueError, TypeError):
+        return tuple(float(part) for part in parts) * (3 if len(parts) == 1 else 1)
+    return value  # pydantic refuses it and names the key
 
 
 Color = Annotated[float, pydantic.Field(ge=0, le=1)]

@@ -89,6 +89,9 @@ def test_a_damaged_file_and_a_pickle_with_code_are_refused(small_file, tmp_path)
     small_file.write_bytes(small_file.read_bytes()[:100_000])
     with pytest.raises(UsageError, match="expected weights"):
         load_encoder("timm:vit_tiny_patch16_224", small_file)
+    (tmp_path / "page.pt").write_text("<html>")
+    with pytest.raises(UsageError, match="expected weights .*; found another kind of file$"):
+        load_encoder("timm:vit_tiny_patch16_224", tmp_path / "page.pt")
     for content in ({"model": print}, {"cls_token": 3}, [torch.zeros(1)]):
         torch.save(content, tmp_path / "wrong.pt")
         with pytest.raises(UsageError, match="expected weights"):

@@ -194,6 +194,8 @@ def test_other_weights_and_another_activation_are_refused(place: Path, cache: Pa
         (dict(size=40, patch=16), "--size 40: expected a multiple of the patch, 16 pixels; use 32 or 48"),
         (dict(teacher_mean="0.5"), "expected both teacher_mean and teacher_std"),
         (dict(teacher_mean="123,117,104", teacher_std="1"), "teacher_mean.0: Input should be less than or equal to 1"),
+        (dict(teacher_mean="a,b,c"), "teacher_mean: Input should be a valid .*; found 'a,b,c'"),
+        (dict(teacher_mean=[[0.5]]), "teacher_mean: .*"),
         (dict(batch=20), "batch: Input should be a multiple of 16"),
         (dict(dtype="int3"), "dtype: Input should be 'int8' or 'float16'"),
         (dict(compress="lz4"), "compress: Input should be 'zstd'"),
