@@ -11,6 +11,7 @@ _KINDS = {
     "config.json": "an exported folder",
     "results.json": "an ablation",
 }
+UNFINISHED = "an unfinished folder; the command that began it resumes"
 
 
 def found_at(path: object) -> str:
@@ -19,23 +20,23 @@ def found_at(path: object) -> str:
     if not isdir(place):
         return "a file" if exists(place) else "nothing there"
     kinds = (kind for name, kind in _KINDS.items() if isfile(join(place, name)))
-    return next(kinds, "another folder")
+    return next(kinds, UNFINISHED if isdir(join(place, ".run")) else "another folder")
 
 
-def check_output(path: object, kind: str, own: Collection[str] | None = None) -> None:
+def check_output(path: object, kind: str, own: Collection[str] = ()) -> None:
     """Check that `path` is free for output of `kind`; an unfinished folder passes.
 
-    With `own`, a folder without .run holds only these names: files of the user must not mix with
-    the output, because --overwrite removes the folder.
+    A folder without .run may hold only the names in `own`: the output must not mix with files of
+    the user, because --overwrite removes the folder.
 
     Raises: UsageError if `path` is a file or holds other files or another kind of output.
     """
     found = found_at(path)
-    if found == "another folder" and own is not None and not isdir(join(str(path), ".run")):
+    if found == "another folder":
         names = [name for name in listdir(str(path)) if name not in own]
         if other := sorted(name for name in names if not name.endswith(".partial")):
             found = f"other files, such as {other[0]}"
-    if found not in ("nothing there", "another folder", kind):
+    if found not in ("nothing there", "another folder", UNFINISHED, kind):
         expected = f"expected {kind} or a new or empty folder"
         raise UsageError(f"{path}: {expected}; found {found}; choose another name")
 

@@ -299,13 +299,12 @@ def _known_keys(cls: type[Record], prefix: str = "") -> list[str]:
 
 def _nearest_key(cls: type[Record], unknown: str) -> str:
     """Return the key that an unknown key may stand for, or else the keys of its section."""
-    known, (section, _, name) = _known_keys(cls), unknown.rpartition(".")
-    if elsewhere := [key for key in known if key.split(".")[-1] == name]:
-        return f"; did you mean '{elsewhere[0]}'?"
-    siblings = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == section}
-    close = difflib.get_close_matches(name, siblings, n=1)
-    expected = f"; expected one of {', '.join(siblings)}" if siblings else ""
-    return f"; did you mean '{siblings[close[0]]}'?" if close else expected
+    section, _, name = unknown.rpartition(".")
+    split = [key.rpartition(".")[::2] for key in _known_keys(cls)]
+    keys = [key for parent, key in split if parent == section]
+    near = [".".join(parts).strip(".") for parts in split if parts[1] == name]
+    near += [f"{section}.{key}".strip(".") for key in difflib.get_close_matches(name, keys, 1, 0.7)]
+    return f"; did you mean '{near[0]}'?" if near else f"; expected one of {', '.join(keys)}"
 
 
 def _location(loc: Sequence[int | str]) -> str:

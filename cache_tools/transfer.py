@@ -93,11 +93,15 @@ def push(path: Path, url: str) -> str:
 
     What is there already is compared and left. Return a line that says what was done.
 
-    Raises: UsageError if `path` is none of these; CorruptionError if a file is damaged, before it
-    is sent; IdentityError if the remote has another record; ResourceError if the remote fails.
+    Raises: UsageError if `path` is none of these, or another kind is at `url`; CorruptionError if a
+    file is damaged, before it is sent; IdentityError if the remote has another record;
+    ResourceError if the remote fails.
     """
     source, remote = Source(Remote(str(path))), open_remote(url)
     stages, sizes = source.stages(WHOLE, listed=True), remote.sizes()
+    for other in (_KINDS.keys() & sizes.keys()) - {source.kind}:
+        expected = f"expected {_KINDS[source.kind]} or nothing there"
+        raise UsageError(f"{url}: {expected}; found {_KINDS[other]}; choose another place")
     if source.kind != "config.json" and "README.md" not in sizes:
         stages.append([lambda: Parcel({}, {"README.md": _card(path, remote.url).encode()})])
     return _copy(source.remote, remote, stages, sizes, f"push {path}")
@@ -113,7 +117,8 @@ def pull(url: str, out: Path, part: Part = WHOLE) -> str:
     """
     source, target = Source(open_remote(url)), Remote(str(out))
     stages = source.stages(part)
-    check_output(out, _KINDS[source.kind])
+    own = {name.partition("/")[0] for name in source.sizes}  # in an unfinished folder
+    check_output(out, _KINDS[source.kind], own)
     return _copy(source.remote, target, stages, target.sizes(), f"pull {url}")
 
 

@@ -132,7 +132,7 @@ class Ablation:
 
         Raises: UsageError for one that is invalid.
         """
-        check_output(out, "an ablation")
+        check_output(out, "an ablation", own=("runs", "finetune"))
         self.plan, self.rows = plan, plan.all_rows()
         self.cache, self.data, self.out, self.weights = cache, data, out, weights
         self.workers, self.failed = workers, dict[Step, int]()

@@ -174,7 +174,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 def prepare(run_dir: Path, overwrite: bool) -> None:
     """Check that `run_dir` can hold a RUN; with `overwrite`, remove the RUN in it."""
-    check_output(run_dir, "a RUN", own=())
+    check_output(run_dir, "a RUN")
     if overwrite and run_dir.exists():
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             advice = f"remove {run_dir} before you launch them"

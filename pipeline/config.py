@@ -55,7 +55,7 @@ class ExtractConfig(Record):
     compress: Literal["zstd"] | None = None
     max_error: Annotated[float, pydantic.Field(gt=0)] | None = None  # relative MSE of a shard
     precision: Literal["fp32", "fp16", "bf16"] | None = None  # None: fp16 on CUDA, fp32 on a CPU
-    batch: Annotated[int, pydantic.Field(ge=CHUNK_ROWS, multiple_of=CHUNK_ROWS)] = 64
+    batch: Annotated[int, pydantic.Field(ge=CHUNK_ROWS, le=4096, multiple_of=CHUNK_ROWS)] = 64
     seed: int = 0
 
     @pydantic.model_validator(mode="after")

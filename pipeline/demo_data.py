@@ -72,7 +72,7 @@ def demo_data(out: str | Path) -> dict[str, Any]:
     Raises: UsageError if OUT is a file; Interrupted on Ctrl-C.
     """
     out = Path(out)
-    check_output(out, "pictures")
+    check_output(out, "pictures", own=("pictures", "clip"))
     done = out / "clip" / "training.json"
     if done.is_file():
         print(f"{out}: complete; delete the folder to make it again")

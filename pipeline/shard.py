@@ -174,7 +174,7 @@ def _check_request(
         raise UsageError(f"--val: expected a share from 0 to below 1, such as 0.1; found {val}")
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"--seed: expected 0 or a positive number; found {seed}")
-    check_output(out, "a DATASET", own=())
+    check_output(out, "a DATASET")
     for part in source.values() if isinstance(source, Mapping) else [source]:
         if Path(part).is_dir() and out.resolve().is_relative_to(Path(part).resolve()):
             expected = f"expected a DATASET outside its source {part}"

@@ -80,8 +80,14 @@ def test_a_dataset_and_an_export(address: str, tmp_path: Path) -> None:
     for place in (f"{address}/d", f"{address}/e"):
         with pytest.raises(UsageError, match="no other folder can be pulled in part"):
             pull(place, tmp_path / "part", Part(first=0.5))
-    with pytest.raises(UsageError, match="expected a CACHE or a new folder; found a DATASET"):
-        pull(str(make_cache(tmp_path / "cache").path), tmp_path / "pulled")
+    cache = make_cache(tmp_path / "cache").path
+    with pytest.raises(UsageError, match="expected a CACHE or a new or empty folder; found a DATASET"):
+        pull(str(cache), tmp_path / "pulled")
+    with pytest.raises(UsageError, match="expected a CACHE or nothing there; found a DATASET"):
+        push(cache, f"{address}/d")
+    (tmp_path / "photos").mkdir(), (tmp_path / "photos" / "a.jpg").touch()
+    with pytest.raises(UsageError, match="found other files, such as a.jpg"):
+        pull(str(cache), tmp_path / "photos")
     with pytest.raises(UsageError, match="expected a CACHE, a DATASET or an exported folder; found 0"):
         pull(f"{address}/nothing", tmp_path / "none")
 

@@ -22,6 +22,7 @@ from cache_tools import images
 from cache_tools.cache import Cache, Unit
 from cache_tools.errors import CorruptionError, IdentityError, Interrupted, UsageError
 from cache_tools.images import decode_rgb, decode_view_into
+from cache_tools.info import info
 from cache_tools.quantize import decode
 from cache_tools.schema import CropPolicy
 from cache_tools.verify import verify
@@ -196,6 +197,7 @@ def test_other_weights_and_another_activation_are_refused(place: Path, cache: Pa
         (dict(teacher_mean="123,117,104", teacher_std="1"), "teacher_mean.0: Input should be less than or equal to 1"),
         (dict(teacher_mean="a,b,c"), "teacher_mean: Input should be a valid .*; found 'a,b,c'"),
         (dict(teacher_mean=[[0.5]]), "teacher_mean: .*"),
+        (dict(batch=10_000), "batch: Input should be less than or equal to 4096"),  # a batch is padded to its size
         (dict(batch=20), "batch: Input should be a multiple of 16"),
         (dict(dtype="int3"), "dtype: Input should be 'int8' or 'float16'"),
         (dict(compress="lz4"), "compress: Input should be 'zstd'"),
@@ -218,6 +220,9 @@ def test_a_folder_with_other_files_is_no_cache(place: Path, tmp_path: Path) -> N
     with pytest.raises(UsageError, match="a new or empty folder; found other files, such as a.jpg"):
         extract(request(place, tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["a.jpg"]
+    (tmp_path / "begun" / ".run").mkdir(parents=True)  # by a killed command
+    with pytest.raises(UsageError, match="found an unfinished folder; the command that began it resumes"):
+        info(tmp_path / "begun")
 
 
 @pytest.mark.parametrize("patch", [None, 16])
