@@ -15,6 +15,7 @@ from mcm.run_dir import ExitRecord, read_metrics, recorded
 # An exit code of exit.json to its state; another code is "failed".
 STATES = {0: "done", 75: "stopped"}
 METRICS = ("top1", "miou", "box_ap", "mask_ap", "knn_full", "r2_masked", "r2_full")
+MAX_TEXT = 100  # columns of a message in the table
 AGES = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
@@ -83,13 +84,14 @@ def lines(found: Sequence[dict[str, Any]]) -> list[list[str]]:
         unit, seconds = next(age for age in AGES if run["age_s"] >= age[1] or age[1] == 1)
         speed = run.get("images_per_s")
         best = ", ".join(f"{name} {value:.3f}" for name, value in run.get("best", {}).items())
+        text = best if best and run["state"] not in ("failed", "damaged") else run["message"]
         rows.append([
             run["run"],
             run["state"],
             run.get("kind", "-"),
             f"{run.get('step', '-')}/{run.get('steps') or '?'}",
             "-" if speed is None else f"{speed:.4g}",
-            best or run["message"] or "-",
+            text[:MAX_TEXT] + " ..." * (len(text) > MAX_TEXT) or "-",
             f"{run['age_s'] // seconds} {unit} ago",
         ])  # fmt: skip
     return rows

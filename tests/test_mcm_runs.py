@@ -15,7 +15,7 @@ from test_mcm_pretrain import make_config
 
 from cache_tools.errors import UsageError
 from cache_tools.records import encode_record, write_toml
-from cache_tools.storage import write_atomic
+from cache_tools.storage import append_line, write_atomic
 from mcm.run_dir import ExitRecord
 from mcm.runs import lines, runs
 
@@ -60,7 +60,8 @@ def test_running_killed_and_done(tmp_path):
 
 
 def test_how_a_run_ended_and_what_is_damaged(tmp_path):
-    for name, code, message in (("a", 75, "stopped after step 3"), ("b", 7, "OSError: full"), ("c", 0, "complete")):
+    full = f"OSError: full {'x' * 200}"
+    for name, code, message in (("a", 75, "stopped after step 3"), ("b", 7, full), ("c", 0, "complete")):
         write_atomic(make_run(tmp_path / name) / "exit.json", encode_record(ExitRecord(code=code, message=message)))
     make_run(tmp_path / "d")
     write_atomic(make_run(tmp_path / "e") / "metrics.jsonl", b"{\n")
@@ -72,7 +73,9 @@ def test_how_a_run_ended_and_what_is_damaged(tmp_path):
     assert states == {"a": "stopped", "b": "failed", "c": "done", "d": "killed", "e": "damaged", "f": "damaged"}
     assert "metrics.jsonl: line 1: expected" in found[4]["message"] and "run.json: expected" in found[5]["message"]
     table = lines(found)
-    assert table[2][1:] == ["failed", "pretrain", "0/?", "-", "OSError: full", table[2][-1]]
+    assert table[2][1:] == ["failed", "pretrain", "0/?", "-", f"{full[:100]} ...", table[2][-1]]
+    append_line(tmp_path / "b" / "metrics.jsonl", '{"step": 0, "eval": {"knn_full": 0.5}}')
+    assert lines(runs(tmp_path))[2][5] == f"{full[:100]} ...", "a score does not hide why a run failed"
     shutil.rmtree(tmp_path / "d")
     with pytest.raises(UsageError, match="expected a RUN"):
         runs(tmp_path / "cache")
