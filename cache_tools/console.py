@@ -23,8 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Handler = Callable[[int, FrameType | None], Any]
 PLAIN_EVERY_S = 10.0
-# Packages that print; accelerate imports wandb, whose folder "lib" wraps standard output.
-_PRINTERS = ("cache_tools", "pipeline", "mcm", "_click", "click", "lib")
+_PRINTERS = ("cache_tools", "pipeline", "mcm", "_click", "click", "lib")  # lib: of wandb
 CLOSED_PIPE = 141  # as a shell shows a process that SIGPIPE ended
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FILES = (errno.EMFILE, errno.ENFILE)

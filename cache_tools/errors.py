@@ -26,8 +26,7 @@ def found_at(path: object) -> str:
 def check_output(path: object, kind: str, own: Collection[str] = ()) -> None:
     """Check that `path` is free for output of `kind`; an unfinished folder passes.
 
-    A folder without .run may hold only the names in `own`: the output must not mix with files of
-    the user, because --overwrite removes the folder.
+    A folder without .run may hold only `own`: --overwrite would remove other files with the output.
 
     Raises: UsageError if `path` is a file or holds other files or another kind of output.
     """

@@ -15,7 +15,6 @@ from mcm.run_dir import ExitRecord, read_metrics, recorded
 # An exit code of exit.json to its state; another code is "failed".
 STATES = {0: "done", 75: "stopped"}
 METRICS = ("top1", "miou", "box_ap", "mask_ap", "knn_full", "r2_masked", "r2_full")
-MAX_TEXT = 100  # columns of a message in the table
 AGES = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 
 
@@ -91,7 +90,7 @@ def lines(found: Sequence[dict[str, Any]]) -> list[list[str]]:
             run.get("kind", "-"),
             f"{run.get('step', '-')}/{run.get('steps') or '?'}",
             "-" if speed is None else f"{speed:.4g}",
-            text[:MAX_TEXT] + " ..." * (len(text) > MAX_TEXT) or "-",
+            text[:100] + " ..." * (len(text) > 100) or "-",
             f"{run['age_s'] // seconds} {unit} ago",
         ])  # fmt: skip
     return rows

@@ -39,8 +39,7 @@ class Order:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world:
-            expected = f"expected a number from 0 to world - 1 = {self.world - 1}"
-            raise UsageError(f"rank: {expected}; found {self.rank}")
+            raise UsageError(f"rank: expected 0 to world - 1 = {self.world - 1}; found {self.rank}")
         if self.global_batch % (self.world * self.group) or self.micro_batch < self.group:
             groups = self.global_batch // self.group
             worlds = [w for w in range(1, groups + 1) if self.global_batch % (w * self.group) == 0]

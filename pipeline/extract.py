@@ -60,7 +60,7 @@ def extract(request: Request) -> None:
     Raises: UsageError or IdentityError, before any shard; CorruptionError; Interrupted when the
     user stops the run, which then ends after the current shard.
     """
-    check_output(request.cache, "a CACHE")
+    check_output(request.cache, "a CACHE", own=("dataset",))
     label, stopped = f"extract {request.cache}", f"{request.cache}: {STOPPED}"
     if request.worker.processes > 1:
         source = str(open_source(request).path)

@@ -53,7 +53,7 @@ def extract_on_ray(request: Request, count: int, address: str | None) -> None:
     Raises: UsageError or IdentityError, before any shard; the first error of an actor; Interrupted
     when the user stops the run, which then ends after the shards in work.
     """
-    check_output(request.cache, "a CACHE")
+    check_output(request.cache, "a CACHE", own=("dataset",))
     session = Session(replace(request, worker=WorkerInfo(device="cpu")))
     session.publish()
     with try_lock(work_dir(request.cache) / "driver") as held:

@@ -108,7 +108,7 @@ def test_a_cache_dataset_raises_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="multiple of 16 rows x 1"):
         mcm.CacheDataset(cache.path, 40)
     for world, rank in ((2, 2), (2, -1), (0, 0)):  # of padding only, or an error of a division
-        with pytest.raises(UsageError, match=f"from 0 to world - 1 = {world - 1}; found {rank}"):
+        with pytest.raises(UsageError, match=f"0 to world - 1 = {world - 1}; found {rank}"):
             mcm.CacheDataset(cache.path, 32, world=world, rank=rank)
     unit = cache.unit("train")
     for chunk in (-1, unit.num_chunks):
