@@ -111,14 +111,6 @@ def eval_transform(backbone: Backbone, whole: bool = False) -> SeededTransform:
     return SeededTransform(transform)
 
 
-def normalized(pictures_B3HW: Tensor, backbone: Backbone) -> Tensor:
-    """Return uint8 pictures as normalized float32, without a copy of mean and std to the device."""
-    x_B3HW = pictures_B3HW.float() / 255
-    for color, (mean, std) in enumerate(zip(backbone.mean, backbone.std, strict=True)):
-        x_B3HW[:, color].sub_(mean).div_(std)
-    return x_B3HW
-
-
 def erase(pictures_B3HW: Tensor, rows_B: Tensor, epoch: int, probability: float, seed: int) -> None:
     """Fill a random box of some normalized pictures with normal noise, in place.
 

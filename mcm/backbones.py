@@ -73,27 +73,27 @@ class Backbone:
     crop_pct: float
     masked: MaskedChannelModel | None = None
 
+    def normalized(self, pictures_B3HW: Tensor) -> Tensor:
+        """Return uint8 pictures as normalized float32; no mean or std is copied to the device."""
+        x_B3HW = pictures_B3HW.float() / 255
+        for color, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            x_B3HW[:, color].sub_(mean).div_(std)
+        return x_B3HW
+
 
 class PictureModel(nn.Module):
     """A model with an `encoder` that normalizes uint8 pictures like `backbone`."""
 
     encoder: Any
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        for name, values in ("mean", backbone.mean), ("std", backbone.std):
-            self.register_buffer(name, 255 * torch.tensor(values).view(3, 1, 1), persistent=False)
+        self.backbone = backbone
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each block of the encoder; the heads of a detector have other shapes per step."""
         for block in self.encoder.blocks:
             block.compile(*args, **kwargs)
-
-    def normalized(self, pictures_BHW3: Tensor) -> Tensor:
-        """Return the pictures as float32 [B, 3, H, W]."""
-        return (pictures_BHW3.permute(0, 3, 1, 2).float() - self.mean) / self.std
 
     def load_newest(self, run: Path) -> Self:
         """Load the newest weights of a RUN, for evaluation."""

@@ -186,9 +186,9 @@ def objects_of(batch: Batch, masks: bool) -> list[Objects]:
     names = ["boxes", "labels"] + ["masks"] * masks
     parts = {name: batch[name] for name in names}
     if masks:
-        size, shifts = batch["pictures"].shape[1], torch.arange(7, -1, -1, dtype=torch.uint8)
-        bits = batch["masks"][..., None] >> shifts.to(batch["masks"].device) & 1
-        parts["masks"] = bits.flatten(-2)[..., :size]
+        size, packed = batch["pictures"].shape[1], batch["masks"]
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+        parts["masks"] = (packed[..., None] >> shifts & 1).flatten(-2)[..., :size]
     split = [parts[name].split(batch["counts"]) for name in names]
     return [dict(zip(names, values, strict=True)) for values in zip(*split, strict=True)]
 

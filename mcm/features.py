@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cache_tools.console import progress
 from cache_tools.dataset import Dataset
-from mcm.augment import eval_transform, normalized
+from mcm.augment import eval_transform
 from mcm.backbones import Backbone, pooled
 from mcm.classifiers import Features, choice_rows, knn_accuracy, training_rows
 from mcm.corruptions import Corruption
@@ -95,7 +95,7 @@ class Featurizer:
         if corruption is not None:
             patch = self.backbone.model.patch_embed.patch_size[0]
             pictures = corruption(pictures, rows, self.seed, patch)
-        x_B3HW, on_gpu = normalized(pictures, self.backbone), pictures.is_cuda
+        x_B3HW, on_gpu = self.backbone.normalized(pictures), pictures.is_cuda
         with torch.autocast(pictures.device.type, torch.bfloat16, enabled=on_gpu):
             return [encode(x_B3HW, rows).float() for encode in encodes]
 

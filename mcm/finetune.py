@@ -24,7 +24,7 @@ from cache_tools.errors import UsageError
 from cache_tools.images import RGB
 from cache_tools.storage import write_atomic
 from mcm import checkpoint
-from mcm.augment import Mixer, erase, eval_transform, normalized, train_transform
+from mcm.augment import Mixer, erase, eval_transform, train_transform
 from mcm.backbones import (
     BATCHNORM_EPS,
     Backbone,
@@ -131,7 +131,7 @@ class Classification:
 
     def loss(self, wrapped: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy of erased and mixed pictures."""
-        pictures_B3HW = normalized(batch["pictures"], self.backbone)
+        pictures_B3HW = self.backbone.normalized(batch["pictures"])
         draws = batch["rows"], batch["epoch"]
         erase(pictures_B3HW, *draws, self.erasing, self.seed)
         pictures_B3HW, targets_BK = self.mixer(pictures_B3HW, batch["labels"], *draws)
@@ -168,7 +168,7 @@ class Classification:
         @torch.inference_mode()
         def classify(pictures: Sequence[RGB]) -> list[Prediction]:
             views_B3HW = torch.stack([transform(Image.fromarray(rgb)) for rgb in pictures])
-            x_B3HW = normalized(views_B3HW.to(device()), backbone)
+            x_B3HW = backbone.normalized(views_B3HW.to(device()))
             probabilities_BK = model(x_B3HW).softmax(1).cpu()
             top = zip(*probabilities_BK.topk(min(TOP, len(classes))), strict=True)
             found = ([*zip(k.tolist(), p.tolist(), strict=True)] for p, k in top)
@@ -267,7 +267,7 @@ def judged(backbone: Backbone, items: Iterable[Batch], accelerator: Accelerator)
     parts = []
     for batch in items:
         batch = to_device(batch, accelerator.device)
-        logits_BK = backbone.model(normalized(batch["pictures"], backbone)).float()
+        logits_BK = backbone.model(backbone.normalized(batch["pictures"])).float()
         labels_B, rows_B = batch["labels"], batch["rows"].to(accelerator.device)
         probability_B, predicted_B = logits_BK.softmax(1).max(1)
         top_B5 = logits_BK.topk(min(5, logits_BK.shape[1]), dim=1).indices

@@ -143,7 +143,7 @@ class Segmenter(PictureModel):
 
     def forward(self, pictures_BSS3: Tensor) -> list[Tensor]:
         """Return logits [B, K, ...] of uint8 pictures; UPerNet's training adds the auxiliary's."""
-        x_B3SS = self.normalized(pictures_BSS3)
+        x_B3SS = self.backbone.normalized(pictures_BSS3.permute(0, 3, 1, 2))
         if self.scales is None or self.auxiliary is None:
             tokens_BND = pooled(self.encoder, encode_tokens(self.encoder, x_B3SS), "patch")
             grid = self.encoder.patch_embed.grid_size

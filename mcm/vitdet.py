@@ -159,7 +159,7 @@ class Detector(PictureModel):
         A target has float32 boxes [N, 4] (x0, y0, x1, y1), labels [N] from 1 and, with masks, masks
         [N, S, S]. Boxes are in pixels of the canvas and inside the extent.
         """
-        x_B3SS = self.normalized(pictures_BSS3)
+        x_B3SS = self.backbone.normalized(pictures_BSS3.permute(0, 3, 1, 2))
         maps = self.pyramid(self.encoder.forward_features(x_B3SS))
         proposals, rpn_losses = self.rpn(ImageList(x_B3SS, extents), maps, targets)
         detections, losses = self.roi_heads(maps, proposals, extents, targets)

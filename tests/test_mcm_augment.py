@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from cache_tools.errors import CorruptionError
 from mcm import augment
-from mcm.augment import Mixer, erase, eval_transform, normalized, seeded, train_transform
+from mcm.augment import Mixer, erase, eval_transform, seeded, train_transform
+from mcm.backbones import Backbone
 from mcm.config import Augment
 
 SPEC = SimpleNamespace(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", crop_pct=1.0)
@@ -78,7 +79,7 @@ def test_pictures_normalized_on_the_device_equal_those_that_timm_normalizes(png,
     for seed in range(8):
         with seeded(seed):
             expected = theirs(Image.open(io.BytesIO(png)))
-        assert torch.equal(normalized(ours(seed, png)[None], spec)[0], expected)
+        assert torch.equal(Backbone.normalized(spec, ours(seed, png)[None])[0], expected)
 
 
 def test_erasing_depends_on_the_row_and_epoch_and_not_on_the_batch():

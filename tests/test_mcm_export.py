@@ -17,7 +17,7 @@ from test_mcm_finetune import config
 from cache_tools.errors import McmError, UsageError
 from mcm import checkpoint
 from mcm import export as module
-from mcm.augment import eval_transform, normalized
+from mcm.augment import eval_transform
 from mcm.backbones import Backbone, load_encoder, pooled
 from mcm.config import FinetuneConfig
 from mcm.export import export
@@ -89,7 +89,7 @@ def theirs(kind, folder, tuned):
     backbone, encoded = load_encoder(str(folder.parent / "run")), io.BytesIO()
     picture.save(encoded, "PNG")
     pixels = transformers.AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"][0]
-    ours = normalized(eval_transform(backbone)(0, encoded.getvalue())[None], backbone)[0]
+    ours = backbone.normalized(eval_transform(backbone)(0, encoded.getvalue())[None])[0]
     assert (pixels - ours).abs().max() < 4 / 255 / 0.25  # rounded twice
     auto = transformers.AutoModelForImageClassification if tuned else transformers.AutoModel
     options = {} if tuned else {"add_pooling_layer": False}

@@ -118,7 +118,7 @@ def test_the_encoder_keeps_its_features_at_another_size(data):
     assert all(torch.equal(x, model.encoder.state_dict()[name]) for name, x in vit.state_dict().items())
     pixels = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
     model.head = nn.Identity()
-    normalized = (pixels.permute(0, 3, 1, 2) - model.mean) / model.std
+    normalized = model.backbone.normalized(pixels.permute(0, 3, 1, 2))
     expected = encode_tokens(vit.eval(), normalized)[:, 1:].transpose(1, 2).reshape(1, 32, 2, 2)
     with torch.inference_mode():
         assert torch.allclose(model.eval()(pixels)[0], expected, atol=1e-6)
