@@ -13,31 +13,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cache_tools.console import progress, warn_if_not_saved
+from cache_tools.console import warn_if_not_saved
 from cache_tools.dataset import Dataset
 from cache_tools.errors import UsageError
 from cache_tools.labels import IGNORED, Mask
-from cache_tools.records import Record, encode_record
+from cache_tools.records import encode_record
 from cache_tools.rng import hash_u64, permutation
-from cache_tools.schema import installed_versions
-from cache_tools.storage import file_sha256, write_atomic
-from mcm.augment import eval_transform
+from cache_tools.storage import write_atomic
 from mcm.backbones import load_encoder
 from mcm.classifiers import fit_softmax
 from mcm.dense import confusion, most_probable, scores
 from mcm.engine import device
 from mcm.features import FOLDS, Encode, Featurizer
-from mcm.memory import activation_bytes, print_estimate, state_bytes
-from mcm.probe import input_kinds, record_name, warn_of_copies
-from mcm.run_dir import software
-from mcm.sampler import EvalOrder
-from mcm.stream import DatasetSource, Stream, batches
+from mcm.probe import Measured, conditions, input_kinds, record_name
 
 L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # weights of the L2 penalty, added to the cross-entropy
 CHOICE_PICTURES = 6000  # training pictures that choose L2 and s; a fifth is held out
 MAX_VALUES = 1 << 30  # the most float32 values of training patches in memory: 4 GiB
 RANDOM_PATCHES = 64  # patches per picture if all patches would exceed MAX_VALUES
-BATCH_PICTURES = 32  # pictures per forward
 
 Scene = tuple[int, Tensor, Mask]  # row, patch tokens [N, D], mask [H, W]
 
@@ -50,17 +43,13 @@ class Patches(NamedTuple):
     rows: Tensor
 
 
-class DenseResult(Record):
-    """The scores of one input as fractions of 1, and the conditions of the measurement.
+class DenseResult(Measured):
+    """The scores of one input as fractions of 1.
 
     Means are over the classes that occur; the IoU of an absent class is None.
     `patches` is the number of training patches.
     """
 
-    subject: str
-    weights: str
-    input: str
-    fold_scale: float | None
     miou: float
     mean_accuracy: float
     pixel_accuracy: float
@@ -69,13 +58,8 @@ class DenseResult(Record):
     l2: float
     converged: bool
     patches: int
-    train_rows: int
-    val_rows: int
     val_in_train: int
-    seed: int
-    data_sha256: str
     run_sha256: str | None
-    versions: dict[str, str]
     software: str
 
     def text(self) -> str:
@@ -177,22 +161,17 @@ def dense_probe(
 
     Raises: UsageError before any picture is read, or if pictures have no labeled pixels.
     """
-    dataset, run = Dataset(data), Path(spec) / "run.json"
+    dataset, run = Dataset(data), Path(spec)
     backbone = load_encoder(spec, weights, untrained=untrained)
-    kinds, copies = input_kinds(backbone, inputs, spec), warn_of_copies(dataset, quiet)
+    kinds = input_kinds(backbone, inputs, spec)
     featurizer = Featurizer(backbone, dataset, seed, workers, quiet, "patch")
-    if not quiet:
-        model, pictures = backbone.model, dataset.rows("train")
-        kept = patches_kept(max(pictures, 1), model.patch_embed.num_patches, model.embed_dim)
-        patches = 4 * pictures * kept * (model.embed_dim + len(dataset.classes))
-        activations = activation_bytes(model, BATCH_PICTURES, 4, train=False)
-        print_estimate(state_bytes(model), activations, 2 * patches)  # all, and a copy in two parts
-    results: list[DenseResult] = []
-    facts: dict[str, Any] = {"subject": spec, "weights": backbone.weights, "seed": seed}
+    model, pictures = backbone.model, dataset.rows("train")
+    kept = patches_kept(max(pictures, 1), model.patch_embed.num_patches, model.embed_dim)
+    patch_bytes = 4 * pictures * kept * (model.embed_dim + len(dataset.classes))
+    facts = conditions(spec, featurizer, 2 * patch_bytes)  # all, and a copy in two parts
+    facts["classes"] = dataset.classes
     facts |= {f"{split}_rows": dataset.rows(split) for split in ("train", "val")}
-    facts |= {"classes": dataset.classes, "val_in_train": copies, "data_sha256": dataset.sha256}
-    facts |= {"run_sha256": file_sha256(run) if run.is_file() else None}
-    facts |= {"software": software(), "versions": installed_versions("torch", "timm", "numpy")}
+    results = list[DenseResult]()
 
     def held_out_miou(s: float) -> float:
         return _fit(featurizer, featurizer.folded(s), CHOICE_PICTURES)[-1]
@@ -203,10 +182,10 @@ def dense_probe(
         weight_KD, bias_K, fit_facts, _ = _fit(featurizer, encode)
         accuracies = scores(_confusion(featurizer, encode, weight_KD, bias_K))
         results.append(DenseResult(**accuracies, **fit_facts, input=kind, fold_scale=s, **facts))
-        if run.is_file():
+        if (run / "run.json").is_file():
             with warn_if_not_saved():
                 name = record_name(kind, dataset.sha256, seed, untrained)
-                write_atomic(run.parent / "dense" / name, encode_record(results[-1]))
+                write_atomic(run / "dense" / name, encode_record(results[-1]))
     return results
 
 
@@ -245,18 +224,6 @@ def _scenes(
     featurizer: Featurizer, split: str, encode: Encode, rows: npt.NDArray[np.int64] | None = None
 ) -> Iterator[Scene]:
     """Yield the row, patch tokens and mask of each picture, resized without a crop."""
-    transform = eval_transform(featurizer.backbone, whole=True)
-    source = DatasetSource(featurizer.data, split, transform, featurizer.seed, rows)
-    order = EvalOrder(len(source.rows), 1, BATCH_PICTURES)
-    with (
-        batches(Stream(order, source), 0, len(order), featurizer.workers) as items,
-        progress(order.rows, f"patch tokens of {split}", "pictures", quiet=featurizer.quiet) as bar,
-    ):
-        for batch in items:
-            with torch.no_grad():
-                (tokens_BND,) = featurizer.encoded([encode], batch)
-            kept_rows = batch["rows"][: int(batch["weight"].sum())].tolist()
-            # Not strict, because the last batch is padded.
-            for row, tokens_ND in zip(kept_rows, tokens_BND, strict=False):
-                yield row, tokens_ND, featurizer.data.mask(split, row)
-            bar.update(len(kept_rows))
+    for rows_B, _, (tokens_BND,) in featurizer.encoded(split, [encode], rows):
+        for row, tokens_ND in zip(rows_B.tolist(), tokens_BND, strict=True):
+            yield row, tokens_ND, featurizer.data.mask(split, row)

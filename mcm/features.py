@@ -6,7 +6,6 @@ B batch, N patches, D width, H W pixels.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,9 +23,9 @@ from mcm.engine import device
 from mcm.masking import mask_picks, mask_pool
 from mcm.model import encode_tokens, folded_state
 from mcm.sampler import EvalOrder
-from mcm.stream import Batch, DatasetSource, Stream, batches
+from mcm.stream import DatasetSource, Stream, batches
 
-BATCH_ROWS = 128
+BATCH_ROWS, BATCH_PICTURES = 128, 32  # per forward; pictures of which every patch token is kept
 POOL_ROWS = 4096  # the number of masks in the pool of masked:K
 FOLDS = (1.0, 0.75, 0.5, 0.25)  # the values of s, equal for every mask mode
 
@@ -39,7 +38,8 @@ Encode = Callable[[Tensor, Rows], Tensor]
 class Featurizer:
     """A backbone, and the pictures whose features it computes.
 
-    `tokens` is "mean" (of the patch tokens), "cls", "both" or "patch".
+    `tokens` is "mean" (of the patch tokens), "cls", "both", or "patch": every patch token, of
+    pictures resized without a crop.
     `shots` is the number of labels per class, 0 for all.
     Each of `world` ranks encodes its own batches of rows.
     """
@@ -62,42 +62,45 @@ class Featurizer:
         self, split: str, encodes: Sequence[Encode], rows: Rows | None = None,
         corruptions: Sequence[Corruption | None] = (None,),
     ) -> list[Features]:  # fmt: skip
-        """Return the features of the center crops of a split, or of its `rows`, in order.
-
-        For each corruption in turn, the list has one entry per encode function. Every picture is
-        decoded once.
-        """
-        transform = eval_transform(self.backbone)
-        source = DatasetSource(self.data, split, transform, self.seed, rows)
-        order = EvalOrder(len(source.rows), 1, BATCH_ROWS, self.world, self.rank)
-        stream, on_gpu = Stream(order, source), device().type == "cuda"
+        """Return the features of a split, or of its `rows`, in order, as `encoded` yields them."""
         x, y = [list[Tensor]() for _ in corruptions for _ in encodes], []
+        for _, labels_B, parts in self.encoded(split, encodes, rows, corruptions):
+            for found, part in zip(x, parts, strict=True):
+                found.append(part.cpu())
+            # A copy, because each tensor of a worker holds a file descriptor.
+            y.append(labels_B.clone())
+        return [Features(torch.cat(found), torch.cat(y)) for found in x]
+
+    @torch.no_grad()
+    def encoded(
+        self, split: str, encodes: Sequence[Encode], rows: Rows | None = None,
+        corruptions: Sequence[Corruption | None] = (None,),
+    ) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:  # fmt: skip
+        """Yield the row numbers, labels and float32 features of each batch of center crops.
+
+        The features are on the device: for each corruption in turn, one entry per encode function.
+        Every picture is decoded once. A GPU encodes in bfloat16. "patch" takes whole pictures.
+        """
+        transform = eval_transform(self.backbone, whole=self.tokens == "patch")
+        source = DatasetSource(self.data, split, transform, self.seed, rows)
+        order = EvalOrder(len(source.rows), 1, self.batch, self.world, self.rank)
+        stream, place = Stream(order, source), device()
+        patch, on_gpu = self.backbone.model.patch_embed.patch_size[0], place.type == "cuda"
         with (
-            torch.inference_mode(),
             batches(stream, 0, len(order), self.workers, pin_memory=on_gpu) as items,
             progress(order.rows, f"features of {split}", "pictures", quiet=self.quiet) as bar,
         ):
             for batch in items:
-                kept = int(batch["weight"].sum())
-                encoded = (self.encoded(encodes, batch, corruption) for corruption in corruptions)
-                for found, features in zip(x, chain.from_iterable(encoded), strict=True):
-                    found.append(features.cpu()[:kept])
-                # A copy, because each tensor of a worker holds a file descriptor.
-                y.append(batch["labels"][:kept].clone())
+                pictures = batch["pictures"].to(place, non_blocking=True)
+                numbers, kept, parts = batch["rows"].numpy(), int(batch["weight"].sum()), []
+                for corruption in corruptions:
+                    draws = numbers, self.seed, patch
+                    x_B3HW = pictures if corruption is None else corruption(pictures, *draws)
+                    x_B3HW = self.backbone.normalized(x_B3HW)
+                    with torch.autocast(place.type, torch.bfloat16, enabled=on_gpu):
+                        parts += [encode(x_B3HW, numbers)[:kept].float() for encode in encodes]
+                yield batch["rows"][:kept], batch["labels"][:kept], parts
                 bar.update(kept)
-        return [Features(torch.cat(found), torch.cat(y)) for found in x]
-
-    def encoded(
-        self, encodes: Sequence[Encode], batch: Batch, corruption: Corruption | None = None
-    ) -> list[Tensor]:
-        """Return float32 features of a batch on the device; a GPU encodes in bfloat16."""
-        pictures, rows = batch["pictures"].to(device(), non_blocking=True), batch["rows"].numpy()
-        if corruption is not None:
-            patch = self.backbone.model.patch_embed.patch_size[0]
-            pictures = corruption(pictures, rows, self.seed, patch)
-        x_B3HW, on_gpu = self.backbone.normalized(pictures), pictures.is_cuda
-        with torch.autocast(pictures.device.type, torch.bfloat16, enabled=on_gpu):
-            return [encode(x_B3HW, rows).float() for encode in encodes]
 
     def inputs(
         self, kinds: Sequence[str], wanted: Iterable[str], corruptions: Sequence[Corruption] = ()
@@ -145,6 +148,11 @@ class Featurizer:
             return knn_accuracy(part.rows(bank), part.rows(held), device()) if len(held) else 0.0
 
         return {name: max(folded, key=lambda s: accuracy(s, name)) for name in wanted}
+
+    @property
+    def batch(self) -> int:
+        """The number of pictures per forward."""
+        return BATCH_PICTURES if self.tokens == "patch" else BATCH_ROWS
 
     @property
     def width(self) -> int:

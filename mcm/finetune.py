@@ -5,7 +5,7 @@ B batch, K classes, H W pixels.
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -68,44 +68,58 @@ def finetune(
         expected = f"expected a DATASET for task = {config.task!r}, as the configuration says"
         raise UsageError(f"{data}: {expected}; found a DATASET for {found!r}")
     with engine(settings.precision, settings.track) as accelerator:
-        world, rank = accelerator.num_processes, accelerator.process_index
+        main = accelerator.is_main_process
+        ranks = accelerator.num_processes, accelerator.process_index
         backbone = starting_point(out, config, init, weights)
-        if accelerator.is_main_process:
+        if main:
             advise_fold(backbone, init)
         task = TASKS[config.task](config, dataset, backbone)
         rows, split = len(task.train.rows), (settings.global_batch, settings.micro_batch)
-        order = Order(rows, 1, *split, world, rank, settings.seed, task.group)
+        order = Order(rows, 1, *split, *ranks, settings.seed, task.group)
         claim(out, run_record(config, dataset, init, backbone, order, task.model), FinetuneConfig)
-        val_order = EvalOrder(len(task.val.rows), 1, order.batch, world, rank)
-        val = Stream(val_order, task.val)
-
-        def evaluate(epochs_done: int) -> dict[str, float]:
-            if not evaluation_due(config, settings.eval_epochs, epochs_done):
-                return {}
-            # BatchNorm has its own buffers on each rank; those of the main rank are saved.
-            for buffer in task.model.buffers():
-                broadcast(buffer)
-            with batches(val, 0, len(val_order), settings.workers) as items:
-                metrics, classes = task.evaluate(items, accelerator)
-            if classes and accelerator.is_main_process:
-                table = json.dumps({"class": dataset.classes} | classes)
-                write_atomic(out / "classes.json", table.encode())
-            if task.shown and accelerator.is_main_process:
-                write_atomic(out / "shown.safetensors", safetensors_bytes(task.shown))
-            return metrics
-
-        with recorded_exit(out, accelerator.is_main_process) as stop:
-            if accelerator.is_main_process:
+        evaluate = Evaluation(out, config, task, dataset.classes, order, accelerator)
+        with recorded_exit(out, main) as stop:
+            if main:
                 warn_of_copies(dataset, quiet=False)
-                facts = {"dataset": str(data), "init": init, "processes": world, "rows": rows}
-                write_environment(out, config, **facts, weights=weights and str(weights))
+                facts = {"dataset": str(data), "init": init, "processes": order.world, "rows": rows}
+                write_environment(out, config, **facts)
             optimizer, stream = build_optimizer(task.model, config.optim), Stream(order, task.train)
             job = Job(out, task.model, optimizer, stream, task.loss, evaluate, config)
             score = train(job, accelerator, stop)[task.headline]
-        if accelerator.is_main_process:
+        if main:
             pictures = f"{len(task.val.rows)} pictures of 'val'"
             print(f"{out}: {task.headline} {100 * score:.2f} % on {pictures}", flush=True)
     return score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation at the end of an epoch, on "val"; the main rank keeps its tables in `out`."""
+
+    out: Path
+    config: FinetuneConfig
+    task: Downstream
+    classes: Sequence[str]
+    order: Order
+    accelerator: Accelerator
+
+    def __call__(self, epochs_done: int) -> dict[str, float]:
+        """Return the metrics, or nothing if none are due."""
+        task, settings, order = self.task, self.config.train, self.order
+        if not evaluation_due(self.config, settings.eval_epochs, epochs_done):
+            return {}
+        # BatchNorm has its own buffers on each rank; those of the main rank are saved.
+        for buffer in task.model.buffers():
+            broadcast(buffer)
+        val_order = EvalOrder(len(task.val.rows), 1, order.batch, order.world, order.rank)
+        with batches(Stream(val_order, task.val), 0, len(val_order), settings.workers) as items:
+            metrics, by_class = task.evaluate(items, self.accelerator)
+        if by_class and self.accelerator.is_main_process:
+            table = json.dumps({"class": self.classes} | by_class)
+            write_atomic(self.out / "classes.json", table.encode())
+        if task.shown and self.accelerator.is_main_process:
+            write_atomic(self.out / "shown.safetensors", safetensors_bytes(task.shown))
+        return metrics
 
 
 class Classification:

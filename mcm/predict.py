@@ -13,6 +13,7 @@ from cache_tools.errors import TooManyRefused, UsageError, found_at
 from cache_tools.images import PICTURES, RGB, PictureRefused, decode_rgb
 from cache_tools.records import printable
 from cache_tools.storage import atomic_folder, write_atomic
+from mcm.downstream import Predictor
 from mcm.finetune import TASKS
 from mcm.run_dir import recorded
 
@@ -32,12 +33,7 @@ def predict(
     """
     if out.exists():
         raise UsageError(f"{out}: expected a new name; found {found_at(out)}; choose another name")
-    identity, files = recorded(run), _listed(pictures)
-    if identity.get("kind") != "finetune":
-        found = "a pre-training RUN" if identity else found_at(run)
-        advice = "make one with `mcm-train finetune`"
-        raise UsageError(f"{run}: expected a fine-tuned RUN; found {found}; {advice}")
-    predictor = TASKS[identity["config"].get("task", "classify")].predictor(run)
+    predictor, files = _predictor(run), _listed(pictures)
     lines, refused, results = list[dict[str, Any]](), list[dict[str, str]](), list[dict[str, Any]]()
     image_ids = _image_ids(files)
     with (
@@ -45,18 +41,17 @@ def predict(
         progress(len(files), f"predict {pictures}", "pictures", quiet=quiet) as bar,
     ):
         for decoded in _batches(files, batch):
-            valid = [(name, rgb) for name, rgb in decoded if not isinstance(rgb, PictureRefused)]
             for name, error in decoded:
                 if isinstance(error, PictureRefused):
                     refused.append({"source": name, "reason": error.reason, "detail": error.detail})
                     print(one_line(f"{name}: refused: {error}"), file=sys.stderr, flush=True)
-            predictions = predictor([rgb for _, rgb in valid]) if valid else []
-            for (name, _), prediction in zip(valid, predictions, strict=True):
-                is_detector = prediction.objects is not None
-                image_id = {"image_id": image_ids[name]} if is_detector else {}
-                results += [image_id | result for result in prediction.objects or ()]
-                lines.append({"picture": name} | image_id | prediction.line)
-                for kind, data in prediction.drawings.items():
+            valid = {name: rgb for name, rgb in decoded if not isinstance(rgb, PictureRefused)}
+            predictions = predictor(list(valid.values())) if valid else []
+            for name, (line, drawings, objects) in zip(valid, predictions, strict=True):
+                image_id = {} if objects is None else {"image_id": image_ids[name]}
+                results += [image_id | result for result in objects or ()]
+                lines.append({"picture": name} | image_id | line)
+                for kind, data in drawings.items():
                     write_atomic(folder / kind / f"{name}.png", data)
             bar.update(len(decoded))
         for file, records in (("predictions.jsonl", lines), ("quarantine.jsonl", refused)):
@@ -69,6 +64,15 @@ def predict(
         found = f"found {len(refused)}; replace them, or allow more with --max-refused"
         raise TooManyRefused(f"{out / 'quarantine.jsonl'}: {expected}; {found}")
     return {"pictures": len(lines), "refused": len(refused)}
+
+
+def _predictor(run: Path) -> Predictor:
+    identity = recorded(run)
+    if identity.get("kind") != "finetune":
+        found = "a pre-training RUN" if identity else found_at(run)
+        advice = "make one with `mcm-train finetune`"
+        raise UsageError(f"{run}: expected a fine-tuned RUN; found {found}; {advice}")
+    return TASKS[identity["config"].get("task", "classify")].predictor(run)
 
 
 def _listed(pictures: Path) -> dict[str, Path]:

@@ -29,7 +29,7 @@ from mcm.classifiers import (
 )
 from mcm.corruptions import Corruption
 from mcm.engine import device
-from mcm.features import BATCH_ROWS, Featurizer, columns
+from mcm.features import Featurizer, columns
 from mcm.memory import activation_bytes, print_estimate, state_bytes
 from mcm.metrics import Gram
 from mcm.run_dir import recorded, software
@@ -40,30 +40,38 @@ FEATURES = ("mean", "cls", "both")  # mean patch token, class token, the two con
 LEAST_SHOTS = 5  # for the linear probe, which needs a fifth of the labels to choose C
 
 
-class ProbeResult(Record):
-    """The accuracies of one input as fractions of 1, and the conditions of the measurement.
+class Measured(Record):
+    """What a measurement of one input of an encoder depends on.
 
-    `val_in_train` is the number of pictures of "val" that are also in "train". For a RUN,
-    `run_sha256` is the sha256 of its run.json and `cache_sha256` that of its cache. `knn_hits` and
-    `linear_hits` tell which pictures of "val" are classified correctly, as `packed` writes them.
-    `knn_train` is the accuracy on held-out rows of "train", which may choose a learning rate.
+    Records add `val_in_train`, the number of pictures of "val" that are also in "train", and for a
+    RUN `run_sha256`, the sha256 of its run.json.
     """
 
     subject: Text
     weights: str
     input: str
     fold_scale: float | None = None
+    train_rows: int
+    val_rows: int
+    seed: int
+    data_sha256: str
+    versions: dict[str, str]
+
+
+class ProbeResult(Measured):
+    """The accuracies of one input as fractions of 1.
+
+    For a RUN, `cache_sha256` is the sha256 of its cache. `knn_hits` and `linear_hits` tell which
+    pictures of "val" are classified correctly, as `packed` writes them. `knn_train` is the accuracy
+    on held-out rows of "train", which may choose a learning rate.
+    """
+
     knn: float | None = None
     linear: float | None = None
     linear_c: float | None = None
     linear_converged: bool | None = None
     knn_hits: Absent[str] = None
     linear_hits: Absent[str] = None
-    train_rows: int
-    val_rows: int
-    seed: int
-    data_sha256: str
-    versions: dict[str, str]
     features: Absent[str] = None
     shots: Absent[int] = None
     val_in_train: Absent[int] = None
@@ -121,13 +129,14 @@ def probe(
     chosen = tuple(methods) or METHODS
     _check_options(chosen, features, shots)
     corrupted = list(map(Corruption.parse, dict.fromkeys(corruptions)))
-    if (Path(spec) / "cache.json").is_file():
+    run = Path(spec)
+    if (run / "cache.json").is_file():
         given: dict[str, Any] = {"--data": data, "--input": inputs, "--weights": weights}
         given |= {"--untrained": untrained, "--corrupt": corrupted}
         if unused := [option for option, value in given.items() if value]:
             found = f"found {spec}, a CACHE, which is probed on its own stored features"
             raise UsageError(f"{', '.join(unused)}: expected a RUN or EXPORT; {found}; omit them")
-        return _probe_teacher(Path(spec), chosen, features, shots, seed, quiet)
+        return _probe_teacher(run, chosen, features, shots, seed, quiet)
     if data is None:
         advice = "add the DATASET to probe on"
         raise UsageError(f"{spec}: expected --data DATASET; found none; {advice}")
@@ -136,27 +145,46 @@ def probe(
     kinds = input_kinds(backbone, inputs, spec)
     wanted = dict.fromkeys(features or FEATURES[:1])
     _check_features(wanted, backbone.model.has_class_token, spec)
-    run, is_run = Path(spec), (Path(spec) / "run.json").is_file()
-    copies = warn_of_copies(dataset, quiet)
-    facts: dict[str, Any] = {"val_in_train": copies, "data_sha256": dataset.sha256, "seed": seed}
-    if is_run:
-        facts["run_sha256"] = file_sha256(run / "run.json")
-        facts["cache_sha256"] = recorded(run).get("cache_sha256")
-    if not quiet:
-        activations = activation_bytes(backbone.model, BATCH_ROWS, 4, train=False)
-        print_estimate(state_bytes(backbone.model), activations)
-    results, tokens = [], "mean" if list(wanted) == ["mean"] else "both"
+    tokens = "mean" if list(wanted) == ["mean"] else "both"
     featurizer = Featurizer(backbone, dataset, seed, workers, quiet, tokens, shots)
-    for chosen_tokens, kind, s, train, vals in featurizer.inputs(kinds, wanted, corrupted):
-        named = {"subject": spec, "weights": backbone.weights, "input": kind, "fold_scale": s}
-        facts |= named | {"features": chosen_tokens, "shots": shots}
+    facts = conditions(spec, featurizer) | {"cache_sha256": recorded(run).get("cache_sha256")}
+    results = []
+    for name, kind, s, train, vals in featurizer.inputs(kinds, wanted, corrupted):
+        facts |= {"features": name, "shots": shots, "input": kind, "fold_scale": s}
         facts["knn_train"] = _held_out_training(train, seed) if kind == "folded" else None
         linear = _fitted(train, chosen, seed)
         for corruption, val in zip((None, *map(str, corrupted)), vals, strict=True):
             result = _score(train, val, chosen, linear, corruption=corruption, **facts)
-            name = record_name(result.label, dataset.sha256, seed, untrained)
-            results.append(_store(run / "probe" / name, result) if is_run else result)
+            if facts["run_sha256"]:
+                file = record_name(result.label, dataset.sha256, seed, untrained)
+                result = _store(run / "probe" / file, result)
+            results.append(result)
     return results
+
+
+def conditions(spec: str, featurizer: Featurizer, other_bytes: int = 0) -> dict[str, Any]:
+    """Return the fields of `Measured` and of its subclasses that all inputs share.
+
+    Unless the featurizer is quiet, warn of copies between the splits, and print an estimate of the
+    GPU memory.
+    """
+    if not featurizer.quiet:
+        model = featurizer.backbone.model
+        activations = activation_bytes(model, featurizer.batch, 4, train=False)
+        print_estimate(state_bytes(model), activations, other_bytes)
+    run = Path(spec) / "run.json"
+    return _made_by() | {
+        "subject": spec,
+        "weights": featurizer.backbone.weights,
+        "seed": featurizer.seed,
+        "data_sha256": featurizer.data.sha256,
+        "run_sha256": file_sha256(run) if run.is_file() else None,
+        "val_in_train": warn_of_copies(featurizer.data, featurizer.quiet),
+    }
+
+
+def _made_by() -> dict[str, Any]:
+    return {"software": software(), "versions": installed_versions("torch", "timm", "numpy")}
 
 
 def _check_options(methods: Sequence[str], features: Sequence[str], shots: int) -> None:
@@ -190,7 +218,7 @@ def _probe_teacher(
     train, val = stored_features(train_unit, quiet), stored_features(val_unit, quiet, gram)
     if shots:
         train = train.rows(training_rows(train.y.numpy(), identity.classes, shots, seed))
-    facts: dict[str, Any] = {"data_sha256": cache.sha256, "seed": seed}
+    facts = _made_by() | {"data_sha256": cache.sha256, "seed": seed}
     facts |= {"teacher": teacher_facts(train_unit, gram), "subject": identity.teacher.name}
     facts |= {"weights": f"sha256:{identity.teacher.weights_sha256}"}
     results = []
@@ -231,8 +259,6 @@ def _score(
         linear_converged=linear and linear.fit.converged,
         train_rows=len(train.y),
         val_rows=len(val.y),
-        software=software(),
-        versions=installed_versions("torch", "timm", "numpy"),
         **facts,
     )
 

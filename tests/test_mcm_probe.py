@@ -97,7 +97,7 @@ def test_classes_of_one_row_leave_knn_alone(tmp_path, capsys):
     (result,) = probe(str(cache.path), None, ["knn", "linear"], quiet=True, features=["mean"])
     assert result.linear is not None
     train, val = (Features(torch.randn(2, 4), torch.arange(2)) for _ in range(2))
-    facts = {"subject": "x", "weights": "x", "input": "full", "seed": 0, "data_sha256": "0"}
+    facts = {"subject": "x", "weights": "x", "input": "full", "seed": 0, "data_sha256": "0", "versions": {}}
     result = _score(train, val, ["linear"], _fitted(train, ["linear"], 0), **facts)
     assert result.linear is None and result.knn is not None
     assert "no linear probe: expected two classes or more, one of them with two" in capsys.readouterr().err
