@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import Mixup, create_transform
+from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.nn import functional
 
@@ -86,14 +87,12 @@ def train_transform(augment: Augment, backbone: Backbone) -> SeededTransform:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Keep the highest bits of each channel, as timm does; the result of 0 bits is black.
+    """Keep the highest bits of each channel by timm's operation; the result of 0 bits is black.
 
-    RandAugment at magnitude 9 asks for 0 bits in 1 of 631 pictures. Pillow 13 then raises
-    ValueError; Pillow 12 and earlier return a black picture.
+    RandAugment at magnitude 9 asks for 0 bits in 1 of 631 pictures, which Pillow 13 refuses.
     """
-    if bits < 1:
-        return Image.new(image.mode, image.size)
-    return image if bits >= 8 else ImageOps.posterize(image, bits)
+    black = Image.new(image.mode, image.size)
+    return black if bits < 1 else posterize(image, bits)
 
 
 def eval_transform(backbone: Backbone, whole: bool = False) -> SeededTransform:

@@ -5,7 +5,8 @@ B batch, K classes, H W pixels.
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -77,7 +78,7 @@ def finetune(
         rows, split = len(task.train.rows), (settings.global_batch, settings.micro_batch)
         order = Order(rows, 1, *split, *ranks, settings.seed, task.group)
         claim(out, run_record(config, dataset, init, backbone, order, task.model), FinetuneConfig)
-        evaluate = Evaluation(out, config, task, dataset.classes, order, accelerator)
+        evaluate = partial(_evaluate, out, config, task, dataset.classes, order, accelerator)
         with recorded_exit(out, main) as stop:
             if main:
                 warn_of_copies(dataset, quiet=False)
@@ -92,34 +93,25 @@ def finetune(
     return score
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The evaluation at the end of an epoch, on "val"; the main rank keeps its tables in `out`."""
-
-    out: Path
-    config: FinetuneConfig
-    task: Downstream
-    classes: Sequence[str]
-    order: Order
-    accelerator: Accelerator
-
-    def __call__(self, epochs_done: int) -> dict[str, float]:
-        """Return the metrics, or nothing if none are due."""
-        task, settings, order = self.task, self.config.train, self.order
-        if not evaluation_due(self.config, settings.eval_epochs, epochs_done):
-            return {}
-        # BatchNorm has its own buffers on each rank; those of the main rank are saved.
-        for buffer in task.model.buffers():
-            broadcast(buffer)
-        val_order = EvalOrder(len(task.val.rows), 1, order.batch, order.world, order.rank)
-        with batches(Stream(val_order, task.val), 0, len(val_order), settings.workers) as items:
-            metrics, by_class = task.evaluate(items, self.accelerator)
-        if by_class and self.accelerator.is_main_process:
-            table = json.dumps({"class": self.classes} | by_class)
-            write_atomic(self.out / "classes.json", table.encode())
-        if task.shown and self.accelerator.is_main_process:
-            write_atomic(self.out / "shown.safetensors", safetensors_bytes(task.shown))
-        return metrics
+def _evaluate(
+    out: Path, config: FinetuneConfig, task: Downstream, classes: Sequence[str], order: Order,
+    accelerator: Accelerator, epochs_done: int,
+) -> dict[str, float]:  # fmt: skip
+    """Return the metrics of "val" if they are due; the main rank keeps the tables in `out`."""
+    workers = config.train.workers
+    if not evaluation_due(config, config.train.eval_epochs, epochs_done):
+        return {}
+    # BatchNorm has its own buffers on each rank; those of the main rank are saved.
+    for buffer in task.model.buffers():
+        broadcast(buffer)
+    val_order = EvalOrder(len(task.val.rows), 1, order.batch, order.world, order.rank)
+    with batches(Stream(val_order, task.val), 0, len(val_order), workers) as items:
+        metrics, by_class = task.evaluate(items, accelerator)
+    if by_class and accelerator.is_main_process:
+        write_atomic(out / "classes.json", json.dumps({"class": classes} | by_class).encode())
+    if task.shown and accelerator.is_main_process:
+        write_atomic(out / "shown.safetensors", safetensors_bytes(task.shown))
+    return metrics
 
 
 class Classification:

@@ -115,16 +115,9 @@ def targets(objects: Boxes, place: Placement, canvas: int, masks: bool) -> dict[
     boxes_N4, masks_NSS = place.boxes(objects.boxes_N4[single]), np.zeros((0, canvas, canvas))
     if masks and len(single):
         masks_NSS = np.stack([place.mask(outline(objects, i), canvas) for i in single.tolist()])
-        boxes_N4 = np.stack([bounding_box(mask_SS) for mask_SS in masks_NSS])
+        bounds = (Image.fromarray(mask_SS).getbbox() for mask_SS in masks_NSS)
+        boxes_N4 = np.array([bound or (0, 0, 0, 0) for bound in bounds])
     inside = (boxes_N4[:, 2:] - boxes_N4[:, :2] >= MIN_PIXELS).all(1)
     labels_N, boxes_N4 = objects.labels_N[single][inside] + 1, boxes_N4[inside]
     result: dict[str, Array] = {"boxes": boxes_N4.astype(np.float32), "labels": labels_N}
     return result | ({"masks": np.packbits(masks_NSS[inside] > 0, axis=-1)} if masks else {})
-
-
-def bounding_box(mask_SS: Array) -> Array:
-    """Return the box (x0, y0, x1, y1) around a mask, or four zeros around an empty one."""
-    sides = [np.flatnonzero(mask_SS.any(axis)) for axis in (0, 1)]
-    if not len(sides[0]):
-        return np.zeros(4, np.int64)
-    return np.array([side[0] for side in sides] + [side[-1] + 1 for side in sides])

@@ -61,9 +61,8 @@ class SceneSource(RowSource):
                 scenes.append((picture_HW3, torch.tensor(mask_HW), extent))
         names = ("pictures", "masks") if self.training else ("pictures", "masks", "extents")
         columns = zip(*scenes, strict=True) if scenes else [()] * len(names)
-        out: Batch = dict(zip(names, map(list, columns), strict=True))
-        if self.training:
-            out = {name: torch.stack(values) for name, values in out.items()}
+        gather: Any = torch.stack if self.training else list
+        out: Batch = dict(zip(names, map(gather, columns), strict=True))
         return out | {"rows": torch.from_numpy(rows), "epoch": epoch}
 
     def augmented(self, rgb_HW3: RGB, mask_HW: Mask, seed: int) -> tuple[Tensor, Tensor]:
