@@ -158,7 +158,8 @@ def _write_onnx(folder: Path, backbone: Backbone, config: dict[str, Any]) -> Com
         opset_version=ONNX_OPSET,
         input_names=["pictures"],
         output_names=["tokens", "logits" if backbone.model.num_classes else "pooled"],
-        dynamic_shapes={"pictures_B3HW": {0: torch.export.Dim("batch")}},
+        # torch 2.7 refuses a dimension without a largest size
+        dynamic_shapes={"pictures_B3HW": {0: torch.export.Dim("batch", max=1 << 30)}},
         verbose=False,
     )
     assert program is not None  # dynamo returns one
