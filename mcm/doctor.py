@@ -4,10 +4,14 @@ A check returns "ok" or "warn" with a text, or raises the error that `pretrain` 
 """
 
 import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
 
 from cache_tools.cache import Cache, Unit
 from cache_tools.console import error_line
@@ -21,6 +25,8 @@ from mcm.pretrain import choose_units, run_record
 from mcm.sampler import Order
 from mcm.stream import PREFETCH, CacheSource
 
+DISK_BATCHES = 8  # at most, and of one epoch
+
 Finding = tuple[str, str, str]  # the check; ok, warn or fail; a text that names the remedy
 
 
@@ -28,6 +34,7 @@ def doctor(config: PretrainConfig, path: Path, processes: int = 1) -> list[Findi
     """Check a training on a CACHE in `processes` processes; a launcher may have started them."""
     local, train = int(os.environ.get("LOCAL_WORLD_SIZE", processes)), config.train
     findings = [
+        _run("versions", _versions),
         _run("processes", _processes, processes, train.precision),
         _run("workers", _workers, train.workers, local),
     ]
@@ -39,8 +46,15 @@ def doctor(config: PretrainConfig, path: Path, processes: int = 1) -> list[Findi
     except (McmError, OSError) as error:
         return [*findings, ("cache", "fail", f"{error_line(error)}; then check again for the rest")]
     text = f"{order}; the target has {run.channels} channels"
-    memory = _run("/dev/shm", _shared_memory, units, order, local * train.workers, config.loss.cls)
-    return [*findings, ("cache", "ok", text), memory, _run("pixels", _pixels, units[0])]
+    size_HW = cache.identity.view_height, cache.identity.view_width
+    source = CacheSource(units, size_HW, cache.identity.tokens, 1, 0, cls=config.loss.cls)
+    return [
+        *findings,
+        ("cache", "ok", text),
+        _run("/dev/shm", _shared_memory, source, order, local * train.workers),
+        _run("disk", _disk, source, order),
+        _run("pixels", _pixels, units[0]),
+    ]
 
 
 def _run(name: str, check: Callable[..., tuple[str, str]], *arguments: object) -> Finding:
@@ -48,6 +62,26 @@ def _run(name: str, check: Callable[..., tuple[str, str]], *arguments: object) -
         return name, *check(*arguments)
     except (McmError, OSError) as error:
         return name, "fail", error_line(error)
+
+
+def _versions() -> tuple[str, str]:
+    """Compare the packages with the bounds of this project, which leave out known faults."""
+    wrong, needed = [], 0
+    with suppress(PackageNotFoundError):  # a checkout that is not installed has no bounds
+        for requirement in map(Requirement, requires("masked-channel-modeling") or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                found, needed = _version(requirement.name), needed + 1
+                if not (found and requirement.specifier.contains(found, prereleases=True)):
+                    wrong.append(f"{requirement}, found {found or 'none'}")
+    if wrong:
+        raise UsageError(f"expected {'; '.join(wrong)}; install these versions with pip")
+    return "ok", f"{needed} packages are in the bounds of this project"
+
+
+def _version(package: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None
 
 
 def _processes(expected: int, precision: str) -> tuple[str, str]:
@@ -71,17 +105,45 @@ def _workers(workers: int, local: int) -> tuple[str, str]:
     return "ok", text
 
 
-def _shared_memory(units: list[Unit], order: Order, workers: int, cls: bool) -> tuple[str, str]:
-    identity, free = units[0].identity, free_bytes(Path("/dev/shm"))
-    size_HW = identity.view_height, identity.view_width
-    source = CacheSource(units, size_HW, identity.tokens, 1, 0, cls=cls)
-    batch = source(*order.slice(0), order.batch).values()
+def _shared_memory(source: CacheSource, order: Order, workers: int) -> tuple[str, str]:
+    free, batch = free_bytes(Path("/dev/shm")), source(*order.slice(0), order.batch).values()
     needed = workers * (PREFETCH + 1) * sum(x.nbytes for x in batch if isinstance(x, torch.Tensor))
     text = f"{needed / 1e6:,.0f} MB for the batches of {workers} workers, {free / 1e6:,.0f} MB free"
     if needed > free:
         remedy = "enlarge it (docker: --ipc=host), or lower train.workers or train.micro_batch"
         raise ResourceError(f"too small: {text}; {remedy}")
     return "ok", text
+
+
+def _disk(source: CacheSource, order: Order) -> tuple[str, str]:
+    """Read batches past the page cache; compare the time blocked with the time computing.
+
+    The time in which the thread waits for a core is not the disk's.
+    """
+    slices = [order.slice(step) for step in range(min(DISK_BATCHES, order.steps_per_epoch))]
+    for epoch, chunks in slices:
+        for chunk in chunks.tolist():
+            unit = source.view(epoch, chunk)
+            shard = chunk * CHUNK_ROWS // unit.identity.rows_per_shard
+            for path in filter(Path.is_file, unit.shard_files(shard).values()):
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    start, busy, waited = time.perf_counter(), *_thread_seconds()
+    for epoch, chunks in slices:
+        source(epoch, chunks, order.batch)
+    wall, (cpu, queued) = time.perf_counter() - start, _thread_seconds()
+    cpu, blocked = cpu - busy, wall - (cpu - busy) - (queued - waited)
+    text = f"one worker reads {len(slices) * order.batch / (cpu + blocked):,.0f} samples/s past "
+    text += f"the page cache, and waits {max(0.0, blocked) / (cpu + blocked):.0%} of this time"
+    if blocked > cpu:
+        return "warn", f"{text}; copy the cache to a faster disk, or raise train.workers"
+    return "ok", text
+
+
+def _thread_seconds() -> tuple[float, float]:
+    """Return the seconds in which this thread ran, and in which it waited for a core."""
+    ran, queued, _ = map(int, Path("/proc/thread-self/schedstat").read_text().split())
+    return ran / 1e9, queued / 1e9
 
 
 def _pixels(unit: Unit) -> tuple[str, str]:

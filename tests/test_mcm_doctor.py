@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import tree_digest
 from make_cache import add_unit, make_cache, make_identity
 from typer.testing import CliRunner
 
+from cache_tools import remote
 from cache_tools.images import pixels_sha256
 from cache_tools.records import config_file, load_toml
 from cache_tools.writer import publish_identity
@@ -42,8 +44,17 @@ def test_a_sound_set_up_exits_with_0_and_nothing_is_written(cache: Path, monkeyp
     before = tree_digest(cache)
     answer = CliRunner().invoke(app, ["doctor", "pretrain/demo", "--cache", str(cache), "--json"])
     found = json.loads(answer.stdout)
-    assert answer.exit_code == 0 and found.keys() == {"processes", "workers", "cache", "/dev/shm", "pixels"}
-    assert {name for name, line in found.items() if line["status"] != "ok"} == {"processes"}  # no GPU: a warning
+    assert answer.exit_code == 0 and found.keys() == {
+        "versions",
+        "processes",
+        "workers",
+        "cache",
+        "/dev/shm",
+        "disk",
+        "pixels",
+    }
+    warned = {name for name, line in found.items() if line["status"] != "ok"}
+    assert "processes" in warned and warned <= {"processes", "disk"}  # no GPU; the disk of the tests may be slow
     assert found["cache"]["text"] == f"{Order(100, 16, 32, 32)}; the target has 16 channels"
     assert tree_digest(cache) == before
 
@@ -80,8 +91,28 @@ def test_without_a_cache_the_machine_is_checked_alone_and_the_exit_code_is_2(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     answer = CliRunner().invoke(app, ["doctor", "pretrain/demo", "--cache", str(tmp_path / "none")])
     *machine, last = answer.stdout.splitlines()
-    assert answer.exit_code == 2 and [line.split()[1] for line in machine] == ["processes", "workers"]
+    assert answer.exit_code == 2 and [line.split()[1] for line in machine] == ["versions", "processes", "workers"]
     assert last.startswith("fail  cache      ") and "expected a CACHE (cache.json); found nothing there" in last
+
+
+def test_a_package_outside_the_bounds(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, lines in {
+        "masked_channel_modeling-9": 'Requires-Dist: old>=2,<3\nRequires-Dist: lost\nRequires-Dist: x; extra == "ray"',
+        "old-1.5": "",
+    }.items():
+        (tmp_path / f"{name}.dist-info").mkdir()
+        head = "Metadata-Version: 2.1\nName: {}\nVersion: {}\n".format(*name.split("-"))
+        (tmp_path / f"{name}.dist-info/METADATA").write_text(head + lines)
+    text = "expected old<3,>=2, found 1.5; lost, found none; install these versions with pip"
+    assert find(cache)["versions"] == ("fail", text)
+
+
+def test_a_disk_that_a_worker_waits_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = remote._opened
+    monkeypatch.setattr(remote, "_opened", lambda *arguments: (time.sleep(0.02), opened(*arguments))[1])
+    status, text = find(cache)["disk"]
+    assert status == "warn" and text.endswith("copy the cache to a faster disk, or raise train.workers")
 
 
 def test_a_card_without_bf16(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
