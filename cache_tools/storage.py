@@ -93,7 +93,9 @@ def _temporary(path: Path, folder: bool = False) -> Iterator[tuple[Path, int]]:
     """
     make_dir(path.parent)
     while True:
-        temp = path.with_name(f".{path.name}.{HOST}{os.urandom(4).hex()}.partial")
+        # A name has up to 255 bytes. `atomic_folder` finds abandoned folders by their whole name.
+        name = path.name if folder else path.name[:48]
+        temp = path.with_name(f".{name}.{HOST}{os.urandom(4).hex()}.partial")
         if folder:
             os.mkdir(temp)
             descriptor = os.open(temp, os.O_RDONLY | os.O_DIRECTORY)

@@ -49,6 +49,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "\u4e2d" * 85])
+def test_a_name_may_have_255_bytes(tmp_path: Path, name: str) -> None:
+    write_atomic(tmp_path / name, b"a")
+    assert (tmp_path / name).read_bytes() == b"a"
+
+
 def test_publish_never_replaces(tmp_path: Path) -> None:
     publish(tmp_path / "x", b"one")
     publish(tmp_path / "x", b"one")
