@@ -303,7 +303,9 @@ def _nearest_key(cls: type[Record], unknown: str) -> str:
     split = [key.rpartition(".")[::2] for key in _known_keys(cls)]
     keys = [key for parent, key in split if parent == section]
     near = [".".join(parts).strip(".") for parts in split if parts[1] == name]
-    near += [f"{section}.{key}".strip(".") for key in difflib.get_close_matches(name, keys, 1, 0.7)]
+    cutoff = 0.7 if len(name) > 3 else 0.5  # "rl" and "lr" have one of two letters in order
+    close = difflib.get_close_matches(name, keys, 1, cutoff)
+    near += [f"{section}.{key}".strip(".") for key in close]
     return f"; did you mean '{near[0]}'?" if near else f"; expected one of {', '.join(keys)}"
 
 
