@@ -3,7 +3,7 @@
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -90,7 +90,8 @@ def _run(pipe: Connection, work: Callable[[Task], object], task: Task) -> None:
         pipe.send(("result", work(task)))
     except Exception as error:  # the parent raises it
         error.add_note(traceback.format_exc())
-        pipe.send(("error", error))
+        with suppress(BrokenPipeError):  # the parent was killed, so no process reads the error
+            pipe.send(("error", error))
 
 
 @contextmanager

@@ -91,6 +91,13 @@ def test_the_first_error_stops_all_and_is_the_error_of_the_command(place: Path, 
     assert f"{tar}: row 96: expected the crc32c" in said and said.count("error: ") == 1
 
 
+def test_a_worker_whose_parent_was_killed_prints_nothing() -> None:
+    code = "from pipeline.worker_pool import CONTEXT, _run; r, s = CONTEXT.Pipe(False); r.close()\n"
+    code += "p = CONTEXT.Process(target=_run, args=(s, abs, -1)); p.start(); p.join(); raise SystemExit(p.exitcode)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_killed_worker_is_an_error_and_a_killed_parent_leaves_none(place: Path, tmp_path: Path) -> None:
     process = start(place, tmp_path / "cache", *TWO)
     os.kill(worker(process), signal.SIGKILL)
