@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from cache_tools.console import error_line
 from cache_tools.dataset import CHUNK_ROWS
 from cache_tools.errors import McmError, ResourceError, UsageError
 from cache_tools.images import pixels_sha256
+from cache_tools.schema import installed_versions
 from cache_tools.storage import free_bytes
 from mcm.config import PretrainConfig
 from mcm.engine import engine
@@ -69,19 +70,14 @@ def _versions() -> tuple[str, str]:
     wrong, needed = [], 0
     with suppress(PackageNotFoundError):  # a checkout that is not installed has no bounds
         for requirement in map(Requirement, requires("masked-channel-modeling") or ()):
+            name = requirement.name
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                found, needed = _version(requirement.name), needed + 1
+                found, needed = installed_versions(name).get(name), needed + 1
                 if not (found and requirement.specifier.contains(found, prereleases=True)):
                     wrong.append(f"{requirement}, found {found or 'none'}")
     if wrong:
         raise UsageError(f"expected {'; '.join(wrong)}; install these versions with pip")
     return "ok", f"{needed} packages are in the bounds of this project"
-
-
-def _version(package: str) -> str | None:
-    with suppress(PackageNotFoundError):
-        return version(package)
-    return None
 
 
 def _processes(expected: int, precision: str) -> tuple[str, str]:

@@ -132,7 +132,7 @@ def _start_actors(request: Request, count: int, needs: dict[str, float]) -> dict
 def _make_shards(session: Session, missing: list[tuple[str, int]], actors: dict[Any, Any]) -> None:
     """Give each ready actor the next missing shard, until a stop or an error; await the others.
 
-    An actor without a further shard is dropped, and Ray gives its place to one that waits.
+    An actor without a further shard is released. Ray then starts a waiting actor in its place.
     """
     import ray
 
